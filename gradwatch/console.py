@@ -1,0 +1,174 @@
+"""Reports -> what people read in a terminal, a notebook and a log."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from gradwatch.history import History
+from gradwatch.report import Alert, Report, Severity
+from gradwatch.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from gradwatch.record import Run
+
+_log = logging.getLogger("gradwatch")
+_LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
+_COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
+_WIDTH = 100
+
+
+def log(report: Report) -> None:
+    """Send the alerts that began or cleared to the logger `gradwatch`."""
+    for alert in report.began:
+        _log.log(_LEVELS[alert.severity], "%s", alert)
+    for alert in report.cleared:
+        _log.info("%s %s at %s cleared at step %d", alert.finding.code, alert.finding.kind, alert.finding.place or "the whole model", alert.cleared)
+
+
+def text(report: Report, *, width: int = _WIDTH) -> str:
+    """Give the table of layers and the open alerts as plain text."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
+    console.print(_report(report))
+    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]  # a StringIO, as given
+
+
+def html(report: Report, *, width: int = _WIDTH) -> str:
+    """Give the same as HTML, for notebooks."""
+    console = Console(file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="truecolor")
+    console.print(_report(report))
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
+
+
+def _report(report: Report) -> RenderableType:
+    snapshot = report.snapshot
+    title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
+    return Group(Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
+
+
+def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None) -> Table:
+    """Give the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
+
+    Args:
+        snapshot: the step to show.
+        alerts: those whose codes are shown at their layers.
+        sensitivity: share of the largest sensitivity of later layers, by layer.
+        most: show no more rows than this, those with the smallest norms.
+
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold", min_width=8)
+    table.add_column("kind", overflow="ellipsis", no_wrap=True, min_width=4)
+    table.add_column("gradient", justify="right", no_wrap=True)
+    if sensitivity is not None:
+        table.add_column("of later layers", justify="right", no_wrap=True)
+    table.add_column("log10", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    codes: dict[str, list[Alert]] = {}
+    for alert in alerts:
+        codes.setdefault(alert.finding.place, []).append(alert)
+    norms = layer_norms(snapshot)
+    known = [math.log10(n) for n in norms.values() if n is not None and 0 < n < math.inf]
+    low, high = (min(min(known), max(known) - 3), max(known)) if known else (-1.0, 0.0)
+    rows = [snapshot.model.layers[i] for i in snapshot.model.forward_order]
+    shown = rows
+    if most is not None and len(rows) > most:
+        smallest = {layer.name for layer in sorted(rows, key=lambda layer: _rank(norms[layer.name]))[:most]}
+        shown = [layer for layer in rows if layer.name in smallest]
+    for layer in shown:
+        norm = norms[layer.name]
+        mine = max(codes.get(layer.name, ()), key=lambda a: a.severity, default=None)
+        style = _COLOURS[mine.severity] if mine else ""
+        cells = [Text(layer.name or "(the model)", style=style), layer.kind, _number(norm)]
+        if sensitivity is not None:
+            cells.append(_number(sensitivity.get(layer.name)))
+        cells += [_bar(norm, low, high), Text(" ".join(sorted({a.finding.code for a in codes.get(layer.name, ())})), style=style)]
+        table.add_row(*cells)
+    if len(shown) < len(rows):
+        table.caption = f"{len(rows) - len(shown)} more layers"
+    return table
+
+
+def alert_lines(alerts: Iterable[Alert]) -> list[RenderableType]:
+    """Give each alert with its cause and remedy, gravest first."""
+    lines: list[RenderableType] = []
+    for alert in sorted(alerts, key=lambda a: a.severity, reverse=True):
+        finding = alert.finding
+        lines.append(Text(""))
+        lines.append(
+            Text.assemble(
+                (f"{finding.code} {finding.kind}", _COLOURS[alert.severity]), f" ({finding.severity.value}) ", (finding.place or "the whole model", "bold")
+            )
+        )
+        began = f"began at step {alert.began}" + (f", cleared at step {alert.cleared}" if alert.cleared is not None else f", last seen at step {alert.last}")
+        for label, said in (("", alert.message), ("why: ", alert.cause), ("try: ", alert.remedy), ("", began)):
+            if said:
+                lines.append(Padding(Text.assemble((label, "bold"), said), (0, 0, 0, 2)))
+    return lines
+
+
+def run_summary(run: Run, name: str = "") -> RenderableType:
+    """Give what happened in a run: the verdict, the alerts, and the layers with the least gradient."""
+    history = History()
+    for snapshot in run.snapshots:
+        history.add(snapshot)
+    parts: list[RenderableType] = [Text(verdict(run, name), style="bold")]
+    if run.snapshots:
+        last = run.snapshots[-1]
+        ratios = history.ratios(1)[-1].tolist()
+        known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
+        parts += [Text(f"\nThe layers at step {last.step}, in the order of the forward pass:"), layer_table(last, run.alerts, sensitivity=known, most=40)]
+    parts += alert_lines(run.alerts)
+    notes = []
+    if run.thinned:
+        notes.append(f"{run.thinned} of the older snapshots were dropped to keep the record's bound")
+    if run.broken:
+        notes.append(f"{run.broken} lines of the record could not be read")
+    parts += [Text(f"\nNote: {note}.") for note in notes]
+    return Group(*parts)
+
+
+def verdict(run: Run, name: str = "") -> str:
+    """Say in one line how the run went."""
+    steps = f"{len(run.snapshots)} measured steps" + (f", {run.snapshots[0].step} to {run.snapshots[-1].step}" if run.snapshots else "")
+    bad = [a for a in run.alerts if a.severity > Severity.INFO]
+    still = sum(a.cleared is None for a in bad)
+    said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
+    return f"{name + ': ' if name else ''}{steps}: {said}"
+
+
+def layer_norms(snapshot: Snapshot) -> dict[str, float | None]:
+    """Give the L2 norm of each layer's gradient over all of its parameters; None where there is none."""
+    found: dict[str, list[float]] = {layer.name: [] for layer in snapshot.model.layers}
+    for parameter, norm in zip(snapshot.model.parameters, snapshot.norm, strict=True):
+        if norm is not None:
+            found[parameter.layer].append(norm)
+    return {name: math.hypot(*norms) if norms else None for name, norms in found.items()}
+
+
+def _rank(norm: float | None) -> float:
+    return math.inf if norm is None else -1.0 if math.isnan(norm) else norm
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.2e}"
+
+
+def _bar(norm: float | None, low: float, high: float, width: int = 12) -> Text:
+    if norm is None or not 0 < norm < math.inf:
+        return Text("")
+    share = (math.log10(norm) - low) / (high - low) if high > low else 1.0
+    return Text("█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red")  # noqa: PLR2004
+
+
+def worst_layers(snapshot: Snapshot, count: int) -> Sequence[tuple[str, float | None]]:
+    """Give the layers with the smallest gradient norms, NaN first."""
+    return sorted(layer_norms(snapshot).items(), key=lambda item: _rank(item[1]))[:count]

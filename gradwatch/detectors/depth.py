@@ -1,0 +1,150 @@
+"""Gradients that vanish on their way back through the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from gradwatch.history import History
+from gradwatch.report import Explanation, Finding, Severity
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def vanishing_depth(history: History) -> Iterator[Finding]:
+    """GW101: layers whose sensitivity is far below that of layers after them. GW102: all of them, against the loss."""
+    import numpy as np
+
+    t = history.thresholds
+    if len(history.window(t.window)) < t.window:
+        return
+    ratios = history.ratios(t.window)
+    limits = _limits(history)
+    with np.errstate(invalid="ignore"):
+        low = ratios < limits
+        vanishing = low.mean(axis=0) >= t.share
+    if vanishing.any():
+        vanishing &= ~_rising(ratios, t.vanishing_rising, limits)
+    for run in _faults(history, vanishing, ratios[-1]):
+        place = history.model.layers[run[0]].name
+        worst = min(run, key=lambda i: ratios[-1][i])
+        ratio = float(ratios[-1][worst])
+        severity = _severity(history, [history.model.layers[i].name for i in run])
+        evidence: dict[str, float | str] = {
+            "ratio": ratio,
+            "limit": float(limits[worst]),
+            "layers": float(len(run)),
+            "worst": history.model.layers[worst].name,
+            "last": history.model.layers[run[-1]].name,
+            "share": float(low[:, worst].mean()),
+        }
+        yield Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence)
+    yield from _everywhere(history)
+    yield from _absolute(history)
+
+
+def _limits(history: History) -> NDArray[np.float64]:
+    import numpy as np
+
+    t = history.thresholds
+    limits = []
+    for layer in history.model.layers:
+        mine = t.of(layer.name) if t.layers else t
+        limit = mine.vanishing_ratio_adaptive if history.adaptive else mine.vanishing_ratio
+        limits.append(limit * t.clear_factor if history.open and history.is_open("GW101", layer.name) else limit)
+    return np.array(limits)
+
+
+def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell which layers are opening: the last third of the window is well above the first, and not far below the limit."""
+    import numpy as np
+
+    third = max(len(ratios) // 3, 1)
+    first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((last > factor * first) & (last > limits / 100))
+
+
+def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64]) -> list[list[int]]:
+    """Group the layers, and leave out zeros that nothing fades towards: those are cut off, which is another kind."""
+    import numpy as np
+
+    runs = history.runs(set(np.flatnonzero(vanishing).tolist()), set(np.flatnonzero(~np.isnan(now)).tolist()))
+    for run in runs:
+        while run and now[run[-1]] == 0:
+            run.pop()
+    return [run for run in runs if run]
+
+
+def _severity(history: History, names: list[str]) -> Severity:
+    """A layer that was sound once and fades while the loss is at its best has done its work; without the loss, who knows."""
+    sound = any(history.best_ratio.get(name, 0.0) >= history.thresholds.of(name).vanishing_sound for name in names)
+    if history.improved:
+        return Severity.INFO
+    if sound and history.improved is None:
+        return Severity.INFO
+    return Severity.WARNING
+
+
+def _onset(history: History, index: int) -> int:
+    import numpy as np
+
+    ratios = history.ratios(len(history.window()))[:, index]
+    limit = _limits(history)[index]
+    return history.since(bool(r < limit) for r in np.nan_to_num(ratios, nan=np.inf))
+
+
+def _everywhere(history: History) -> Iterator[Finding]:
+    import numpy as np
+
+    t = history.thresholds
+    losses = history.losses(t.window)
+    if len(losses) < t.window or history.improved is not False:
+        return
+    largest = np.nanmax(np.nan_to_num(history.sensitivities(t.window), nan=0.0), axis=1)[-len(losses) :]
+    share = largest / np.maximum(np.abs(losses), 1e-300)
+    limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
+    if 0 < share.max() and (share < limit).mean() >= t.share:
+        yield Finding(
+            "GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence={"sensitivity": float(share[-1]), "limit": limit}
+        )
+
+
+def _absolute(history: History) -> Iterator[Finding]:
+    if not history.thresholds.layers and history.thresholds.norm_below is None:
+        return
+    for layer in history.model.layers:
+        limit = history.thresholds.of(layer.name).norm_below
+        columns = [i for i, p in enumerate(history.model.parameters) if p.layer == layer.name]
+        window = history.window(history.thresholds.window)
+        largest = [max((n for i in columns if (n := s.norm[i]) is not None), default=None) for s in window]
+        if limit is not None and all(n is not None and n < limit for n in largest):
+            yield Finding(
+                "GW103", "vanishing-depth", Severity.WARNING, layer.name, onset=window[0].step, evidence={"norm": float(largest[-1] or 0.0), "limit": limit}
+            )
+
+
+def explain_vanishing_depth(finding: Finding) -> Explanation:
+    """Say how little arrives, and the known cures."""
+    evidence = finding.evidence
+    if finding.code == "GW102":
+        return Explanation(
+            f"no layer learns: the largest sensitivity is {evidence['sensitivity']:.1g} of the loss since step {finding.onset}, and the loss stands still",
+            "the output is saturated or flat for every input",
+            "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer",
+        )
+    if finding.code == "GW103":
+        return Explanation(
+            f"the gradient norm of {finding.place} is {evidence['norm']:.1g}, below the {evidence['limit']:.1g} that you set, since step {finding.onset}"
+        )
+    count = float(evidence["layers"])
+    through = f" to {evidence['last']} ({count:.0f} layers)" if count > 1 else ""
+    worst = f" (worst: {evidence['worst']})" if evidence["worst"] != finding.place else ""
+    return Explanation(
+        f"{finding.place or 'the first layer'}{through} gets next to no gradient: a relative change of its weights moves the loss {float(evidence['ratio']):.1g} times"
+        f" as much as one of a later layer{worst}, since step {finding.onset}",
+        "the gradient shrinks at every layer on its way back: saturating activations, weights too small (or so large that they saturate), or depth without skip connections",
+        f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",
+    )

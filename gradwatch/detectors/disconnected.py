@@ -1,0 +1,83 @@
+"""Layers that take part in the forward pass, are to be trained, and get no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradwatch.history import History
+from gradwatch.report import Explanation, Finding, Severity
+
+
+def disconnected(history: History) -> Iterator[Finding]:
+    """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot."""
+    trained = _trained(history)
+    for gradient, cut in (("none", _without_gradient(history, trained)), ("zero", _with_zeros(history, trained))):
+        for run in history.runs(cut, trained):
+            names = [history.model.layers[i].name for i in run]
+            onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
+            evidence: dict[str, float | str] = {"gradient": gradient, "layers": float(len(run)), "last": names[-1]}
+            yield Finding("GW401", "disconnected", Severity.ERROR, names[0], onset=onset, evidence=evidence)
+
+
+def _trained(history: History) -> dict[int, list[int]]:
+    """Columns that the optimizer of this step is to train, by the number of their layer."""
+    index = {layer.name: i for i, layer in enumerate(history.model.layers)}
+    absent = history.snapshot.absent
+    found: dict[int, list[int]] = {}
+    for column, parameter in enumerate(history.model.parameters):
+        if parameter.optimizer == history.snapshot.optimizer and not (absent and absent[column] == "frozen"):
+            found.setdefault(index[parameter.layer], []).append(column)
+    return found
+
+
+def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[int]:
+    """Layers that ran in the last probe, and none of whose parameters had a gradient at the last snapshots."""
+    absent = history.snapshot.absent
+    window = history.window(history.thresholds.disconnected_steps)
+    if absent is None or len(window) < history.thresholds.disconnected_steps:
+        return set()
+    cut = {layer for layer, columns in trained.items() if all(absent[c] == "disconnected" for c in columns)}
+    return {layer for layer in cut if all(s.norm[c] is None for s in window for c in trained[layer])}
+
+
+def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
+    """Layers whose gradient was exactly zero through the whole window."""
+    window = history.window(history.thresholds.window)
+    silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
+    if not silent or len(window) < history.thresholds.window or _blocked(history):
+        return set()
+    silent = {i for i in silent if all(s.norm[i] == 0 for s in window)}
+    return {layer for layer, columns in trained.items() if silent.issuperset(columns) and not _faded(history, layer)}
+
+
+def _blocked(history: History) -> bool:
+    """Tell whether a weight that is exactly zero stands in the way, as LoRA and zero-initialized residual branches begin."""
+    weights = next((s.weight_norm for s in reversed(history.window()) if s.weight_norm is not None), ())
+    return any(w == 0 and p.role != "bias" for w, p in zip(weights, history.model.parameters, strict=False))
+
+
+def _faded(history: History, layer: int) -> bool:
+    """Tell whether the layers behind this one fade towards it: then its zeros are underflow, the end of vanishing."""
+    order = history.model.forward_order
+    ratios = history.ratios(1)[-1]
+    behind = (float(ratios[i]) for i in order[order.index(layer) + 1 :])
+    nearest = next((r for r in behind if r > 0), None)
+    return nearest is not None and nearest < history.thresholds.of(history.model.layers[layer].name).vanishing_ratio
+
+
+def explain_disconnected(finding: Finding) -> Explanation:
+    """Say which layers get nothing, and what cuts a graph."""
+    evidence = finding.evidence
+    what = finding.place or "the model's own parameters"
+    through = f" to {evidence['last']} ({evidence['layers']:.0f} layers)" if float(evidence["layers"]) > 1 else ""
+    if evidence["gradient"] == "none":
+        return Explanation(
+            f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}",
+            "the graph is cut behind it: detach(), torch.no_grad(), .item(), .numpy(), argmax, round, or an output that the loss does not use",
+            f"look for what happens to the output of {evidence['last']}; if it is meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore=",
+        )
+    return Explanation(
+        f"the gradient of {what}{through} is exactly zero since step {finding.onset}",
+        "every path to the loss is multiplied by zero: units that are dead for every input, a clamp or a mask, or an activation in its flat part",
+        f"look at the outputs behind {evidence['last']}: are they all zero, clamped, or saturated",
+    )

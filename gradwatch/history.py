@@ -1,0 +1,307 @@
+"""The fold over snapshots that detectors read."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.report import Finding
+from gradwatch.snapshot import ModelInfo, Snapshot, from_plain, to_plain
+from gradwatch.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+KEPT = 50
+"""Snapshots and losses that are remembered, per optimizer."""
+EDGE = 5
+"""Losses over whose median the beginning and the end of a run are compared."""
+
+
+@dataclass(slots=True)
+class Track:
+    """What is remembered of one optimizer."""
+
+    snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
+    sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    best_loss: float | None = None
+    """The lowest median of `EDGE` losses in a row."""
+    first_norms: list[float] = field(default_factory=list)
+    """Finite global norms of the first window, the measure for later ones."""
+    skipped: int = 0
+    """Steps in a row that a GradScaler skipped, up to now."""
+
+
+class History:
+    """What detectors may know: the last snapshots of each optimizer, the first and last losses, the best ratios.
+
+    `add` folds a snapshot in; everything else reads, and speaks of the optimizer that took the newest step.
+    Arrays have one row per snapshot, oldest first, and one column per layer of `model.layers`.
+    """
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        """Begin with nothing seen."""
+        self.thresholds = thresholds or Thresholds()
+        self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
+        """Keys of the alerts that are open, for hysteresis."""
+        self.best_ratio: dict[str, float] = {}
+        """Per layer, the largest ratio (see `ratios`) seen so far."""
+        self._tracks: dict[int | None, Track] = {}
+        self._now: int | None = None
+        self._weight_norms: dict[str, float] = {}
+        self._layout: _Layout | None = None
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Fold one snapshot in."""
+        import numpy as np
+
+        self._now = snapshot.optimizer
+        track = self._tracks.setdefault(self._now, Track())
+        if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
+            track.snapshots.clear(), track.sensitivities.clear(), track.ratios.clear()  # noqa: B018  (three columns of one table)
+        track.skipped = track.skipped + 1 if snapshot.skipped else 0
+        if snapshot.weight_norm is not None:
+            self._weight_norms.update(
+                (p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None
+            )
+        if self._layout is None or self._layout.model is not snapshot.model:
+            self._layout = _Layout.of(snapshot.model)
+        layout = self._layout
+        weights = np.array([self._weight_norms.get(p.name) for p in snapshot.model.parameters], dtype=float)
+        # The gradients of a skipped step are not those of the loss: its row says nothing.
+        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(weights), dtype=float)
+        sensitivity = layout.combine(norms * np.where(weights > 0, weights, np.nan))
+        ratio = layout.over_later(sensitivity)
+        track.snapshots.append(snapshot)
+        track.sensitivities.append(sensitivity)
+        track.ratios.append(ratio)
+        for index in np.flatnonzero(np.isfinite(ratio)):
+            name = snapshot.model.layers[index].name
+            self.best_ratio[name] = max(self.best_ratio.get(name, 0.0), float(ratio[index]))
+        if snapshot.skipped:
+            return
+        total = snapshot.norm_global
+        if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
+            track.first_norms.append(total)
+        if snapshot.loss is not None:
+            self._add_loss(track, snapshot.loss)
+
+    @staticmethod
+    def _add_loss(track: Track, loss: float) -> None:
+        track.last_losses.append(loss)
+        if len(track.first_losses) < EDGE:
+            track.first_losses.append(loss)
+        level = statistics.median(list(track.last_losses)[-EDGE:])
+        if len(track.last_losses) >= EDGE and (track.best_loss is None or level < track.best_loss):
+            track.best_loss = level
+
+    # --- what detectors read ---
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The newest snapshot."""
+        return self._track.snapshots[-1]
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model as the newest snapshot describes it."""
+        return self.snapshot.model
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer of the newest snapshot is Adam-like."""
+        optimizer = self.snapshot.optimizer
+        return optimizer is not None and self.model.optimizers[optimizer].adaptive
+
+    @property
+    def skipped(self) -> int:
+        """Steps in a row that a GradScaler skipped, up to now."""
+        return self._track.skipped
+
+    @property
+    def first_norms(self) -> Sequence[float]:
+        """Global gradient norms of the first window."""
+        return self._track.first_norms
+
+    def window(self, count: int | None = None) -> list[Snapshot]:
+        """Give the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
+        return _last(self._track.snapshots, count)
+
+    def sensitivities(self, count: int) -> Floats:
+        """Give ||gradient|| x ||weight|| per layer, biases left out; NaN where there is none. Shape (<= count, layers)."""
+        import numpy as np
+
+        return np.stack(_last(self._track.sensitivities, count))
+
+    def ratios(self, count: int) -> Floats:
+        """Give each layer's sensitivity over the largest of the layers after it in the forward pass. Shape (<= count, layers)."""
+        import numpy as np
+
+        return np.stack(_last(self._track.ratios, count))
+
+    def losses(self, count: int) -> list[float]:
+        """Give the last `count` known losses."""
+        return _last(self._track.last_losses, count)
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest median of five losses in a row; None where the loss is not known."""
+        return self._track.best_loss
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
+        track = self._track
+        if track.best_loss is None or len(track.last_losses) < 2 * EDGE:
+            return None
+        first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
+        gain = first - track.best_loss
+        return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+
+    def is_open(self, code: str, place: str) -> bool:
+        """Tell whether an alert of this rule is open at this place."""
+        return any(key[0] == code and key[1] == place for key in self.open)
+
+    def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
+        """Group layers that follow one another in the forward pass: one fault is one finding, however many layers it reaches.
+
+        Args:
+            chosen: numbers of the layers to group.
+            among: the layers that count as neighbours; the others are passed over.
+
+        """
+        found: list[list[int]] = []
+        before = False
+        for index in self.model.forward_order:
+            if index not in among:
+                continue
+            if index in chosen:
+                found[-1].append(index) if before else found.append([index])
+            before = index in chosen
+        return found
+
+    def since(self, holds: Iterable[bool]) -> int:
+        """Give the step at which the newest unbroken run of `holds` (one per snapshot, the newest last) began."""
+        flags = list(holds)
+        run = len(list(itertools.takewhile(bool, reversed(flags))))
+        return self.window(max(run, 1))[0].step
+
+    # --- to go on after a stop ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give all that is remembered as dicts, lists, numbers and strings."""
+        models: list[ModelInfo] = []
+        tracks = []
+        for optimizer, track in self._tracks.items():
+            snapshots = []
+            for snapshot in track.snapshots:
+                if not any(snapshot.model is m for m in models):
+                    models.append(snapshot.model)
+                number = next(i for i, m in enumerate(models) if m is snapshot.model)
+                snapshots.append({**to_plain(snapshot), "model": number})
+            tracks.append(
+                {
+                    "optimizer": optimizer,
+                    "snapshots": snapshots,
+                    "sensitivities": [row.tolist() for row in track.sensitivities],
+                    "ratios": [row.tolist() for row in track.ratios],
+                    "first_losses": list(track.first_losses),
+                    "last_losses": list(track.last_losses),
+                    "best_loss": track.best_loss,
+                    "first_norms": list(track.first_norms),
+                    "skipped": track.skipped,
+                }
+            )
+        return {
+            "models": [to_plain(m) for m in models],
+            "tracks": tracks,
+            "now": self._now,
+            "best_ratio": dict(self.best_ratio),
+            "weight_norms": dict(self._weight_norms),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        import numpy as np
+
+        models = [from_plain(ModelInfo, m) for m in state["models"]]
+        self._tracks = {}
+        for plain in state["tracks"]:
+            track = self._tracks[plain["optimizer"]] = Track()
+            track.snapshots.extend(from_plain(Snapshot, {**s, "model": models[s["model"]]}) for s in plain["snapshots"])
+            track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
+            track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
+            track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
+            track.last_losses.extend(plain["last_losses"])
+            track.best_loss, track.skipped = plain["best_loss"], plain["skipped"]
+        self._now = state["now"]
+        self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
+
+    @property
+    def _track(self) -> Track:
+        return self._tracks[self._now]
+
+
+Detector = Callable[[History], Iterable[Finding]]
+"""A pure function of the history: what it finds wrong, now."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    """How columns of a model fold into layers."""
+
+    model: ModelInfo
+    counted: NDArray[np.intp]
+    """Parameters that count for the sensitivity: all but biases."""
+    layer_of: NDArray[np.intp]
+    layers: int
+    order: NDArray[np.intp]
+    """Layers in the order of the forward pass."""
+
+    @classmethod
+    def of(cls, model: ModelInfo) -> _Layout:
+        import numpy as np
+
+        index = {layer.name: i for i, layer in enumerate(model.layers)}
+        counted = [i for i, p in enumerate(model.parameters) if p.role != "bias"]
+        layer_of = [index[model.parameters[i].layer] for i in counted]
+        return cls(model, np.array(counted, dtype=np.intp), np.array(layer_of, dtype=np.intp), len(model.layers), np.array(model.forward_order, dtype=np.intp))
+
+    def combine(self, values: Floats) -> Floats:
+        """Root of the sum of squares over the parameters of each layer; NaN where it has none."""
+        import numpy as np
+
+        values = values[self.counted]
+        known = np.flatnonzero(~np.isnan(values))
+        total = np.full(self.layers, np.nan)
+        total[self.layer_of[known]] = 0.0
+        np.hypot.at(total, self.layer_of[known], values[known])
+        return total
+
+    def over_later(self, sensitivity: Floats) -> Floats:
+        import numpy as np
+
+        ordered = np.nan_to_num(sensitivity[self.order], nan=0.0, posinf=np.inf)
+        later = np.append(np.maximum.accumulate(ordered[::-1])[::-1][1:], 0.0)
+        ratio = np.full(self.layers, np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio[self.order] = np.where(later > 0, sensitivity[self.order] / later, np.nan)
+        return ratio
+
+
+def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:
+    return a is b or ([x.name for x in a.layers] == [x.name for x in b.layers] and [p.name for p in a.parameters] == [p.name for p in b.parameters])
+
+
+def _last(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:
+    return list(items) if count is None else list(itertools.islice(items, max(len(items) - count, 0), None))

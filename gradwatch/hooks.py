@@ -1,0 +1,210 @@
+"""The only place that attaches anything to a model or an optimizer, and takes it off again."""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+class StepListener(Protocol):
+    """What hears of the steps of an optimizer. It must not raise."""
+
+    def on_look(self, slot: int) -> None:
+        """Take note: the gradients of a step are complete, and it has not moved the weights yet."""
+
+    def on_loss(self, slot: int, loss: object) -> None:
+        """Take note: a closure returned this."""
+
+    def on_stepped(self, slot: int) -> None:
+        """Take note: the step is done."""
+
+
+def unwrap(optimizer: object) -> Any:  # noqa: ANN401  (an optimizer, or what merely acts as one)
+    """Give the optimizer inside of wrappers that keep it as `.optimizer` (Accelerate, Lightning, and others)."""
+    seen: set[int] = set()
+    while id(optimizer) not in seen:
+        seen.add(id(optimizer))
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer) or (inner is not None and hasattr(inner, "param_groups") and hasattr(inner, "step")):
+            optimizer = inner
+    return optimizer
+
+
+class StepHooks:
+    """Tells a listener once of each executed `step()` of an optimizer, whatever its closures and subclasses do.
+
+    The optimizer holds its hooks, and they the listener: a watcher that nobody keeps lives as long as its optimizer.
+    """
+
+    def __init__(self, optimizer: Any, slot: int, listener: StepListener) -> None:  # noqa: ANN401  (any object with step())
+        """Attach; `slot` is handed back to the listener."""
+        self._slot = slot
+        self._listener: StepListener | None = listener
+        self._pid = os.getpid()
+        self._depth = 0
+        self._seen = False
+        if hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "register_step_post_hook"):
+            before, after = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+            self._detach: Callable[[], None] = lambda: (before.remove(), after.remove(), None)[-1]
+        else:
+            self._detach = _wrap_step(optimizer, self._before, self._after)
+
+    def detach(self) -> None:
+        """Take the hooks off; a step that is under way is not told of any more."""
+        self._listener = None
+        self._detach()
+
+    @property
+    def looked(self) -> bool:
+        """Whether a step is under way whose gradients have been looked at already."""
+        return self._depth > 0 and self._seen
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # noqa: ANN401
+        # super().step() of a subclass fires the hooks again. A step that raised never came back, so the depth is bounded
+        # by the number of step() definitions there are, and heals itself.
+        deepest = sum("step" in vars(c) for c in type(optimizer).__mro__ if c is not torch.optim.Optimizer)
+        self._depth = self._depth + 1 if self._depth < deepest else 1
+        if self._depth > 1:
+            return None
+        self._seen = False
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            self._look()
+            return None
+
+        def looked_at(*a: object, **k: object) -> object:
+            try:
+                loss = closure(*a, **k)
+            except BaseException:
+                self._depth = 0
+                raise
+            if not self._seen:  # the first evaluation: the gradient at the weights that the step starts from
+                if (listener := self._live()) is not None:
+                    listener.on_loss(self._slot, loss)
+                self._look()
+            return loss
+
+        return ((args[0], looked_at, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": looked_at})
+
+    def _after(self, _optimizer: object, _args: object, _kwargs: object) -> None:
+        if self._depth == 0:  # its opening was lost to an exception
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            if not self._seen:  # a closure that the optimizer never called
+                self._look()
+            if (listener := self._live()) is not None:
+                listener.on_stepped(self._slot)
+
+    def _look(self) -> None:
+        self._seen = True
+        if (listener := self._live()) is not None:
+            listener.on_look(self._slot)
+
+    def _live(self) -> StepListener | None:
+        return self._listener if os.getpid() == self._pid else None  # a forked child is silent
+
+
+def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> Callable[[], None]:  # noqa: ANN401
+    """Do by hand, for an object without step hooks, what torch's own `profile_hook_step` does; give what undoes it."""
+    original = optimizer.step
+    own = "step" in vars(optimizer)
+
+    def step(self: object, *args: object, **kwargs: object) -> object:
+        changed = before(self, (self, *args), kwargs)
+        all_args, all_kwargs = changed if changed is not None else ((self, *args), kwargs)
+        result = original(*all_args[1:], **all_kwargs)
+        after(self, all_args, all_kwargs)
+        return result
+
+    bound = step.__get__(optimizer)  # a bound method, because schedulers read `step.__func__`
+    optimizer.step = bound
+
+    def undo() -> None:
+        if vars(optimizer).get("step") is not bound:  # somebody wrapped it after us: theirs stays, and ours only passes on
+            return
+        if own:
+            optimizer.step = original
+        else:
+            del optimizer.step
+
+    return undo
+
+
+class ForwardTrace:
+    """Sees which modules run, in which order, between `arm` and `disarm`, through one global hook.
+
+    A hook on the modules themselves would travel with `torch.save(model)`, `deepcopy` and pickle; a global one does not.
+    A disarmed hook costs as much as an armed one, so between probes none is registered.
+    """
+
+    def __init__(self) -> None:
+        """Begin disarmed."""
+        self._undo: weakref.finalize[..., Any] | None = None
+        self._names: Mapping[int, str] = {}
+        self._ran: dict[str, None] = {}
+        self.half = False
+        """Whether autocast to float16 was on in what was seen."""
+
+    @property
+    def armed(self) -> bool:
+        """Whether it is looking now."""
+        return self._undo is not None
+
+    def arm(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Begin to look for these modules; False, and nothing is done, where torch.compile is in use.
+
+        In compiled code a global hook would be traced, cost a recompilation when it leaves, and never fire.
+        """
+        self.disarm()
+        if _compiled():
+            return False
+        self._names = {id(module): name for name, module in modules.items()}
+        self._ran = {}
+        self.half = False
+        me = weakref.ref(self)
+
+        def hook(module: nn.Module, _inputs: object) -> None:
+            if torch.compiler.is_compiling():
+                return
+            trace = me()
+            if trace is not None:
+                trace._saw(module)
+
+        handle = register_module_forward_pre_hook(hook)
+        self._undo = weakref.finalize(self, handle.remove)  # gone with the trace, even when nobody disarms it
+        return True
+
+    def disarm(self) -> None:
+        """Stop looking; what was seen stays."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    @property
+    def ran(self) -> tuple[str, ...]:
+        """Names of the modules that ran, in the order in which they began."""
+        return tuple(self._ran)
+
+    def _saw(self, module: nn.Module) -> None:
+        name = self._names.get(id(module))
+        # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
+        if name is not None and name not in self._ran and (torch.is_grad_enabled() or module.training):
+            self._ran[name] = None
+            if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
+                self.half = True
+            if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
+                self.half = True
+
+
+def _compiled() -> bool:
+    dynamo = sys.modules.get("torch._dynamo")
+    counters = getattr(getattr(dynamo, "utils", None), "counters", None)
+    return bool(counters is not None and sum(counters["frames"].values()))

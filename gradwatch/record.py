@@ -1,0 +1,208 @@
+"""The run's own record, one JSON object a line: written and read here."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from gradwatch.report import Alert, Report, Severity
+from gradwatch.snapshot import ModelInfo, Snapshot, from_json, from_plain, to_json, to_plain
+
+FORMAT = 1
+NAME = "record.jsonl"
+BOUND = 64 * 2**20
+"""Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
+steps of a model with 100 parameter tensors."""
+
+_FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a record holds."""
+
+    models: tuple[ModelInfo, ...]
+    snapshots: tuple[Snapshot, ...]
+    alerts: tuple[Alert, ...]
+    """Every alert of the run as it was last, in the order in which they began."""
+    path: str = ""
+    thinned: int = 0
+    """How many snapshots were dropped to keep the bound."""
+    broken: int = 0
+    """How many lines could not be read: a process that was killed leaves half a line."""
+
+    def worst(self) -> Severity | None:
+        """Give the gravest severity of any alert, open or cleared; None if there was none."""
+        return max((a.severity for a in self.alerts), default=None)
+
+
+class Record:
+    """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
+        """Write into `directory`, at most `bound` bytes; a record that is there already is replaced."""
+        self._path = Path(directory) / NAME
+        self._bound = bound
+        self._file: TextIO | None = None
+        self._size = 0
+        self._thinned = 0
+        self._models: list[ModelInfo] = []
+        self._open: dict[tuple[object, ...], Alert] = {}
+
+    def __call__(self, report: Report) -> None:
+        """Append what the report adds."""
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+            self._write({"format": FORMAT})
+        snapshot = report.snapshot
+        if not self._models or self._models[-1] is not snapshot.model:
+            self._models.append(snapshot.model)
+            self._write({"model": to_plain(snapshot.model)})
+        self._write({"snapshot": {**to_plain(snapshot), "model": len(self._models) - 1}})
+        for alert in report.cleared:
+            self._open.pop(_key(alert), None)
+            self._write({"alert": to_plain(alert)})
+        for alert in report.open:
+            known = self._open.get(_key(alert))
+            if known is None or known.severity is not alert.severity:
+                self._write({"alert": to_plain(alert)})
+            self._open[_key(alert)] = alert
+        self._file.flush()
+        if self._size > self._bound:
+            self._thin()
+
+    def close(self) -> None:
+        """Write the alerts that are open as they are now, and close the file."""
+        try:
+            if self._file is not None:
+                for alert in self._open.values():
+                    self._write({"alert": to_plain(alert)})
+                self._file.close()
+        finally:
+            self._file = None
+            release(self._path.parent)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            text = to_json(line) + "\n"
+            self._file.write(text)
+            self._size += len(text)
+
+    def _thin(self) -> None:
+        """Drop every second snapshot of the older three quarters, into a new file that takes the place of the old one."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
+        drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
+        self._thinned += len(drop)
+        kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text("".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8")
+        fresh.replace(self._path)
+        self._size = self._path.stat().st_size
+        self._file = self._path.open("a", encoding="utf-8")
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read the record of a run.
+
+    Args:
+        path: the record, its folder, or a log directory with one run in or below it.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: there are several runs (use `read_runs`), or this is not a record of this format.
+
+    """
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise ValueError(f"{path} holds {len(runs)} runs, and one is wanted: {', '.join(runs)}")
+    return next(iter(runs.values()))
+
+
+def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
+    """Read every record in or below `path`, each under the name of its folder as seen from there.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: a file is not a record of this format.
+
+    """
+    top = Path(path)
+    found = [top] if top.is_file() else sorted(top.rglob(NAME))
+    if not found:
+        raise FileNotFoundError(f"no {NAME} in or below {top}: was it written by gradwatch.watch(..., logdir=...)?")
+    return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file) for file in found}
+
+
+@dataclass
+class _Draft:
+    models: list[ModelInfo] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
+
+
+def _read(file: Path) -> Run:
+    draft, thinned, broken = _Draft(), 0, 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines):
+            try:
+                content = from_json(line)
+                if number == 0 and content["format"] != FORMAT:
+                    raise ValueError(f"format {content['format']!r}")
+                thinned = content.get("thinned", thinned)
+                _take(draft, content)
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+                if number == 0:
+                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                broken += 1
+    return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken)
+
+
+def _take(draft: _Draft, content: dict[str, Any]) -> None:
+    if "model" in content:
+        draft.models.append(from_plain(ModelInfo, content["model"]))
+    elif "snapshot" in content:
+        plain = content["snapshot"]
+        draft.snapshots.append(from_plain(Snapshot, {**plain, "model": draft.models[plain["model"]]}))
+    elif "alert" in content:
+        alert = from_plain(Alert, content["alert"])
+        draft.alerts[(*_key(alert), alert.began)] = alert
+
+
+def _key(alert: Alert) -> tuple[object, ...]:
+    return alert.finding.key
+
+
+_held: set[Path] = set()
+"""Directories of live watchers."""
+
+
+def claim(logdir: str | os.PathLike[str], name: str | None = None) -> Path:
+    """Give the directory for a run below `logdir`, `gradwatch` or `gradwatch-<name>`, with `-2`, ... if a live watcher holds it.
+
+    Raises:
+        NotADirectoryError: `logdir` is a file.
+
+    """
+    top = Path(logdir).absolute()
+    if top.exists() and not top.is_dir():
+        raise NotADirectoryError(f"logdir must be a folder, got the file {top}")
+    first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"
+    names = itertools.chain([first], (f"{first}-{k}" for k in itertools.count(2)))
+    directory = next(top / n for n in names if top / n not in _held)
+    _held.add(directory)
+    return directory
+
+
+def release(directory: Path) -> None:
+    """Let go of a directory that was claimed."""
+    _held.discard(directory)

@@ -1,0 +1,157 @@
+"""Findings, the alerts they become, and what a step reports to the sinks."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from gradwatch.snapshot import Snapshot
+
+
+@functools.total_ordering
+class Severity(enum.Enum):
+    """How bad a finding is: INFO is shown and never fails anything, WARNING and ERROR do."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+    def __lt__(self, other: Severity) -> bool:
+        """Order by gravity."""
+        order = list(Severity)
+        return order.index(self) < order.index(other)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A detector's word on one snapshot: this condition holds here, now."""
+
+    code: str
+    """Stable code of the rule, such as GW101."""
+    kind: str
+    """vanishing-depth, exploding, disconnected, non-finite, ..."""
+    severity: Severity
+    place: str
+    """Name of the module; "" is the whole model."""
+    parameter: str | None = None
+    lag: int | None = None
+    onset: int | None = None
+    """First step of the unbroken run of measured snapshots that show the condition, as far back as is remembered."""
+    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    optimizer: int | None = None
+    """The optimizer on whose snapshots it was found: only those can clear it."""
+
+    @property
+    def key(self) -> tuple[str, str, str | None, int | None]:
+        """What makes two findings the same alert."""
+        return self.code, self.place, self.parameter, self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a finding means, in words."""
+
+    message: str
+    cause: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A finding that began at a step, was last seen at another, and may have cleared at a third."""
+
+    finding: Finding
+    began: int
+    last: int
+    cleared: int | None = None
+    message: str = ""
+    cause: str = ""
+    remedy: str = ""
+
+    @property
+    def severity(self) -> Severity:
+        """Severity of the newest finding."""
+        return self.finding.severity
+
+    def __str__(self) -> str:
+        """Give the alert as a colleague would say it, in one line."""
+        parts = [f"{self.finding.code} {self.finding.kind}: {self.message}"]
+        if self.cause:
+            parts.append(f"Likely cause: {self.cause}.")
+        if self.remedy:
+            parts.append(f"Try: {self.remedy}.")
+        return " ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one measured step says: its numbers, and the alerts that began, are open, or cleared with it."""
+
+    snapshot: Snapshot
+    began: tuple[Alert, ...] = ()
+    open: tuple[Alert, ...] = ()
+    cleared: tuple[Alert, ...] = ()
+
+
+class GradientHealthError(AssertionError):
+    """Raised by `assert_healthy`, and in training by `on_alert="raise"`; `alerts` are those that caused it."""
+
+    def __init__(self, message: str, alerts: Sequence[Alert] = ()) -> None:
+        """Keep the alerts beside the text."""
+        super().__init__(message)
+        self.alerts = tuple(alerts)
+
+
+class GradwatchWarning(UserWarning):
+    """Something gradwatch could not do; training goes on without it."""
+
+
+Sink = Callable[[Report], object]
+"""Anything that takes the reports; `list.append` is one."""
+
+
+def advance(
+    open_alerts: Iterable[Alert],
+    findings: Iterable[Finding],
+    recent: Sequence[int],
+    *,
+    optimizer: int | None,
+    patience: int,
+    explain: Callable[[Finding], Explanation],
+) -> tuple[tuple[Alert, ...], tuple[Alert, ...], tuple[Alert, ...]]:
+    """Let alerts begin, last and clear; pure.
+
+    Args:
+        open_alerts: the alerts that are open.
+        findings: what was found now.
+        recent: steps of the measured snapshots of this optimizer, oldest first, the newest last.
+        optimizer: the one that took this step; alerts of the others stay as they are.
+        patience: an alert clears after so many snapshots in a row without its finding.
+        explain: puts a finding into words.
+
+    Returns:
+        The alerts that began now, all that are open, and those that cleared now.
+
+    """
+    now = recent[-1]
+    found = {f.key: f for f in findings}
+    began: list[Alert] = []
+    still: list[Alert] = []
+    cleared: list[Alert] = []
+    for alert in open_alerts:
+        finding = found.pop(alert.finding.key, None)
+        if finding is not None:
+            still.append(_tell(replace(alert, finding=replace(finding, onset=alert.finding.onset), last=now), explain))
+        elif alert.finding.optimizer == optimizer and sum(step > alert.last for step in recent) >= patience:
+            cleared.append(replace(alert, cleared=now))
+        else:
+            still.append(alert)
+    began = [_tell(Alert(finding=f, began=now, last=now), explain) for f in found.values()]
+    return tuple(began), (*still, *began), tuple(cleared)
+
+
+def _tell(alert: Alert, explain: Callable[[Finding], Explanation]) -> Alert:
+    said = explain(alert.finding)
+    return replace(alert, message=said.message, cause=said.cause, remedy=said.remedy)

@@ -1,0 +1,265 @@
+"""What one training step measured, as frozen plain values with an exact JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+Role = Literal["weight", "bias", "normalization", "embedding", "scale"]
+"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, or any other gain."""
+
+Stage = Literal["before_clip", "applied"]
+"""Whether the gradients were read before clipping, or as the optimizer consumed them."""
+
+Absent = Literal["frozen", "unused", "disconnected"]
+"""Why a parameter has no gradient: `requires_grad` is False; no forward pass that was seen used its
+layer; its layer ran in the forward pass of this step and still nothing arrived."""
+
+Column = tuple[float | None, ...]
+"""One number per entry of `ModelInfo.parameters`; None where there is no gradient, which is never 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """A parameter of the watched model; tied parameters stand once, under their first name."""
+
+    name: str
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    optimizer: int | None
+    """Index into `ModelInfo.optimizers`; None if no watched optimizer steps it."""
+    role: Role
+
+    @property
+    def elements(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """A module that owns parameters."""
+
+    name: str
+    kind: str
+    """Class name of the module."""
+    order: int | None = None
+    """Position in the forward pass; None until a probe has seen the layer run."""
+    location: str | None = None
+    """`file:line` of the user's class that holds the layer; None if all of its ancestors are torch's."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerInfo:
+    """An optimizer that steps parameters of the model."""
+
+    kind: str
+    adaptive: bool
+    """Whether it divides the gradient by a running measure of its size, as Adam does."""
+    eps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What does not change from step to step; a new one is made when it does."""
+
+    layers: tuple[LayerInfo, ...]
+    parameters: tuple[ParameterInfo, ...]
+    optimizers: tuple[OptimizerInfo, ...] = ()
+
+    @property
+    def forward_order(self) -> tuple[int, ...]:
+        """Numbers of the layers in the order of the forward pass; those that never ran come last."""
+        return tuple(sorted(range(len(self.layers)), key=lambda i: math.inf if (at := self.layers[i].order) is None else at))
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationStats:
+    """A module whose output carried a gradient in a probe."""
+
+    module: str
+    grad_norm: float | None = None
+    dead: float | None = None
+    saturated: float | None = None
+    units: int | None = None
+    scaled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStats:
+    """Gradients through the time of one sequence module, or of one layer and direction (`part`) of it.
+
+    Series run from the oldest timestep to the newest; lag gains from lag 0, the newest timestep, back.
+    """
+
+    module: str
+    part: str = ""
+    length: int = 0
+    rows: int = 0
+    grad_input: tuple[float, ...] | None = None
+    grad_hidden: tuple[float, ...] | None = None
+    grad_hidden_direct: tuple[float, ...] | None = None
+    grad_cell: tuple[float, ...] | None = None
+    carry_ratio: float | None = None
+    lag_gain: tuple[float, ...] | None = None
+    lag_gain_hidden: tuple[float, ...] | None = None
+    lag_gain_cell: tuple[float, ...] | None = None
+    censored: bool | None = None
+    replay_residual: float | None = None
+    adjoint_residual: float | None = None
+    scaled: bool = False
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A measured cause: a number called `name` (saturation, spectral_radius, ...) at a module."""
+
+    place: str
+    name: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The numbers of one executed optimizer step. Columns run along `model.parameters`.
+
+    A column that is None was not taken in this step. An entry that is None has no gradient, or belongs
+    to a parameter that this optimizer does not step; None is never 0.
+    """
+
+    step: int
+    wall_time: float
+    """Seconds since the epoch."""
+    model: ModelInfo
+    optimizer: int | None = None
+    """Index into `model.optimizers`; None if the loop has no optimizer object."""
+    stage: Stage = "applied"
+    loss: float | None = None
+    """Mean unscaled loss of the step; None if the loop did not tell."""
+    scale: float | None = None
+    """The loss scale that was divided out of the gradients."""
+    clip_factor: float | None = None
+    """Global norm as applied over global norm before clipping."""
+    skipped: bool = False
+    """Whether a GradScaler skipped the update."""
+    norm: Column = ()
+    """L2 norm of the gradient, exact to 1e-6 over the range of its format."""
+    nonfinite: Column | None = None
+    """Number of NaN and infinite entries, counted where the norm is not finite."""
+    weight_norm: Column | None = None
+    """L2 norm of the parameter before the update."""
+    zeros: Column | None = None
+    """Share of entries of the gradient that are exactly 0."""
+    subnormal: Column | None = None
+    """Share of the non-zero entries below the smallest normal number of the computing dtype."""
+    update_ratio: Column | None = None
+    """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
+    absent: tuple[Absent | None, ...] | None = None
+    activations: tuple[ActivationStats, ...] | None = None
+    sequences: tuple[SequenceStats, ...] | None = None
+    facts: tuple[Fact, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def norm_global(self) -> float | None:
+        """L2 norm over all gradients together; None if there is none."""
+        norms = [n for n in self.norm if n is not None]
+        return math.hypot(*norms) if norms else None
+
+    @property
+    def rms(self) -> Column:
+        """Norm over the root of the number of entries: the size of a typical entry."""
+        return tuple(
+            None if n is None else n / math.sqrt(max(p.elements, 1))
+            for n, p in zip(self.norm, self.model.parameters, strict=True)
+        )
+
+
+# --- JSON: floats by repr, which is exact; NaN and the infinities, which JSON lacks, as {"float": "nan"}. ---
+
+T = TypeVar("T")
+
+
+def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, and what JSON can hold)
+    """Give `value` as dicts, lists, numbers and strings; fields that hold their default are left out.
+
+    Columns of numbers are passed on as they are (a tuple is a list to JSON), so that this costs little.
+    """
+    if dataclasses.is_dataclass(value):
+        return {name: to_plain(v) for name, default in _fields(type(value)) if (v := getattr(value, name)) is not default}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [to_plain(v) for v in value] if value and dataclasses.is_dataclass(value[0]) else list(value)
+    return value
+
+
+def from_plain(kind: type[T], plain: Any) -> T:  # noqa: ANN401  (what `json.loads` gives)
+    """Give back the `kind` that `to_plain` took apart.
+
+    Raises:
+        TypeError, ValueError: `plain` is not a `kind`.
+
+    """
+    return typing.cast("T", _read(kind, plain))
+
+
+def to_json(plain: Any) -> str:  # noqa: ANN401  (what `to_plain` gives)
+    """Give one line of JSON."""
+    try:
+        return json.dumps(plain, allow_nan=False, separators=(",", ":"))
+    except ValueError:  # somewhere there is a NaN or an infinity
+        return json.dumps(_spell(plain), allow_nan=False, separators=(",", ":"))
+
+
+def from_json(line: str) -> Any:  # noqa: ANN401  (what `to_json` took)
+    """Read one line of JSON as `to_json` writes it."""
+    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
+
+
+def _spell(plain: Any) -> Any:  # noqa: ANN401
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return {"float": str(plain)}
+    if isinstance(plain, Mapping):
+        return {k: _spell(v) for k, v in plain.items()}
+    return [_spell(v) for v in plain] if isinstance(plain, tuple | list) else plain
+
+
+@functools.cache
+def _fields(kind: type) -> tuple[tuple[str, object], ...]:
+    return tuple((f.name, f.default) for f in dataclasses.fields(kind))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401, PLR0911  (one line for each shape of a type)
+    if plain is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(plain, hint)):
+        return plain
+    if dataclasses.is_dataclass(hint):
+        hints = _hints(typing.cast("type", hint))
+        if not isinstance(plain, Mapping):
+            raise TypeError(f"expected the fields of a {getattr(hint, '__name__', hint)}, got {plain!r:.80}")
+        return typing.cast("type", hint)(**{name: _read(hints.get(name), v) for name, v in plain.items()})
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _read(next((a for a in arguments if a is not type(None)), None), plain)
+    if origin is tuple:
+        if dataclasses.is_dataclass(arguments[0]):
+            return tuple(_read(arguments[0], v) for v in plain)
+        return tuple(plain)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return hint(plain)
+    return plain

@@ -1,0 +1,96 @@
+"""Every number that a verdict rests on, with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The numbers behind the verdicts; all are free of units unless they say otherwise.
+
+    Every field is a plain number, so the whole can be written in YAML. `layers` overrides fields for the
+    layers whose name matches a pattern: `Thresholds(layers={"encoder.*": {"vanishing_ratio": 1e-5}})`.
+
+    Raises:
+        ValueError: a number is out of its range, or an override names no field.
+
+    """
+
+    window: int = 20
+    """Measured snapshots over which a condition must hold. 20 outlasts the noise of single batches and the
+    first steps of a warm-up (research of the labelled runs in benchmarks/)."""
+    share: float = 0.8
+    """Share of the window in which it must hold."""
+    clear_factor: float = 3.0
+    """An open alert clears only once its number is better than the limit by this factor: hysteresis."""
+
+    vanishing_ratio: float = 1e-3
+    """A layer's sensitivity over the largest of the layers after it. AutoTrainer (ICSE 2021) takes the same
+    1e-3 for first over last kernel; the square of 1e-3 is below the noise of a mini-batch gradient."""
+    vanishing_ratio_adaptive: float = 1e-4
+    """The same under Adam-like optimizers, which give small gradients steps of full size."""
+    vanishing_sound: float = 1e-2
+    """A layer whose ratio once reached this was sound; if it fades later, the loss decides."""
+    vanishing_rising: float = 3.0
+    """Not vanishing while the last third of the window is this much above the first third: it is opening."""
+    flat_sensitivity: float = 1e-4
+    """The largest sensitivity over |loss|: below it, and with a loss that stands still, nothing learns."""
+    norm_below: float | None = None
+    """Absolute norm of a layer's gradient below which it counts as vanished; in the units of the loss, so off."""
+
+    explosion_growth: float = 100.0
+    """Global norm over the median of its own first window."""
+    explosion_update: float = 1.0
+    """A weight that changes by more than itself in one step."""
+    explosion_update_at_once: float = 30.0
+    """A change so large that one is enough."""
+    explosion_loss: float = 20.0
+    """Median of the last losses over the best level before: a jump that lasts."""
+    explosion_spread: float = 1e4
+    """Sensitivity of the earliest layers over the last: growth through depth, at initialization."""
+    norm_above: float | None = None
+    """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
+
+    improved: float = 0.7
+    """The loss has improved when the median of the last 5 is below this share of that of the first 5."""
+    disconnected_steps: int = 10
+    """Measured snapshots without any gradient before a layer that ran counts as disconnected."""
+    skipped_steps: int = 25
+    """Steps in a row that a GradScaler may skip; it halves the scale each time, and 2^25 outlasts float16."""
+    horizon_gain: float = 1e-3
+    """Share of its maximum below which the lag gain counts as gone."""
+
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "layers" or (value is None and f.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"Thresholds.{f.name} must be a number, got {value!r}")
+            if value <= 0:
+                raise ValueError(f"Thresholds.{f.name} must be above 0, got {value!r}")
+            if f.name in _COUNTS and not isinstance(value, int):
+                raise ValueError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
+        if self.share > 1:
+            raise ValueError(f"Thresholds.share must be at most 1, got {self.share!r}")
+        for pattern, numbers in self.layers.items():
+            try:
+                dataclasses.replace(self, layers={}, **numbers)
+            except TypeError:
+                known = ", ".join(f.name for f in dataclasses.fields(self) if f.name != "layers")
+                raise ValueError(f"Thresholds.layers[{pattern!r}] must name fields of Thresholds ({known}), got {', '.join(numbers)}") from None
+
+    def of(self, layer: str) -> Thresholds:
+        """Give the thresholds that hold for `layer`: the last pattern that matches wins."""
+        mine = {k: v for pattern, numbers in self.layers.items() if fnmatch.fnmatchcase(layer, pattern) for k, v in numbers.items()}
+        return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
+
+
+_COUNTS = ("window", "disconnected_steps", "skipped_steps")

@@ -1,0 +1,201 @@
+"""A measurement under way: device tensors by name and column, copied once, and made a snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch import stats
+from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
+
+_BUDGET = 256 * 2**20
+"""Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
+_PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+class Reading:
+    """The numbers of one step, on their way from the device to a `Snapshot`.
+
+    Begun where the gradients are complete, finished when the optimizer's step is done. Until then every number stays on
+    its device, and `snapshot` copies once per device.
+    """
+
+    def __init__(self, step: int, model: ModelInfo, stage: Stage, *, probe: bool) -> None:
+        """Begin with nothing measured."""
+        self.step, self.model, self.stage, self.probe = step, model, stage, probe
+        self.absent: Sequence[Absent | None] = ()
+        self.applied = False
+        """Whether the optimizer has come to take the gradients."""
+        self._tensors: dict[torch.device, list[Tensor]] = {}
+        self._places: dict[torch.device, list[tuple[str, Sequence[int]]]] = {}
+        self._copies: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, name: str, columns: Sequence[int], tensor: Tensor) -> None:
+        """Pack a tensor of `len(columns)` numbers; what is added later under the same name and column replaces it."""
+        self._tensors.setdefault(tensor.device, []).append(tensor.reshape(-1))
+        self._places.setdefault(tensor.device, []).append((name, columns))
+
+    def gradients(self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool) -> None:
+        """Measure the gradients, and at a probe count their small entries.
+
+        Args:
+            columns: the column of each gradient.
+            gradients: as they are, of any layout and format.
+            scale: the loss scale that is still in them.
+            half: whether they were computed in float16, whatever they are kept in.
+
+        """
+        tensors = [g if type(g) is Tensor and g.layout is torch.strided and g.dtype in _PLAIN else stats.plain(g) for g in gradients]
+        if scale is not None:
+            self.add("scale", [0], torch.as_tensor(scale, dtype=torch.float64))
+        for device, members in by_device(tensors).items():
+            mine, here = [columns[i] for i in members], [tensors[i] for i in members]
+            norms = stats.norms(here)
+            # On CPU looking is free. Elsewhere it would be a second synchronisation, so all are counted, at probes only.
+            bad = [k for k, n in enumerate(norms.tolist()) if not math.isfinite(n)] if device.type == "cpu" else [*range(len(here))] * self.probe
+            if bad:
+                self.add("nonfinite", [mine[k] for k in bad], torch.stack([stats.nonfinite(here[k]) for k in bad]))
+            self.add("norm", mine, norms if scale is None else norms / torch.as_tensor(scale, dtype=norms.dtype, device=device))
+            if self.probe:
+                # float16 flushes what it computes, which still has the scale in it.
+                flushed = torch.finfo(torch.float16).smallest_normal / float(scale) if half and scale is not None else 0.0
+                counts = [stats.nonzero(t) for t in here]
+                tiny = [stats.tiny(t, n, max(torch.finfo(t.dtype).smallest_normal, flushed)) for t, n in zip(here, counts, strict=True)]
+                self.add("nonzero", mine, torch.stack(counts))
+                self.add("tiny", mine, torch.stack(tiny))
+
+    def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
+        """Measure the norms of the parameters."""
+        known = [i for i, p in enumerate(parameters) if p.device.type != "meta" and not isinstance(p, nn.parameter.UninitializedTensorMixin)]
+        tensors = [p.detach() if (p := parameters[i]).dtype in _PLAIN else stats.plain(p) for i in known]
+        for members in by_device(tensors).values():
+            self.add("weight_norm", [columns[known[i]] for i in members], stats.norms([tensors[i] for i in members]))
+
+    def losses(self, losses: Sequence[float | Tensor]) -> None:
+        """Average the losses of the step."""
+        if not losses:
+            return
+        total: float | Tensor = sum(x for x in losses if not isinstance(x, Tensor))
+        for x in losses:
+            if isinstance(x, Tensor):
+                total = total + x.double().mean()
+        self.add("loss", [0], torch.as_tensor(total, dtype=torch.float64) / len(losses))
+
+    def as_applied(self, gradients: Sequence[Tensor], optimizer: object) -> None:
+        """Measure the global norm once more, of the gradients as the optimizer takes them: after clipping."""
+        tensors = [stats.plain(g) for g in gradients]
+        for number, members in enumerate(by_device(tensors).values()):
+            self.add("applied", [number], torch.linalg.vector_norm(stats.norms([tensors[i] for i in members])))
+        scale = getattr(optimizer, "grad_scale", None)
+        if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
+            self.add("late_scale", [0], scale)
+
+    def found_inf(self, optimizer: object) -> None:
+        """Note whether a fused optimizer is told to skip this step."""
+        found = getattr(optimizer, "found_inf", None)
+        if isinstance(found, Tensor):
+            self.add("found_inf", [0], found)
+
+    def copy_weights(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int) -> int:
+        """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
+
+        Returns:
+            The number to begin with the next time.
+
+        """
+        left = _BUDGET
+        self._copies = []
+        for i in (*range(turn, len(parameters)), *range(turn)):
+            parameter = parameters[i]
+            if parameter.grad is None or parameter.dtype not in _PLAIN:
+                continue
+            wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
+            left -= parameter.numel() * wide.itemsize
+            if left < 0 and self._copies:
+                return i
+            self._copies.append((columns[i], parameter, parameter.detach().to(wide, copy=True)))
+        return 0
+
+    def updates(self) -> None:
+        """Measure how far the parameters have moved from their copies, which are used up."""
+        copies, self._copies = self._copies, []
+        for members in by_device([copy for _, _, copy in copies]).values():
+            olds = [copies[i][2] for i in members]
+            news = [copies[i][1].detach().to(old.dtype) for i, old in zip(members, olds, strict=True)]
+            torch._foreach_sub_(olds, news)  # in place: half of the memory and two thirds of the time
+            self.add("update", [copies[i][0] for i in members], stats.norms(olds))
+
+    def snapshot(self, optimizer: int | None, *, skipped: bool = False) -> Snapshot:
+        """Copy what was measured and make it a snapshot."""
+        values = self._take()
+        norm, weight = values.get("norm", {}), values.get("weight_norm", {})
+        scale = values.get("scale", {}).get(0)
+        if scale is None and (scale := values.get("late_scale", {}).get(0)) is not None:
+            norm = {c: n / scale for c, n in norm.items()}
+            values["applied"] = {c: n / scale for c, n in values["applied"].items()}
+        factor = None
+        if "applied" in values:
+            before = math.hypot(*norm.values())
+            factor = math.hypot(*values["applied"].values()) / before if before > 0 else None
+        skipped = skipped or any(values.get("found_inf", {}).values())
+        nonzero, tiny = values.get("nonzero", {}), values.get("tiny", {})
+        elements = {c: max(self.model.parameters[c].elements, 1) for c in nonzero}
+        return Snapshot(
+            step=self.step,
+            wall_time=time.time(),
+            model=self.model,
+            optimizer=optimizer,
+            stage=self.stage,
+            loss=values.get("loss", {}).get(0),
+            scale=scale,
+            clip_factor=factor,
+            skipped=skipped,
+            norm=self._column(norm),
+            nonfinite=self._column(values["nonfinite"]) if "nonfinite" in values else None,
+            weight_norm=self._column(weight) if weight else None,
+            zeros=self._column({c: 1.0 - n / elements[c] for c, n in nonzero.items()}) if nonzero else None,
+            subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
+            update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
+            absent=tuple(self.absent) if any(self.absent) else None,
+        )
+
+    def _column(self, values: dict[int, float]) -> Column:
+        return tuple(map(values.get, range(len(self.model.parameters))))
+
+    def _take(self) -> dict[str, dict[int, float]]:
+        values: dict[str, dict[int, float]] = {}
+        for device, tensors in self._tensors.items():
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            numbers = iter(torch.cat([t.to(wide) for t in tensors]).tolist())
+            for name, columns in self._places[device]:
+                values.setdefault(name, {}).update(zip(columns, itertools.islice(numbers, len(columns)), strict=True))
+        return values
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute outside of the graph, and in the formats that are asked for."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Give the numbers of the tensors on each device."""
+    found: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        found.setdefault(tensor.device, []).append(index)
+    return found
+
+
+def _ratio(change: float, weight: float) -> float:
+    return change / weight if weight else math.inf if change else 0.0

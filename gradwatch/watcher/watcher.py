@@ -1,0 +1,467 @@
+"""The step: measure, detect, emit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import logging
+import os
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, ParamSpec
+
+from torch import Tensor, nn
+
+from gradwatch import console, layers
+from gradwatch.detectors import explain
+from gradwatch.history import Detector, History
+from gradwatch.hooks import ForwardTrace, StepHooks, unwrap
+from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance
+from gradwatch.snapshot import Absent, ModelInfo, Snapshot, Stage, from_plain, to_plain
+from gradwatch.thresholds import Thresholds
+from gradwatch.watcher.cadence import Cadence
+from gradwatch.watcher.reading import Reading, undisturbed
+
+_log = logging.getLogger("gradwatch")
+P = ParamSpec("P")
+
+OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
+
+_PATIENCE = 3
+"""Measurements in a row that may fail before measuring is switched off."""
+_LOSSES = 10_000
+"""Losses that are remembered between two steps."""
+
+
+@dataclass
+class Slot:
+    """One optimizer (None: the loop has none) and where it stands."""
+
+    index: int
+    optimizer: Any
+    hooks: StepHooks | None = None
+    count: int = 0
+    """The number of its next step."""
+    stride: int = 1
+    tracing: bool = False
+    """Whether somebody looks at the forward pass of its next step."""
+    reading: Reading | None = None
+    ids: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    model: ModelInfo | None = None
+    """The description that `columns` belongs to."""
+    weighed: bool = False
+    """Whether the weights were measured since `columns` was made."""
+    absent: dict[int, Absent] = field(default_factory=dict)
+    """What the last probe said of the columns without a gradient."""
+    turn: int = 0
+    """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
+
+
+def _guarded(method: Callable[P, None]) -> Callable[P, None]:
+    """Keep every failure of gradwatch out of the training that calls it."""
+
+    @functools.wraps(method)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> None:
+        watcher: Watcher = args[0]  # type: ignore[assignment]
+        if watcher._off or os.getpid() != watcher._pid:
+            return
+        try:
+            method(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  (diagnostics never kill training)
+            watcher._failed(error)
+        if watcher._error is not None:  # unless they are asked to
+            wanted, watcher._error = watcher._error, None
+            raise wanted
+
+    return inside
+
+
+class Watcher:
+    """Measures the gradients of a model at each step of its optimizers and reports what is wrong with them.
+
+    Made by `gradwatch.watch`, which documents the options. Its repr is the table of layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        *,
+        cadence: Cadence,
+        thresholds: Thresholds,
+        ignore: Sequence[str],
+        detectors: Sequence[Detector],
+        sinks: Sequence[Sink],
+        on_alert: OnAlert,
+        scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
+        clock: Callable[[], int] | None = None,
+    ) -> None:
+        """Attach to the optimizers. `clock` numbers the steps where the loop has an axis of its own."""
+        self._model = weakref.ref(model)
+        self._pid = os.getpid()
+        self._off = False
+        self._failures = 0
+        self._warned: set[str] = set()
+        self._error: GradientHealthError | None = None
+        self._cadence, self._clock, self._scaler = cadence, clock, scaler
+        self._ignore, self._detectors, self._on_alert = tuple(ignore), list(detectors), on_alert
+        self._sinks = list(sinks)
+        self._history = History(thresholds)
+        self._trace = ForwardTrace()
+        self._order: dict[str, int] = {}
+        self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
+        self._explicit = False
+        self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
+        self._info, self._columns = layers.describe(model, optimizers, self._order)
+        self.report = Report(Snapshot(step=0, wall_time=time.time(), model=self._info, norm=(None,) * len(self._info.parameters)))
+        """The newest report; before the first measured step, one without numbers."""
+        # Sinks that hold files are closed with the watcher, or at the end of a process that forgot to close it.
+        self._close_sinks = weakref.finalize(self, _close, tuple(sinks))
+        for slot in self._slots:
+            if slot.optimizer is not None:
+                slot.hooks = StepHooks(slot.optimizer, slot.index, self)
+
+    # --- what users call ---
+
+    def step(self, step: int | None = None, *, loss: float | Tensor | None = None, optimizer: object = None) -> None:
+        """Read the gradients now: after `backward()`, before clipping.
+
+        Args:
+            step: number of the step; by default steps are counted from 0.
+            loss: the unscaled loss, as for `record`.
+            optimizer: read only the parameters of this one, of several.
+
+        Raises:
+            GradientHealthError: an alert of severity error began, and `on_alert="raise"`.
+            ValueError: `optimizer` is not one of those that are watched.
+
+        """
+        chosen = self._slots if optimizer is None else [s for s in self._slots if s.optimizer is unwrap(optimizer)]
+        if not chosen:
+            raise ValueError(f"optimizer must be one of the {len(self._slots)} that are watched, got {optimizer!r:.80}")
+        if loss is not None:
+            self.record(loss)
+        self._step(chosen, step)
+
+    def record(self, loss: float | Tensor) -> None:
+        """Tell the unscaled loss of the coming optimizer step; several calls before one step are averaged.
+
+        A tensor is held detached and copied with the rest at a measured step; at others it is dropped.
+        """
+        if not self._off:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+
+    def close(self) -> Report:
+        """Take everything off, finish the files, and give the last report; a second call does nothing."""
+        self._flush_skipped(self._slots)
+        self._off = True
+        self._trace.disarm()
+        self._losses.clear()
+        for slot in self._slots:
+            slot.reading = None
+            if slot.hooks is not None:
+                slot.hooks.detach()
+                slot.hooks = None
+            slot.optimizer = None
+        self._close_sinks()
+        return self.report
+
+    def __enter__(self) -> Watcher:
+        """Watch within a `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Give the table of layers as text."""
+        return console.text(self.report)
+
+    def _repr_html_(self) -> str:
+        return console.html(self.report)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history, the open alerts and the step as dicts, lists, numbers and strings."""
+        return {
+            "format": 1,
+            "counts": [slot.count for slot in self._slots],
+            "order": dict(self._order),
+            "history": self._history.state_dict(),
+            "alerts": [to_plain(alert) for alert in self.report.open],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another format or of another number of optimizers.
+
+        """
+        counts = state.get("counts", ())
+        if state.get("format") != 1 or len(counts) != len(self._slots):
+            raise ValueError(f"state must be of format 1 for {len(self._slots)} optimizers, got format {state.get('format')!r} for {len(counts)}")
+        for slot, count in zip(self._slots, counts, strict=True):
+            slot.count = count
+        self._order = dict(state["order"])
+        self._history.load_state_dict(state["history"])
+        self.report = dataclasses.replace(self.report, open=tuple(from_plain(Alert, alert) for alert in state["alerts"]))
+
+    # --- what the hooks call ---
+
+    @_guarded
+    def on_look(self, slot: int) -> None:
+        """Read the gradients, or if `step` has done so, see what clipping made of them; and copy weights at a probe."""
+        mine = self._slots[slot]
+        if mine.reading is not None and mine.reading.stage == "before_clip" and not mine.reading.applied:
+            with undisturbed():
+                mine.reading.as_applied([g for p in self._parameters(mine) if (g := p.grad) is not None], mine.optimizer)
+                mine.reading.found_inf(mine.optimizer)
+                mine.reading.losses(self._losses)
+        elif not self._explicit:
+            if self._clock is not None:
+                self._set_count(mine, self._clock())
+            mine.reading = self._read(mine, "applied") if self._cadence.measured(mine.count) else None
+        if mine.reading is not None:
+            mine.reading.applied = True
+            if mine.reading.probe:
+                mine.turn = mine.reading.copy_weights(mine.columns, self._parameters(mine), mine.turn)
+
+    @_guarded
+    def on_loss(self, slot: int, loss: object) -> None:  # noqa: ARG002  (a loss is of the step, whoever takes it)
+        """Take what a closure returned for the loss, unless the loop has told it."""
+        if not self._losses and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+            self.record(loss)
+
+    @_guarded
+    def on_stepped(self, slot: int) -> None:
+        """Finish the reading of this step."""
+        mine = self._slots[slot]
+        reading, mine.reading = mine.reading, None
+        self._losses.clear()
+        if not self._explicit:
+            self._count_on(mine)
+        if reading is not None:
+            with undisturbed():
+                reading.updates()
+            self._emit(reading.snapshot(slot))
+
+    # --- the step ---
+
+    @_guarded
+    def _step(self, chosen: Sequence[Slot], step: int | None) -> None:
+        if any(s.hooks is not None and s.hooks.looked for s in chosen):
+            return  # a further evaluation of a closure whose first one was measured
+        self._explicit = True
+        self._flush_skipped(chosen)
+        for slot in chosen:
+            if step is not None:
+                self._set_count(slot, step)
+            reading = self._read(slot, "before_clip") if self._cadence.measured(slot.count) else None
+            self._count_on(slot)
+            if slot.optimizer is not None:
+                slot.reading = reading
+            elif reading is not None:
+                self._emit(reading.snapshot(None))
+        self._losses.clear()
+
+    @_guarded
+    def _flush_skipped(self, chosen: Sequence[Slot]) -> None:
+        """Emit what was read before clipping and never applied: a scaler skipped it."""
+        waiting = [s for s in chosen if s.reading is not None and s.reading.stage == "before_clip"]
+        for slot in waiting:
+            reading, slot.reading = slot.reading, None
+            # Of several optimizers read together, those that did not step were just not their turn.
+            if reading is not None and len(waiting) == len(chosen):
+                self._emit(reading.snapshot(slot.index, skipped=True))
+
+    @staticmethod
+    def _set_count(slot: Slot, step: int) -> None:
+        slot.stride = max(step - (slot.count - slot.stride), 1)
+        slot.count = step
+
+    def _count_on(self, slot: Slot) -> None:
+        """Count a step, and look at the forward pass of the next one if it is a probe."""
+        slot.count += slot.stride
+        if not self._cadence.probed(slot.count) or slot.tracing:
+            return
+        model = self._model()
+        if not self._trace.armed and model is not None and not self._trace.arm(layers.named_modules(model)):
+            self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
+        slot.tracing = self._trace.armed
+
+    def _read(self, slot: Slot, stage: Stage) -> Reading:
+        """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
+        with undisturbed():
+            probe = self._cadence.probed(slot.count)
+            ran = self._take_trace(slot)
+            parameters = self._parameters(slot)
+            reading = Reading(slot.count, self._info, stage, probe=probe)
+            gradients = [p.grad for p in parameters]
+            columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
+            if len(columns) < len(parameters):
+                reading.absent = self._absent(slot, parameters, ran)
+            scale = self._scale(slot.optimizer, stage)
+            reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._trace.half)
+            reading.found_inf(slot.optimizer)
+            if probe or not slot.weighed:
+                reading.weights(slot.columns, parameters)
+                slot.weighed = True
+            reading.losses(self._losses)
+            return reading
+
+    def _emit(self, snapshot: Snapshot) -> None:
+        """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks."""
+        self._failures = 0
+        history = self._history
+        history.open = frozenset(alert.finding.key for alert in self.report.open)
+        history.add(snapshot)
+        findings: list[Finding] = []
+        for detector in tuple(self._detectors):
+            try:
+                findings += detector(history)
+            except Exception as error:  # noqa: BLE001  (a detector of the user's, perhaps)
+                self._detectors.remove(detector)
+                self._warn(f"detector {id(detector)}", f"the detector {_name(detector)} failed and is switched off: {_said(error)}")
+        began, still, cleared = advance(
+            self.report.open,
+            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in findings if not self._ignored(f)],
+            [s.step for s in history.window()],
+            optimizer=snapshot.optimizer,
+            patience=history.thresholds.window,
+            explain=explain,
+        )
+        self.report = report = Report(snapshot, began, still, cleared)
+        for sink in tuple(self._sinks):
+            try:
+                sink(report)
+            except Exception as error:  # noqa: BLE001  (a full disk, a closed writer, a sink of the user's)
+                self._sinks.remove(sink)
+                self._warn(f"sink {id(sink)}", f"the sink {_name(sink)} failed and is switched off: {_said(error)}")
+        self._tell(report)
+
+    def _tell(self, report: Report) -> None:
+        if callable(self._on_alert):
+            try:
+                for alert in report.began:
+                    self._on_alert(alert)
+            except Exception as error:  # noqa: BLE001  (the user's own function)
+                self._on_alert = "warn"
+                self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {_said(error)}")
+        if not callable(self._on_alert):
+            console.log(report)
+        if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
+            self._error = GradientHealthError("\n".join(map(str, errors)), errors)
+
+    def _ignored(self, finding: Finding) -> bool:
+        rules = (rule.partition(":") for rule in self._ignore)
+        return any(fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place)) for code, _, place in rules)
+
+    # --- the model, as it is now ---
+
+    def _parameters(self, slot: Slot) -> list[Tensor]:
+        """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the watched model is gone")
+        if slot.optimizer is None:
+            every: list[Tensor] = list(model.parameters())
+        else:
+            every = [p for group in slot.optimizer.param_groups for p in group["params"]]
+        ids = list(map(id, every))
+        if ids != slot.ids:
+            info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self._order)
+            if info != self._info:  # equal ones stay the same object, by which the record knows them
+                self._info = info
+            slot.ids = ids
+            slot.model = None
+        if slot.model is not self._info:
+            slot.model, slot.weighed = self._info, False
+            slot.columns = [self._columns[i] for i in ids if i in self._columns]
+        return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
+
+    def _take_trace(self, slot: Slot) -> frozenset[str] | None:
+        """Give the modules that ran in the forward pass of this step; None if nobody looked."""
+        if not slot.tracing:
+            return None
+        slot.tracing = False
+        if not any(s.tracing for s in self._slots):
+            self._trace.disarm()
+        owners = {layer.name for layer in self._info.layers}
+        for name in self._trace.ran:
+            if name in owners and name not in self._order:
+                self._order[name] = len(self._order)
+        slot.ids = []  # describe the model anew: for the order, and for parameters that were replaced under the same id
+        return frozenset(self._trace.ran)
+
+    def _absent(self, slot: Slot, parameters: Sequence[Tensor], ran: frozenset[str] | None) -> list[Absent | None]:
+        """Say why parameters have no gradient."""
+        reasons: list[Absent | None] = [None] * len(self._info.parameters)
+        for column, parameter in zip(slot.columns, parameters, strict=True):
+            if parameter.grad is not None:
+                continue
+            if not parameter.requires_grad:
+                reasons[column] = "frozen"
+            elif ran is None:
+                reasons[column] = slot.absent.get(column, "unused")
+            else:
+                reasons[column] = "disconnected" if self._info.parameters[column].layer in ran else "unused"
+        if ran is not None:
+            slot.absent = {column: reason for column, reason in enumerate(reasons) if reason == "disconnected"}
+        return reasons
+
+    def _scale(self, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401
+        """Give the loss scale that is still in the gradients; None if there is none, or nobody said."""
+        fused = getattr(optimizer, "grad_scale", None)
+        if isinstance(fused, Tensor):
+            return fused
+        if self._scaler is None or stage == "applied" or not self._scaler.is_enabled():
+            return None
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        if id(optimizer) in states and states[id(optimizer)]["stage"].name != "READY":
+            return None  # unscale_() has been called
+        return float(self._scaler.get_scale())
+
+    # --- failures ---
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        for slot in self._slots:
+            slot.reading = None
+        self._off = self._failures >= _PATIENCE
+        if self._off:
+            self._warn("off", f"{_PATIENCE} measurements in a row failed, and measuring is switched off: {_said(error)}")
+        else:
+            self._warn("failed", f"a measurement failed and is left out: {_said(error)}")
+        _log.debug("a measurement failed", exc_info=error)
+
+    def _warn(self, key: str, message: str) -> None:
+        """Warn, once for each key; under `-W error` log instead, because a warning must not end a training."""
+        if key in self._warned:
+            return
+        self._warned.add(key)
+        try:
+            warnings.warn(f"gradwatch: {message}", GradwatchWarning, stacklevel=2)
+        except Warning:
+            _log.warning(message)
+
+
+def _close(sinks: Sequence[Sink]) -> None:
+    for sink in sinks:
+        with contextlib.suppress(Exception):  # what cannot be closed has said so at its last report, or has nothing to lose
+            getattr(sink, "close", lambda: None)()
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
