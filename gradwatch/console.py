@@ -29,16 +29,25 @@ _WIDTH = 100
 def log(report: Report) -> None:
     """Send the alerts that began or cleared to the logger `gradwatch`."""
     for alert in report.began:
-        _log.log(_LEVELS[alert.severity], "%s", alert)
+        log_alert(alert)
     for alert in report.cleared:
         _log.info("%s %s at %s cleared at step %d", alert.finding.code, alert.finding.kind, alert.finding.place or "the whole model", alert.cleared)
 
 
+def log_alert(alert: Alert) -> None:
+    """Send one alert to the logger `gradwatch`, at the level of its severity."""
+    _log.log(_LEVELS[alert.severity], "%s", alert)
+
+
 def text(report: Report, *, width: int = _WIDTH) -> str:
     """Give the table of layers and the open alerts as plain text."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(_report(report))
-    return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]  # a StringIO, as given
+    return _plain(_report(report), width)
+
+
+def _plain(content: RenderableType, width: int) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(content)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def html(report: Report, *, width: int = _WIDTH) -> str:
@@ -97,8 +106,8 @@ def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity
     return table
 
 
-def alert_lines(alerts: Iterable[Alert]) -> list[RenderableType]:
-    """Give each alert with its cause and remedy, gravest first."""
+def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[RenderableType]:
+    """Give each alert with its cause and remedy, and when it `began`, gravest first."""
     lines: list[RenderableType] = []
     for alert in sorted(alerts, key=lambda a: a.severity, reverse=True):
         finding = alert.finding
@@ -108,8 +117,9 @@ def alert_lines(alerts: Iterable[Alert]) -> list[RenderableType]:
                 (f"{finding.code} {finding.kind}", _COLOURS[alert.severity]), f" ({finding.severity.value}) ", (finding.place or "the whole model", "bold")
             )
         )
-        began = f"began at step {alert.began}" + (f", cleared at step {alert.cleared}" if alert.cleared is not None else f", last seen at step {alert.last}")
-        for label, said in (("", alert.message), ("why: ", alert.cause), ("try: ", alert.remedy), ("", began)):
+        until = f"cleared at step {alert.cleared}" if alert.cleared is not None else f"last seen at step {alert.last}"
+        when = f"alert began at step {alert.began}, {until}" if began else ""
+        for label, said in (("", alert.message), ("why: ", alert.cause), ("try: ", alert.remedy), ("", when)):
             if said:
                 lines.append(Padding(Text.assemble((label, "bold"), said), (0, 0, 0, 2)))
     return lines
@@ -169,6 +179,9 @@ def _bar(norm: float | None, low: float, high: float, width: int = 12) -> Text:
     return Text("█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red")  # noqa: PLR2004
 
 
-def worst_layers(snapshot: Snapshot, count: int) -> Sequence[tuple[str, float | None]]:
-    """Give the layers with the smallest gradient norms, NaN first."""
-    return sorted(layer_norms(snapshot).items(), key=lambda item: _rank(item[1]))[:count]
+def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
+    """Give the text of an error: what is wrong, why, what to do, and the layers with the least gradient."""
+    count = len(report.snapshot.model.layers)
+    title = f"the gradients of this model are not healthy: {', '.join(sorted({a.finding.kind for a in wrong}))}"
+    shown = f"The {most} layers of {count} with the smallest gradients" if count > most else "The layers"
+    return _plain(Group(Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)), _WIDTH)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -98,6 +99,7 @@ class History:
 
     @staticmethod
     def _add_loss(track: Track, loss: float) -> None:
+        loss = math.inf if math.isnan(loss) else loss  # so that medians know where it stands
         track.last_losses.append(loss)
         if len(track.first_losses) < EDGE:
             track.first_losses.append(loss)
@@ -154,6 +156,11 @@ class History:
         return _last(self._track.last_losses, count)
 
     @property
+    def first_loss(self) -> float | None:
+        """Median of the first five losses; None where the loss is not known."""
+        return statistics.median(self._track.first_losses) if self._track.first_losses else None
+
+    @property
     def best_loss(self) -> float | None:
         """The lowest median of five losses in a row; None where the loss is not known."""
         return self._track.best_loss
@@ -165,8 +172,15 @@ class History:
         if track.best_loss is None or len(track.last_losses) < 2 * EDGE:
             return None
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
+        if not math.isfinite(first) or not math.isfinite(last):
+            return False
         gain = first - track.best_loss
         return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+
+    def sound_once(self, layer: int) -> bool:
+        """Tell whether this layer once had a gradient that was worth something beside those of later layers."""
+        name = self.model.layers[layer].name
+        return self.best_ratio.get(name, 0.0) >= self.thresholds.of(name).vanishing_sound
 
     def is_open(self, code: str, place: str) -> bool:
         """Tell whether an alert of this rule is open at this place."""

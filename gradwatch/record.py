@@ -50,20 +50,20 @@ class Record:
         self._file: TextIO | None = None
         self._size = 0
         self._thinned = 0
-        self._models: list[ModelInfo] = []
+        self._resumed = False
+        self._model: ModelInfo | None = None
+        self._models = 0
         self._open: dict[tuple[object, ...], Alert] = {}
 
     def __call__(self, report: Report) -> None:
         """Append what the report adds."""
         if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("w", encoding="utf-8")
-            self._write({"format": FORMAT})
+            self._begin()
         snapshot = report.snapshot
-        if not self._models or self._models[-1] is not snapshot.model:
-            self._models.append(snapshot.model)
+        if self._model is not snapshot.model:
+            self._model, self._models = snapshot.model, self._models + 1
             self._write({"model": to_plain(snapshot.model)})
-        self._write({"snapshot": {**to_plain(snapshot), "model": len(self._models) - 1}})
+        self._write({"snapshot": {**to_plain(snapshot), "model": self._models - 1}})
         for alert in report.cleared:
             self._open.pop(_key(alert), None)
             self._write({"alert": to_plain(alert)})
@@ -76,6 +76,10 @@ class Record:
         if self._size > self._bound:
             self._thin()
 
+    def resume(self) -> None:
+        """Append to the record that is there, instead of replacing it."""
+        self._resumed = True
+
     def close(self) -> None:
         """Write the alerts that are open as they are now, and close the file."""
         try:
@@ -86,6 +90,17 @@ class Record:
         finally:
             self._file = None
             release(self._path.parent)
+
+    def _begin(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._resumed and self._path.exists():
+            with self._path.open(encoding="utf-8") as lines:
+                self._models = sum(line.startswith('{"model"') for line in lines)
+            self._size = self._path.stat().st_size
+            self._file = self._path.open("a", encoding="utf-8")
+        else:
+            self._file = self._path.open("w", encoding="utf-8")
+            self._write({"format": FORMAT})
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:

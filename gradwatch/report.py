@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import fnmatch
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -110,6 +111,12 @@ class GradwatchWarning(UserWarning):
 
 Sink = Callable[[Report], object]
 """Anything that takes the reports; `list.append` is one."""
+
+
+def muted(finding: Finding, rules: Iterable[str]) -> bool:
+    """Tell whether one of `rules` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding."""
+    parts = (rule.partition(":") for rule in rules)
+    return any(fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place)) for code, _, place in parts)
 
 
 def advance(

@@ -82,6 +82,11 @@ class TensorBoardSink:
             event = full
         self._write(event)
 
+    def resume(self) -> None:
+        """Leave the events of an earlier run where they are, because this one goes on with it."""
+        if self._events is not None:
+            self._events.resumed = True
+
     def close(self) -> None:
         """Draw the heatmap of the whole run, and close the file if it is ours."""
         if self._last is not None and not self._picture.fresh:
@@ -353,6 +358,7 @@ class _EventFile:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file: BinaryIO | None = None
+        self.resumed = False
 
     def write(self, event: Any) -> None:  # noqa: ANN401
         if self._file is None:
@@ -364,8 +370,9 @@ class _EventFile:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._directory.mkdir(parents=True, exist_ok=True)
-        for old in self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"):  # an earlier run, whose record is replaced too
-            old.unlink()
+        if not self.resumed:
+            for old in self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"):  # an earlier run, whose record is replaced too
+                old.unlink()
         file = (self._directory / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}{_SUFFIX}").open("wb")
         _frame(file, Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
         return file

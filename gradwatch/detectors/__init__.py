@@ -22,6 +22,7 @@ RULES: Mapping[str, Callable[[Finding], Explanation]] = {
     "GW202": explain_exploding,
     "GW203": explain_exploding,
     "GW204": explain_exploding,
+    "GW205": explain_exploding,
     "GW401": explain_disconnected,
     "GW501": explain_nonfinite,
     "GW502": explain_nonfinite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,7 @@ def vanishing_depth(history: History) -> Iterator[Finding]:
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
-        severity = _severity(history, [history.model.layers[i].name for i in run])
+        severity = _severity(history, run)
         evidence: dict[str, float | str] = {
             "ratio": ratio,
             "limit": float(limits[worst]),
@@ -68,22 +69,19 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
 
 
 def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64]) -> list[list[int]]:
-    """Group the layers, and leave out zeros that nothing fades towards: those are cut off, which is another kind."""
+    """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind."""
     import numpy as np
 
     runs = history.runs(set(np.flatnonzero(vanishing).tolist()), set(np.flatnonzero(~np.isnan(now)).tolist()))
     for run in runs:
-        while run and now[run[-1]] == 0:
+        while run and now[run[-1]] == 0 and not history.sound_once(run[-1]):
             run.pop()
     return [run for run in runs if run]
 
 
-def _severity(history: History, names: list[str]) -> Severity:
-    """A layer that was sound once and fades while the loss is at its best has done its work; without the loss, who knows."""
-    sound = any(history.best_ratio.get(name, 0.0) >= history.thresholds.of(name).vanishing_sound for name in names)
-    if history.improved:
-        return Severity.INFO
-    if sound and history.improved is None:
+def _severity(history: History, run: list[int]) -> Severity:
+    """A loss that has come down says that not all is ill; without a loss, layers that were sound may just have done their work."""
+    if history.improved or (history.improved is None and all(map(history.sound_once, run))):
         return Severity.INFO
     return Severity.WARNING
 
@@ -103,7 +101,9 @@ def _everywhere(history: History) -> Iterator[Finding]:
     losses = history.losses(t.window)
     if len(losses) < t.window or history.improved is not False:
         return
-    largest = np.nanmax(np.nan_to_num(history.sensitivities(t.window), nan=0.0), axis=1)[-len(losses) :]
+    largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
+    if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
+        return
     share = largest / np.maximum(np.abs(losses), 1e-300)
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
     if 0 < share.max() and (share < limit).mean() >= t.share:

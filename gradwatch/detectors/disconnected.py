@@ -11,12 +11,17 @@ from gradwatch.report import Explanation, Finding, Severity
 def disconnected(history: History) -> Iterator[Finding]:
     """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot."""
     trained = _trained(history)
+    severity = Severity.ERROR
+    if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end
+        if history.improved:
+            return
+        severity = Severity.INFO if history.improved is None and any(history.first_norms) else severity
     for gradient, cut in (("none", _without_gradient(history, trained)), ("zero", _with_zeros(history, trained))):
         for run in history.runs(cut, trained):
             names = [history.model.layers[i].name for i in run]
             onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
             evidence: dict[str, float | str] = {"gradient": gradient, "layers": float(len(run)), "last": names[-1]}
-            yield Finding("GW401", "disconnected", Severity.ERROR, names[0], onset=onset, evidence=evidence)
+            yield Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence)
 
 
 def _trained(history: History) -> dict[int, list[int]]:
@@ -47,7 +52,9 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     if not silent or len(window) < history.thresholds.window or _blocked(history):
         return set()
     silent = {i for i in silent if all(s.norm[i] == 0 for s in window)}
-    return {layer for layer, columns in trained.items() if silent.issuperset(columns) and not _faded(history, layer)}
+    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)}
+    # A layer that was sound, or behind which the gradient fades, was not cut off: it has vanished, which is another kind.
+    return {layer for layer in cut if not history.sound_once(layer) and not _faded(history, layer)}
 
 
 def _blocked(history: History) -> bool:

@@ -28,10 +28,14 @@ class Reading:
 
     def __init__(self, step: int, model: ModelInfo, stage: Stage, *, probe: bool) -> None:
         """Begin with nothing measured."""
+        self.empty = True
+        """Whether no gradient was there."""
         self.step, self.model, self.stage, self.probe = step, model, stage, probe
         self.absent: Sequence[Absent | None] = ()
         self.applied = False
         """Whether the optimizer has come to take the gradients."""
+        self.told = False
+        """Whether the loss is known."""
         self._tensors: dict[torch.device, list[Tensor]] = {}
         self._places: dict[torch.device, list[tuple[str, Sequence[int]]]] = {}
         self._copies: list[tuple[int, Tensor, Tensor]] = []
@@ -51,6 +55,7 @@ class Reading:
             half: whether they were computed in float16, whatever they are kept in.
 
         """
+        self.empty = not gradients
         tensors = [g if type(g) is Tensor and g.layout is torch.strided and g.dtype in _PLAIN else stats.plain(g) for g in gradients]
         if scale is not None:
             self.add("scale", [0], torch.as_tensor(scale, dtype=torch.float64))
@@ -81,6 +86,7 @@ class Reading:
         """Average the losses of the step."""
         if not losses:
             return
+        self.told = True
         total: float | Tensor = sum(x for x in losses if not isinstance(x, Tensor))
         for x in losses:
             if isinstance(x, Tensor):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 import logging
 import os
@@ -22,7 +21,7 @@ from gradwatch import console, layers
 from gradwatch.detectors import explain
 from gradwatch.history import Detector, History
 from gradwatch.hooks import ForwardTrace, StepHooks, unwrap
-from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance
+from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance, muted
 from gradwatch.snapshot import Absent, ModelInfo, Snapshot, Stage, from_plain, to_plain
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
@@ -74,8 +73,10 @@ def _guarded(method: Callable[P, None]) -> Callable[P, None]:
             return
         try:
             method(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001  (diagnostics never kill training)
-            watcher._failed(error)
+        except Exception as error:
+            if watcher._strict:
+                raise
+            watcher._failed(error)  # diagnostics never kill training
         if watcher._error is not None:  # unless they are asked to
             wanted, watcher._error = watcher._error, None
             raise wanted
@@ -102,11 +103,17 @@ class Watcher:
         on_alert: OnAlert,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
         clock: Callable[[], int] | None = None,
+        strict: bool = False,
     ) -> None:
-        """Attach to the optimizers. `clock` numbers the steps where the loop has an axis of its own."""
+        """Attach to the optimizers.
+
+        `clock` numbers the steps where the loop has an axis of its own; `strict` raises what goes wrong instead of
+        warning, for a caller that is not a training.
+        """
         self._model = weakref.ref(model)
         self._pid = os.getpid()
         self._off = False
+        self._strict = strict
         self._failures = 0
         self._warned: set[str] = set()
         self._error: GradientHealthError | None = None
@@ -212,6 +219,8 @@ class Watcher:
             slot.count = count
         self._order = dict(state["order"])
         self._history.load_state_dict(state["history"])
+        for sink in self._sinks:  # files go on, instead of beginning anew
+            getattr(sink, "resume", lambda: None)()
         self.report = dataclasses.replace(self.report, open=tuple(from_plain(Alert, alert) for alert in state["alerts"]))
 
     # --- what the hooks call ---
@@ -235,9 +244,11 @@ class Watcher:
                 mine.turn = mine.reading.copy_weights(mine.columns, self._parameters(mine), mine.turn)
 
     @_guarded
-    def on_loss(self, slot: int, loss: object) -> None:  # noqa: ARG002  (a loss is of the step, whoever takes it)
+    def on_loss(self, slot: int, loss: object) -> None:
         """Take what a closure returned for the loss, unless the loop has told it."""
-        if not self._losses and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+        reading = self._slots[slot].reading
+        told = bool(self._losses) or (reading is not None and reading.told)
+        if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
             self.record(loss)
 
     @_guarded
@@ -248,7 +259,7 @@ class Watcher:
         self._losses.clear()
         if not self._explicit:
             self._count_on(mine)
-        if reading is not None:
+        if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
             with undisturbed():
                 reading.updates()
             self._emit(reading.snapshot(slot))
@@ -268,7 +279,7 @@ class Watcher:
             self._count_on(slot)
             if slot.optimizer is not None:
                 slot.reading = reading
-            elif reading is not None:
+            elif reading is not None and not reading.empty:
                 self._emit(reading.snapshot(None))
         self._losses.clear()
 
@@ -279,7 +290,7 @@ class Watcher:
         for slot in waiting:
             reading, slot.reading = slot.reading, None
             # Of several optimizers read together, those that did not step were just not their turn.
-            if reading is not None and len(waiting) == len(chosen):
+            if reading is not None and not reading.empty and len(waiting) == len(chosen):
                 self._emit(reading.snapshot(slot.index, skipped=True))
 
     @staticmethod
@@ -290,8 +301,15 @@ class Watcher:
     def _count_on(self, slot: Slot) -> None:
         """Count a step, and look at the forward pass of the next one if it is a probe."""
         slot.count += slot.stride
-        if not self._cadence.probed(slot.count) or slot.tracing:
-            return
+        if self._cadence.probed(slot.count):
+            self._look_ahead(slot)
+
+    def look_ahead(self) -> None:
+        """Look at the next forward pass, as at a probe."""
+        for slot in self._slots:
+            self._look_ahead(slot)
+
+    def _look_ahead(self, slot: Slot) -> None:
         model = self._model()
         if not self._trace.armed and model is not None and not self._trace.arm(layers.named_modules(model)):
             self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
@@ -327,12 +345,14 @@ class Watcher:
         for detector in tuple(self._detectors):
             try:
                 findings += detector(history)
-            except Exception as error:  # noqa: BLE001  (a detector of the user's, perhaps)
+            except Exception as error:  # a detector of the user's, perhaps
+                if self._strict:
+                    raise
                 self._detectors.remove(detector)
                 self._warn(f"detector {id(detector)}", f"the detector {_name(detector)} failed and is switched off: {_said(error)}")
         began, still, cleared = advance(
             self.report.open,
-            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in findings if not self._ignored(f)],
+            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in findings if not muted(f, self._ignore)],
             [s.step for s in history.window()],
             optimizer=snapshot.optimizer,
             patience=history.thresholds.window,
@@ -359,10 +379,6 @@ class Watcher:
             console.log(report)
         if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
             self._error = GradientHealthError("\n".join(map(str, errors)), errors)
-
-    def _ignored(self, finding: Finding) -> bool:
-        rules = (rule.partition(":") for rule in self._ignore)
-        return any(fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place)) for code, _, place in rules)
 
     # --- the model, as it is now ---
 

@@ -1,0 +1,177 @@
+"""One batch: is the gradient of this model sound, before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch import console
+from gradwatch.detectors import DETECTORS
+from gradwatch.history import Detector
+from gradwatch.report import GradientHealthError, Report, Severity
+from gradwatch.thresholds import Thresholds
+from gradwatch.watcher import Cadence, Watcher
+
+_SHOWN = 10
+"""Layers that an error shows."""
+
+
+def check(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    thresholds: Thresholds | None = None,
+    ignore: Sequence[str] = (),
+    detectors: Sequence[Detector] = DETECTORS,
+) -> Report:
+    """Measure the gradients of one batch, and judge them; the model and all random states are left exactly as they were.
+
+    Args:
+        model: it is run once forward and once backward, in the mode in which it is.
+        batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument.
+        loss: takes what the model returned and gives a scalar tensor (targets by closure). Default: the product of all
+            floating-point outputs with fixed random numbers, which no normalization at the end annihilates.
+        thresholds: the numbers behind the verdicts; the window is one snapshot.
+        ignore: mutes findings, as for `watch`.
+        detectors: as for `watch`.
+
+    Returns:
+        The report; what is wrong is in `report.open`.
+
+    Raises:
+        ValueError: the output holds nothing that a gradient could start from, or the loss is not a scalar with a graph.
+
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    watcher = Watcher(
+        model,
+        (),
+        cadence=Cadence(1, 1),
+        thresholds=dataclasses.replace(thresholds or Thresholds(), window=1, disconnected_steps=1),
+        ignore=ignore,
+        detectors=detectors,
+        sinks=(),
+        on_alert=lambda _: None,
+        strict=True,
+    )
+    with watcher, _as_it_was(model):
+        watcher.look_ahead()
+        with torch.enable_grad():
+            value = (loss or _projection)(_call(model, batch))
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                raise ValueError(f"loss must give a scalar tensor that depends on the parameters, got {_shown(value)}")
+            value.backward()  # type: ignore[no-untyped-call]  # torch's
+        watcher.step()
+    return watcher.report
+
+
+def assert_healthy(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    thresholds: Thresholds | None = None,
+    ignore: Sequence[str] = (),
+    detectors: Sequence[Detector] = DETECTORS,
+) -> Report:
+    """Do `check`, and raise if it finds anything of severity warning or higher.
+
+    Raises:
+        GradientHealthError: with the worst layers, the numbers, the cause and the remedy.
+        ValueError: as `check`.
+
+    """
+    __tracebackhide__ = True
+    report = check(model, batch, loss=loss, thresholds=thresholds, ignore=ignore, detectors=detectors)
+    wrong = [alert for alert in report.open if alert.severity >= Severity.WARNING]
+    if wrong:
+        raise GradientHealthError(console.health_error(report, wrong, _SHOWN), wrong)
+    return report
+
+
+def _call(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _projection(output: Any) -> Tensor:  # noqa: ANN401
+    """Multiply every floating-point output with random numbers of its own, and add up.
+
+    A plain sum would be constant behind a normalization, whose outputs always add up to the same: its gradient is zero.
+    """
+    generator = torch.Generator().manual_seed(0)
+    parts = []
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+            parts.append((real * torch.randn(real.shape, generator=generator).to(real.device, real.dtype)).sum())
+    if not parts:
+        raise ValueError(f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}")
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total.device)
+    return total
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from _tensors(getattr(output, field.name))
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"a tensor of shape {tuple(value.shape)}{'' if value.requires_grad else ' without a graph'}"
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back gradients, buffers, attributes of modules, modes, and the random states of torch, numpy and Python."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    attributes = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    kept = [(t, t.detach().clone()) for _, own, _, _ in attributes for t in own.values() if isinstance(t, Tensor)]
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for p, _ in gradients:
+                p.grad = None
+            yield
+    finally:
+        for module, own, own_buffers, own_parameters in attributes:
+            vars(module).clear()
+            vars(module).update(own)
+            for now, before in ((module._buffers, own_buffers), (module._parameters, own_parameters)):
+                now.clear()
+                now.update(before)
+        with torch.no_grad():
+            for tensor, before in (*buffers, *kept):
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+        for p, gradient in gradients:
+            p.grad = gradient
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+

@@ -1,0 +1,200 @@
+"""A callback for the Trainers of `lightning.pytorch` and `pytorch_lightning`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradwatch import console
+from gradwatch.detectors import DETECTORS
+from gradwatch.history import Detector
+from gradwatch.record import Record, claim
+from gradwatch.report import Alert, Report, Severity, Sink
+from gradwatch.tensorboard import TensorBoardSink, scalars
+from gradwatch.thresholds import Thresholds
+from gradwatch.watcher import Cadence, Watcher, check_options
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+else:
+
+    def _both() -> type:
+        """Make one base of the two classes called Callback: a Trainer of either package accepts only its own."""
+        found = []
+        for package in ("lightning.pytorch", "pytorch_lightning"):
+            try:
+                found.append(importlib.import_module(package).Callback)
+            except ModuleNotFoundError:
+                continue
+        if not found:
+            raise ModuleNotFoundError('gradwatch.lightning needs Lightning: pip install "torch-gradwatch[lightning]"')
+        bases = [c for i, c in enumerate(found) if not any(other is not c and issubclass(other, c) for other in found) and c not in found[:i]]
+        return type("_Callback", tuple(bases), {})
+
+    _Callback = _both()
+
+
+class GradientMonitor(_Callback):
+    """Watches the gradients of the LightningModule while it is fitted.
+
+    Under automatic optimization the numbers are those before clipping; under manual optimization those that the optimizer
+    gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as in
+    `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory; without
+    a logger, alerts still go where `on_alert` says.
+
+    Args:
+        name: goes into the folder's name, `gradwatch-<name>`, and tells two of these callbacks apart.
+        every_n_steps: see `gradwatch.watch`, as for the arguments that follow.
+        probe_every_n_steps: see `gradwatch.watch`.
+        timesteps: see `gradwatch.watch`.
+        horizon: see `gradwatch.watch`.
+        thresholds: see `gradwatch.watch`.
+        ignore: see `gradwatch.watch`.
+        detectors: see `gradwatch.watch`.
+        sinks: see `gradwatch.watch`.
+        on_alert: "warn", "raise", "stop" (the fit ends after the batch, at severity error), or a function that takes an Alert.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str | None = None,
+        every_n_steps: int | None = None,
+        probe_every_n_steps: int | None = None,
+        timesteps: Literal["auto", False] = "auto",
+        horizon: None = None,
+        thresholds: Thresholds | None = None,
+        ignore: Sequence[str] = (),
+        detectors: Sequence[Detector] = DETECTORS,
+        sinks: Sequence[Sink] = (),
+        on_alert: Literal["warn", "raise", "stop"] | Callable[[Alert], object] = "warn",
+    ) -> None:
+        """Check and keep the options; nothing is attached before the fit."""
+        super().__init__()
+        check_options(every_n_steps, probe_every_n_steps, timesteps, horizon, ignore, "raise" if on_alert == "stop" else on_alert)
+        self._name = name
+        self._cadence = Cadence(every_n_steps, probe_every_n_steps)
+        self._thresholds, self._ignore, self._detectors = thresholds or Thresholds(), list(ignore), list(detectors)
+        self._sinks, self._on_alert = list(sinks), on_alert
+        self._watcher: Watcher | None = None
+        self._state: Mapping[str, Any] | None = None
+        self._stop_wanted = False
+
+    @property
+    def state_key(self) -> str:
+        """Tell two of these callbacks apart in a checkpoint."""
+        return f"GradientMonitor{{'name': {self._name!r}}}"
+
+    @property
+    def report(self) -> Report | None:
+        """The newest report; None outside of a fit."""
+        return self._watcher.report if self._watcher is not None else None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  (of either package)
+        """Attach: here the model is final, and the optimizers are there."""
+        self._stop_wanted = False
+        self._watcher = Watcher(
+            pl_module,
+            list(trainer.optimizers),
+            cadence=self._cadence,
+            thresholds=self._thresholds,
+            ignore=self._ignore,
+            detectors=self._detectors,
+            sinks=[*_sinks(trainer, self._name), *self._sinks],
+            on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
+            clock=lambda: _step(trainer),
+        )
+        if self._state:
+            self._watcher.load_state_dict(self._state)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ANN401
+        """Note the loss, without the factors that the Trainer has put in."""
+        if self._watcher is None:
+            return
+        loss = loss.detach()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            loss = loss / scaler.scale(torch.ones((), device=loss.device))  # the scale, without a synchronisation
+        if pl_module.automatic_optimization:
+            loss = loss * trainer.accumulate_grad_batches
+        self._watcher.record(loss)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ANN401
+        """Read the gradients before clipping; manual optimization clips where it likes, and is read at the optimizer."""
+        if self._watcher is not None and pl_module.automatic_optimization and not trainer.sanity_checking:
+            self._watcher.step(_step(trainer), optimizer=optimizer)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401
+        """Stop the fit if an alert wants it."""
+        if self._stop_wanted:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401, ARG002  (Lightning's signature)
+        """Take everything off."""
+        self._close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ANN401, ARG002
+        """Take everything off: after an exception Lightning calls nothing else."""
+        self._close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ANN401, ARG002
+        """Take everything off."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history, the open alerts and the step, as plain as `torch.load(weights_only=True)` wants it."""
+        return self._watcher.state_dict() if self._watcher is not None else dict(self._state or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the next fit where the checkpoint was written."""
+        self._state = state_dict or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the live watcher out of pickles and copies."""
+        return {**vars(self), "_watcher": None}
+
+    def _close(self) -> None:
+        if self._watcher is not None:
+            self._state = self._watcher.state_dict()
+            self._watcher.close()
+            self._watcher = None
+
+    def _on_stop(self, alert: Alert) -> None:
+        console.log_alert(alert)
+        self._stop_wanted = self._stop_wanted or alert.severity is Severity.ERROR
+
+
+def _step(trainer: Any) -> int:  # noqa: ANN401
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
+    """Give the record in the logger's directory, and a sink for each logger."""
+    if not trainer.loggers:
+        return []
+    found: list[Sink] = []
+    directory = trainer.log_dir
+    if directory is not None:
+        found.append(Record(claim(Path(directory), name)))
+    for logger in trainer.loggers:
+        if hasattr(getattr(logger, "experiment", None), "_get_file_writer"):
+            found.append(TensorBoardSink(logger.experiment))
+        else:
+            found.append(_LoggerSink(logger))
+    return found
+
+
+class _LoggerSink:
+    """Sends the scalars to a logger that knows only numbers."""
+
+    def __init__(self, logger: Any) -> None:  # noqa: ANN401
+        self._logger = logger
+
+    def __call__(self, report: Report) -> None:
+        self._logger.log_metrics(scalars(report), step=report.snapshot.step)

@@ -1,0 +1,15 @@
+"""The pytest fixture `gradwatch`; this file is loaded in every pytest run of its environment, so it imports next to nothing."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def gradwatch() -> ModuleType:
+    """Give the package, for `gradwatch.assert_healthy(model, batch)` and `gradwatch.check(model, batch)`."""
+    import gradwatch
+
+    return gradwatch
