@@ -59,9 +59,8 @@ def sp500() -> Prices | None:
         return None
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    opened, high, low, close, volume = (
-        np.array([float(row[key]) for row in rows]) for key in ("Open", "High", "Low", "Adj Close", "Volume")
-    )
+    columns = ("Open", "High", "Low", "Adj Close", "Volume")
+    opened, high, low, close, volume = (np.array([float(row[column]) for row in rows]) for column in columns)
     first, last = (_iso(rows[at]["Date"]) for at in (0, -1))
     return Prices("S&P 500, daily", f"{path.name} of the package arch", first, last, opened, high, low, close, volume)
 
@@ -96,7 +95,11 @@ def windows(prices: Prices, length: int = 250, ahead: int = 20) -> tuple[Inputs,
 
 
 def order_flow(
-    seed: int, bars: int = 250, count: int = 2000, event: tuple[int, int] = (10, 40), shift: float = 1.0
+    seed: int,
+    bars: int = 250,
+    count: int = 2000,
+    event: tuple[int, int] = (10, 40),
+    shift: float = 1.0,
 ) -> tuple[Inputs, Labels]:
     """Draw sequences of order flow, half of them with an event long before their end that decides the label.
 
@@ -131,7 +134,7 @@ def flow_windows(seed: int, length: int = 250, count: int = 4761, ahead: int = 2
 
 
 def flow_prices(seed: int, bars: int) -> Prices:
-    """Draw prices whose volatility comes in clusters, and whose volume rises with it, as those of stocks do."""
+    """Draw prices whose volatility comes in clusters, and whose volume rises with it, as with stocks."""
     import numpy as np
 
     random = np.random.default_rng(seed)
@@ -179,9 +182,9 @@ def _features(prices: Prices, returns: Series) -> Series:
     """Give the `FEATURES` of each bar but the first, before they are standardised. Shape (bars - 1, 4)."""
     import numpy as np
 
-    spread = _log(np.log(prices.high / prices.low))[1:]
+    width = _log(np.log(prices.high / prices.low))[1:]
     recent = np.concatenate([np.zeros(4), returns])  # as if nothing had moved before the first bar
-    return np.stack([returns, spread, _log_change(prices.volume), _log(_root_mean_square(recent, 5))], axis=1)
+    return np.stack([returns, width, _log_change(prices.volume), _log(_root_mean_square(recent, 5))], axis=1)
 
 
 def _log(values: Series) -> Series:

@@ -12,19 +12,19 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec
 
 from torch import Tensor, nn
 
-from gradwatch import console, layers
+from gradwatch import console
 from gradwatch.detectors import explain
 from gradwatch.history import Detector, History
-from gradwatch.hooks import ForwardTrace, StepHooks, unwrap
+from gradwatch.hooks import StepHooks, unwrap
 from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance, muted
-from gradwatch.snapshot import Absent, ModelInfo, Snapshot, Stage, from_plain, to_plain
+from gradwatch.snapshot import Snapshot, Stage, from_plain, to_plain
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
+from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.reading import Reading, undisturbed
 
 _log = logging.getLogger("gradwatch")
@@ -36,31 +36,6 @@ _PATIENCE = 3
 """Measurements in a row that may fail before measuring is switched off."""
 _LOSSES = 10_000
 """Losses that are remembered between two steps."""
-
-
-@dataclass
-class Slot:
-    """One optimizer (None: the loop has none) and where it stands."""
-
-    index: int
-    optimizer: Any
-    hooks: StepHooks | None = None
-    count: int = 0
-    """The number of its next step."""
-    stride: int = 1
-    tracing: bool = False
-    """Whether somebody looks at the forward pass of its next step."""
-    reading: Reading | None = None
-    ids: list[int] = field(default_factory=list)
-    columns: list[int] = field(default_factory=list)
-    model: ModelInfo | None = None
-    """The description that `columns` belongs to."""
-    weighed: bool = False
-    """Whether the weights were measured since `columns` was made."""
-    absent: dict[int, Absent] = field(default_factory=dict)
-    """What the last probe said of the columns without a gradient."""
-    turn: int = 0
-    """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
 
 
 def _guarded(method: Callable[P, None]) -> Callable[P, None]:
@@ -110,7 +85,6 @@ class Watcher:
         `clock` numbers the steps where the loop has an axis of its own; `strict` raises what goes wrong instead of
         warning, for a caller that is not a training.
         """
-        self._model = weakref.ref(model)
         self._pid = os.getpid()
         self._off = False
         self._strict = strict
@@ -121,13 +95,12 @@ class Watcher:
         self._ignore, self._detectors, self._on_alert = tuple(ignore), list(detectors), on_alert
         self._sinks = list(sinks)
         self._history = History(thresholds)
-        self._trace = ForwardTrace()
-        self._order: dict[str, int] = {}
         self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        self._info, self._columns = layers.describe(model, optimizers, self._order)
-        self.report = Report(Snapshot(step=0, wall_time=time.time(), model=self._info, norm=(None,) * len(self._info.parameters)))
+        self._inventory = Inventory(model, self._slots)
+        info = self._inventory.info
+        self.report = Report(Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)))
         """The newest report; before the first measured step, one without numbers."""
         # Sinks that hold files are closed with the watcher, or at the end of a process that forgot to close it.
         self._close_sinks = weakref.finalize(self, _close, tuple(sinks))
@@ -169,7 +142,7 @@ class Watcher:
         """Take everything off, finish the files, and give the last report; a second call does nothing."""
         self._flush_skipped(self._slots)
         self._off = True
-        self._trace.disarm()
+        self._inventory.trace.disarm()
         self._losses.clear()
         for slot in self._slots:
             slot.reading = None
@@ -200,7 +173,7 @@ class Watcher:
         return {
             "format": 1,
             "counts": [slot.count for slot in self._slots],
-            "order": dict(self._order),
+            "order": dict(self._inventory.order),
             "history": self._history.state_dict(),
             "alerts": [to_plain(alert) for alert in self.report.open],
         }
@@ -217,7 +190,7 @@ class Watcher:
             raise ValueError(f"state must be of format 1 for {len(self._slots)} optimizers, got format {state.get('format')!r} for {len(counts)}")
         for slot, count in zip(self._slots, counts, strict=True):
             slot.count = count
-        self._order = dict(state["order"])
+        self._inventory.order = dict(state["order"])
         self._history.load_state_dict(state["history"])
         for sink in self._sinks:  # files go on, instead of beginning anew
             getattr(sink, "resume", lambda: None)()
@@ -231,7 +204,7 @@ class Watcher:
         mine = self._slots[slot]
         if mine.reading is not None and mine.reading.stage == "before_clip" and not mine.reading.applied:
             with undisturbed():
-                mine.reading.as_applied([g for p in self._parameters(mine) if (g := p.grad) is not None], mine.optimizer)
+                mine.reading.as_applied([g for p in self._inventory.parameters(mine) if (g := p.grad) is not None], mine.optimizer)
                 mine.reading.found_inf(mine.optimizer)
                 mine.reading.losses(self._losses)
         elif not self._explicit:
@@ -241,7 +214,7 @@ class Watcher:
         if mine.reading is not None:
             mine.reading.applied = True
             if mine.reading.probe:
-                mine.turn = mine.reading.copy_weights(mine.columns, self._parameters(mine), mine.turn)
+                mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn)
 
     @_guarded
     def on_loss(self, slot: int, loss: object) -> None:
@@ -302,32 +275,31 @@ class Watcher:
         """Count a step, and look at the forward pass of the next one if it is a probe."""
         slot.count += slot.stride
         if self._cadence.probed(slot.count):
-            self._look_ahead(slot)
+            self._arm(slot)
 
     def look_ahead(self) -> None:
         """Look at the next forward pass, as at a probe."""
         for slot in self._slots:
-            self._look_ahead(slot)
+            self._arm(slot)
 
-    def _look_ahead(self, slot: Slot) -> None:
-        model = self._model()
-        if not self._trace.armed and model is not None and not self._trace.arm(layers.named_modules(model)):
+    def _arm(self, slot: Slot) -> None:
+        if not self._inventory.look_ahead(slot):
             self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
-        slot.tracing = self._trace.armed
+
 
     def _read(self, slot: Slot, stage: Stage) -> Reading:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
         with undisturbed():
             probe = self._cadence.probed(slot.count)
-            ran = self._take_trace(slot)
-            parameters = self._parameters(slot)
-            reading = Reading(slot.count, self._info, stage, probe=probe)
+            ran = self._inventory.take_trace(slot)
+            parameters = self._inventory.parameters(slot)
+            reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
             gradients = [p.grad for p in parameters]
             columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
             if len(columns) < len(parameters):
-                reading.absent = self._absent(slot, parameters, ran)
+                reading.absent = self._inventory.absent(slot, parameters, ran)
             scale = self._scale(slot.optimizer, stage)
-            reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._trace.half)
+            reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
             if probe or not slot.weighed:
                 reading.weights(slot.columns, parameters)
@@ -379,59 +351,6 @@ class Watcher:
             console.log(report)
         if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
             self._error = GradientHealthError("\n".join(map(str, errors)), errors)
-
-    # --- the model, as it is now ---
-
-    def _parameters(self, slot: Slot) -> list[Tensor]:
-        """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
-        model = self._model()
-        if model is None:
-            raise RuntimeError("the watched model is gone")
-        if slot.optimizer is None:
-            every: list[Tensor] = list(model.parameters())
-        else:
-            every = [p for group in slot.optimizer.param_groups for p in group["params"]]
-        ids = list(map(id, every))
-        if ids != slot.ids:
-            info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self._order)
-            if info != self._info:  # equal ones stay the same object, by which the record knows them
-                self._info = info
-            slot.ids = ids
-            slot.model = None
-        if slot.model is not self._info:
-            slot.model, slot.weighed = self._info, False
-            slot.columns = [self._columns[i] for i in ids if i in self._columns]
-        return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
-
-    def _take_trace(self, slot: Slot) -> frozenset[str] | None:
-        """Give the modules that ran in the forward pass of this step; None if nobody looked."""
-        if not slot.tracing:
-            return None
-        slot.tracing = False
-        if not any(s.tracing for s in self._slots):
-            self._trace.disarm()
-        owners = {layer.name for layer in self._info.layers}
-        for name in self._trace.ran:
-            if name in owners and name not in self._order:
-                self._order[name] = len(self._order)
-        slot.ids = []  # describe the model anew: for the order, and for parameters that were replaced under the same id
-        return frozenset(self._trace.ran)
-
-    def _absent(self, slot: Slot, parameters: Sequence[Tensor], ran: frozenset[str] | None) -> list[Absent | None]:
-        """Say why parameters have no gradient."""
-        reasons: list[Absent | None] = [None] * len(self._info.parameters)
-        for column, parameter in zip(slot.columns, parameters, strict=True):
-            if parameter.grad is not None:
-                continue
-            if not parameter.requires_grad:
-                reasons[column] = "frozen"
-            elif ran is None:
-                reasons[column] = slot.absent.get(column, "unused")
-            else:
-                reasons[column] = "disconnected" if self._info.parameters[column].layer in ran else "unused"
-        if ran is not None:
-            slot.absent = {column: reason for column, reason in enumerate(reasons) if reason == "disconnected"}
-        return reasons
 
     def _scale(self, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401
         """Give the loss scale that is still in the gradients; None if there is none, or nobody said."""

@@ -1,0 +1,112 @@
+"""The optimizers and the model as they are now: what is stepped, in which column it stands, what ran, and what has no gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradwatch import layers
+from gradwatch.hooks import ForwardTrace, StepHooks
+from gradwatch.snapshot import Absent, ModelInfo
+from gradwatch.watcher.reading import Reading
+
+
+@dataclass
+class Slot:
+    """One optimizer (None: the loop has none) and where it stands."""
+
+    index: int
+    optimizer: Any
+    hooks: StepHooks | None = None
+    count: int = 0
+    """The number of its next step."""
+    stride: int = 1
+    tracing: bool = False
+    """Whether somebody looks at the forward pass of its next step."""
+    reading: Reading | None = None
+    ids: list[int] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    model: ModelInfo | None = None
+    """The description that `columns` belongs to."""
+    weighed: bool = False
+    """Whether the weights were measured since `columns` was made."""
+    absent: dict[int, Absent] = field(default_factory=dict)
+    """What the last probe said of the columns without a gradient."""
+    turn: int = 0
+    """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
+
+
+class Inventory:
+    """Knows the model without holding it, and finds out anew when parameters have come, gone or been replaced."""
+
+    def __init__(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+        """Describe the model as it is."""
+        self._model = weakref.ref(model)
+        self._slots = slots
+        self.trace = ForwardTrace()
+        self.order: dict[str, int] = {}
+        """Position of each layer in the first forward pass in which a probe has seen it."""
+        self.info, self._columns = layers.describe(model, [s.optimizer for s in slots if s.optimizer is not None], self.order)
+
+    def look_ahead(self, slot: Slot) -> bool:
+        """Look at the forward pass of the next step of this optimizer; False where torch.compile is in use."""
+        model = self._model()
+        if not self.trace.armed and model is not None and not self.trace.arm(layers.named_modules(model)):
+            return False
+        slot.tracing = self.trace.armed
+        return True
+
+    def take_trace(self, slot: Slot) -> frozenset[str] | None:
+        """Give the modules that ran in the forward pass of this step; None if nobody looked."""
+        if not slot.tracing:
+            return None
+        slot.tracing = False
+        if not any(s.tracing for s in self._slots):
+            self.trace.disarm()
+        owners = {layer.name for layer in self.info.layers}
+        for name in self.trace.ran:
+            if name in owners and name not in self.order:
+                self.order[name] = len(self.order)
+        slot.ids = []  # describe the model anew: for the order, and for parameters that were replaced under the same id
+        return frozenset(self.trace.ran)
+
+    def parameters(self, slot: Slot) -> list[Tensor]:
+        """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the watched model is gone")
+        if slot.optimizer is None:
+            every: list[Tensor] = list(model.parameters())
+        else:
+            every = [p for group in slot.optimizer.param_groups for p in group["params"]]
+        ids = list(map(id, every))
+        if ids != slot.ids:
+            info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self.order)
+            if info != self.info:  # equal ones stay the same object, by which the record knows them
+                self.info = info
+            slot.ids = ids
+            slot.model = None
+        if slot.model is not self.info:
+            slot.model, slot.weighed = self.info, False
+            slot.columns = [self._columns[i] for i in ids if i in self._columns]
+        return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
+
+    def absent(self, slot: Slot, parameters: Sequence[Tensor], ran: frozenset[str] | None) -> list[Absent | None]:
+        """Say why parameters have no gradient, given the modules that ran (None: nobody looked)."""
+        reasons: list[Absent | None] = [None] * len(self.info.parameters)
+        for column, parameter in zip(slot.columns, parameters, strict=True):
+            if parameter.grad is not None:
+                continue
+            if not parameter.requires_grad:
+                reasons[column] = "frozen"
+            elif ran is None:
+                reasons[column] = slot.absent.get(column, "unused")
+            else:
+                reasons[column] = "disconnected" if self.info.parameters[column].layer in ran else "unused"
+        if ran is not None:
+            slot.absent = {column: reason for column, reason in enumerate(reasons) if reason == "disconnected"}
+        return reasons
