@@ -86,7 +86,7 @@ def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity
         codes.setdefault(alert.finding.place, []).append(alert)
     norms = layer_norms(snapshot)
     known = [math.log10(n) for n in norms.values() if n is not None and 0 < n < math.inf]
-    low, high = (min(min(known), max(known) - 3), max(known)) if known else (-1.0, 0.0)
+    low, high = (min(*known, max(known) - 3), max(known)) if known else (-1.0, 0.0)
     rows = [snapshot.model.layers[i] for i in snapshot.model.forward_order]
     shown = rows
     if most is not None and len(rows) > most:
@@ -176,7 +176,7 @@ def _bar(norm: float | None, low: float, high: float, width: int = 12) -> Text:
     if norm is None or not 0 < norm < math.inf:
         return Text("")
     share = (math.log10(norm) - low) / (high - low) if high > low else 1.0
-    return Text("█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red")  # noqa: PLR2004
+    return Text("█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red")
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:

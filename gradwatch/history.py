@@ -56,7 +56,7 @@ class History:
         self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
         """Keys of the alerts that are open, for hysteresis."""
         self.best_ratio: dict[str, float] = {}
-        """Per layer, the largest ratio (see `ratios`) seen so far."""
+        """Per layer, the largest median of five ratios in a row (see `ratios`)."""
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
         self._weight_norms: dict[str, float] = {}
@@ -69,7 +69,8 @@ class History:
         self._now = snapshot.optimizer
         track = self._tracks.setdefault(self._now, Track())
         if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
-            track.snapshots.clear(), track.sensitivities.clear(), track.ratios.clear()  # noqa: B018  (three columns of one table)
+            for column in (track.snapshots, track.sensitivities, track.ratios):
+                column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
         if snapshot.weight_norm is not None:
             self._weight_norms.update(
@@ -86,9 +87,13 @@ class History:
         track.snapshots.append(snapshot)
         track.sensitivities.append(sensitivity)
         track.ratios.append(ratio)
-        for index in np.flatnonzero(np.isfinite(ratio)):
-            name = snapshot.model.layers[index].name
-            self.best_ratio[name] = max(self.best_ratio.get(name, 0.0), float(ratio[index]))
+        if len(track.ratios) >= EDGE:
+            # One snapshot proves nothing: in a homogeneous network all layers have the same sensitivity at initialization,
+            # however little gradient each of their weights gets. So what counts is the median of a few.
+            level = np.sort(np.stack(_last(track.ratios, EDGE)), axis=0)[EDGE // 2]
+            for layer, value in zip(snapshot.model.layers, level.tolist(), strict=True):
+                if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
+                    self.best_ratio[layer.name] = value
         if snapshot.skipped:
             return
         total = snapshot.norm_global

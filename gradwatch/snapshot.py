@@ -196,7 +196,8 @@ def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, an
     Columns of numbers are passed on as they are (a tuple is a list to JSON), so that this costs little.
     """
     if dataclasses.is_dataclass(value):
-        return {name: to_plain(v) for name, default in _fields(type(value)) if (v := getattr(value, name)) is not default}
+        fields = _fields(typing.cast("Any", type(value)))
+        return {name: to_plain(v) for name, default in fields if (v := getattr(value, name)) is not default}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, tuple | list):

@@ -46,7 +46,7 @@ class TensorBoardSink:
             self._write: Callable[[Any], None] = self._events.write
         elif hasattr(target, "_get_file_writer"):
             self._events = None
-            self._write = lambda event: target._get_file_writer().event_writer.add_event(event)
+            self._write = target._get_file_writer().event_writer.add_event
         else:
             raise TypeError(f"target must be a directory or a torch.utils.tensorboard.SummaryWriter, got {type(target).__name__}")
         self._parameters = parameters

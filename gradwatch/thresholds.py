@@ -16,6 +16,7 @@ class Thresholds:
     layers whose name matches a pattern: `Thresholds(layers={"encoder.*": {"vanishing_ratio": 1e-5}})`.
 
     Raises:
+        TypeError: a value is not a number, or not a whole one where it counts something.
         ValueError: a number is out of its range, or an override names no field.
 
     """
@@ -73,19 +74,18 @@ class Thresholds:
             if f.name == "layers" or (value is None and f.default is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"Thresholds.{f.name} must be a number, got {value!r}")
+                raise TypeError(f"Thresholds.{f.name} must be a number, got {value!r}")
             if value <= 0:
                 raise ValueError(f"Thresholds.{f.name} must be above 0, got {value!r}")
             if f.name in _COUNTS and not isinstance(value, int):
-                raise ValueError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
+                raise TypeError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
         if self.share > 1:
             raise ValueError(f"Thresholds.share must be at most 1, got {self.share!r}")
         for pattern, numbers in self.layers.items():
-            try:
-                dataclasses.replace(self, layers={}, **numbers)
-            except TypeError:
-                known = ", ".join(f.name for f in dataclasses.fields(self) if f.name != "layers")
-                raise ValueError(f"Thresholds.layers[{pattern!r}] must name fields of Thresholds ({known}), got {', '.join(numbers)}") from None
+            known = [f.name for f in dataclasses.fields(self) if f.name != "layers"]
+            if not set(numbers) <= set(known):
+                raise ValueError(f"Thresholds.layers[{pattern!r}] must name fields of Thresholds ({', '.join(known)}), got {', '.join(numbers)}")
+            dataclasses.replace(self, layers={}, **numbers)  # type: ignore[arg-type]  # which checks them
 
     def of(self, layer: str) -> Thresholds:
         """Give the thresholds that hold for `layer`: the last pattern that matches wins."""

@@ -80,7 +80,7 @@ def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.floa
 
 
 def _severity(history: History, run: list[int]) -> Severity:
-    """A loss that has come down says that not all is ill; without a loss, layers that were sound may just have done their work."""
+    """Judge by the loss: where it has come down not all is ill, and where it is not known, layers that were sound may have done their work."""
     if history.improved or (history.improved is None and all(map(history.sound_once, run))):
         return Severity.INFO
     return Severity.WARNING
@@ -106,7 +106,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     share = largest / np.maximum(np.abs(losses), 1e-300)
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
-    if 0 < share.max() and (share < limit).mean() >= t.share:
+    if share.max() > 0 and (share < limit).mean() >= t.share:
         yield Finding(
             "GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence={"sensitivity": float(share[-1]), "limit": limit}
         )

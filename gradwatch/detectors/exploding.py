@@ -66,7 +66,7 @@ def _updates(history: History) -> Iterator[Finding]:
                 largest.setdefault(p.layer, []).append(r)
     for layer, ratios in largest.items():
         often = sum(r > t.explosion_update for r in ratios)
-        if often >= 3 or max(ratios) > t.explosion_update_at_once:  # noqa: PLR2004  (three times is a pattern)
+        if often >= 3 or max(ratios) > t.explosion_update_at_once:
             yield Finding(
                 "GW202", "exploding", Severity.WARNING, layer, onset=probes[0].step, evidence={"update": max(ratios), "times": float(often), "limit": t.explosion_update}
             )

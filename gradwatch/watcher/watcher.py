@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec
+from typing import Any, Literal, ParamSpec, Self
 
 from torch import Tensor, nn
 
@@ -153,7 +153,7 @@ class Watcher:
         self._close_sinks()
         return self.report
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Self:
         """Watch within a `with` block."""
         return self
 
