@@ -1,0 +1,1 @@
+"""What gradwatch costs, and how its verdicts fare on labelled runs."""

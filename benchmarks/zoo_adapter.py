@@ -1,6 +1,6 @@
 """The labelled runs of the zoo, watched by gradwatch in the hook form: `evaluate(case)` gives the alerts.
 
-    PYTHONPATH=../shared python -m zoo.run --adapter benchmarks.zoo_adapter --adapter benchmarks.zoo_adapter_without_loss -v
+PYTHONPATH=../shared python -m zoo.run --adapter benchmarks.zoo_adapter --adapter benchmarks.zoo_adapter_without_loss -v
 """
 
 from __future__ import annotations

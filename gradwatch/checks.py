@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,11 +48,14 @@ def check(
         The report; what is wrong is in `report.open`.
 
     Raises:
-        ValueError: the output holds nothing that a gradient could start from, or the loss is not a scalar with a graph.
+        ValueError: the output holds nothing that a gradient could start from, the loss is not a scalar with a graph, no
+            parameter gets a gradient, or parameters have no shape yet.
 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise ValueError("the parameters of model must have their shapes: lazy modules get them when a batch has gone through once")
     watcher = Watcher(
         model,
         (),
@@ -65,11 +69,13 @@ def check(
     )
     with watcher, _as_it_was(model):
         watcher.look_ahead()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             value = (loss or _projection)(_call(model, batch))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(f"loss must give a scalar tensor that depends on the parameters, got {_shown(value)}")
             value.backward()  # type: ignore[no-untyped-call]  # torch's
+        if all(parameter.grad is None for parameter in model.parameters()):
+            raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
         watcher.step()
     return watcher.report
 
@@ -145,33 +151,40 @@ def _shown(value: object) -> str:
 
 @contextlib.contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back gradients, buffers, attributes of modules, modes, and the random states of torch, numpy and Python."""
-    gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    attributes = [(m, dict(vars(m)), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
-    kept = [(t, t.detach().clone()) for _, own, _, _ in attributes for t in own.values() if isinstance(t, Tensor)]
+    """Put back what modules hold (parameters, buffers, a hidden state, lists), gradients, modes, and the random states."""
+    modules = [(module, dict(vars(module))) for module in model.modules()]
+    attributes = [value for _, own in modules for value in own.values()]
+    # Weights too: a momentum encoder moves its own in forward().
+    tensors = [(tensor, tensor.detach().clone()) for value in attributes for tensor in _held(value)]
+    containers = [(value, dict(value) if isinstance(value, dict) else list(value)) for value in attributes if isinstance(value, dict | list | set | deque)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
-            for p, _ in gradients:
-                p.grad = None
+            for parameter, _ in gradients:
+                parameter.grad = None
             yield
     finally:
-        for module, own, own_buffers, own_parameters in attributes:
+        for module, own in modules:
             vars(module).clear()
             vars(module).update(own)
-            for now, before in ((module._buffers, own_buffers), (module._parameters, own_parameters)):
-                now.clear()
-                now.update(before)
+        for container, content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(content)
         with torch.no_grad():
-            for tensor, before in (*buffers, *kept):
-                if not torch.equal(tensor, before):
+            for tensor, before in tensors:
+                if tensor.layout is not torch.strided or not torch.equal(tensor, before):
                     tensor.copy_(before)
-        for p, gradient in gradients:
-            p.grad = gradient
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
 
+
+def _held(value: object) -> list[Tensor]:
+    """Give the tensors in an attribute of a module: itself, or in a collection of them."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    return [item for item in items if isinstance(item, Tensor)]

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gradwatch import __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"gradwatch {options.command}: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
         return 2
-    except BrokenPipeError:
-        return 0
     except KeyboardInterrupt:
         return 130
 
@@ -64,34 +68,45 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rich.console import Console
+    from rich.rule import Rule
 
     from gradwatch.console import run_summary
     from gradwatch.record import read_runs
 
-    console = Console()
     runs = read_runs(options.path)
-    for name, run in runs.items():
-        if len(runs) > 1:
-            console.rule()
-        console.print(run_summary(run, name if len(runs) > 1 else ""))
+    if len(runs) == 1:
+        _show(*map(run_summary, runs.values()))
+    else:
+        _show(*(part for name, run in runs.items() for part in (Rule(), run_summary(run, name))))
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
-    from rich.console import Console
+    from rich.text import Text
 
     from gradwatch.console import alert_lines, verdict
     from gradwatch.record import read_runs
     from gradwatch.report import Severity
 
-    console = Console()
-    status = 0
     runs = read_runs(options.path)
-    for name, run in runs.items():
-        wrong = [alert for alert in run.alerts if alert.severity > Severity.INFO]
-        console.print(verdict(run, name if len(runs) > 1 else ""))
-        for line in alert_lines(wrong):
-            console.print(line)
-        status = max(status, int(bool(wrong)))
-    return status
+    wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
+    _show(*(part for name, run in runs.items() for part in (Text(verdict(run, name if len(runs) > 1 else "")), *alert_lines(wrong[name]))))
+    return int(any(wrong.values()))
+
+
+def _show(*parts: RenderableType) -> None:
+    """Print; a reader that has seen enough (`| head`) and a terminal that lacks a character are no failures."""
+    from rich.console import Console
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console = Console()
+    with console.capture() as page:
+        for part in parts:
+            console.print(part)
+    try:
+        for line in page.get().splitlines():
+            print(line.rstrip())  # noqa: T201  (a command line prints)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit can go

@@ -8,7 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -63,47 +64,82 @@ def _report(report: Report) -> RenderableType:
     return Group(Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
 
 
-def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None) -> Table:
+def layer_table(
+    snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None
+) -> RenderableType:
     """Give the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
+    Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities: never names, norms and codes.
+
     Args:
-        snapshot: the step to show.
+        snapshot: the step to show; layers that only another optimizer steps are left out.
         alerts: those whose codes are shown at their layers.
         sensitivity: share of the largest sensitivity of later layers, by layer.
-        most: show no more rows than this, those with the smallest norms.
+        most: show no more rows than this, those with alerts and then those with the smallest norms.
 
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", overflow="fold", min_width=8)
-    table.add_column("kind", overflow="ellipsis", no_wrap=True, min_width=4)
-    table.add_column("gradient", justify="right", no_wrap=True)
-    if sensitivity is not None:
-        table.add_column("of later layers", justify="right", no_wrap=True)
-    table.add_column("log10", no_wrap=True)
-    table.add_column("", no_wrap=True)
     codes: dict[str, list[Alert]] = {}
     for alert in alerts:
         codes.setdefault(alert.finding.place, []).append(alert)
     norms = layer_norms(snapshot)
     known = [math.log10(n) for n in norms.values() if n is not None and 0 < n < math.inf]
     low, high = (min(*known, max(known) - 3), max(known)) if known else (-1.0, 0.0)
-    rows = [snapshot.model.layers[i] for i in snapshot.model.forward_order]
+    mine = {p.layer for p in snapshot.model.parameters if p.optimizer in (None, snapshot.optimizer)}
+    rows = [layer for i in snapshot.model.forward_order if (layer := snapshot.model.layers[i]).name in mine]
     shown = rows
     if most is not None and len(rows) > most:
-        smallest = {layer.name for layer in sorted(rows, key=lambda layer: _rank(norms[layer.name]))[:most]}
-        shown = [layer for layer in rows if layer.name in smallest]
-    for layer in shown:
-        norm = norms[layer.name]
-        mine = max(codes.get(layer.name, ()), key=lambda a: a.severity, default=None)
-        style = _COLOURS[mine.severity] if mine else ""
-        cells = [Text(layer.name or "(the model)", style=style), layer.kind, _number(norm)]
-        if sensitivity is not None:
-            cells.append(_number(sensitivity.get(layer.name)))
-        cells += [_bar(norm, low, high), Text(" ".join(sorted({a.finding.code for a in codes.get(layer.name, ())})), style=style)]
-        table.add_row(*cells)
-    if len(shown) < len(rows):
-        table.caption = f"{len(rows) - len(shown)} more layers"
-    return table
+        chosen = {layer.name for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norms[layer.name])))[:most]}
+        shown = [layer for layer in rows if layer.name in chosen]
+
+    def table(*, bars: bool, kinds: bool, shares: bool) -> Table:
+        made = Table(box=None, pad_edge=False, header_style="bold")
+        made.add_column("layer", overflow="fold", min_width=8)
+        if kinds:
+            made.add_column("kind", no_wrap=True)
+        made.add_column("gradient", justify="right", no_wrap=True)
+        if shares:
+            made.add_column("of later layers", justify="right", no_wrap=True)
+        if bars:
+            made.add_column("log10", no_wrap=True)
+        made.add_column("", overflow="fold")
+        for layer in shown:
+            norm, wrong = norms[layer.name], codes.get(layer.name, ())
+            gravest = max((a.severity for a in wrong), default=None)
+            style = _COLOURS[gravest] if gravest else ""
+            cells = [
+                Text(layer.name or "(the model)", style=style),
+                Text(layer.kind) if kinds else None,
+                Text(_number(norm)),
+                Text(_number((sensitivity or {}).get(layer.name))) if shares else None,
+                _bar(norm, low, high) if bars else None,
+                Text(" ".join(sorted({a.finding.code for a in wrong})), style=style),
+            ]
+            made.add_row(*(cell for cell in cells if cell is not None))
+        if len(shown) < len(rows):
+            made.caption = f"{len(rows) - len(shown)} more layers"
+        return made
+
+    shares = sensitivity is not None
+    return _Fitting(
+        table(bars=True, kinds=True, shares=shares),
+        table(bars=False, kinds=True, shares=shares),
+        table(bars=False, kinds=False, shares=shares),
+        table(bars=False, kinds=False, shares=False),
+    )
+
+
+class _Fitting:
+    """The first of several renderings for which the terminal is wide enough, or else the last."""
+
+    def __init__(self, *renderings: RenderableType) -> None:
+        """Take them, the widest first."""
+        self._renderings = renderings
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Choose."""
+        unbounded = options.update_width(10_000)
+        fitting = (r for r in self._renderings if Measurement.get(console, unbounded, r).maximum <= options.max_width)
+        yield next(fitting, self._renderings[-1])
 
 
 def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[RenderableType]:
@@ -128,14 +164,16 @@ def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[Renderab
 def run_summary(run: Run, name: str = "") -> RenderableType:
     """Give what happened in a run: the verdict, the alerts, and the layers with the least gradient."""
     history = History()
+    newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
     for snapshot in run.snapshots:
         history.add(snapshot)
+        newest[snapshot.optimizer] = snapshot, history.ratios(1)[-1].tolist()
     parts: list[RenderableType] = [Text(verdict(run, name), style="bold")]
-    if run.snapshots:
-        last = run.snapshots[-1]
-        ratios = history.ratios(1)[-1].tolist()
+    for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
-        parts += [Text(f"\nThe layers at step {last.step}, in the order of the forward pass:"), layer_table(last, run.alerts, sensitivity=known, most=40)]
+        whose = f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps," if last.optimizer is not None and len(newest) > 1 else ""
+        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
+        parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
     parts += alert_lines(run.alerts)
     notes = []
     if run.thinned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def demo(logdir: str, *, seed: int = 0, steps: int = 250, data: str = "auto", ou
     with Progress(console=out, transient=True) as progress:
         for subject in SUBJECTS:
             bar = progress.add_task(f"training {subject.name}", total=steps)
-            _train(subject, x[:known], y[:known], logdir=Path(logdir) / subject.name, seed=seed, steps=steps, tick=lambda bar=bar: progress.advance(bar))  # type: ignore[misc]  # bound now, as meant
+            _train(subject, x[:known], y[:known], logdir=Path(logdir) / subject.name, seed=seed, steps=steps, tick=lambda bar=bar: progress.advance(bar))
     for subject in SUBJECTS:
         out.rule(subject.name)
         out.print(f"{subject.says[0].upper()}{subject.says[1:]}.", highlight=False)
@@ -91,14 +92,15 @@ def network(inputs: int, *, healthy: bool) -> nn.Sequential:
     """Build the network on `inputs` numbers: ReLU with He initialization, or sigmoids with what PyTorch gives."""
     from torch import nn
 
-    layers: list[nn.Module] = [nn.Flatten()]
+    layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
     for depth in range(DEPTH):
         linear = nn.Linear(WIDTH if depth else inputs, WIDTH)
         if healthy:
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU() if healthy else nn.Sigmoid()]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 1), nn.Flatten(0))
+        layers[f"hidden{depth + 1}"] = linear
+        layers[f"act{depth + 1}"] = nn.ReLU() if healthy else nn.Sigmoid()
+    return nn.Sequential(OrderedDict([*layers.items(), ("head", nn.Linear(WIDTH, 1)), ("forecast", nn.Flatten(0))]))
 
 
 def _train(subject: Subject, x: Any, y: Any, *, logdir: Path, seed: int, steps: int, tick: Any) -> None:  # noqa: ANN401  (arrays of numpy, and a callable)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.report import Finding
-from gradwatch.snapshot import ModelInfo, Snapshot, from_plain, to_plain
+from gradwatch.snapshot import ModelInfo, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ class Track:
     """The lowest median of `EDGE` losses in a row."""
     first_norms: list[float] = field(default_factory=list)
     """Finite global norms of the first window, the measure for later ones."""
+    added: int = 0
+    """How many snapshots there were."""
     skipped: int = 0
     """Steps in a row that a GradScaler skipped, up to now."""
 
@@ -56,11 +58,12 @@ class History:
         self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
         """Keys of the alerts that are open, for hysteresis."""
         self.best_ratio: dict[str, float] = {}
-        """Per layer, the largest median of five ratios in a row (see `ratios`)."""
+        """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
         self._weight_norms: dict[str, float] = {}
         self._layout: _Layout | None = None
+        self._improved: tuple[bool | None] | None = None
 
     def add(self, snapshot: Snapshot) -> None:
         """Fold one snapshot in."""
@@ -72,28 +75,22 @@ class History:
             for column in (track.snapshots, track.sensitivities, track.ratios):
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
-        if snapshot.weight_norm is not None:
-            self._weight_norms.update(
-                (p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None
-            )
         if self._layout is None or self._layout.model is not snapshot.model:
-            self._layout = _Layout.of(snapshot.model)
+            self._layout = _Layout.of(snapshot.model, self._weight_norms)
         layout = self._layout
-        weights = np.array([self._weight_norms.get(p.name) for p in snapshot.model.parameters], dtype=float)
+        if snapshot.weight_norm is not None:
+            self._weight_norms.update((p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None)
+            layout.weigh(self._weight_norms)
         # The gradients of a skipped step are not those of the loss: its row says nothing.
-        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(weights), dtype=float)
-        sensitivity = layout.combine(norms * np.where(weights > 0, weights, np.nan))
-        ratio = layout.over_later(sensitivity)
+        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
+        sensitivity = layout.combine(norms)
         track.snapshots.append(snapshot)
         track.sensitivities.append(sensitivity)
-        track.ratios.append(ratio)
-        if len(track.ratios) >= EDGE:
-            # One snapshot proves nothing: in a homogeneous network all layers have the same sensitivity at initialization,
-            # however little gradient each of their weights gets. So what counts is the median of a few.
-            level = np.sort(np.stack(_last(track.ratios, EDGE)), axis=0)[EDGE // 2]
-            for layer, value in zip(snapshot.model.layers, level.tolist(), strict=True):
-                if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
-                    self.best_ratio[layer.name] = value
+        track.ratios.append(layout.over_later(sensitivity))
+        self._improved = None
+        track.added += 1
+        if track.added % EDGE == 0:
+            self._note_best(track)
         if snapshot.skipped:
             return
         total = snapshot.norm_global
@@ -101,6 +98,19 @@ class History:
             track.first_norms.append(total)
         if snapshot.loss is not None:
             self._add_loss(track, snapshot.loss)
+
+    def _note_best(self, track: Track) -> None:
+        """Note where the ratios of the last snapshots were the best so far.
+
+        One snapshot proves nothing: in a homogeneous network all layers have the same sensitivity at initialization,
+        however little gradient each of their weights gets. So what counts is the median of a few.
+        """
+        import numpy as np
+
+        level = np.median(np.stack(_last(track.ratios, EDGE)), axis=0)
+        for layer, value in zip(track.snapshots[-1].model.layers, level.tolist(), strict=True):
+            if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
+                self.best_ratio[layer.name] = value
 
     @staticmethod
     def _add_loss(track: Track, loss: float) -> None:
@@ -173,6 +183,11 @@ class History:
     @property
     def improved(self) -> bool | None:
         """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
+        if self._improved is None:  # asked for by several detectors at every snapshot
+            self._improved = (self._has_improved(),)
+        return self._improved[0]
+
+    def _has_improved(self) -> bool | None:
         track = self._track
         if track.best_loss is None or len(track.last_losses) < 2 * EDGE:
             return None
@@ -227,7 +242,7 @@ class History:
                 if not any(snapshot.model is m for m in models):
                     models.append(snapshot.model)
                 number = next(i for i, m in enumerate(models) if m is snapshot.model)
-                snapshots.append({**to_plain(snapshot), "model": number})
+                snapshots.append(snapshot_to_plain(snapshot, number))
             tracks.append(
                 {
                     "optimizer": optimizer,
@@ -238,6 +253,7 @@ class History:
                     "last_losses": list(track.last_losses),
                     "best_loss": track.best_loss,
                     "first_norms": list(track.first_norms),
+                    "added": track.added,
                     "skipped": track.skipped,
                 }
             )
@@ -257,12 +273,12 @@ class History:
         self._tracks = {}
         for plain in state["tracks"]:
             track = self._tracks[plain["optimizer"]] = Track()
-            track.snapshots.extend(from_plain(Snapshot, {**s, "model": models[s["model"]]}) for s in plain["snapshots"])
+            track.snapshots.extend(snapshot_from_plain(s, models) for s in plain["snapshots"])
             track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
             track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
             track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
             track.last_losses.extend(plain["last_losses"])
-            track.best_loss, track.skipped = plain["best_loss"], plain["skipped"]
+            track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
 
@@ -282,39 +298,52 @@ class _Layout:
     model: ModelInfo
     counted: NDArray[np.intp]
     """Parameters that count for the sensitivity: all but biases."""
-    layer_of: NDArray[np.intp]
-    layers: int
+    starts: NDArray[np.intp]
+    """Where each layer that has such parameters begins among them."""
+    owners: NDArray[np.intp]
+    """The numbers of those layers."""
     order: NDArray[np.intp]
     """Layers in the order of the forward pass."""
+    weights: Floats
+    """Last known norm of each counted parameter; NaN where it is not known, or 0."""
 
     @classmethod
-    def of(cls, model: ModelInfo) -> _Layout:
+    def of(cls, model: ModelInfo, weight_norms: Mapping[str, float]) -> _Layout:
         import numpy as np
 
         index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = [i for i, p in enumerate(model.parameters) if p.role != "bias"]
-        layer_of = [index[model.parameters[i].layer] for i in counted]
-        return cls(model, np.array(counted, dtype=np.intp), np.array(layer_of, dtype=np.intp), len(model.layers), np.array(model.forward_order, dtype=np.intp))
+        counted = sorted((i for i, p in enumerate(model.parameters) if p.role != "bias"), key=lambda i: index[model.parameters[i].layer])
+        layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
+        owners, starts = np.unique(layer_of, return_index=True)
+        layout = cls(model, np.array(counted, dtype=np.intp), starts, owners, np.array(model.forward_order, dtype=np.intp), np.empty(len(counted)))
+        layout.weigh(weight_norms)
+        return layout
 
-    def combine(self, values: Floats) -> Floats:
-        """Root of the sum of squares over the parameters of each layer; NaN where it has none."""
+    def weigh(self, weight_norms: Mapping[str, float]) -> None:
+        """Take the newest norms of the parameters."""
+        self.weights[:] = [weight_norms.get(self.model.parameters[i].name) or float("nan") for i in self.counted]
+
+    def combine(self, norms: Floats) -> Floats:
+        """Norm x weight, by root of the sum of squares over the parameters of each layer; NaN where it has none."""
         import numpy as np
 
-        values = values[self.counted]
-        known = np.flatnonzero(~np.isnan(values))
-        total = np.full(self.layers, np.nan)
-        total[self.layer_of[known]] = 0.0
-        np.hypot.at(total, self.layer_of[known], values[known])
+        values = norms[self.counted] * self.weights
+        known = ~np.isnan(values)
+        total = np.full(len(self.model.layers), np.nan)
+        if len(values):
+            total[self.owners] = np.hypot.reduceat(np.where(known, values, 0.0), self.starts)
+            total[self.owners[~np.logical_or.reduceat(known, self.starts)]] = np.nan
         return total
 
     def over_later(self, sensitivity: Floats) -> Floats:
+        """Divide by the largest of the layers after it; NaN where there is none."""
         import numpy as np
 
-        ordered = np.nan_to_num(sensitivity[self.order], nan=0.0, posinf=np.inf)
-        later = np.append(np.maximum.accumulate(ordered[::-1])[::-1][1:], 0.0)
-        ratio = np.full(self.layers, np.nan)
+        ordered = sensitivity[self.order]
+        later = np.append(np.fmax.accumulate(ordered[::-1])[::-1][1:], np.nan)
+        ratio = np.empty_like(sensitivity)
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio[self.order] = np.where(later > 0, sensitivity[self.order] / later, np.nan)
+            ratio[self.order] = ordered / np.where(later > 0, later, np.nan)
         return ratio
 
 

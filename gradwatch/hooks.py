@@ -28,12 +28,12 @@ class StepListener(Protocol):
 
 def unwrap(optimizer: object) -> Any:  # noqa: ANN401  (an optimizer, or what merely acts as one)
     """Give the optimizer inside of wrappers that keep it as `.optimizer` (Accelerate, Lightning, and others)."""
-    seen: set[int] = set()
-    while id(optimizer) not in seen:
-        seen.add(id(optimizer))
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(inner, torch.optim.Optimizer) or (inner is not None and hasattr(inner, "param_groups") and hasattr(inner, "step")):
+    inner, seen = optimizer, set[int]()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        if isinstance(inner, torch.optim.Optimizer) or (hasattr(inner, "param_groups") and hasattr(inner, "step")):
             optimizer = inner
+        inner = getattr(inner, "optimizer", None)
     return optimizer
 
 
@@ -50,6 +50,7 @@ class StepHooks:
         self._pid = os.getpid()
         self._depth = 0
         self._seen = False
+        self._evaluating = False
         if hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "register_step_post_hook"):
             before, after = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
             self._detach: Callable[[], None] = lambda: (before.remove(), after.remove(), None)[-1]
@@ -63,14 +64,12 @@ class StepHooks:
 
     @property
     def looked(self) -> bool:
-        """Whether a step is under way whose gradients have been looked at already."""
-        return self._depth > 0 and self._seen
+        """Whether a closure is being evaluated for a step whose gradients have been looked at already."""
+        return self._evaluating and self._seen
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # noqa: ANN401
-        # super().step() of a subclass fires the hooks again. A step that raised never came back, so the depth is bounded
-        # by the number of step() definitions there are, and heals itself.
-        deepest = sum("step" in vars(c) for c in type(optimizer).__mro__ if c is not torch.optim.Optimizer)
-        self._depth = self._depth + 1 if self._depth < deepest else 1
+        # super().step() of a subclass fires the hooks again; a step that raised never came back to count down.
+        self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
             return None
         self._seen = False
@@ -80,11 +79,11 @@ class StepHooks:
             return None
 
         def looked_at(*a: object, **k: object) -> object:
+            self._evaluating = True
             try:
                 loss = closure(*a, **k)
-            except BaseException:
-                self._depth = 0
-                raise
+            finally:
+                self._evaluating = False
             if not self._seen:  # the first evaluation: the gradient at the weights that the step starts from
                 if (listener := self._live()) is not None:
                     listener.on_loss(self._slot, loss)
@@ -93,15 +92,17 @@ class StepHooks:
 
         return ((args[0], looked_at, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": looked_at})
 
-    def _after(self, _optimizer: object, _args: object, _kwargs: object) -> None:
-        if self._depth == 0:  # its opening was lost to an exception
+    def _after(self, optimizer: object, _args: object, _kwargs: object) -> None:
+        if self._depth == 0:  # it began before we came
             return
-        self._depth -= 1
-        if self._depth == 0:
-            if not self._seen:  # a closure that the optimizer never called
-                self._look()
-            if (listener := self._live()) is not None:
-                listener.on_stepped(self._slot)
+        if self._depth > 1 and _nested(optimizer):
+            self._depth -= 1
+            return
+        self._depth = 0
+        if not self._seen:  # a closure that the optimizer never called
+            self._look()
+        if (listener := self._live()) is not None:
+            listener.on_stepped(self._slot)
 
     def _look(self) -> None:
         self._seen = True
@@ -110,6 +111,20 @@ class StepHooks:
 
     def _live(self) -> StepListener | None:
         return self._listener if os.getpid() == self._pid else None  # a forked child is silent
+
+
+def _nested(optimizer: object) -> bool:
+    """Tell, from a hook, whether the `step` that calls it was called by another `step` of the same optimizer.
+
+    Only the stack knows: which classes of an optimizer call hooks depends on the order in which they were instantiated.
+    """
+    caller = sys._getframe(2)
+    frame = caller.f_back
+    while frame is not None:
+        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> Callable[[], None]:  # noqa: ANN401

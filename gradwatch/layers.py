@@ -67,7 +67,7 @@ def describe(
             if id(parameter) in columns:
                 continue
             columns[id(parameter)] = len(parameters)
-            lazy = isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+            lazy = nn.parameter.is_lazy(parameter)
             parameters.append(
                 ParameterInfo(
                     name=f"{layer}.{name}" if layer else name,
@@ -92,7 +92,7 @@ def _role(module: nn.Module, name: str, dimensions: int) -> Role:
 
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
-    for name in _ancestry(layer):
+    for name in ancestry(layer):
         kind = type(modules[name]) if name in modules else None
         if kind is not None and not kind.__module__.startswith("torch."):
             code = getattr(getattr(kind, "forward", None), "__code__", None)
@@ -101,7 +101,8 @@ def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
     return None
 
 
-def _ancestry(name: str) -> Iterable[str]:
+def ancestry(name: str) -> Iterable[str]:
+    """Give a module's name, and those of the modules that it is in, up to the model's own, which is ""."""
     while name:
         yield name
         name = name.rpartition(".")[0]

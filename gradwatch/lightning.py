@@ -77,6 +77,8 @@ class GradientMonitor(_Callback):
     ) -> None:
         """Check and keep the options; nothing is attached before the fit."""
         super().__init__()
+        if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
+            raise ValueError(f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}')
         check_options(every_n_steps, probe_every_n_steps, timesteps, horizon, ignore, "raise" if on_alert == "stop" else on_alert)
         self._name = name
         self._cadence = Cadence(every_n_steps, probe_every_n_steps)
@@ -111,7 +113,10 @@ class GradientMonitor(_Callback):
             clock=lambda: _step(trainer),
         )
         if self._state:
-            self._watcher.load_state_dict(self._state)
+            try:
+                self._watcher.load_state_dict(self._state)
+            except ValueError as error:  # of another model, perhaps: no reason to end a fit
+                self._watcher._warn("state", f"what was remembered of an earlier fit is left out: {error}")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ANN401
         """Note the loss, without the factors that the Trainer has put in."""
@@ -156,8 +161,8 @@ class GradientMonitor(_Callback):
         self._state = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the live watcher out of pickles and copies."""
-        return {**vars(self), "_watcher": None}
+        """Leave the live watcher out of pickles and copies, and the methods of the model that Lightning hangs on every callback."""
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {"_watcher": None}
 
     def _close(self) -> None:
         if self._watcher is not None:
@@ -183,7 +188,8 @@ def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
     if directory is not None:
         found.append(Record(claim(Path(directory), name)))
     for logger in trainer.loggers:
-        if hasattr(getattr(logger, "experiment", None), "_get_file_writer"):
+        # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
+        if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):
             found.append(TensorBoardSink(logger.experiment))
         else:
             found.append(_LoggerSink(logger))

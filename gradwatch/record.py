@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gradwatch.report import Alert, Report, Severity
-from gradwatch.snapshot import ModelInfo, Snapshot, from_json, from_plain, to_json, to_plain
+from gradwatch.snapshot import ModelInfo, Snapshot, from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
 
 FORMAT = 1
 NAME = "record.jsonl"
@@ -46,7 +46,7 @@ class Record:
     def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
         """Write into `directory`, at most `bound` bytes; a record that is there already is replaced."""
         self._path = Path(directory) / NAME
-        self._bound = bound
+        self._bound = self._limit = bound
         self._file: TextIO | None = None
         self._size = 0
         self._thinned = 0
@@ -56,14 +56,20 @@ class Record:
         self._open: dict[tuple[object, ...], Alert] = {}
 
     def __call__(self, report: Report) -> None:
-        """Append what the report adds."""
-        if self._file is None:
-            self._begin()
+        """Append what the report adds.
+
+        Raises:
+            OSError: it cannot be written, or somebody has deleted it.
+
+        """
+        file = self._file or self._begin()
+        if os.fstat(file.fileno()).st_nlink == 0 and not self._path.exists():  # what is written now nobody will ever read
+            raise FileNotFoundError(f"{self._path} was deleted while it was written")
         snapshot = report.snapshot
         if self._model is not snapshot.model:
             self._model, self._models = snapshot.model, self._models + 1
             self._write({"model": to_plain(snapshot.model)})
-        self._write({"snapshot": {**to_plain(snapshot), "model": self._models - 1}})
+        self._write({"snapshot": snapshot_to_plain(snapshot, self._models - 1)})
         for alert in report.cleared:
             self._open.pop(_key(alert), None)
             self._write({"alert": to_plain(alert)})
@@ -72,8 +78,8 @@ class Record:
             if known is None or known.severity is not alert.severity:
                 self._write({"alert": to_plain(alert)})
             self._open[_key(alert)] = alert
-        self._file.flush()
-        if self._size > self._bound:
+        file.flush()
+        if self._size > self._limit:
             self._thin()
 
     def resume(self) -> None:
@@ -83,24 +89,31 @@ class Record:
     def close(self) -> None:
         """Write the alerts that are open as they are now, and close the file."""
         try:
-            if self._file is not None:
-                for alert in self._open.values():
-                    self._write({"alert": to_plain(alert)})
-                self._file.close()
+            for alert in self._open.values():
+                self._write({"alert": to_plain(alert)})
+            if self._size > self._limit:
+                self._thin()
         finally:
-            self._file = None
             release(self._path.parent)
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
 
-    def _begin(self) -> None:
+    def _begin(self) -> TextIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if self._resumed and self._path.exists():
-            with self._path.open(encoding="utf-8") as lines:
-                self._models = sum(line.startswith('{"model"') for line in lines)
-            self._size = self._path.stat().st_size
+        if self._resumed and self._path.exists() and self._whole_lines():
+            run = _read(self._path)
+            self._models, self._thinned, self._size = len(run.models), run.thinned, self._path.stat().st_size
             self._file = self._path.open("a", encoding="utf-8")
         else:
             self._file = self._path.open("w", encoding="utf-8")
             self._write({"format": FORMAT})
+        return self._file
+
+    def _whole_lines(self) -> bool:
+        """Take off the half line that a killed process left, because it would spoil the next one; tell whether anything is left."""
+        with self._path.open("rb+") as file:
+            return file.truncate(file.read().rfind(b"\n") + 1) > 0
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
@@ -118,12 +131,33 @@ class Record:
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
+        drop |= _fold_alerts(lines)
         kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]
         fresh = self._path.with_suffix(".new")
-        fresh.write_text("".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8")
-        fresh.replace(self._path)
+        try:
+            fresh.write_text("".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8")
+            fresh.replace(self._path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
         self._size = self._path.stat().st_size
+        # Where alerts alone fill the bound, the record outgrows it: better than to write it anew at every step.
+        self._limit = max(self._bound, self._size * 4 // 3)
         self._file = self._path.open("a", encoding="utf-8")
+
+
+def _fold_alerts(lines: list[str]) -> set[int]:
+    """Put the newest word on each alert where the first one stands; give the numbers of the lines that then say nothing new."""
+    first: dict[tuple[object, ...], int] = {}
+    later = set()
+    for number, line in enumerate(lines):
+        if line.startswith('{"alert"'):
+            alert = from_plain(Alert, from_json(line)["alert"])
+            place = first.setdefault((*_key(alert), alert.began), number)
+            if place != number:
+                lines[place] = line
+                later.add(number)
+    return later
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
@@ -171,15 +205,23 @@ def _read(file: Path) -> Run:
         for number, line in enumerate(lines):
             try:
                 content = from_json(line)
-                if number == 0 and content["format"] != FORMAT:
-                    raise ValueError(f"format {content['format']!r}")
-                thinned = content.get("thinned", thinned)
+                if number == 0:
+                    thinned = _begun(content)
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
                 if number == 0:
                     raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
                 broken += 1
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
     return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken)
+
+
+def _begun(content: dict[str, Any]) -> int:
+    """Check the first line, and give the number of snapshots that were dropped."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}")
+    return int(content.get("thinned", 0))
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
@@ -187,7 +229,7 @@ def _take(draft: _Draft, content: dict[str, Any]) -> None:
         draft.models.append(from_plain(ModelInfo, content["model"]))
     elif "snapshot" in content:
         plain = content["snapshot"]
-        draft.snapshots.append(from_plain(Snapshot, {**plain, "model": draft.models[plain["model"]]}))
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
     elif "alert" in content:
         alert = from_plain(Alert, content["alert"])
         draft.alerts[(*_key(alert), alert.began)] = alert
@@ -208,7 +250,7 @@ def claim(logdir: str | os.PathLike[str], name: str | None = None) -> Path:
         NotADirectoryError: `logdir` is a file.
 
     """
-    top = Path(logdir).absolute()
+    top = Path(logdir).resolve()
     if top.exists() and not top.is_dir():
         raise NotADirectoryError(f"logdir must be a folder, got the file {top}")
     first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -203,6 +203,22 @@ def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, an
     if isinstance(value, tuple | list):
         return [to_plain(v) for v in value] if value and dataclasses.is_dataclass(value[0]) else list(value)
     return value
+
+
+def snapshot_to_plain(snapshot: Snapshot, model: int) -> dict[str, Any]:
+    """Give a snapshot as `to_plain` does, with a number in place of the model, which many snapshots share."""
+    fields = [(name, default) for name, default in _fields(Snapshot) if name != "model"]
+    return {"model": model, **{name: to_plain(v) for name, default in fields if (v := getattr(snapshot, name)) is not default}}
+
+
+def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -> Snapshot:
+    """Give back the snapshot that `snapshot_to_plain` took apart.
+
+    Raises:
+        KeyError, IndexError, TypeError, ValueError: `plain` is no snapshot, or its model is not among `models`.
+
+    """
+    return from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
 
 
 def from_plain(kind: type[T], plain: Any) -> T:  # noqa: ANN401  (what `json.loads` gives)

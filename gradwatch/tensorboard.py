@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
 import socket
+import statistics
 import struct
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -54,21 +57,24 @@ class TensorBoardSink:
         self._tags: list[str] = []
         self._picture = _Picture()
         self._groups: Groups | None = None
+        self._rows: Groups | None = None
         self._last: Report | None = None
 
     def __call__(self, report: Report) -> None:
         """Write one Summary."""
-        if self._groups is None or self._groups.model is not report.snapshot.model:
+        if self._groups is None or self._rows is None or self._groups.model is not report.snapshot.model:
             self._groups = Groups(report.snapshot.model, parameters=self._parameters)
+            self._rows = self._groups.unblocked()
+        rows = self._rows
         self._last = report
         scalars = _scalars(report, self._groups)
         event = self._fill(scalars)
         event.wall_time, event.step = report.snapshot.wall_time, report.snapshot.step
-        levels = {tag.removeprefix("gradwatch_norm/"): value for tag, value in scalars.items() if tag.startswith("gradwatch_norm/")}
-        self._picture.add(report.snapshot.step, levels, self._groups.rows)
+        levels = {name: log10(norm) for name, norm in rows.norms(report.snapshot.norm).items()}
+        self._picture.add(report.snapshot.step, levels, rows.rows)
         extra = []
         if report.snapshot.weight_norm is not None and levels:
-            extra.append(_profile([levels.get(row) for row in self._groups.rows]))
+            extra.append(_profile([levels.get(row) for row in rows.rows]))
         if report.began or report.cleared:
             extra.append(_text(report))
         if self._picture.due():
@@ -89,15 +95,17 @@ class TensorBoardSink:
 
     def close(self) -> None:
         """Draw the heatmap of the whole run, and close the file if it is ours."""
-        if self._last is not None and not self._picture.fresh:
-            from tensorboard.compat.proto.event_pb2 import Event
+        last, self._last = self._last, None
+        try:
+            if last is not None and not self._picture.fresh:
+                from tensorboard.compat.proto.event_pb2 import Event
 
-            event = Event(wall_time=time.time(), step=self._last.snapshot.step)
-            event.summary.value.append(_image(self._picture.png()))
-            self._write(event)
-        self._last = None
-        if self._events is not None:
-            self._events.close()
+                event = Event(wall_time=time.time(), step=last.snapshot.step)
+                event.summary.value.append(_image(self._picture.png()))
+                self._write(event)
+        finally:
+            if self._events is not None:
+                self._events.close()
 
     def _fill(self, scalars: Mapping[str, float]) -> Any:  # noqa: ANN401  (a protobuf message)
         """Put the numbers into an event that is kept from step to step: making the tags anew costs more than all else."""
@@ -116,19 +124,23 @@ class TensorBoardSink:
 class Groups:
     """Which parameters go into which chart."""
 
-    def __init__(self, model: ModelInfo, *, parameters: bool = False) -> None:
-        """Group by layer (in the order of the forward pass), by block where there are too many, or not at all."""
+    def __init__(self, model: ModelInfo, *, parameters: bool = False, most: int = GROUPS) -> None:
+        """Group by layer (in the order of the forward pass), by block where there are more than `most`, or not at all."""
         self.model = model
+        self._blocked = not parameters and len(model.layers) > most
         if parameters:
-            names = [p.name for p in model.parameters]
-            chosen = {p.name: i for i, p in enumerate(model.parameters)}
-            self.members: dict[str, list[int]] = {tag_safe(name): [chosen[name]] for name in names}
+            self.members: dict[str, list[int]] = {tag_safe(p.name): [i] for i, p in enumerate(model.parameters)}
         else:
-            block = _blocks(model.layers)
-            self.members = {tag_safe(block[model.layers[i].name] or "model"): [] for i in model.forward_order}
+            block = _blocks(model.layers, most)
+            top = "model" if "model" not in block.values() else "(model)"
+            self.members = {tag_safe(block[model.layers[i].name] or top): [] for i in model.forward_order}
             for i, p in enumerate(model.parameters):
-                self.members[tag_safe(block[p.layer] or "model")].append(i)
+                self.members[tag_safe(block[p.layer] or top)].append(i)
         self.rows = list(self.members)
+
+    def unblocked(self) -> Groups:
+        """Give the groups of the pictures, which have room for every layer."""
+        return Groups(self.model, most=len(self.model.layers)) if self._blocked else self
 
     def norms(self, column: Column) -> dict[str, float]:
         """Give the root of the sum of squares over each group; what has no number is left out."""
@@ -148,12 +160,12 @@ def _scalars(report: Report, groups: Groups) -> dict[str, float]:
     levels = {name: log10(value) for name, value in norms.items()}
     found: dict[str, float] = {}
     if levels:
-        ordered = sorted(levels.values())
+        known = [level for level in levels.values() if not math.isnan(level)] or [math.nan]
         found = {
             "gradwatch/norm_global": log10(math.hypot(*norms.values())),
-            "gradwatch/norm_min": ordered[0],
-            "gradwatch/norm_median": ordered[len(ordered) // 2],
-            "gradwatch/norm_max": ordered[-1],
+            "gradwatch/norm_min": min(known),
+            "gradwatch/norm_median": statistics.median(known),
+            "gradwatch/norm_max": max(known),
             "gradwatch/zero_norms": float(sum(n == 0 for n in norms.values())),
         }
     found["gradwatch/alerts_open"] = float(sum(alert.severity > Severity.INFO for alert in report.open))
@@ -189,11 +201,11 @@ def tag_safe(name: str) -> str:
     return name if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:4]}"
 
 
-def _blocks(layers: Sequence[LayerInfo]) -> dict[str, str]:
+def _blocks(layers: Sequence[LayerInfo], most: int) -> dict[str, str]:
     deepest = max((layer.name.count(".") + 1 for layer in layers), default=1)
     for parts in range(deepest, -1, -1):
         block = {layer.name: ".".join(layer.name.split(".")[:parts]) for layer in layers}
-        if len(set(block.values())) <= GROUPS or parts == 0:
+        if len(set(block.values())) <= most or parts == 0:
             break
     return block
 
@@ -205,7 +217,9 @@ class _Picture:
     """The heatmap of layers by steps: bounded, and drawn ever more rarely as the run goes on."""
 
     def __init__(self) -> None:
-        self._columns: list[tuple[int, Mapping[str, float]]] = []
+        self._names: list[str] = []
+        self._columns: list[tuple[int, array[float]]] = []
+        """Steps, and the levels along `_names`."""
         self._rows: list[str] = []
         self._stride = 1
         self._count = 0
@@ -214,16 +228,20 @@ class _Picture:
         """Whether what was drawn last shows all."""
 
     def add(self, step: int, levels: Mapping[str, float], rows: Sequence[str]) -> None:
+        if set(rows) != set(self._names):  # another model, and another picture
+            self._names, self._columns = list(rows), []
         self._rows = list(rows)
         if self._count % self._stride == 0:
-            self._columns.append((step, levels))
+            # What is not finite is not what is not there, which is NaN from here on.
+            column = (math.nan if name not in levels else math.inf if math.isnan(levels[name]) else levels[name] for name in self._names)
+            self._columns.append((step, array("d", column)))
             if len(self._columns) > _COLUMNS:
                 self._columns, self._stride = self._columns[::2], self._stride * 2
         self._count += 1
         self.fresh = False
 
     def due(self) -> bool:
-        if self._count < self._next:
+        if self._count < self._next or not self._columns:
             return False
         self._next = max(self._count + 80, self._count * 5 // 4)
         self.fresh = True
@@ -232,7 +250,8 @@ class _Picture:
     def png(self) -> tuple[int, int, bytes]:
         import numpy as np
 
-        values = np.array([[levels.get(row, np.nan) for _, levels in self._columns] for row in self._rows])
+        place = {name: i for i, name in enumerate(self._names)}
+        values = np.array([column for _, column in self._columns]).T[[place[row] for row in self._rows]]
         return heatmap(values, self._rows, [step for step, _ in self._columns], title="log10 of the gradient norm")
 
 
@@ -240,9 +259,10 @@ def heatmap(values: NDArray[np.float64], rows: Sequence[str], steps: Sequence[in
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output.
 
     Args:
-        values: shape (rows, steps); NaN is grey, what is at `FLOOR` (a norm of exactly 0) black.
-        rows: their names; the first, the last and one between are written.
-        steps: the numbers of the columns; the first and the last are written.
+        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what is
+            exactly at `FLOOR` (a norm of exactly 0) black.
+        rows: their names; the first and the last are written.
+        steps: the numbers of the columns; the first, the middle and the last are written.
         title: written on top.
 
     Returns:
@@ -254,33 +274,44 @@ def heatmap(values: NDArray[np.float64], rows: Sequence[str], steps: Sequence[in
 
     font = ImageFont.load_default(size=18)
     width, left, right, top, bottom = 480, 8, 74, 56, 32
-    body = max(160, min(24 * len(rows), 560))
-    drawn = values[np.isfinite(values) & (values > FLOOR)]
+    body = min(max(24 * len(rows), 160), 560) if len(rows) <= 560 else len(rows)  # no row may fall between two pixels
+    inside = width - left - right
+    special = {"black: exactly 0": (values == FLOOR, (0, 0, 0)), "grey: none": (np.isnan(values), (150, 150, 150)), "red: NaN or inf": (np.isinf(values), (220, 0, 0))}
+    drawn = values[np.isfinite(values) & (values != FLOOR)]
     low, high = (float(drawn.min()), float(drawn.max())) if drawn.size else (-1.0, 0.0)
     low = min(low, high - 3)  # a span of at least three decades: noise must not look like a fault
-    scaled = np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1)
-    pixels = _viridis(scaled)
-    pixels[np.isnan(values)] = (150, 150, 150)
-    pixels[values <= FLOOR] = (0, 0, 0)
-    picture = Image.new("RGB", (width, top + body + bottom), "white")
-    picture.paste(Image.fromarray(pixels).resize((width - left - right, body), Image.Resampling.NEAREST), (left, top))
+    pixels = _viridis(np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1))
+    legend = []
+    for name, (where, colour) in special.items():
+        pixels[where] = colour
+        legend += [name] * bool(where.any())
+    picture = Image.new("RGB", (width, top + body + bottom + 24 * bool(legend)), "white")
+    picture.paste(Image.fromarray(pixels).resize((inside, body), Image.Resampling.NEAREST), (left, top))
     bar = _viridis(np.linspace(1, 0, body)[:, None])
     picture.paste(Image.fromarray(bar).resize((14, body), Image.Resampling.NEAREST), (width - right + 8, top))
     pen = ImageDraw.Draw(picture)
-    pen.text((left, 2), title, fill="black", font=font)
-    for share, level in ((0.0, high), (0.5, (low + high) / 2), (1.0, low)):
-        pen.text((width - right + 26, top + share * (body - 20)), f"{level:.0f}", fill="black", font=font)
-    pen.text((left, top - 24), f"{_short(rows[0])} (top) to {_short(rows[-1])}", fill="black", font=font)
-    pen.text((left, top + body + 4), f"step {steps[0]}", fill="black", font=font)
-    end = f"{steps[-1]}"
-    pen.text((width - right - 10 * len(end), top + body + 4), end, fill="black", font=font)
+
+    def write(x: float, y: float, text: str, anchor: str) -> None:
+        pen.text((x, y), text, fill="black", font=font, anchor=anchor)
+
+    write(left, 20, title, "ls")
+    write(left, top - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls")
+    for share, level, anchor in ((0.0, high, "la"), (0.5, (low + high) / 2, "lm"), (1.0, low, "ld")):
+        write(width - right + 26, top + share * body, f"{round(level)}", anchor)
+    below = top + body + 22
+    write(left, below, f"step {steps[0]}", "ls")
+    if len(steps) > 2:
+        write(left + inside / 2, below, f"{steps[len(steps) // 2]}", "ms")
+    if len(steps) > 1:
+        write(left + inside, below, f"{steps[-1]}", "rs")
+    write(left, below + 24, ", ".join(legend), "ls")
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=6)
     return picture.width, picture.height, buffer.getvalue()
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 16 else f"...{name[-13:]}"
+    return name if len(name) <= 20 else f"...{name[-17:].lstrip('.')}"
 
 
 def _viridis(values: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -352,6 +383,10 @@ def _row(event: str, alert: Alert) -> str:
 # --- the file ---
 
 
+_files = itertools.count()
+"""Tells files apart that one process begins in one second."""
+
+
 class _EventFile:
     """An event file in TFRecord framing, written at once: no thread, so nothing hangs when the disk is full or the process forks."""
 
@@ -363,6 +398,8 @@ class _EventFile:
     def write(self, event: Any) -> None:  # noqa: ANN401
         if self._file is None:
             self._file = self._begin(event.wall_time)
+        elif os.fstat(self._file.fileno()).st_nlink == 0 and not Path(self._file.name).exists():
+            raise FileNotFoundError(f"{self._file.name} was deleted while it was written")
         _frame(self._file, event.SerializeToString())
         self._file.flush()
 
@@ -373,14 +410,14 @@ class _EventFile:
         if not self.resumed:
             for old in self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"):  # an earlier run, whose record is replaced too
                 old.unlink()
-        file = (self._directory / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}{_SUFFIX}").open("wb")
+        file = (self._directory.absolute() / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}.{next(_files)}{_SUFFIX}").open("wb")
         _frame(file, Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
         return file
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _frame(file: BinaryIO, content: bytes) -> None:

@@ -16,18 +16,22 @@ if TYPE_CHECKING:
 
 def vanishing_depth(history: History) -> Iterator[Finding]:
     """GW101: layers whose sensitivity is far below that of layers after them. GW102: all of them, against the loss."""
-    import numpy as np
-
     t = history.thresholds
     if len(history.window(t.window)) < t.window:
         return
-    ratios = history.ratios(t.window)
     limits = _limits(history)
-    with np.errstate(invalid="ignore"):
-        low = ratios < limits
-        vanishing = low.mean(axis=0) >= t.share
-    if vanishing.any():
-        vanishing &= ~_rising(ratios, t.vanishing_rising, limits)
+    recent = max(round((1 - t.share) * t.window) + 1, 1)  # a layer that is below its limit in none of these cannot have its share
+    if (history.ratios(recent) < limits).any():
+        yield from _vanishing(history, limits)
+    yield from _everywhere(history)
+    yield from _absolute(history)
+
+
+def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Finding]:
+    t = history.thresholds
+    ratios = history.ratios(t.window)
+    low = ratios < limits  # False for NaN
+    vanishing = (low.mean(axis=0) >= t.share) & ~_rising(ratios, t.vanishing_rising, limits)
     for run in _faults(history, vanishing, ratios[-1]):
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
@@ -42,20 +46,20 @@ def vanishing_depth(history: History) -> Iterator[Finding]:
             "share": float(low[:, worst].mean()),
         }
         yield Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence)
-    yield from _everywhere(history)
-    yield from _absolute(history)
 
 
 def _limits(history: History) -> NDArray[np.float64]:
+    """Give the limit of each layer."""
     import numpy as np
 
     t = history.thresholds
-    limits = []
-    for layer in history.model.layers:
-        mine = t.of(layer.name) if t.layers else t
-        limit = mine.vanishing_ratio_adaptive if history.adaptive else mine.vanishing_ratio
-        limits.append(limit * t.clear_factor if history.open and history.is_open("GW101", layer.name) else limit)
-    return np.array(limits)
+    names = [layer.name for layer in history.model.layers]
+    mine = [t.of(name) for name in names] if t.layers else [t] * len(names)
+    limits = np.array([m.vanishing_ratio_adaptive if history.adaptive else m.vanishing_ratio for m in mine])
+    open_places = {place for code, place, *_ in history.open if code == "GW101"}
+    if open_places:
+        limits[[name in open_places for name in names]] *= t.clear_factor
+    return limits
 
 
 def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -99,13 +103,13 @@ def _everywhere(history: History) -> Iterator[Finding]:
 
     t = history.thresholds
     losses = history.losses(t.window)
-    if len(losses) < t.window or history.improved is not False:
+    limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
+    if len(losses) < t.window or np.nanmax(history.sensitivities(1), initial=0.0) >= limit * abs(losses[-1]) or history.improved is not False:
         return
     largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
     if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
         return
     share = largest / np.maximum(np.abs(losses), 1e-300)
-    limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
     if share.max() > 0 and (share < limit).mean() >= t.share:
         yield Finding(
             "GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence={"sensitivity": float(share[-1]), "limit": limit}
@@ -143,7 +147,7 @@ def explain_vanishing_depth(finding: Finding) -> Explanation:
     through = f" to {evidence['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {evidence['worst']})" if evidence["worst"] != finding.place else ""
     return Explanation(
-        f"{finding.place or 'the first layer'}{through} gets next to no gradient: a relative change of its weights moves the loss {float(evidence['ratio']):.1g} times"
+        f"{finding.place or 'the first layer'}{through} {'get' if count > 1 else 'gets'} next to no gradient: a relative change of its weights moves the loss {float(evidence['ratio']):.1g} times"
         f" as much as one of a later layer{worst}, since step {finding.onset}",
         "the gradient shrinks at every layer on its way back: saturating activations, weights too small (or so large that they saturate), or depth without skip connections",
         f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +68,28 @@ class Inventory:
         if not any(s.tracing for s in self._slots):
             self.trace.disarm()
         owners = {layer.name for layer in self.info.layers}
-        for name in self.trace.ran:
+        for name in self._used():
             if name in owners and name not in self.order:
                 self.order[name] = len(self.order)
         slot.ids = []  # describe the model anew: for the order, and for parameters that were replaced under the same id
         return frozenset(self.trace.ran)
+
+    def _used(self) -> Iterator[str]:
+        """Give the modules in the order of the forward pass, each with those behind it whose weights it uses without calling them.
+
+        Attention does that with its output projection, which would else seem to come last of all.
+        """
+        ran = dict.fromkeys(self.trace.ran)
+        modules = layers.named_modules(model) if (model := self._model()) is not None else {}
+        uncalled: dict[str, list[str]] = {}
+        for layer in self.info.layers:
+            own = modules[layer.name]._parameters.values() if layer.name in modules and layer.name not in ran else ()
+            caller = next((name for name in layers.ancestry(layer.name) if name in ran), None)
+            if caller is not None and any(p is not None and p.grad is not None for p in own):
+                uncalled.setdefault(caller, []).append(layer.name)
+        for name in ran:
+            yield name
+            yield from uncalled.get(name, ())
 
     def parameters(self, slot: Slot) -> list[Tensor]:
         """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,21 +64,21 @@ class Reading:
             mine, here = [columns[i] for i in members], [tensors[i] for i in members]
             norms = stats.norms(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so all are counted, at probes only.
-            bad = [k for k, n in enumerate(norms.tolist()) if not math.isfinite(n)] if device.type == "cpu" else [*range(len(here))] * self.probe
+            bad = _not_finite(norms.tolist()) if device.type == "cpu" else [*range(len(here))] * self.probe
             if bad:
                 self.add("nonfinite", [mine[k] for k in bad], torch.stack([stats.nonfinite(here[k]) for k in bad]))
             self.add("norm", mine, norms if scale is None else norms / torch.as_tensor(scale, dtype=norms.dtype, device=device))
             if self.probe:
                 # float16 flushes what it computes, which still has the scale in it.
                 flushed = torch.finfo(torch.float16).smallest_normal / float(scale) if half and scale is not None else 0.0
-                counts = [stats.nonzero(t) for t in here]
-                tiny = [stats.tiny(t, n, max(torch.finfo(t.dtype).smallest_normal, flushed)) for t, n in zip(here, counts, strict=True)]
-                self.add("nonzero", mine, torch.stack(counts))
-                self.add("tiny", mine, torch.stack(tiny))
+                zeros, tiny = stats.small(here, [max(torch.finfo(t.dtype).smallest_normal, flushed) for t in here])
+                stored = torch.tensor([t.numel() for t in here], device=device)
+                self.add("nonzero", mine, stored - zeros)
+                self.add("tiny", mine, tiny)
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
-        known = [i for i, p in enumerate(parameters) if p.device.type != "meta" and not isinstance(p, nn.parameter.UninitializedTensorMixin)]
+        known = [i for i, p in enumerate(parameters) if p.device.type != "meta" and not nn.parameter.is_lazy(p)]
         tensors = [p.detach() if (p := parameters[i]).dtype in _PLAIN else stats.plain(p) for i in known]
         for members in by_device(tensors).values():
             self.add("weight_norm", [columns[known[i]] for i in members], stats.norms([tensors[i] for i in members]))
@@ -87,17 +88,15 @@ class Reading:
         if not losses:
             return
         self.told = True
-        total: float | Tensor = sum(x for x in losses if not isinstance(x, Tensor))
-        for x in losses:
-            if isinstance(x, Tensor):
-                total = total + x.double().mean()
-        self.add("loss", [0], torch.as_tensor(total, dtype=torch.float64) / len(losses))
+        for number, loss in enumerate(losses):  # averaged behind the copy: arithmetic on single numbers is dear on any device
+            tensor = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+            self.add("loss", [number], tensor if tensor.numel() == 1 else tensor.double().mean())
 
     def as_applied(self, gradients: Sequence[Tensor], optimizer: object) -> None:
         """Measure the global norm once more, of the gradients as the optimizer takes them: after clipping."""
         tensors = [stats.plain(g) for g in gradients]
         for number, members in enumerate(by_device(tensors).values()):
-            self.add("applied", [number], torch.linalg.vector_norm(stats.norms([tensors[i] for i in members])))
+            self.add("applied", [number], stats.norms([stats.norms([tensors[i] for i in members])]))
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
@@ -115,16 +114,19 @@ class Reading:
             The number to begin with the next time.
 
         """
-        left = _BUDGET
+        left: int = _BUDGET
         self._copies = []
         for i in (*range(turn, len(parameters)), *range(turn)):
             parameter = parameters[i]
             if parameter.grad is None or parameter.dtype not in _PLAIN:
                 continue
             wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
-            left -= parameter.numel() * wide.itemsize
-            if left < 0 and self._copies:
-                return i
+            size = parameter.numel() * wide.itemsize
+            if size > _BUDGET:  # its turn never comes
+                continue
+            left -= size
+            if left < 0:
+                return int(i)
             self._copies.append((columns[i], parameter, parameter.detach().to(wide, copy=True)))
         return 0
 
@@ -133,8 +135,7 @@ class Reading:
         copies, self._copies = self._copies, []
         for members in by_device([copy for _, _, copy in copies]).values():
             olds = [copies[i][2] for i in members]
-            news = [copies[i][1].detach().to(old.dtype) for i, old in zip(members, olds, strict=True)]
-            torch._foreach_sub_(olds, news)  # in place: half of the memory and two thirds of the time
+            torch._foreach_sub_(olds, [copies[i][1].detach() for i in members])  # in place: half of the memory and two thirds of the time
             self.add("update", [copies[i][0] for i in members], stats.norms(olds))
 
     def snapshot(self, optimizer: int | None, *, skipped: bool = False) -> Snapshot:
@@ -142,23 +143,26 @@ class Reading:
         values = self._take()
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
         scale = values.get("scale", {}).get(0)
-        if scale is None and (scale := values.get("late_scale", {}).get(0)) is not None:
-            norm = {c: n / scale for c, n in norm.items()}
-            values["applied"] = {c: n / scale for c, n in values["applied"].items()}
+        late = values.get("late_scale", {}).get(0)
+        if late is not None:
+            values["applied"] = {c: n / late for c, n in values["applied"].items()}
+            if scale is None:
+                scale, norm = late, {c: n / late for c, n in norm.items()}
         factor = None
         if "applied" in values:
             before = math.hypot(*norm.values())
             factor = math.hypot(*values["applied"].values()) / before if before > 0 else None
         skipped = skipped or any(values.get("found_inf", {}).values())
+        losses = values.get("loss", {})
         nonzero, tiny = values.get("nonzero", {}), values.get("tiny", {})
-        elements = {c: max(self.model.parameters[c].elements, 1) for c in nonzero}
+        elements = {c: max(p.elements * (1 + p.dtype.startswith("complex")), 1) for c in nonzero for p in [self.model.parameters[c]]}
         return Snapshot(
             step=self.step,
             wall_time=time.time(),
             model=self.model,
             optimizer=optimizer,
             stage=self.stage,
-            loss=values.get("loss", {}).get(0),
+            loss=statistics.fmean(losses.values()) if losses else None,
             scale=scale,
             clip_factor=factor,
             skipped=skipped,
@@ -184,23 +188,31 @@ class Reading:
         return values
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed() -> contextlib.AbstractContextManager[object]:
     """Compute outside of the graph, and in the formats that are asked for."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        return torch.no_grad()  # nearly always, and at a fifth of the price of a stack
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.no_grad())
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     """Give the numbers of the tensors on each device."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) == 1:
+        return {devices.pop(): list(range(len(tensors)))}
     found: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
         found.setdefault(tensor.device, []).append(index)
     return found
+
+
+def _not_finite(norms: list[float]) -> list[int]:
+    return [] if math.isfinite(sum(norms)) else [k for k, n in enumerate(norms) if not math.isfinite(n)]
 
 
 def _ratio(change: float, weight: float) -> float:

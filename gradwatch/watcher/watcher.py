@@ -139,8 +139,19 @@ class Watcher:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
 
     def close(self) -> Report:
-        """Take everything off, finish the files, and give the last report; a second call does nothing."""
-        self._flush_skipped(self._slots)
+        """Take everything off, finish the files, and give the last report; a second call does nothing.
+
+        Raises:
+            GradientHealthError: the last step was skipped, with it an alert of severity error began, and `on_alert="raise"`.
+
+        """
+        try:
+            self._finish()
+        finally:
+            self._detach()
+        return self.report
+
+    def _detach(self) -> None:
         self._off = True
         self._inventory.trace.disarm()
         self._losses.clear()
@@ -151,7 +162,6 @@ class Watcher:
                 slot.hooks = None
             slot.optimizer = None
         self._close_sinks()
-        return self.report
 
     def __enter__(self) -> Self:
         """Watch within a `with` block."""
@@ -215,12 +225,13 @@ class Watcher:
             mine.reading.applied = True
             if mine.reading.probe:
                 mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn)
+        self._losses.clear()
 
     @_guarded
     def on_loss(self, slot: int, loss: object) -> None:
         """Take what a closure returned for the loss, unless the loop has told it."""
         reading = self._slots[slot].reading
-        told = bool(self._losses) or (reading is not None and reading.told)
+        told = bool(self._losses) or (reading is not None and reading.told and not reading.applied)
         if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
             self.record(loss)
 
@@ -257,9 +268,12 @@ class Watcher:
         self._losses.clear()
 
     @_guarded
+    def _finish(self) -> None:
+        self._flush_skipped(self._slots)
+
     def _flush_skipped(self, chosen: Sequence[Slot]) -> None:
-        """Emit what was read before clipping and never applied: a scaler skipped it."""
-        waiting = [s for s in chosen if s.reading is not None and s.reading.stage == "before_clip"]
+        """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
+        waiting = [s for s in chosen if s.reading is not None and s.reading.stage == "before_clip" and not s.reading.applied]
         for slot in waiting:
             reading, slot.reading = slot.reading, None
             # Of several optimizers read together, those that did not step were just not their turn.
@@ -285,7 +299,6 @@ class Watcher:
     def _arm(self, slot: Slot) -> None:
         if not self._inventory.look_ahead(slot):
             self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
-
 
     def _read(self, slot: Slot, stage: Stage) -> Reading:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""

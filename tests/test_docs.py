@@ -1,0 +1,90 @@
+"""Every Python snippet of README and docs runs, and README keeps its promises about commands."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradwatch as package
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def snippets(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.filterwarnings("ignore:.*CPU.*:UserWarning")
+def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for snippet in snippets(page):
+        exec(compile(snippet, str(page), "exec"), names)  # noqa: S102
+    for name, test in list(names.items()):
+        if name.startswith("test_"):
+            test(package)
+
+
+def test_there_are_snippets():
+    assert all(snippets(page) for page in PAGES)
+
+
+def test_the_first_snippet_of_the_readme_alerts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(snippets(PAGES[0])[0], {})  # noqa: S102
+
+    assert "GW101 vanishing-depth (warning) 0" in capsys.readouterr().out
+    assert [a.finding.code for a in package.read_run("runs/mine").alerts] == ["GW101"]
+
+
+def test_a_detector_of_ones_own_takes_five_lines(tmp_path, monkeypatch):
+    code = next(s for s in snippets(ROOT / "docs" / "rules.md") if "def quiet_head" in s)
+    body = code[code.index("def quiet_head") : code.index("detectors =")].strip().splitlines()
+    assert len(body) <= 5
+    names: dict[str, object] = {}
+    exec(code, names)  # noqa: S102
+    model = torch.nn.Sequential()
+    model.add_module("body", torch.nn.Linear(4, 4))
+    model.add_module("head", torch.nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with package.watch(model, optimizer, detectors=names["detectors"]) as watcher:
+        (model(torch.randn(8, 4)) * 1e-9).sum().backward()
+        optimizer.step()
+
+    assert [a.finding.code for a in watcher.report.open] == ["MY001"]
+    assert watcher.report.open[0].message.startswith("head: norm ")
+
+
+def test_the_readme_has_exactly_two_commands_for_a_fresh_machine():
+    text = PAGES[0].read_text(encoding="utf-8")
+    commands = [line for line in text.splitlines() if line.startswith("python3 -m venv")]
+
+    assert len(commands) == 2
+    assert commands[0].endswith("gradwatch demo")
+    assert commands[1].endswith("pytest")
+    assert all("-c constraints.txt" in c for c in commands)
+    assert (ROOT / "constraints.txt").read_text(encoding="utf-8").strip() == "torch==2.13.0"
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("example", "record"), [("raw_loop.py", "."), ("lightning_program.py", "version_0")])
+def test_the_examples_run_and_leave_a_record(example, record, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [example, "--steps", "5", "--logdir", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
+
+    assert len(package.read_run(tmp_path / record).snapshots) == 5
