@@ -5,18 +5,24 @@ from __future__ import annotations
 import io
 import logging
 import math
+import random
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
-
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 from gradwatch.history import History
 from gradwatch.report import Alert, Report, Severity
 from gradwatch.snapshot import Snapshot
+
+# rich draws a random number while it is imported, and this file is imported in the middle of other people's trainings.
+_random_state = random.getstate()
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult  # noqa: E402
+from rich.measure import Measurement  # noqa: E402
+from rich.padding import Padding  # noqa: E402
+from rich.table import Table  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+random.setstate(_random_state)
 
 if TYPE_CHECKING:
     from gradwatch.record import Run

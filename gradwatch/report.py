@@ -78,7 +78,7 @@ class Alert:
 
     def __str__(self) -> str:
         """Give the alert as a colleague would say it, in one line."""
-        parts = [f"{self.finding.code} {self.finding.kind}: {self.message}"]
+        parts = [f"{self.finding.code} {self.finding.kind}: {self.message}."]
         if self.cause:
             parts.append(f"Likely cause: {self.cause}.")
         if self.remedy:

@@ -36,6 +36,9 @@ class Thresholds:
     """The same under Adam-like optimizers, which give small gradients steps of full size."""
     vanishing_sound: float = 1e-2
     """A layer whose ratio once reached this was sound; if it fades later, the loss decides."""
+    vanishing_hopeless: float = 1e-6
+    """A ratio below which a loss that has come down is no evidence for a layer that never was sound: float32 keeps
+    seven digits, so such a layer's updates are lost beside the noise of the others'."""
     vanishing_rising: float = 3.0
     """Not vanishing while the last third of the window is this much above the first third: it is opening."""
     flat_sensitivity: float = 1e-4

@@ -27,7 +27,7 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
     torch.manual_seed(0)
     names: dict[str, object] = {}
     for snippet in snippets(page):
-        exec(compile(snippet, str(page), "exec"), names)  # noqa: S102
+        exec(compile(snippet, str(page), "exec"), names)
     for name, test in list(names.items()):
         if name.startswith("test_"):
             test(package)
@@ -40,7 +40,7 @@ def test_there_are_snippets():
 def test_the_first_snippet_of_the_readme_alerts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(snippets(PAGES[0])[0], {})  # noqa: S102
+    exec(snippets(PAGES[0])[0], {})
 
     assert "GW101 vanishing-depth (warning) 0" in capsys.readouterr().out
     assert [a.finding.code for a in package.read_run("runs/mine").alerts] == ["GW101"]
@@ -51,7 +51,7 @@ def test_a_detector_of_ones_own_takes_five_lines(tmp_path, monkeypatch):
     body = code[code.index("def quiet_head") : code.index("detectors =")].strip().splitlines()
     assert len(body) <= 5
     names: dict[str, object] = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     model = torch.nn.Sequential()
     model.add_module("body", torch.nn.Linear(4, 4))
     model.add_module("head", torch.nn.Linear(4, 1))

@@ -903,6 +903,7 @@ def test_a_tied_weight_stands_once_under_its_first_name():
     truth = norm64(model.table.weight.grad)
     optimizer.step()
     assert [p.name for p in watched.snapshots[0].model.parameters] == ["table.weight"]
+    assert [layer.name for layer in watched.snapshots[0].model.layers] == ["table"]
     same(watched.norms(), [{"table.weight": truth}])
 
 
@@ -967,6 +968,14 @@ def test_a_layer_whose_weights_another_uses_without_calling_it_stands_behind_tha
         optimizer.step()
     info = watched.snapshots[1].model
     assert [info.layers[i].name for i in info.forward_order] == ["0", "1", "1.out_proj", "2"]
+
+
+def test_a_description_that_has_not_changed_stays_the_same_object_also_after_a_probe():
+    model = tall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer, probe_every_n_steps=1)
+    train(model, optimizer, 4, torch.ones(1, 4))
+    assert len({id(s.model) for s in watched.snapshots[1:]}) == 1
 
 
 def test_names_are_free_of_what_wrappers_put_into_them():

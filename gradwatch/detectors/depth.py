@@ -21,9 +21,8 @@ def vanishing_depth(history: History) -> Iterator[Finding]:
         return
     limits = _limits(history)
     recent = max(round((1 - t.share) * t.window) + 1, 1)  # a layer that is below its limit in none of these cannot have its share
-    if (history.ratios(recent) < limits).any():
-        yield from _vanishing(history, limits)
-    yield from _everywhere(history)
+    found = list(_vanishing(history, limits)) if (history.ratios(recent) < limits).any() else []
+    yield from found or _everywhere(history)
     yield from _absolute(history)
 
 
@@ -36,7 +35,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
-        severity = _severity(history, run)
+        severity = _severity(history, run, ratio)
         evidence: dict[str, float | str] = {
             "ratio": ratio,
             "limit": float(limits[worst]),
@@ -83,9 +82,14 @@ def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.floa
     return [run for run in runs if run]
 
 
-def _severity(history: History, run: list[int]) -> Severity:
-    """Judge by the loss: where it has come down not all is ill, and where it is not known, layers that were sound may have done their work."""
-    if history.improved or (history.improved is None and all(map(history.sound_once, run))):
+def _severity(history: History, run: list[int], ratio: float) -> Severity:
+    """Judge by the loss, which may take a warning back: for layers that were sound they may have done their work.
+
+    For layers that never were, a loss that has come down is no excuse once next to nothing arrives: it came down without them.
+    """
+    if history.improved is not False and all(map(history.sound_once, run)):
+        return Severity.INFO
+    if history.improved and ratio >= history.thresholds.vanishing_hopeless:
         return Severity.INFO
     return Severity.WARNING
 
@@ -147,7 +151,7 @@ def explain_vanishing_depth(finding: Finding) -> Explanation:
     through = f" to {evidence['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {evidence['worst']})" if evidence["worst"] != finding.place else ""
     return Explanation(
-        f"{finding.place or 'the first layer'}{through} {'get' if count > 1 else 'gets'} next to no gradient: a relative change of its weights moves the loss {float(evidence['ratio']):.1g} times"
+        f"{finding.place or 'the first layer'}{through} {'get' if count > 1 else 'gets'} next to no gradient: a relative change of {'their' if count > 1 else 'its'} weights moves the loss {float(evidence['ratio']):.1g} times"
         f" as much as one of a later layer{worst}, since step {finding.onset}",
         "the gradient shrinks at every layer on its way back: saturating activations, weights too small (or so large that they saturate), or depth without skip connections",
         f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",
