@@ -67,7 +67,7 @@ def check(
         on_alert=lambda _: None,
         strict=True,
     )
-    with watcher, _as_it_was(model):
+    with watcher, watcher.alone(), _as_it_was(model):
         watcher.look_ahead()
         with torch.inference_mode(False), torch.enable_grad():
             value = (loss or _projection)(_call(model, batch))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ SUBJECTS = (
 )
 
 
-def demo(logdir: str, *, seed: int = 0, steps: int = 250, data: str = "auto", out: Console | None = None) -> None:
+def demo(logdir: str | os.PathLike[str], *, seed: int = 0, steps: int = 250, data: str = "auto", out: Console | None = None) -> None:
     """Train both networks, show what gradwatch saw of them, and say how to see more.
 
     Args:

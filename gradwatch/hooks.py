@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +154,9 @@ def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., 
     return undo
 
 
+_alone: ForwardTrace | None = None
+
+
 class ForwardTrace:
     """Sees which modules run, in which order, between `arm` and `disarm`, through one global hook.
 
@@ -190,12 +194,25 @@ class ForwardTrace:
             if torch.compiler.is_compiling():
                 return
             trace = me()
-            if trace is not None:
-                trace._saw(module)
+            if trace is not None and _alone in (None, trace):
+                try:
+                    trace._saw(module)
+                except Exception:  # noqa: BLE001  (this runs inside of the user's forward pass)
+                    trace.disarm()
 
         handle = register_module_forward_pre_hook(hook)
         self._undo = weakref.finalize(self, handle.remove)  # gone with the trace, even when nobody disarms it
         return True
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only trace that sees: what runs here is no business of a training that is watched."""
+        global _alone  # noqa: PLW0603  (the hooks are global, so who may see is)
+        before, _alone = _alone, self
+        try:
+            yield
+        finally:
+            _alone = before
 
     def disarm(self) -> None:
         """Stop looking; what was seen stays."""

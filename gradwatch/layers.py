@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ _NORMALIZATIONS = (
     *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
     nn.LocalResponseNorm,
 )
+_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # What divides the gradient by a running measure of its own size. Optimizers of others are known by their state, below.
 _ADAPTIVE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adafactor", "Muon", "Lion", "LAMB")
@@ -92,11 +94,12 @@ def _role(module: nn.Module, name: str, dimensions: int) -> Role:
 
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
+    """Give file and line of the nearest class around the layer that is not a library's: the first of its methods that is its own."""
     for name in ancestry(layer):
         kind = type(modules[name]) if name in modules else None
-        if kind is not None and not kind.__module__.startswith("torch."):
-            code = getattr(getattr(kind, "forward", None), "__code__", None)
-            if code is not None and not kind.forward.__module__.startswith("torch."):
+        if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
+            code = next((m.__code__ for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if inspect.isfunction(m)), None)
+            if code is not None:
                 return f"{code.co_filename}:{code.co_firstlineno}"
     return None
 

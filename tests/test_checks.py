@@ -538,7 +538,6 @@ def test_a_watched_training_goes_on_as_if_nothing_had_been_checked():
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
-@pytest.mark.xfail(reason="the armed forward trace of a live watcher cannot tell a check's forward pass from the training's")
 def test_what_only_a_check_has_run_is_still_unused_to_the_training():
     class Heads(nn.Module):
         def __init__(self):

@@ -296,6 +296,10 @@ class Watcher:
         for slot in self._slots:
             self._arm(slot)
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep what runs now from the other watchers' look at the forward pass."""
+        return self._inventory.trace.alone()
+
     def _arm(self, slot: Slot) -> None:
         if not self._inventory.look_ahead(slot):
             self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
