@@ -194,7 +194,10 @@ def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -
             # The mean of the inside, because probes and pictures are rare and dear; the median of the step.
             figures[label] = [statistics.mean(inside), statistics.median(bare), statistics.median(inside), max(inside)]
     for label, (mean, step, median, worst) in figures.items():
-        print(f"{name:15} {label:24} step {step * 1e3:8.2f} ms   gradwatch {mean / step:7.2%} (mean {mean * 1e6:7.0f} us, median {median * 1e6:7.0f}, max {worst * 1e6:7.0f})", flush=True)
+        print(
+            f"{name:15} {label:24} step {step * 1e3:8.2f} ms   gradwatch {mean / step:7.2%} (mean {mean * 1e6:7.0f} us, median {median * 1e6:7.0f}, max {worst * 1e6:7.0f})",
+            flush=True,
+        )
 
 
 def forward_hook(rounds: int) -> None:
@@ -216,7 +219,10 @@ def forward_hook(rounds: int) -> None:
                 times[armed].append(time.thread_time() - began)
         watcher.close()
         base = statistics.median(times[False])
-        print(f"{name:15} step with the forward trace of a probe / without {shown([t / base for t in times[True]])}   control {shown([t / base for t in times[False]])}", flush=True)
+        print(
+            f"{name:15} step with the forward trace of a probe / without {shown([t / base for t in times[True]])}   control {shown([t / base for t in times[False]])}",
+            flush=True,
+        )
 
 
 class Still(torch.optim.Optimizer):

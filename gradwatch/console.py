@@ -70,9 +70,7 @@ def _report(report: Report) -> RenderableType:
     return Group(Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
 
 
-def layer_table(
-    snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None
-) -> RenderableType:
+def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None) -> RenderableType:
     """Give the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
     Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities: never names, norms and codes.
@@ -228,4 +226,9 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
     count = len(report.snapshot.model.layers)
     title = f"the gradients of this model are not healthy: {', '.join(sorted({a.finding.kind for a in wrong}))}"
     shown = f"The {most} layers of {count} with the smallest gradients" if count > most else "The layers"
-    return _plain(Group(Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)), _WIDTH)
+    return _plain(
+        Group(
+            Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)
+        ),
+        _WIDTH,
+    )

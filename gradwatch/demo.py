@@ -73,7 +73,9 @@ def demo(logdir: str | os.PathLike[str], *, seed: int = 0, steps: int = 250, dat
         out.print(f"{subject.says[0].upper()}{subject.says[1:]}.", highlight=False)
         run = read_run(Path(logdir) / subject.name)
         losses = [s.loss for s in run.snapshots if s.loss is not None]
-        out.print(f"Loss {losses[0]:.3f} at the first step, {sum(losses[-5:]) / len(losses[-5:]):.3f} at the end (1 is no better than the mean).\n", highlight=False)
+        out.print(
+            f"Loss {losses[0]:.3f} at the first step, {sum(losses[-5:]) / len(losses[-5:]):.3f} at the end (1 is no better than the mean).\n", highlight=False
+        )
         out.print(shown.run_summary(run))
         out.print()
     out.rule()

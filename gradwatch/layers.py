@@ -41,9 +41,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def describe(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int]
-) -> tuple[ModelInfo, dict[int, int]]:
+def describe(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int]) -> tuple[ModelInfo, dict[int, int]]:
     """Describe the model as it is now.
 
     Args:

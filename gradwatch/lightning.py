@@ -79,7 +79,18 @@ class GradientMonitor(_Callback):
         super().__init__()
         if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
             raise ValueError(f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}')
-        check_options(every_n_steps, probe_every_n_steps, timesteps, horizon, ignore, "raise" if on_alert == "stop" else on_alert)
+        check_options(
+            name=name,
+            every_n_steps=every_n_steps,
+            probe_every_n_steps=probe_every_n_steps,
+            timesteps=timesteps,
+            horizon=horizon,
+            thresholds=thresholds,
+            ignore=ignore,
+            detectors=detectors,
+            sinks=sinks,
+            on_alert="raise" if on_alert == "stop" else on_alert,
+        )
         self._name = name
         self._cadence = Cadence(every_n_steps, probe_every_n_steps)
         self._thresholds, self._ignore, self._detectors = thresholds or Thresholds(), list(ignore), list(detectors)

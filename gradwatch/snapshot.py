@@ -179,10 +179,7 @@ class Snapshot:
     @property
     def rms(self) -> Column:
         """Norm over the root of the number of entries: the size of a typical entry."""
-        return tuple(
-            None if n is None else n / math.sqrt(max(p.elements, 1))
-            for n, p in zip(self.norm, self.model.parameters, strict=True)
-        )
+        return tuple(None if n is None else n / math.sqrt(max(p.elements, 1)) for n, p in zip(self.norm, self.model.parameters, strict=True))
 
 
 # --- JSON: floats by repr, which is exact; NaN and the infinities, which JSON lacks, as {"float": "nan"}. ---
@@ -241,7 +238,7 @@ def to_json(plain: Any) -> str:  # noqa: ANN401  (what `to_plain` gives)
 
 def from_json(line: str) -> Any:  # noqa: ANN401  (what `to_json` took)
     """Read one line of JSON as `to_json` writes it."""
-    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} else d)
+    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and isinstance(d["float"], str) else d)
 
 
 def _spell(plain: Any) -> Any:  # noqa: ANN401

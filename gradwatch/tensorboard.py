@@ -144,9 +144,7 @@ class Groups:
 
     def norms(self, column: Column) -> dict[str, float]:
         """Give the root of the sum of squares over each group; what has no number is left out."""
-        return {
-            name: math.hypot(*values) for name, members in self.members.items() if (values := [v for i in members if (v := column[i]) is not None])
-        }
+        return {name: math.hypot(*values) for name, members in self.members.items() if (values := [v for i in members if (v := column[i]) is not None])}
 
 
 def scalars(report: Report) -> dict[str, float]:
@@ -276,7 +274,11 @@ def heatmap(values: NDArray[np.float64], rows: Sequence[str], steps: Sequence[in
     width, left, right, top, bottom = 480, 8, 74, 56, 32
     body = min(max(24 * len(rows), 160), 560) if len(rows) <= 560 else len(rows)  # no row may fall between two pixels
     inside = width - left - right
-    special = {"black: exactly 0": (values == FLOOR, (0, 0, 0)), "grey: none": (np.isnan(values), (150, 150, 150)), "red: NaN or inf": (np.isinf(values), (220, 0, 0))}
+    special = {
+        "black: exactly 0": (values == FLOOR, (0, 0, 0)),
+        "grey: none": (np.isnan(values), (150, 150, 150)),
+        "red: NaN or inf": (np.isinf(values), (220, 0, 0)),
+    }
     drawn = values[np.isfinite(values) & (values != FLOOR)]
     low, high = (float(drawn.min()), float(drawn.max())) if drawn.size else (-1.0, 0.0)
     low = min(low, high - 3)  # a span of at least three decades: noise must not look like a fault
@@ -355,29 +357,20 @@ def _text(report: Report) -> Any:  # noqa: ANN401
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
-    lines = ["| | alert | where | since step | what | likely cause | try |", "|---|---|---|---|---|---|---|"]
-    lines += [_row("began", alert) for alert in report.began]
-    lines += [_row("cleared", alert) for alert in report.cleared]
-    tensor = TensorProto(
-        dtype="DT_STRING", string_val=["\n".join(lines).encode()], tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-    )
+    said = [_told("began", alert) for alert in report.began] + [_told("cleared", alert) for alert in report.cleared]
+    tensor = TensorProto(dtype="DT_STRING", string_val=["\n\n".join(said).encode()], tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]))
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     return Summary.Value(tag="gradwatch/alerts/text_summary", metadata=metadata, tensor=tensor)
 
 
-def _row(event: str, alert: Alert) -> str:
+def _told(event: str, alert: Alert) -> str:
+    """Give an alert as Markdown: a list, because the page makes the columns of a table too narrow to read."""
     finding = alert.finding
     since = finding.onset if finding.onset is not None else alert.began
-    cells = [
-        event,
-        f"{finding.code} {finding.kind} ({finding.severity.value})",
-        f"`{finding.place or 'whole model'}`",
-        str(since),
-        alert.message,
-        alert.cause,
-        alert.remedy,
-    ]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    place = f"`{finding.place}`" if finding.place else "the whole model"
+    items = [("what", alert.message), ("likely cause", alert.cause), ("try", alert.remedy)]
+    told = [f"- **{name}**: {' '.join(text.split())}" for name, text in items if text]
+    return "\n".join([f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}, since step {since}", "", *told])
 
 
 # --- the file ---

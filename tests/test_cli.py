@@ -76,7 +76,14 @@ def test_report_is_0_also_for_a_sick_run(runs):
 def test_layer_step_cause_and_remedy_are_named(runs, command):
     alert = next(a for a in gradwatch.read_run(runs / "sick").alerts if a.finding.code == "GW101")
     printed = " ".join(gradwatch_(command, runs / "sick", COLUMNS="300").stdout.split())
-    for part in (alert.finding.place, f"began at step {alert.began}", f"last seen at step {alert.last}", alert.message, f"why: {alert.cause}", f"try: {alert.remedy}"):
+    for part in (
+        alert.finding.place,
+        f"began at step {alert.began}",
+        f"last seen at step {alert.last}",
+        alert.message,
+        f"why: {alert.cause}",
+        f"try: {alert.remedy}",
+    ):
         assert part in printed
 
 
@@ -219,7 +226,10 @@ def test_a_reader_that_has_seen_enough_is_no_failure(runs):
 
 def test_a_terminal_that_lacks_the_bars_shows_the_rest(runs):
     done = subprocess.run(
-        [sys.executable, "-m", "gradwatch", "report", str(runs / "sick")], capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"}
+        [sys.executable, "-m", "gradwatch", "report", str(runs / "sick")],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"},
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"GW101" in done.stdout

@@ -134,7 +134,9 @@ def left_behind(module, optimizers, root):
         found += [name for name, table in vars(sys.modules[home]).items() if name.startswith("_global_") and isinstance(table, dict) and table]
     for place in [*module.modules(), *optimizers]:
         found += [f"{type(place).__name__}.{name}" for name, table in vars(place).items() if name.endswith("_hooks") and table]
-        found += [f"{type(place).__name__}.{name}" for name, value in vars(place).items() if type(value).__module__.startswith("gradwatch") and name != "_trainer"]
+        found += [
+            f"{type(place).__name__}.{name}" for name, value in vars(place).items() if type(value).__module__.startswith("gradwatch") and name != "_trainer"
+        ]
         found += ["step"] if "step" in vars(place) and "gradwatch" in getattr(place.step, "__module__", "") else []
     found += [name for name, p in module.named_parameters() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
     found += [str(path) for path in gradwatch.record._held if Path(root) in path.parents]

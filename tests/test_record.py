@@ -156,13 +156,31 @@ columns = st.lists(maybe(floats), min_size=3, max_size=3).map(tuple)
 series = maybe(st.lists(floats, max_size=4).map(tuple))
 steps = st.integers(0, 2**80)
 sequences = st.builds(
-    SequenceStats, text, text, steps, steps, series, series, series, series, maybe(floats), series, series, series, maybe(st.booleans()), maybe(floats), maybe(floats), st.booleans(), maybe(text)
+    SequenceStats,
+    text,
+    text,
+    steps,
+    steps,
+    series,
+    series,
+    series,
+    series,
+    maybe(floats),
+    series,
+    series,
+    series,
+    maybe(st.booleans()),
+    maybe(floats),
+    maybe(floats),
+    st.booleans(),
+    maybe(text),
 )
 models = st.builds(
     ModelInfo,
     st.lists(st.builds(LayerInfo, text, text, maybe(steps), maybe(text)), max_size=3).map(tuple),
     st.lists(
-        st.builds(ParameterInfo, text, text, st.lists(steps, max_size=3).map(tuple), text, maybe(steps), st.sampled_from(["weight", "bias", "scale"])), max_size=3
+        st.builds(ParameterInfo, text, text, st.lists(steps, max_size=3).map(tuple), text, maybe(steps), st.sampled_from(["weight", "bias", "scale"])),
+        max_size=3,
     ).map(tuple),
     st.lists(st.builds(OptimizerInfo, text, st.booleans(), maybe(floats)), max_size=2).map(tuple),
 )
@@ -184,7 +202,16 @@ snapshots = st.builds(
     st.lists(text, max_size=2).map(tuple),
 )
 findings = st.builds(
-    Finding, text, text, st.sampled_from(Severity), text, maybe(text), maybe(steps), maybe(steps), st.dictionaries(text, st.one_of(floats, text), max_size=3), maybe(steps)
+    Finding,
+    text,
+    text,
+    st.sampled_from(Severity),
+    text,
+    maybe(text),
+    maybe(steps),
+    maybe(steps),
+    st.dictionaries(text, st.one_of(floats, text), max_size=3),
+    maybe(steps),
 )
 alerts = st.builds(Alert, findings, steps, steps, maybe(steps), text, text, text)
 

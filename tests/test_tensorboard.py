@@ -146,7 +146,12 @@ def test_the_summary_is_taken_over_the_layers(run):
     for i, report in enumerate(reports):
         norms = sorted(layers_of(report.snapshot, report.snapshot.norm).values())
         assert len(norms) == 15
-        truth = {"norm_global": math.log10(math.sqrt(math.fsum(n * n for n in norms))), "norm_min": math.log10(norms[0]), "norm_max": math.log10(norms[-1]), "norm_median": math.log10(norms[7])}
+        truth = {
+            "norm_global": math.log10(math.sqrt(math.fsum(n * n for n in norms))),
+            "norm_min": math.log10(norms[0]),
+            "norm_max": math.log10(norms[-1]),
+            "norm_median": math.log10(norms[7]),
+        }
         for name, value in truth.items():
             assert events.Scalars(f"gradwatch/{name}")[i].value == pytest.approx(value, rel=1e-6), name
         assert events.Scalars("gradwatch/zero_norms")[i].value == 0
@@ -231,7 +236,7 @@ def test_tensorboards_reader_would_have_noticed_a_wrong_byte(run, tmp_path):
     assert len(raw(tmp_path)) < len(reports) + 2  # it stops there
 
 
-def test_an_alert_is_a_row_of_text_when_it_begins_and_when_it_clears(tmp_path):
+def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path):
     model = model_of("a", "b")
     finding = Finding("GW101", "vanishing-depth", Severity.WARNING, "a", onset=4)
     alert = Alert(finding, began=7, last=7, message="says | this\nand that", cause="because", remedy="do it")
@@ -244,10 +249,14 @@ def test_an_alert_is_a_row_of_text_when_it_begins_and_when_it_clears(tmp_path):
     assert [t.step for t in texts] == [7, 9]
     assert events.SummaryMetadata("gradwatch/alerts/text_summary").plugin_data.plugin_name == "text"
     began, done = (t.tensor_proto.string_val[0].decode() for t in texts)
-    assert began.splitlines()[-1] == "| began | GW101 vanishing-depth (warning) | `a` | 4 | says \\| this and that | because | do it |"
-    assert done.splitlines()[-1].startswith("| cleared | GW101 vanishing-depth (warning) | `a` | 4 |")
-    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in began.splitlines()]
-    assert len(set(cells)) == 1  # a table, to Markdown
+    assert began.splitlines() == [
+        "**GW101 vanishing-depth** (warning) began at `a`, since step 4",
+        "",
+        "- **what**: says | this and that",
+        "- **likely cause**: because",
+        "- **try**: do it",
+    ]
+    assert done.splitlines()[0] == "**GW101 vanishing-depth** (warning) cleared at `a`, since step 4"
 
 
 def test_the_text_of_a_real_alert_names_layer_cause_and_remedy(run):

@@ -68,7 +68,12 @@ def _updates(history: History) -> Iterator[Finding]:
         often = sum(r > t.explosion_update for r in ratios)
         if often >= 3 or max(ratios) > t.explosion_update_at_once:
             yield Finding(
-                "GW202", "exploding", Severity.WARNING, layer, onset=probes[0].step, evidence={"update": max(ratios), "times": float(often), "limit": t.explosion_update}
+                "GW202",
+                "exploding",
+                Severity.WARNING,
+                layer,
+                onset=probes[0].step,
+                evidence={"update": max(ratios), "times": float(often), "limit": t.explosion_update},
             )
 
 
@@ -81,7 +86,9 @@ def _loss(history: History) -> Iterator[Finding]:
     level = statistics.median(losses)
     limit = t.explosion_loss / (t.clear_factor if history.is_open("GW203", "") else 1.0)
     if level > max(limit * best, first):  # a loss near 0 may waver by such a factor; it has not exploded while it is below its beginning
-        yield Finding("GW203", "exploding", Severity.ERROR, "", onset=history.window(2 * EDGE)[0].step, evidence={"jump": level / best, "loss": level, "limit": limit})
+        yield Finding(
+            "GW203", "exploding", Severity.ERROR, "", onset=history.window(2 * EDGE)[0].step, evidence={"jump": level / best, "loss": level, "limit": limit}
+        )
 
 
 def _unless_unknown(history: History) -> Severity:

@@ -76,7 +76,18 @@ def watch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    check_options(every_n_steps, probe_every_n_steps, timesteps, horizon, ignore, on_alert)
+    check_options(
+        name=name,
+        every_n_steps=every_n_steps,
+        probe_every_n_steps=probe_every_n_steps,
+        timesteps=timesteps,
+        horizon=horizon,
+        thresholds=thresholds,
+        ignore=ignore,
+        detectors=detectors,
+        sinks=sinks,
+        on_alert=on_alert,
+    )
     optimizers = _optimizers(model, optimizer)
     earlier = _watched.get(model)
     if earlier is not None and (watcher := earlier()) is not None:
@@ -100,23 +111,50 @@ def watch(
     return watcher
 
 
-def check_options(every_n_steps: object, probe_every_n_steps: object, timesteps: object, horizon: object, ignore: object, on_alert: object) -> None:
+def check_options(
+    *,
+    name: object,
+    every_n_steps: object,
+    probe_every_n_steps: object,
+    timesteps: object,
+    horizon: object,
+    thresholds: object,
+    ignore: object,
+    detectors: object,
+    sinks: object,
+    on_alert: object,
+) -> None:
     """Raise a TypeError or a ValueError that says what is allowed, where an option of `watch` is not."""
-    for argument, value in (("every_n_steps", every_n_steps), ("probe_every_n_steps", probe_every_n_steps)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{argument} must be a whole number or None, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
+    _check_count("every_n_steps", every_n_steps)
+    _check_count("probe_every_n_steps", probe_every_n_steps)
+    _check_functions("detectors", detectors)
+    _check_functions("sinks", sinks)
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be a text or None, got {name!r}")
     if timesteps not in ("auto", False):
         raise ValueError(f'timesteps must be "auto" or False in this version, got {timesteps!r}')
     if horizon is not None:
         raise ValueError(f"horizon is not available in this version and must be None, got {horizon!r}")
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise TypeError(f"thresholds must be a gradwatch.Thresholds or None, got {thresholds!r}")
     if not isinstance(ignore, list | tuple) or not all(isinstance(rule, str) for rule in ignore):
         raise TypeError(f'ignore must be a list of texts such as ["GW101:encoder.*"], got {ignore!r}')
     if not callable(on_alert) and on_alert not in ("warn", "raise"):
         raise ValueError(f'on_alert must be "warn", "raise" or a function that takes an Alert, got {on_alert!r}')
+
+
+def _check_count(argument: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be a whole number or None, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1, got {value}")
+
+
+def _check_functions(argument: str, functions: object) -> None:
+    if not isinstance(functions, list | tuple) or not all(map(callable, functions)):
+        raise TypeError(f"{argument} must be a list of functions, got {functions!r:.80}")
 
 
 def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401

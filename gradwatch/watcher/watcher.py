@@ -20,8 +20,10 @@ from gradwatch import console
 from gradwatch.detectors import explain
 from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
+from gradwatch.record import Record
 from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance, muted
 from gradwatch.snapshot import Snapshot, Stage, from_plain, to_plain
+from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.inventory import Inventory, Slot
@@ -102,8 +104,11 @@ class Watcher:
         info = self._inventory.info
         self.report = Report(Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)))
         """The newest report; before the first measured step, one without numbers."""
-        # Sinks that hold files are closed with the watcher, or at the end of a process that forgot to close it.
-        self._close_sinks = weakref.finalize(self, _close, tuple(sinks))
+        # Sinks are also closed when the process ends, and files when the watcher goes. Only files are held for that: another
+        # sink may know the watcher, and would keep it and the optimizer alive.
+        files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
+        others = [weakref.ref(s) for s in sinks if s not in files and hasattr(s, "close")]
+        self._close_sinks = weakref.finalize(self, _close, files, others)
         for slot in self._slots:
             if slot.optimizer is not None:
                 slot.hooks = StepHooks(slot.optimizer, slot.index, self)
@@ -405,8 +410,8 @@ class Watcher:
             _log.warning(message)
 
 
-def _close(sinks: Sequence[Sink]) -> None:
-    for sink in sinks:
+def _close(files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+    for sink in (*files, *(ref() for ref in others)):
         with contextlib.suppress(Exception):  # what cannot be closed has said so at its last report, or has nothing to lose
             getattr(sink, "close", lambda: None)()
 
