@@ -136,14 +136,14 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
             reading.gradients(slot.columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
                 reading.weights(slot.columns, members)
-                reading.copy_weights(slot.columns, members, 0)
+                reading.copy_weights(slot.columns, members, 0, slot.spare)
             else:
                 reading.snapshot(0)
             return reading
 
     def probe_end(reading: Reading) -> None:
         with undisturbed():
-            reading.updates()
+            reading.updates(slot.spare)
         reading.snapshot(0)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}

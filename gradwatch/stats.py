@@ -15,7 +15,7 @@ vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # torch does not 
 # From _MANY tensors of one shape on, a stack of them is reduced at once: a call for each costs more than its arithmetic.
 _BIG = 16384
 _ROW = 512
-_MANY = 32
+_MANY = 16
 _STACKED = 2**16
 # Outside of this range float32 squares under- or overflow, so a big tensor is read once more, in float64.
 _TRUSTED = (1e-15, 1e18)
@@ -55,44 +55,35 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([vector_norm(t, dtype=torch.float32) for t in tensors])
     if device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64))
-    reduced = [_rows(t) if t.numel() > _BIG and t.dtype is not torch.float64 else t for t in tensors]
-    result = _in_groups(reduced)
-    values = result.tolist()
-    if _TRUSTED[0] <= min(values) and sum(values) <= _TRUSTED[1]:  # nearly always; a NaN fails the second
-        return result
-    for index, value in enumerate(values):
-        if not _TRUSTED[0] <= value <= _TRUSTED[1]:
-            tensor = tensors[index]
-            if tensor.dtype is torch.float64:
-                if not _TRUSTED_DOUBLE[0] <= value <= _TRUSTED_DOUBLE[1]:
-                    result[index] = _rescaled(tensor)
-            elif tensor.numel() > _BIG:
-                result[index] = _once_more(tensor, value)
-    return result
+    any_big = max(map(torch.numel, tensors)) > _BIG
+    values = _in_groups([_rows(t) if t.numel() > _BIG and t.dtype is not torch.float64 else t for t in tensors] if any_big else tensors)
+    if not (_TRUSTED[0] <= min(values) and sum(values) <= _TRUSTED[1]):  # seldom; a NaN fails the second
+        values = [v if _TRUSTED[0] <= v <= _TRUSTED[1] else _second_look(t, v) for t, v in zip(tensors, values, strict=True)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
-def _in_groups(tensors: Sequence[Tensor]) -> Tensor:
+def _in_groups(tensors: Sequence[Tensor]) -> list[float]:
     """Norms in float64 of tensors that are small, or rows of what is big; many of one shape at once."""
     groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    if len(tensors) >= 3 * _MANY:  # else there is nothing to win
-        for index, tensor in enumerate(tensors):
-            groups.setdefault((tensor.shape, tensor.dtype), []).append(index)
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype), []).append(index)
     order: list[int] = []
-    parts: list[Tensor] = []
+    values: list[float] = []
+    rest: list[int] = []
     for members in groups.values():
-        if len(members) >= _MANY:
-            for chunk in _chunks(members, tensors[members[0]].numel()):
-                stack = torch.stack([tensors[i] for i in chunk]).unsqueeze(-1)  # a number alone has no dimension to reduce
-                parts.append(vector_norm(stack.flatten(1), dim=1, dtype=torch.float64))
-            order += members
-    if not order:
-        return torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64))
-    grouped = set(order)
-    rest = [i for i in range(len(tensors)) if i not in grouped]
+        if len(members) < _MANY:
+            rest += members
+            continue
+        for chunk in _chunks(members, tensors[members[0]].numel()):
+            stack = torch.stack([tensors[i] for i in chunk]).unsqueeze(-1)  # a number alone has no dimension to reduce
+            values += vector_norm(stack.flatten(1), dim=1, dtype=torch.float64).tolist()
+        order += members
     if rest:
-        parts.append(torch.stack(torch._foreach_norm([tensors[i] for i in rest], dtype=torch.float64)))
-    result = torch.empty(len(tensors), dtype=torch.float64)
-    result[torch.tensor(order + rest)] = torch.cat(parts)
+        values += torch.stack(torch._foreach_norm([tensors[i] for i in rest], dtype=torch.float64)).tolist()
+        order += rest
+    result = [0.0] * len(tensors)
+    for index, value in zip(order, values, strict=True):
+        result[index] = value
     return result
 
 
@@ -118,8 +109,12 @@ def _rows(tensor: Tensor) -> Tensor:
     return body if even == flat.numel() else torch.cat([body, vector_norm(flat[even:], dtype=dtype).view(1)])
 
 
-def _once_more(tensor: Tensor, value: float) -> Tensor | float:
-    """Norm of a big tensor whose squares leave the range of float32: of a copy that is scaled into it, or else in float64."""
+def _second_look(tensor: Tensor, value: float) -> float:
+    """Norm of a tensor whose squares may have left the range of the arithmetic that gave `value`."""
+    if tensor.dtype is torch.float64:
+        return value if _TRUSTED_DOUBLE[0] <= value <= _TRUSTED_DOUBLE[1] else float(_rescaled(tensor))
+    if tensor.numel() <= _BIG:
+        return value
     if value == 0:
         low, high = torch.aminmax(tensor)
         if low == 0 == high:
@@ -129,7 +124,7 @@ def _once_more(tensor: Tensor, value: float) -> Tensor | float:
         scaled = float(vector_norm(_rows(tensor.float() * factor), dtype=torch.float64))
         if _TRUSTED[0] <= scaled <= _TRUSTED[1]:
             return scaled / factor
-    return vector_norm(torch.stack([vector_norm(piece, dtype=torch.float64) for piece in torch.split(tensor.reshape(-1), _STACKED)]))
+    return float(vector_norm(torch.stack([vector_norm(piece, dtype=torch.float64) for piece in torch.split(tensor.reshape(-1), _STACKED)])))
 
 
 def _rescaled(tensor: Tensor) -> Tensor:
@@ -169,7 +164,11 @@ def _small_on_cpu(tensor: Tensor, limit: float) -> tuple[int, int]:
     import numpy as np  # counts what a comparison gives three times faster than torch does
 
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    sizes = np.abs(wide.numpy())
-    below = np.count_nonzero(sizes < limit)
-    zeros = np.count_nonzero(sizes == 0) if below else 0
-    return int(zeros), int(below - zeros)
+    entries = wide.reshape(-1).numpy()
+    zeros, below = 0, 0
+    for start in range(0, entries.size, _STACKED):  # in pieces whose masks stay in the cache
+        piece = entries[start : start + _STACKED]
+        found = int(np.count_nonzero((piece < limit) & (piece > -limit)))
+        below += found
+        zeros += int(np.count_nonzero(piece == 0)) if found else 0
+    return zeros, below - zeros

@@ -36,6 +36,8 @@ class Slot:
     """Whether the weights were measured since `columns` was made."""
     absent: dict[int, Absent] = field(default_factory=dict)
     """What the last probe said of the columns without a gradient."""
+    spare: dict[int, Tensor] = field(default_factory=dict)
+    """By column, memory of the last probe's copies of weights."""
     turn: int = 0
     """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
 

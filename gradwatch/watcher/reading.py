@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
 
 _BUDGET = 256 * 2**20
 """Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
+_SPARE = 32 * 2**20
+"""Bytes of such copies whose memory is kept from probe to probe."""
 _PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_DEVICE = operator.attrgetter("device")
+_KIND = operator.attrgetter("__class__", "layout", "dtype")
+_PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in _PLAIN)
 
 
 class Reading:
@@ -57,12 +63,11 @@ class Reading:
 
         """
         self.empty = not gradients
-        tensors = [g if type(g) is Tensor and g.layout is torch.strided and g.dtype in _PLAIN else stats.plain(g) for g in gradients]
+        tensors = gradients if set(map(_KIND, gradients)) <= _PLAIN_KINDS else [g if _KIND(g) in _PLAIN_KINDS else stats.plain(g) for g in gradients]
         if scale is not None:
             self.add("scale", [0], torch.as_tensor(scale, dtype=torch.float64))
-        for device, members in by_device(tensors).items():
-            mine, here = [columns[i] for i in members], [tensors[i] for i in members]
-            norms = stats.norms(here)
+        for mine, here in by_device(columns, tensors):
+            device, norms = here[0].device, stats.norms(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so all are counted, at probes only.
             bad = _not_finite(norms.tolist()) if device.type == "cpu" else [*range(len(here))] * self.probe
             if bad:
@@ -78,10 +83,10 @@ class Reading:
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
-        known = [i for i, p in enumerate(parameters) if p.device.type != "meta" and not nn.parameter.is_lazy(p)]
-        tensors = [p.detach() if (p := parameters[i]).dtype in _PLAIN else stats.plain(p) for i in known]
-        for members in by_device(tensors).values():
-            self.add("weight_norm", [columns[known[i]] for i in members], stats.norms([tensors[i] for i in members]))
+        known = [(c, p) for c, p in zip(columns, parameters, strict=True) if p.device.type != "meta" and not nn.parameter.is_lazy(p)]
+        tensors = [p.detach() if p.dtype in _PLAIN else stats.plain(p) for _, p in known]
+        for mine, here in by_device([c for c, _ in known], tensors):
+            self.add("weight_norm", mine, stats.norms(here))
 
     def losses(self, losses: Sequence[float | Tensor]) -> None:
         """Average the losses of the step."""
@@ -95,8 +100,8 @@ class Reading:
     def as_applied(self, gradients: Sequence[Tensor], optimizer: object) -> None:
         """Measure the global norm once more, of the gradients as the optimizer takes them: after clipping."""
         tensors = [stats.plain(g) for g in gradients]
-        for number, members in enumerate(by_device(tensors).values()):
-            self.add("applied", [number], stats.norms([stats.norms([tensors[i] for i in members])]))
+        for number, (_, here) in enumerate(by_device(range(len(tensors)), tensors)):
+            self.add("applied", [number], stats.norms([stats.norms(here)]))
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
@@ -107,8 +112,10 @@ class Reading:
         if isinstance(found, Tensor):
             self.add("found_inf", [0], found)
 
-    def copy_weights(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int) -> int:
+    def copy_weights(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]) -> int:
         """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
+
+        `spare` holds the memory of the last probe's copies, where they were small: fresh memory costs more than copying.
 
         Returns:
             The number to begin with the next time.
@@ -127,16 +134,20 @@ class Reading:
             left -= size
             if left < 0:
                 return int(i)
-            self._copies.append((columns[i], parameter, parameter.detach().to(wide, copy=True)))
+            memory = spare.pop(columns[i], None)
+            fits = memory is not None and memory.shape == parameter.shape and memory.dtype is wide and memory.device == parameter.device
+            copy = memory.copy_(parameter.detach()) if memory is not None and fits else parameter.detach().to(wide, copy=True)
+            self._copies.append((columns[i], parameter, copy))
         return 0
 
-    def updates(self) -> None:
-        """Measure how far the parameters have moved from their copies, which are used up."""
+    def updates(self, spare: dict[int, Tensor]) -> None:
+        """Measure how far the parameters have moved from their copies, whose memory goes to `spare` if there is not much of it."""
         copies, self._copies = self._copies, []
-        for members in by_device([copy for _, _, copy in copies]).values():
-            olds = [copies[i][2] for i in members]
-            torch._foreach_sub_(olds, [copies[i][1].detach() for i in members])  # in place: half of the memory and two thirds of the time
-            self.add("update", [copies[i][0] for i in members], stats.norms(olds))
+        for numbers, olds in by_device(range(len(copies)), [copy for _, _, copy in copies]):
+            torch._foreach_sub_(list(olds), [copies[i][1].detach() for i in numbers])  # in place: half of the memory and two thirds of the time
+            self.add("update", [copies[i][0] for i in numbers], stats.norms(olds))
+        if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
+            spare.update((column, copy) for column, _, copy in copies)
 
     def snapshot(self, optimizer: int | None, *, skipped: bool = False) -> Snapshot:
         """Copy what was measured and make it a snapshot."""
@@ -182,7 +193,9 @@ class Reading:
         values: dict[str, dict[int, float]] = {}
         for device, tensors in self._tensors.items():
             wide = torch.float32 if device.type == "mps" else torch.float64
-            numbers = iter(torch.cat([t.to(wide) for t in tensors]).tolist())
+            # On CPU there is nothing to copy.
+            packed = tensors if device.type == "cpu" else [torch.cat([t.to(wide) for t in tensors])]
+            numbers = itertools.chain.from_iterable(t.tolist() for t in packed)
             for name, columns in self._places[device]:
                 values.setdefault(name, {}).update(zip(columns, itertools.islice(numbers, len(columns)), strict=True))
         return values
@@ -200,15 +213,16 @@ def undisturbed() -> contextlib.AbstractContextManager[object]:
     return stack
 
 
-def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Give the numbers of the tensors on each device."""
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) == 1:
-        return {devices.pop(): list(range(len(tensors)))}
-    found: dict[torch.device, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        found.setdefault(tensor.device, []).append(index)
-    return found
+def by_device(columns: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], Sequence[Tensor]]]:
+    """Give the columns and tensors of each device."""
+    if len(set(map(_DEVICE, tensors))) == 1:  # nearly always
+        return [(columns, tensors)]
+    found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    for column, tensor in zip(columns, tensors, strict=True):
+        mine, here = found.setdefault(tensor.device, ([], []))
+        mine.append(column)
+        here.append(tensor)
+    return list(found.values())
 
 
 def _not_finite(norms: list[float]) -> list[int]:

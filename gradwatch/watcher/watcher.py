@@ -162,6 +162,7 @@ class Watcher:
         self._losses.clear()
         for slot in self._slots:
             slot.reading = None
+            slot.spare.clear()
             if slot.hooks is not None:
                 slot.hooks.detach()
                 slot.hooks = None
@@ -229,7 +230,7 @@ class Watcher:
         if mine.reading is not None:
             mine.reading.applied = True
             if mine.reading.probe:
-                mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn)
+                mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare)
         self._losses.clear()
 
     @_guarded
@@ -250,7 +251,7 @@ class Watcher:
             self._count_on(mine)
         if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
             with undisturbed():
-                reading.updates()
+                reading.updates(mine.spare)
             self._emit(reading.snapshot(slot))
 
     # --- the step ---
