@@ -58,6 +58,7 @@ def main() -> None:
         logger=TensorBoardLogger(options.logdir, name=None),
         accelerator="cpu",
         gradient_clip_val=1.0,
+        log_every_n_steps=10,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
