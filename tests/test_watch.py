@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 import gradwatch
+from gradwatch.report import Finding, Severity
 from gradwatch.watcher import reading
 
 
@@ -1050,6 +1051,24 @@ def test_a_step_that_is_not_measured_costs_no_look_at_the_forward_pass():
         train(model, optimizer, 1)
     assert armed == [False, False, False, True, False, False, True]  # before steps 3 and 6
     assert not torch_modules._global_forward_pre_hooks
+
+
+def test_after_an_alert_has_begun_the_next_step_is_a_probe_even_between_two_of_the_cadence():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+
+    def found(history):
+        if history.snapshot.step >= 6:
+            yield Finding("X1", "found", Severity.WARNING, "")
+        if history.snapshot.step >= 18:
+            yield Finding("X2", "found", Severity.INFO, "")
+
+    watched = Watched(model, optimizer, every_n_steps=6, probe_every_n_steps=12, detectors=[found], on_alert=lambda _: None)
+    train(model, optimizer, 31)
+
+    assert [s.step for s in watched.snapshots] == [0, 6, 7, 12, 18, 19, 24, 30]
+    assert [s.step for s in watched.snapshots if s.update_ratio is not None] == [0, 7, 12, 19, 24]
+    assert all(s.weight_norm is not None for s in watched.snapshots if s.step in (7, 19))
 
 
 @pytest.mark.parametrize("number", [0, -3])

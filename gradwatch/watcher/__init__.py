@@ -17,7 +17,8 @@ from gradwatch.report import Sink
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.watcher import OnAlert, Watcher
+from gradwatch.watcher.judge import OnAlert
+from gradwatch.watcher.watcher import Watcher
 
 __all__ = ["Cadence", "OnAlert", "Watcher", "check_options", "watch"]
 

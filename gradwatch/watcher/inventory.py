@@ -27,6 +27,8 @@ class Slot:
     stride: int = 1
     tracing: bool = False
     """Whether somebody looks at the forward pass of its next step."""
+    extra: bool = False
+    """Whether its next step is a probe out of turn, because an alert has begun."""
     reading: Reading | None = None
     ids: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)

@@ -8,31 +8,29 @@ import functools
 import logging
 import os
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, ParamSpec, Self
+from typing import Any, ParamSpec, Self
 
 from torch import Tensor, nn
 
 from gradwatch import console
-from gradwatch.detectors import explain
 from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
 from gradwatch.record import Record
-from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink, advance, muted
+from gradwatch.report import Alert, Report, Sink
 from gradwatch.snapshot import Snapshot, Stage, from_plain, to_plain
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.inventory import Inventory, Slot
+from gradwatch.watcher.judge import Judge, OnAlert
+from gradwatch.watcher.once import Once, said
 from gradwatch.watcher.reading import Reading, undisturbed
 
 _log = logging.getLogger("gradwatch")
 P = ParamSpec("P")
-
-OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
 
 _PATIENCE = 3
 """Measurements in a row that may fail before measuring is switched off."""
@@ -54,8 +52,8 @@ def _guarded(method: Callable[P, None]) -> Callable[P, None]:
             if watcher._strict:
                 raise
             watcher._failed(error)  # diagnostics never kill training
-        if watcher._error is not None:  # unless they are asked to
-            wanted, watcher._error = watcher._error, None
+        if watcher._judge.error is not None:  # unless they are asked to
+            wanted, watcher._judge.error = watcher._judge.error, None
             raise wanted
 
     return inside
@@ -91,19 +89,23 @@ class Watcher:
         self._off = False
         self._strict = strict
         self._failures = 0
-        self._warned: set[str] = set()
-        self._error: GradientHealthError | None = None
+        self._warn = Once()
         self._cadence, self._clock, self._scaler = cadence, clock, scaler
-        self._ignore, self._detectors, self._on_alert = tuple(ignore), list(detectors), on_alert
-        self._sinks = list(sinks)
-        self._history = History(thresholds)
         self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
         self._inventory = Inventory(model, self._slots)
         info = self._inventory.info
-        self.report = Report(Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)))
-        """The newest report; before the first measured step, one without numbers."""
+        self._judge = Judge(
+            History(thresholds),
+            Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
+            detectors=detectors,
+            ignore=ignore,
+            sinks=sinks,
+            on_alert=on_alert,
+            warn=self._warn,
+            strict=strict,
+        )
         # Sinks are also closed when the process ends, and files when the watcher goes. Only files are held for that: another
         # sink may know the watcher, and would keep it and the optimizer alive.
         files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
@@ -114,6 +116,11 @@ class Watcher:
                 slot.hooks = StepHooks(slot.optimizer, slot.index, self)
 
     # --- what users call ---
+
+    @property
+    def report(self) -> Report:
+        """The newest report; before the first measured step, one without numbers."""
+        return self._judge.report
 
     def step(self, step: int | None = None, *, loss: float | Tensor | None = None, optimizer: object = None) -> None:
         """Read the gradients now: after `backward()`, before clipping.
@@ -190,7 +197,7 @@ class Watcher:
             "format": 1,
             "counts": [slot.count for slot in self._slots],
             "order": dict(self._inventory.order),
-            "history": self._history.state_dict(),
+            "history": self._judge.history.state_dict(),
             "alerts": [to_plain(alert) for alert in self.report.open],
         }
 
@@ -207,10 +214,10 @@ class Watcher:
         for slot, count in zip(self._slots, counts, strict=True):
             slot.count = count
         self._inventory.order = dict(state["order"])
-        self._history.load_state_dict(state["history"])
-        for sink in self._sinks:  # files go on, instead of beginning anew
+        self._judge.history.load_state_dict(state["history"])
+        for sink in self._judge.sinks:  # files go on, instead of beginning anew
             getattr(sink, "resume", lambda: None)()
-        self.report = dataclasses.replace(self.report, open=tuple(from_plain(Alert, alert) for alert in state["alerts"]))
+        self._judge.report = dataclasses.replace(self.report, open=tuple(from_plain(Alert, alert) for alert in state["alerts"]))
 
     # --- what the hooks call ---
 
@@ -226,7 +233,7 @@ class Watcher:
         elif not self._explicit:
             if self._clock is not None:
                 self._set_count(mine, self._clock())
-            mine.reading = self._read(mine, "applied") if self._cadence.measured(mine.count) else None
+            mine.reading = self._read(mine, "applied") if self._due(mine) else None
         if mine.reading is not None:
             mine.reading.applied = True
             if mine.reading.probe:
@@ -252,7 +259,7 @@ class Watcher:
         if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
             with undisturbed():
                 reading.updates(mine.spare)
-            self._emit(reading.snapshot(slot))
+            self._emit(mine, reading.snapshot(slot))
 
     # --- the step ---
 
@@ -265,12 +272,12 @@ class Watcher:
         for slot in chosen:
             if step is not None:
                 self._set_count(slot, step)
-            reading = self._read(slot, "before_clip") if self._cadence.measured(slot.count) else None
+            reading = self._read(slot, "before_clip") if self._due(slot) else None
             self._count_on(slot)
             if slot.optimizer is not None:
                 slot.reading = reading
             elif reading is not None and not reading.empty:
-                self._emit(reading.snapshot(None))
+                self._emit(slot, reading.snapshot(None))
         self._losses.clear()
 
     @_guarded
@@ -284,7 +291,7 @@ class Watcher:
             reading, slot.reading = slot.reading, None
             # Of several optimizers read together, those that did not step were just not their turn.
             if reading is not None and not reading.empty and len(waiting) == len(chosen):
-                self._emit(reading.snapshot(slot.index, skipped=True))
+                self._emit(slot, reading.snapshot(slot.index, skipped=True))
 
     @staticmethod
     def _set_count(slot: Slot, step: int) -> None:
@@ -296,6 +303,9 @@ class Watcher:
         slot.count += slot.stride
         if self._cadence.probed(slot.count):
             self._arm(slot)
+
+    def _due(self, slot: Slot) -> bool:
+        return slot.extra or self._cadence.measured(slot.count)
 
     def look_ahead(self) -> None:
         """Look at the next forward pass, as at a probe."""
@@ -313,7 +323,7 @@ class Watcher:
     def _read(self, slot: Slot, stage: Stage) -> Reading:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
         with undisturbed():
-            probe = self._cadence.probed(slot.count)
+            probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
@@ -330,50 +340,12 @@ class Watcher:
             reading.losses(self._losses)
             return reading
 
-    def _emit(self, snapshot: Snapshot) -> None:
-        """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks."""
+    def _emit(self, slot: Slot, snapshot: Snapshot) -> None:
+        """Judge a snapshot; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
         self._failures = 0
-        history = self._history
-        history.open = frozenset(alert.finding.key for alert in self.report.open)
-        history.add(snapshot)
-        findings: list[Finding] = []
-        for detector in tuple(self._detectors):
-            try:
-                findings += detector(history)
-            except Exception as error:  # a detector of the user's, perhaps
-                if self._strict:
-                    raise
-                self._detectors.remove(detector)
-                self._warn(f"detector {id(detector)}", f"the detector {_name(detector)} failed and is switched off: {_said(error)}")
-        began, still, cleared = advance(
-            self.report.open,
-            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in findings if not muted(f, self._ignore)],
-            [s.step for s in history.window()],
-            optimizer=snapshot.optimizer,
-            patience=history.thresholds.window,
-            explain=explain,
-        )
-        self.report = report = Report(snapshot, began, still, cleared)
-        for sink in tuple(self._sinks):
-            try:
-                sink(report)
-            except Exception as error:  # noqa: BLE001  (a full disk, a closed writer, a sink of the user's)
-                self._sinks.remove(sink)
-                self._warn(f"sink {id(sink)}", f"the sink {_name(sink)} failed and is switched off: {_said(error)}")
-        self._tell(report)
-
-    def _tell(self, report: Report) -> None:
-        if callable(self._on_alert):
-            try:
-                for alert in report.began:
-                    self._on_alert(alert)
-            except Exception as error:  # noqa: BLE001  (the user's own function)
-                self._on_alert = "warn"
-                self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {_said(error)}")
-        if not callable(self._on_alert):
-            console.log(report)
-        if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
-            self._error = GradientHealthError("\n".join(map(str, errors)), errors)
+        if self._judge(snapshot).began and not slot.extra and not self._cadence.probed(slot.count):
+            slot.extra = True
+            self._arm(slot)
 
     def _scale(self, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401
         """Give the loss scale that is still in the gradients; None if there is none, or nobody said."""
@@ -395,31 +367,13 @@ class Watcher:
             slot.reading = None
         self._off = self._failures >= _PATIENCE
         if self._off:
-            self._warn("off", f"{_PATIENCE} measurements in a row failed, and measuring is switched off: {_said(error)}")
+            self._warn("off", f"{_PATIENCE} measurements in a row failed, and measuring is switched off: {said(error)}")
         else:
-            self._warn("failed", f"a measurement failed and is left out: {_said(error)}")
+            self._warn("failed", f"a measurement failed and is left out: {said(error)}")
         _log.debug("a measurement failed", exc_info=error)
-
-    def _warn(self, key: str, message: str) -> None:
-        """Warn, once for each key; under `-W error` log instead, because a warning must not end a training."""
-        if key in self._warned:
-            return
-        self._warned.add(key)
-        try:
-            warnings.warn(f"gradwatch: {message}", GradwatchWarning, stacklevel=2)
-        except Warning:
-            _log.warning(message)
 
 
 def _close(files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
     for sink in (*files, *(ref() for ref in others)):
         with contextlib.suppress(Exception):  # what cannot be closed has said so at its last report, or has nothing to lose
             getattr(sink, "close", lambda: None)()
-
-
-def _name(function: object) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

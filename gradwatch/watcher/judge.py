@@ -1,0 +1,89 @@
+"""What follows a measurement: history, findings, alerts, and the report to the sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from gradwatch import console
+from gradwatch.detectors import explain
+from gradwatch.history import Detector, History
+from gradwatch.report import Alert, Finding, GradientHealthError, Report, Severity, Sink, advance, muted
+from gradwatch.snapshot import Snapshot
+from gradwatch.watcher.once import Once, name_of, said
+
+OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
+
+
+class Judge:
+    """Folds snapshots into the history and tells the sinks what the detectors make of it."""
+
+    def __init__(
+        self,
+        history: History,
+        first: Snapshot,
+        *,
+        detectors: Sequence[Detector],
+        ignore: Sequence[str],
+        sinks: Sequence[Sink],
+        on_alert: OnAlert,
+        warn: Once,
+        strict: bool,
+    ) -> None:
+        """Begin with a report without numbers."""
+        self.history = history
+        self.sinks = list(sinks)
+        self.report = Report(first)
+        self.error: GradientHealthError | None = None
+        """What `on_alert="raise"` wants to be raised."""
+        self._detectors, self._ignore, self._on_alert = list(detectors), tuple(ignore), on_alert
+        self._warn, self._strict = warn, strict
+
+    def __call__(self, snapshot: Snapshot) -> Report:
+        """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks."""
+        history = self.history
+        history.open = frozenset(alert.finding.key for alert in self.report.open)
+        history.add(snapshot)
+        began, still, cleared = advance(
+            self.report.open,
+            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
+            [s.step for s in history.window()],
+            optimizer=snapshot.optimizer,
+            patience=history.thresholds.window,
+            explain=explain,
+        )
+        self.report = report = Report(snapshot, began, still, cleared)
+        for sink in tuple(self.sinks):
+            try:
+                sink(report)
+            except Exception as error:  # noqa: BLE001  (a full disk, a closed writer, a sink of the user's)
+                self.sinks.remove(sink)
+                self._warn(f"sink {id(sink)}", f"the sink {name_of(sink)} failed and is switched off: {said(error)}")
+        self._tell(report)
+        return report
+
+    def _findings(self) -> list[Finding]:
+        findings: list[Finding] = []
+        for detector in tuple(self._detectors):
+            try:
+                findings += detector(self.history)
+            except Exception as error:  # a detector of the user's, perhaps
+                if self._strict:
+                    raise
+                self._detectors.remove(detector)
+                self._warn(f"detector {id(detector)}", f"the detector {name_of(detector)} failed and is switched off: {said(error)}")
+        return findings
+
+    def _tell(self, report: Report) -> None:
+        if callable(self._on_alert):
+            try:
+                for alert in report.began:
+                    self._on_alert(alert)
+            except Exception as error:  # noqa: BLE001  (the user's own function)
+                self._on_alert = "warn"
+                self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {said(error)}")
+        if not callable(self._on_alert):
+            console.log(report)
+        if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
+            self.error = GradientHealthError("\n".join(map(str, errors)), errors)
