@@ -15,15 +15,15 @@ Alarm = tuple[str, str, int, str]
 class Observer:
     """Attaches at the start of a run, hands over the loss, and collects what begins."""
 
-    def __init__(self, *, loss: bool) -> None:
-        """Tell the watcher the loss of each step, or not."""
-        self._loss = loss
+    def __init__(self, *, loss: bool, horizon: int | None) -> None:
+        """Tell the watcher the loss of each step, or not, and how many of the newest timesteps matter, where that is known."""
+        self._loss, self._horizon = loss, horizon
         self.alarms: list[Alarm] = []
 
     def start(self, run: Any) -> None:
         """Attach to the model and all of its optimizers, with the defaults."""
         self._step = 0
-        self._watcher = watch(run.model, run.optimizers, on_alert=self._heard)
+        self._watcher = watch(run.model, run.optimizers, horizon=self._horizon, on_alert=self._heard)
 
     def before_step(self, run: Any, i: int) -> None:
         """Note the number of the step."""
@@ -43,6 +43,7 @@ class Observer:
 
 def evaluate(case: Any, *, loss: bool = True) -> list[Alarm]:
     """Watch one run from its beginning to its end."""
-    observer = Observer(loss=loss)
+    lag = case.hints.get("horizon")  # the largest that matters, so one more timestep does
+    observer = Observer(loss=loss, horizon=None if lag is None else lag + 1)
     case.open().go(observer)
     return observer.alarms

@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gradwatch.checks import assert_healthy, check
+    from gradwatch.checks import assert_healthy, assert_horizon, check, horizon
     from gradwatch.detectors import DETECTORS
     from gradwatch.history import Detector, History
     from gradwatch.record import Record, Run, read_run, read_runs
     from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink
-    from gradwatch.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
+    from gradwatch.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, SequenceStats, Snapshot
     from gradwatch.tensorboard import TensorBoardSink
     from gradwatch.thresholds import Thresholds
     from gradwatch.watcher import Watcher, watch
 
 _HOMES = {
-    "checks": ("assert_healthy", "check"),
+    "checks": ("assert_healthy", "assert_horizon", "check", "horizon"),
     "detectors": ("DETECTORS",),
     "history": ("Detector", "History"),
     "record": ("Record", "Run", "read_run", "read_runs"),
     "report": ("Alert", "Finding", "GradientHealthError", "GradwatchWarning", "Report", "Severity", "Sink"),
-    "snapshot": ("LayerInfo", "ModelInfo", "OptimizerInfo", "ParameterInfo", "Snapshot"),
+    "snapshot": ("LayerInfo", "ModelInfo", "OptimizerInfo", "ParameterInfo", "SequenceStats", "Snapshot"),
     "tensorboard": ("TensorBoardSink",),
     "thresholds": ("Thresholds",),
     "watcher": ("Watcher", "watch"),
@@ -49,6 +49,7 @@ __all__ = [
     "Record",
     "Report",
     "Run",
+    "SequenceStats",
     "Severity",
     "Sink",
     "Snapshot",
@@ -56,7 +57,9 @@ __all__ = [
     "Thresholds",
     "Watcher",
     "assert_healthy",
+    "assert_horizon",
     "check",
+    "horizon",
     "read_run",
     "read_runs",
     "watch",

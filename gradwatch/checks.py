@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch import console
 from gradwatch.detectors import DETECTORS
 from gradwatch.history import Detector
+from gradwatch.intact import as_it_was
+from gradwatch.layers import named_modules
 from gradwatch.report import GradientHealthError, Report, Severity
+from gradwatch.snapshot import Fact, SequenceStats
 from gradwatch.thresholds import Thresholds
+from gradwatch.timesteps.model import Timesteps
 from gradwatch.watcher import Cadence, Watcher
+from gradwatch.watcher.memory import causes, model_gain
 
 _SHOWN = 10
 """Layers that an error shows."""
@@ -54,8 +57,6 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
-        raise ValueError("the parameters of model must have their shapes: lazy modules get them when a batch has gone through once")
     watcher = Watcher(
         model,
         (),
@@ -67,10 +68,11 @@ def check(
         on_alert=lambda _: None,
         strict=True,
     )
-    with watcher, watcher.alone(), _as_it_was(model):
+    with watcher, watcher.alone(), as_it_was(model):
         watcher.look_ahead()
         with torch.inference_mode(False), torch.enable_grad():
-            value = (loss or _projection)(_call(model, batch))
+            args, kwargs = _arguments(batch)
+            value = (loss or _projection)(model(*args, **kwargs))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(f"loss must give a scalar tensor that depends on the parameters, got {_shown(value)}")
             value.backward()  # type: ignore[no-untyped-call]  # torch's
@@ -104,10 +106,98 @@ def assert_healthy(
     return report
 
 
-def _call(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
-    if isinstance(batch, tuple):
-        return model(*batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+def horizon(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    output: Callable[[Any], Any] | None = None,
+    timesteps: Timesteps = "auto",
+) -> SequenceStats:
+    """Measure how far back a model can see: the gain from each timestep of what enters its first sequence module to its newest output.
+
+    One forward pass, and one vector-Jacobian product by that input, with a random cotangent for each row of the batch. Rows are probes: 32 of them give the
+    decay rate within 2 % and the horizon within 1 step in 19 of 20 cases, 8 of them within 4 % and 1 step. The model runs in the mode in which it is, without its hooks; it, its gradients, its buffers and all random states
+    are left exactly as they were.
+
+    The first sequence module is the first that runs of the recurrent ones (`nn.RNN`, `nn.LSTM`, `nn.GRU` and their cells, whose calls are the timesteps)
+    and of those that `timesteps` names. Without one, the model's first floating-point input of three or more dimensions counts (time is dimension 1), or
+    what its first `nn.Embedding` gives. Sequences of different length (packed, or padded with zeros that nothing depends on) are aligned at their own ends.
+
+    Args:
+        model: it is run once forward and once backward, whatever it is wrapped in (torch.compile, DistributedDataParallel).
+        batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument.
+        output: takes what the model returned and gives the tensor whose memory is asked. Default: the first floating-point tensor in it, a scalar only where
+            there is no other. Where it has the input's timesteps, only the newest of each row counts.
+        timesteps: "auto", or more sequence modules: from names to the dimension of time of their input, None for a cell that is called once a timestep;
+            "" is the model itself.
+
+    Returns:
+        `SequenceStats` of module "" and part "model": `lag_gain` (root mean square over the rows of `||J^T v||`, v ~ N(0, I/R), R the width of the output),
+        `length`, `rows`, `censored`; `horizon`, `decay_rate` and `half_life` follow from the gain.
+
+    Raises:
+        TypeError, ValueError: an argument, or what the model returned, is not what it should be; no sequence was found.
+        RuntimeError: the model cannot be run by one process (FSDP), or not be differentiated by an input (reentrant checkpointing).
+
+    """
+    return _measured(model, batch, output, timesteps)[0]
+
+
+def assert_horizon(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    at_least: int,
+    output: Callable[[Any], Any] | None = None,
+    timesteps: Timesteps = "auto",
+) -> SequenceStats:
+    """Do `horizon`, and raise if the newest `at_least` timesteps are not within the model's reach.
+
+    Returns:
+        What `horizon` gives, with `need`.
+
+    Raises:
+        GradientHealthError: with the measured horizon, its definition, the cause and the remedy.
+        ValueError: as `horizon`; also where the model reaches back to the oldest timestep of a batch whose sequences are shorter than `at_least`.
+        TypeError, RuntimeError: as `horizon`.
+
+    """
+    __tracebackhide__ = True
+    if isinstance(at_least, bool) or not isinstance(at_least, int):
+        raise TypeError(f"at_least must be a whole number of timesteps, got {at_least!r}")
+    if at_least < 1:
+        raise ValueError(f"at_least must be at least 1, got {at_least}")
+    found, place = _measured(model, batch, output, timesteps)
+    stats = dataclasses.replace(found, need=at_least)
+    if stats.horizon is None:
+        raise GradientHealthError("how far back the model learns cannot be told: its gain by lag is not finite, because of NaN or infinity on the way back")
+    if stats.censored and stats.length < at_least:
+        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
+    if stats.horizon < at_least:
+        facts: tuple[Fact, ...] = ()
+        with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
+            facts = causes(model, *_arguments(batch), place)
+        module = named_modules(model)[place]
+        known = not isinstance(module, nn.Embedding) and (place or isinstance(module, nn.RNNBase | nn.RNNCellBase))
+        raise GradientHealthError(console.horizon_error(stats, at_least, facts, place=place if known else "", kind=type(module).__name__ if known else ""))
+    return stats
+
+
+def _measured(model: nn.Module, batch: Any, output: Callable[[Any], Any] | None, timesteps: Timesteps) -> tuple[SequenceStats, str]:  # noqa: ANN401
+    """Give the memory of a model, and the name of its sequence module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}")
+    args, kwargs = _arguments(batch)
+    gain = model_gain(model, args, kwargs, timesteps=timesteps, output=output)
+    return gain.stats(gain.numbers.tolist()), gain.place
+
+
+def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
+    if isinstance(batch, tuple) and not isinstance(batch, PackedSequence):
+        return batch, {}
+    return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
 
 
 def _projection(output: Any) -> Tensor:  # noqa: ANN401
@@ -115,12 +205,12 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
 
     A plain sum would be constant behind a normalization, whose outputs always add up to the same: its gradient is zero.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     parts = []
     for tensor in _tensors(output):
         if tensor.requires_grad:
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            parts.append((real * torch.randn(real.shape, generator=generator).to(real.device, real.dtype)).sum())
+            parts.append((real * torch.randn(real.shape, generator=generator, device="cpu").to(real.device, real.dtype)).sum())
     if not parts:
         raise ValueError(f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}")
     total = parts[0]
@@ -147,44 +237,3 @@ def _shown(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"a tensor of shape {tuple(value.shape)}{'' if value.requires_grad else ' without a graph'}"
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back what modules hold (parameters, buffers, a hidden state, lists), gradients, modes, and the random states."""
-    modules = [(module, dict(vars(module))) for module in model.modules()]
-    attributes = [value for _, own in modules for value in own.values()]
-    # Weights too: a momentum encoder moves its own in forward().
-    tensors = [(tensor, tensor.detach().clone()) for value in attributes for tensor in _held(value)]
-    containers = [(value, dict(value) if isinstance(value, dict) else list(value)) for value in attributes if isinstance(value, dict | list | set | deque)]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            for parameter, _ in gradients:
-                parameter.grad = None
-            yield
-    finally:
-        for module, own in modules:
-            vars(module).clear()
-            vars(module).update(own)
-        for container, content in containers:
-            container.clear()
-            (container.extend if isinstance(container, list | deque) else container.update)(content)
-        with torch.no_grad():
-            for tensor, before in tensors:
-                if tensor.layout is not torch.strided or not torch.equal(tensor, before):
-                    tensor.copy_(before)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
-def _held(value: object) -> list[Tensor]:
-    """Give the tensors in an attribute of a module: itself, or in a collection of them."""
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-    return [item for item in items if isinstance(item, Tensor)]

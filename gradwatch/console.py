@@ -7,11 +7,13 @@ import logging
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradwatch.history import History
+from gradwatch.reach import measured, memory_of, reaches, subject, why_short
 from gradwatch.report import Alert, Report, Severity
-from gradwatch.snapshot import Snapshot
+from gradwatch.snapshot import HORIZON_GAIN, Fact, SequenceStats, Snapshot
 
 # rich draws a random number while it is imported, and this file is imported in the middle of other people's trainings.
 _random_state = random.getstate()
@@ -31,6 +33,8 @@ _log = logging.getLogger("gradwatch")
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 _COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 _WIDTH = 100
+_MEMORIES, _PROFILES = 12, 3
+"""Memories that a summary tells of, and lag profiles that it draws."""
 
 
 def log(report: Report) -> None:
@@ -46,9 +50,16 @@ def log_alert(alert: Alert) -> None:
     _log.log(_LEVELS[alert.severity], "%s", alert)
 
 
-def text(report: Report, *, width: int = _WIDTH) -> str:
-    """Give the table of layers and the open alerts as plain text."""
-    return _plain(_report(report), width)
+def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = _WIDTH) -> str:
+    """Give how far back the model learns, the table of layers and the open alerts as plain text.
+
+    Args:
+        report: what to show.
+        sequences: those of the last probe, for a report of a step between two.
+        width: longest line.
+
+    """
+    return _plain(_report(report, sequences), width)
 
 
 def _plain(content: RenderableType, width: int) -> str:
@@ -57,17 +68,68 @@ def _plain(content: RenderableType, width: int) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def html(report: Report, *, width: int = _WIDTH) -> str:
+def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = _WIDTH) -> str:
     """Give the same as HTML, for notebooks."""
     console = Console(file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="truecolor")
-    console.print(_report(report))
+    console.print(_report(report, sequences))
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
 
 
-def _report(report: Report) -> RenderableType:
+def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
     snapshot = report.snapshot
     title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
-    return Group(Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
+    return Group(*reach_lines(snapshot.sequences or sequences), Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
+
+
+def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[RenderableType]:
+    """Say how far back it learns, in a line for each memory that was asked for, the model's own first; with the `name` of the run before the first."""
+    said = [line for _, line in reaches(sequences)]
+    shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_MEMORIES])]
+    shown += [f"({len(said) - _MEMORIES} more sequence modules)"] * (len(said) > _MEMORIES)
+    return [Text(line, style="bold") for line in shown]
+
+
+class LagProfile:
+    """The gain by lag over its maximum as a small plot, one decade a row, with the horizon marked below; nothing where the terminal is too narrow."""
+
+    def __init__(self, stats: SequenceStats) -> None:
+        """Draw what has a `lag_gain`."""
+        self._stats = stats
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw as many columns as there is room for, at most 60: each is the largest gain of its lags."""
+        gain, found = self._stats.lag_gain or (), memory_of(self._stats)
+        width = min(options.max_width - 6, 60)
+        top = max(gain, default=0.0)
+        if found is None or top <= 0 or width < 12:
+            return
+        blocks, line, corner = (" #", "-", "+") if options.ascii_only else (" ▁▂▃▄▅▆▇█", "─", "└")
+        lags = len(gain)
+        edges = [i * lags // width for i in range(width)]
+        levels = [max(gain[first : max(last, first + 1)]) / top for first, last in zip(edges, [*edges[1:], lags], strict=True)]
+        heights = [0.0 if level <= 0 else max(_DECADES + math.log10(level), 0.0) for level in levels]
+        yield Text(f"\n{subject(self._stats)}: gain by lag, over its maximum")
+        within = sum(first < found.horizon for first in edges)
+        for row in range(_DECADES - 1, -1, -1):
+            bars = "".join(blocks[round(min(max(height - row, 0.0), 1.0) * (len(blocks) - 1))] for height in heights).rstrip()
+            label = {_DECADES - 1: "   1 ", _DECADES - 4: "1e-3 "}.get(row, "     ")  # of the row's upper edge
+            yield Text.assemble(label, (bars[:within], "green"), (bars[within:], "red"))
+        yield Text(f"1e-{_DECADES} {corner}{line * (width - 1)}")
+        marks = [(f"horizon: {'at least ' * found.censored}{found.horizon}", found.horizon)]
+        if self._stats.need is not None:
+            marks.append((f"need: {self._stats.need}", self._stats.need))
+        for label, lag in marks:
+            yield Text("     " + _below(label, min(lag * width // lags, width - 1), width))
+        yield Text(f"     0{f'{lags - 1} timesteps back':>{width - 1}}")
+
+
+_DECADES = 6
+"""Rows of a lag profile."""
+
+
+def _below(label: str, column: int, width: int) -> str:
+    """Point at a column from below, with the label on the side that has room."""
+    return f"{'^':>{column + 1}} {label}" if column + 2 + len(label) <= width else f"{f'{label} ^':>{column + 1}}"
 
 
 def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None) -> RenderableType:
@@ -166,13 +228,16 @@ def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[Renderab
 
 
 def run_summary(run: Run, name: str = "") -> RenderableType:
-    """Give what happened in a run: the verdict, the alerts, and the layers with the least gradient."""
+    """Give what happened in a run: how far back it learns, the verdict, the lag profile, the layers with the least gradient, the alerts."""
     history = History()
     newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
     for snapshot in run.snapshots:
         history.add(snapshot)
         newest[snapshot.optimizer] = snapshot, history.ratios(1)[-1].tolist()
-    parts: list[RenderableType] = [Text(verdict(run, name), style="bold")]
+    sequences = next((s.sequences for s in reversed(run.snapshots) if s.sequences), ())
+    lines = reach_lines(sequences, name)
+    parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
+    parts += [LagProfile(stats) for stats, _ in reaches(sequences) if stats.lag_gain is not None][:_PROFILES]
     for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
         whose = f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps," if last.optimizer is not None and len(newest) > 1 else ""
@@ -230,5 +295,31 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
         Group(
             Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)
         ),
+        _WIDTH,
+    )
+
+
+def horizon_error(stats: SequenceStats, need: int, facts: Sequence[Fact] = (), *, place: str = "", kind: str = "") -> str:
+    """Give the text of an error: the memory that was measured, what a horizon is, why it is so short, what to do, and the gain by lag.
+
+    Args:
+        stats: what was measured; with a finite `lag_gain`.
+        need: how many of the newest timesteps matter.
+        facts: measured causes.
+        place: name of the sequence module, if it is known: only its facts count, and the remedy names it.
+        kind: its class.
+
+    Raises:
+        ValueError: there is no memory to tell of.
+
+    """
+    found = memory_of(stats)
+    if found is None:
+        raise ValueError(f"stats must have a finite lag_gain, got {stats.lag_gain!r:.80}")
+    place = place or stats.module or next(iter(dict.fromkeys(f.place for f in facts)), "")
+    said = why_short(measured(stats, found, facts, place=place, kind=kind, need=need), place)
+    definition = f"horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below {HORIZON_GAIN:g} of its maximum from there on"
+    return _plain(
+        Group(Text(f"{said.message}\n"), Text(definition), Text(f"why: {said.cause}"), Text(f"try: {said.remedy}"), LagProfile(replace(stats, need=need))),
         _WIDTH,
     )

@@ -24,6 +24,8 @@ KEPT = 50
 """Snapshots and losses that are remembered, per optimizer."""
 EDGE = 5
 """Losses over whose median the beginning and the end of a run are compared."""
+PROBES = 8
+"""Probes that saw sequences which are remembered, per optimizer: there may be hundreds of measured snapshots between two of them."""
 
 
 @dataclass(slots=True)
@@ -31,6 +33,8 @@ class Track:
     """What is remembered of one optimizer."""
 
     snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
+    probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
+    """Those that have `sequences`, however long ago."""
     sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
     ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
     first_losses: list[float] = field(default_factory=list)
@@ -72,7 +76,7 @@ class History:
         self._now = snapshot.optimizer
         track = self._tracks.setdefault(self._now, Track())
         if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
-            for column in (track.snapshots, track.sensitivities, track.ratios):
+            for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
         if self._layout is None or self._layout.model is not snapshot.model:
@@ -85,6 +89,8 @@ class History:
         norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
         sensitivity = layout.combine(norms)
         track.snapshots.append(snapshot)
+        if snapshot.sequences is not None:
+            track.probes.append(snapshot)
         track.sensitivities.append(sensitivity)
         track.ratios.append(layout.over_later(sensitivity))
         self._improved = None
@@ -166,6 +172,10 @@ class History:
 
         return np.stack(_last(self._track.ratios, count))
 
+    def sequences(self, count: int = PROBES) -> list[Snapshot]:
+        """Give the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
+        return _last(self._track.probes, count) if self._now in self._tracks else []
+
     def losses(self, count: int) -> list[float]:
         """Give the last `count` known losses."""
         return _last(self._track.last_losses, count)
@@ -236,17 +246,19 @@ class History:
         """Give all that is remembered as dicts, lists, numbers and strings."""
         models: list[ModelInfo] = []
         tracks = []
+
+        def plain(snapshot: Snapshot) -> dict[str, Any]:
+            if not any(snapshot.model is m for m in models):
+                models.append(snapshot.model)
+            return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
+
         for optimizer, track in self._tracks.items():
-            snapshots = []
-            for snapshot in track.snapshots:
-                if not any(snapshot.model is m for m in models):
-                    models.append(snapshot.model)
-                number = next(i for i, m in enumerate(models) if m is snapshot.model)
-                snapshots.append(snapshot_to_plain(snapshot, number))
+            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]  # the others need not stand twice
             tracks.append(
                 {
                     "optimizer": optimizer,
-                    "snapshots": snapshots,
+                    "snapshots": [plain(s) for s in track.snapshots],
+                    "probes": [plain(s) for s in older],
                     "sensitivities": [row.tolist() for row in track.sensitivities],
                     "ratios": [row.tolist() for row in track.ratios],
                     "first_losses": list(track.first_losses),
@@ -274,6 +286,8 @@ class History:
         for plain in state["tracks"]:
             track = self._tracks[plain["optimizer"]] = Track()
             track.snapshots.extend(snapshot_from_plain(s, models) for s in plain["snapshots"])
+            track.probes.extend(snapshot_from_plain(s, models) for s in plain.get("probes", ()))
+            track.probes.extend(s for s in track.snapshots if s.sequences is not None)
             track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
             track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
             track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 
 class StepListener(Protocol):
@@ -25,6 +27,26 @@ class StepListener(Protocol):
 
     def on_stepped(self, slot: int) -> None:
         """Take note: the step is done."""
+
+
+class Visitor(Protocol):
+    """What sees chosen modules take their inputs and give their outputs, in the forward pass of a step."""
+
+    def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
+        """Choose the modules to visit, by `id`."""
+        ...
+
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Take note of the inputs; what is returned takes their place."""
+        ...
+
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+        """Take note of the output."""
+        ...
+
+    def clear(self) -> None:
+        """Let go of what was seen."""
+        ...
 
 
 def unwrap(optimizer: object) -> Any:  # noqa: ANN401  (an optimizer, or what merely acts as one)
@@ -158,19 +180,25 @@ _alone: ForwardTrace | None = None
 
 
 class ForwardTrace:
-    """Sees which modules run, in which order, between `arm` and `disarm`, through one global hook.
+    """Sees which modules run, in which order, between `arm` and `disarm`, through global hooks; and takes a visitor along.
 
     A hook on the modules themselves would travel with `torch.save(model)`, `deepcopy` and pickle; a global one does not.
-    A disarmed hook costs as much as an armed one, so between probes none is registered.
+    A disarmed hook costs as much as an armed one, so between probes none is registered. Where torch.compile is in use, a
+    global hook would be traced, cost a recompilation when it leaves, and never fire: there the visitor's modules are hooked
+    by themselves, by objects that leave no trace in a copy, and nothing else is seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, visitor: Visitor | None = None) -> None:
         """Begin disarmed."""
+        self._visitor = visitor
         self._undo: weakref.finalize[..., Any] | None = None
         self._names: Mapping[int, str] = {}
+        self._visited: Set[int] = frozenset()
         self._ran: dict[str, None] = {}
         self.half = False
         """Whether autocast to float16 was on in what was seen."""
+        self.compiled = False
+        """Whether torch.compile was in use, so that only the visitor's modules are seen."""
 
     @property
     def armed(self) -> bool:
@@ -178,31 +206,26 @@ class ForwardTrace:
         return self._undo is not None
 
     def arm(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Begin to look for these modules; False, and nothing is done, where torch.compile is in use.
-
-        In compiled code a global hook would be traced, cost a recompilation when it leaves, and never fire.
-        """
+        """Begin to look for these modules; False where torch.compile is in use, and all but the visitor's are left out."""
         self.disarm()
-        if _compiled():
-            return False
-        self._names = {id(module): name for name, module in modules.items()}
+        self.compiled = _compiled()
+        self._names = {} if self.compiled else {id(module): name for name, module in modules.items()}
+        visited = self._visitor.arm(modules, compiled=self.compiled) if self._visitor is not None else {}
+        self._visited = frozenset(visited)  # not the modules: a watcher that is kept must not keep a model
         self._ran = {}
         self.half = False
-        me = weakref.ref(self)
-
-        def hook(module: nn.Module, _inputs: object) -> None:
-            if torch.compiler.is_compiling():
-                return
-            trace = me()
-            if trace is not None and _alone in (None, trace):
-                try:
-                    trace._saw(module)
-                except Exception:  # noqa: BLE001  (this runs inside of the user's forward pass)
-                    trace.disarm()
-
-        handle = register_module_forward_pre_hook(hook)
-        self._undo = weakref.finalize(self, handle.remove)  # gone with the trace, even when nobody disarms it
-        return True
+        before: Callable[..., None] = (_untraced(_Before) if self.compiled else _Before)(self)
+        after: Callable[..., None] = (_untraced(_After) if self.compiled else _After)(self)
+        handles: list[RemovableHandle] = []
+        if self.compiled:
+            for module in visited.values():
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, with_kwargs=True)]
+        else:
+            handles.append(register_module_forward_pre_hook(before))
+            if visited:
+                handles.append(register_module_forward_hook(after, with_kwargs=True))
+        self._undo = weakref.finalize(self, _remove, handles)  # gone with the trace, even when nobody disarms it
+        return not self.compiled
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -215,17 +238,23 @@ class ForwardTrace:
             _alone = before
 
     def disarm(self) -> None:
-        """Stop looking; what was seen stays."""
+        """Stop looking; which modules ran stays known."""
         if self._undo is not None:
             self._undo()
             self._undo = None
+        self._visited = frozenset()
+        if self._visitor is not None:
+            self._visitor.clear()
 
     @property
     def ran(self) -> tuple[str, ...]:
         """Names of the modules that ran, in the order in which they began."""
         return tuple(self._ran)
 
-    def _saw(self, module: nn.Module) -> None:
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Note that a module runs, and let the visitor see its inputs; what that returns takes their place."""
+        if _alone not in (None, self):
+            return None
         name = self._names.get(id(module))
         # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
         if name is not None and name not in self._ran and (torch.is_grad_enabled() or module.training):
@@ -234,9 +263,82 @@ class ForwardTrace:
                 self.half = True
             if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
                 self.half = True
+        return self._visitor.entered(module, inputs) if self._visitor is not None and id(module) in self._visited else None
+
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        """Let the visitor see what a module gives."""
+        if _alone in (None, self) and self._visitor is not None and id(module) in self._visited:
+            self._visitor.left(module, inputs, kwargs, output)
+
+
+class _Before:
+    """A forward pre-hook that passes on to a trace. A copy or a saved model that it hangs on carries a builtin that does nothing."""
+
+    def __init__(self, trace: ForwardTrace) -> None:
+        self._trace = weakref.ref(trace)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        trace = self._trace()
+        if trace is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        try:
+            return trace.entered(module, inputs)
+        except Exception:  # noqa: BLE001  (this runs inside of the user's forward pass)
+            trace.disarm()
+            return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (sys.audit, "gradwatch")
+
+
+class _After:
+    """The same behind the forward pass; it returns nothing, because torch would take that for the output."""
+
+    def __init__(self, trace: ForwardTrace) -> None:
+        self._trace = weakref.ref(trace)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        trace = self._trace()
+        if trace is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return
+        try:
+            trace.left(module, inputs, kwargs, output)
+        except Exception:  # noqa: BLE001  (this runs inside of the user's forward pass)
+            trace.disarm()
+
+    __reduce__ = _Before.__reduce__
+
+
+@functools.cache
+def _untraced(kind: type[Any]) -> type[Any]:
+    """Make hooks of this kind that torch.compile calls as they are; else it would compile what they do, and nothing would ever be called again."""
+    return type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(kind.__call__)})  # type: ignore[no-untyped-call]  # torch's
+
+
+def _remove(handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+        _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets this one
 
 
 def _compiled() -> bool:
     dynamo = sys.modules.get("torch._dynamo")
     counters = getattr(getattr(dynamo, "utils", None), "counters", None)
     return bool(counters is not None and sum(counters["frames"].values()))
+
+
+@contextlib.contextmanager
+def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
+    """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` around the calls of these modules, and keep the watchers from seeing them.
+
+    For a pass of our own, after which the model is put back as it was: hooks on the modules themselves, because global ones are not shown keywords. What
+    torch.compile has made runs as it was written meanwhile, because compiled code calls no hooks.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ForwardTrace().alone())
+        if _compiled() and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        yield

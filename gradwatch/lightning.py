@@ -17,7 +17,7 @@ from gradwatch.record import Record, claim
 from gradwatch.report import Alert, Report, Severity, Sink
 from gradwatch.tensorboard import TensorBoardSink, scalars
 from gradwatch.thresholds import Thresholds
-from gradwatch.watcher import Cadence, Watcher, check_options
+from gradwatch.watcher import Cadence, Horizon, Timesteps, Watcher, check_options
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -67,8 +67,8 @@ class GradientMonitor(_Callback):
         name: str | None = None,
         every_n_steps: int | None = None,
         probe_every_n_steps: int | None = None,
-        timesteps: Literal["auto", False] = "auto",
-        horizon: None = None,
+        timesteps: Timesteps = "auto",
+        horizon: Horizon = None,
         thresholds: Thresholds | None = None,
         ignore: Sequence[str] = (),
         detectors: Sequence[Detector] = DETECTORS,
@@ -94,6 +94,7 @@ class GradientMonitor(_Callback):
         self._name = name
         self._cadence = Cadence(every_n_steps, probe_every_n_steps)
         self._thresholds, self._ignore, self._detectors = thresholds or Thresholds(), list(ignore), list(detectors)
+        self._timesteps, self._horizon = timesteps, horizon
         self._sinks, self._on_alert = list(sinks), on_alert
         self._watcher: Watcher | None = None
         self._state: Mapping[str, Any] | None = None
@@ -121,6 +122,9 @@ class GradientMonitor(_Callback):
             detectors=self._detectors,
             sinks=[*_sinks(trainer, self._name), *self._sinks],
             on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            timesteps=self._timesteps,
+            horizon=self._horizon,
             clock=lambda: _step(trainer),
         )
         if self._state:

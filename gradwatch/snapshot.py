@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Role = Literal["weight", "bias", "normalization", "embedding", "scale"]
 """What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, or any other gain."""
@@ -94,30 +94,122 @@ class ActivationStats:
     scaled: bool = False
 
 
+HORIZON_GAIN = 1e-3
+"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the newest timesteps'."""
+
+
+class Memory(NamedTuple):
+    """How far back a gain by lag reaches, and how it shrinks on the way."""
+
+    horizon: int
+    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n timesteps are within reach."""
+    censored: bool
+    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one may be longer."""
+    decay_rate: float | None
+    """The factor per timestep; None where fewer than two gains are there to tell."""
+    half_life: float | None
+    """Timesteps in which the gain halves, `ln 0.5 / ln decay_rate`; None where it does not shrink."""
+
+
+def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | None:
+    """Give the horizon of a gain by lag and the rate at which it decays.
+
+    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its maximum to the horizon, gains of
+    exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the backward pass.
+
+    Args:
+        lag_gain: gains from lag 0, the newest timestep, back; any unit.
+        share: of the maximum, below which the gain counts as gone.
+
+    Returns:
+        None where there are no gains, or one of them is not finite. Where all are 0 the horizon is 0, and not censored.
+
+    """
+    if not lag_gain or not all(map(math.isfinite, lag_gain)):
+        return None
+    top = max(lag_gain)
+    if top <= 0:
+        return Memory(0, censored=False, decay_rate=None, half_life=None)
+    limit = share * top
+    horizon = next((lag for lag in range(len(lag_gain), 0, -1) if lag_gain[lag - 1] >= limit), 0)
+    peak = lag_gain.index(top)
+    law = slope([(lag, math.log(gain)) for lag, gain in enumerate(lag_gain[peak : horizon + 1], peak) if gain > 0])
+    half_life = math.log(0.5) / law if law is not None and law < 0 else None
+    return Memory(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Give the slope of the line that a least-squares fit puts through the points; None below two of them."""
+    if len(points) < 2:
+        return None
+    x, y = (math.fsum(axis) / len(points) for axis in zip(*points, strict=True))
+    return math.fsum((a - x) * (b - y) for a, b in points) / math.fsum((a - x) ** 2 for a, _ in points)
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceStats:
-    """Gradients through the time of one sequence module, or of one layer and direction (`part`) of it.
+    """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
 
-    Series run from the oldest timestep to the newest; lag gains from lag 0, the newest timestep, back.
+    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep, back. Norms are Frobenius over the
+    features and over rows of the batch: all of them for `grad_input`, else `rows` of them.
     """
 
     module: str
+    """Name of the module; "" is the model itself."""
     part: str = ""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the memory of the model as a whole."""
     length: int = 0
+    """Timesteps of the longest sequence."""
     rows: int = 0
+    """Rows of the batch over which the lag gains and the hidden series are taken."""
     grad_input: tuple[float, ...] | None = None
+    """Norm of dL/dx_t."""
     grad_hidden: tuple[float, ...] | None = None
+    """Norm of the total dL/dh_t, through the recurrence."""
     grad_hidden_direct: tuple[float, ...] | None = None
+    """Norm of the part of dL/dh_t that does not come from later timesteps of this layer."""
     grad_cell: tuple[float, ...] | None = None
-    carry_ratio: float | None = None
+    """Norm of the total dL/dc_t of an LSTM."""
+    carry_ratio: tuple[float, ...] | None = None
+    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the state's gradient at t+1 (Pascanu, 2013)."""
     lag_gain: tuple[float, ...] | None = None
+    """`||d out_T / d x_{T-lag}||`, root mean square over random cotangents and rows; on parts "" and "model"."""
     lag_gain_hidden: tuple[float, ...] | None = None
+    """The same from the module's newest output to this layer's h."""
     lag_gain_cell: tuple[float, ...] | None = None
+    """The same to this layer's c."""
     censored: bool | None = None
+    """Whether the sequence ends before `lag_gain` falls below `HORIZON_GAIN` of its maximum."""
     replay_residual: float | None = None
+    """Largest difference of the recomputed hidden states from the module's own, over their largest entry."""
     adjoint_residual: float | None = None
+    """Largest difference of the recomputed dL/dx_t from autograd's, over its largest entry."""
     scaled: bool = False
+    """Whether an unknown factor (a loss scale) is on the gradients: only their ratios mean something. Lag gains are free of it."""
     note: str | None = None
+    """Why something is missing."""
+    need: int | None = None
+    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
+
+    @property
+    def memory(self) -> Memory | None:
+        """What `memory` says of `lag_gain`; None where there is none."""
+        return None if self.lag_gain is None else memory(self.lag_gain)
+
+    @property
+    def horizon(self) -> int | None:
+        """How many of the newest timesteps are within reach; `length` where the sequence ends before the gain is gone."""
+        return None if (found := self.memory) is None else found.horizon
+
+    @property
+    def decay_rate(self) -> float | None:
+        """Factor per timestep by which the gain shrinks on the way to the horizon."""
+        return None if (found := self.memory) is None else found.decay_rate
+
+    @property
+    def half_life(self) -> float | None:
+        """Timesteps in which the gain halves; None where it does not shrink."""
+        return None if (found := self.memory) is None else found.half_life
 
 
 @dataclass(frozen=True, slots=True)

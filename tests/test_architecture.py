@@ -11,19 +11,19 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 
-GROUND = {"snapshot", "thresholds", "report", "history", "stats", "layers", "market"}
-PARTS = {"hooks", "detectors", "record", "tensorboard", "console"}
+GROUND = {"snapshot", "thresholds", "report", "reach", "history", "stats", "layers", "intact", "market"}
+PARTS = {"hooks", "timesteps", "detectors", "record", "tensorboard", "console"}
 ENGINE = {"watcher", "checks"}
 FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "demo", "cli"}
 FLOORS = [GROUND, PARTS, ENGINE, FACES]
-ORDER_ON_THE_GROUND = ["snapshot", "thresholds", "report", "history"]  # each may import those before it
+ORDER_ON_THE_GROUND = ["snapshot", "thresholds", "report", "reach", "history"]  # each may import those before it
 SIDEWAYS = {
     ("layers", "snapshot"),  # what it makes is a value
     ("checks", "watcher"),  # a check is a watcher that lives for one batch
 }
 FOR_THE_TYPE_CHECKER = {("console", "record")}  # the `Run` that it shows
 
-TORCH_AT_THE_TOP = {"stats", "layers", "hooks", "watcher", "checks", "lightning"}
+TORCH_AT_THE_TOP = {"stats", "layers", "intact", "hooks", "timesteps", "watcher", "checks", "lightning"}
 TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "pytest_plugin", "__init__"}
 HOMES = {"lightning": "lightning", "pytorch_lightning": "lightning", "pytest": "pytest_plugin", "tensorboard": "tensorboard", "transformers": "huggingface"}
 
@@ -110,6 +110,8 @@ def test_imports_go_down_and_parts_do_not_know_each_other_and_torch_stays_in_its
         ("record", "gradwatch.watcher", False),
         ("record", "gradwatch.tensorboard", True),
         ("hooks", "gradwatch.detectors", True),
+        ("timesteps", "gradwatch.hooks", True),
+        ("intact", "gradwatch.timesteps", True),
         ("history", "torch", False),
         ("console", "torch", True),
         ("demo", "torch", True),

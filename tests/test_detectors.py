@@ -12,6 +12,7 @@ from torch import nn
 import gradwatch
 from gradwatch import DETECTORS, Finding, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
 from gradwatch.detectors import RULES, explain
+from gradwatch.snapshot import SequenceStats
 
 
 def model(count, *, adaptive=False, order=None):
@@ -308,6 +309,13 @@ def _one_of_each():
     yield (two, [(0.0, 1.0)] * 20), {}
     yield (two, [(math.nan, 1.0)]), {}
     yield (one, [(math.inf,)] * 26), {"skipped": [True] * 26}
+    fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
+    for stats in (
+        SequenceStats("l0", length=60, lag_gain=fades),
+        SequenceStats("l0", length=60, lag_gain=grows, note="the carried state is detached"),
+        SequenceStats("l0", length=60, need=200, lag_gain=grows),
+    ):
+        yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}
 
 
 def test_a_finding_of_ones_own_is_told_by_its_numbers():

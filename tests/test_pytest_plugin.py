@@ -76,6 +76,43 @@ def test_looked_at(gradwatch):
     assert found["torch"]
 
 
+def test_the_fixture_offers_the_horizon_and_a_failure_shows_it_and_not_the_library(pytester):
+    result, _ = run(
+        pytester,
+        MODELS
+        + """
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.memory = nn.LSTM(3, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.memory(x)[0][:, -1]
+
+batch = torch.randn(8, 60, 3)
+
+def test_near(gradwatch):
+    assert gradwatch.assert_horizon(Net(), batch, at_least=5).horizon == gradwatch.horizon(Net(), batch).horizon
+
+def test_far(gradwatch):
+    gradwatch.assert_horizon(Net(), batch, at_least=50)
+""",
+    )
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            ">       gradwatch.assert_horizon(Net(), batch, at_least=50)",
+            "E       gradwatch.report.GradientHealthError: the model learns from the last * of 60 timesteps *",
+            "E       horizon: the smallest n such that *",
+            "E       why: its forget gates keep *",
+            "E       try: set the forget-gate bias of memory to 3.9 (the log of 50); *",
+            "*test_the_fixture_offers*.py:*: GradientHealthError",
+        ]
+    )
+    result.stdout.no_fnmatch_line("*checks.py*")
+
+
 def test_the_plugin_is_found_through_its_entry_point_and_can_be_left_out(pytester):
     test = "def test_it(gradwatch):\n    assert gradwatch.__name__ == 'gradwatch'\n"
     result, found = run(pytester, test)

@@ -21,7 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
 from gradwatch import Alert, Finding, LayerInfo, ModelInfo, ParameterInfo, Report, Severity, Snapshot, TensorBoardSink
-from gradwatch.tensorboard import _Picture, heatmap, tag_safe
+from gradwatch.tensorboard.pictures import LayerPicture, heatmap
+from gradwatch.tensorboard.scalars import tag_safe
 
 SUMMARY = {f"gradwatch/{name}" for name in ("norm_global", "norm_min", "norm_median", "norm_max", "zero_norms", "alerts_open")}
 
@@ -450,11 +451,11 @@ def test_a_thousand_layers_lose_no_row():
 
 
 def test_the_columns_of_the_heatmap_are_bounded_and_span_the_run():
-    picture = _Picture()
+    picture = LayerPicture()
     for step in range(5000):
         picture.add(step, {"a": -1.0, "b": -2.0}, ["a", "b"])
-        assert len(picture._columns) <= 240
-    steps = [step for step, _ in picture._columns]
+        assert len(picture.columns.kept) <= 240
+    steps = [step for step, _ in picture.columns.kept]
     assert len(steps) > 100
     assert steps[0] == 0
     assert steps[-1] > 4900
@@ -462,7 +463,7 @@ def test_the_columns_of_the_heatmap_are_bounded_and_span_the_run():
 
 
 def test_rows_that_are_put_in_order_later_keep_their_numbers():
-    picture = _Picture()
+    picture = LayerPicture()
     picture.add(0, {"a": -1.0, "b": -9.0}, ["a", "b"])
     picture.add(1, {"a": -1.0, "b": -9.0}, ["b", "a"])  # the first probe has shown the order of the forward pass
     _, _, png = picture.png()
@@ -472,10 +473,10 @@ def test_rows_that_are_put_in_order_later_keep_their_numbers():
 
 
 def test_pictures_are_drawn_ever_more_rarely():
-    picture, drawn = _Picture(), []
+    picture, drawn = LayerPicture(), []
     for step in range(10_000):
         picture.add(step, {"a": random.random()}, ["a"])
-        if picture.due():
+        if picture.columns.due():
             drawn.append(step)
     assert drawn[0] == 19
     assert 10 < len(drawn) < 40

@@ -1071,6 +1071,28 @@ def test_after_an_alert_has_begun_the_next_step_is_a_probe_even_between_two_of_t
     assert all(s.weight_norm is not None for s in watched.snapshots if s.step in (7, 19))
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"timesteps": True}, TypeError, 'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got True'),
+        ({"timesteps": "all"}, TypeError, "got 'all'"),
+        ({"timesteps": {"0": 1.5}}, TypeError, r"timesteps must map names of modules to a dimension \(a whole number\) or None, got '0': 1.5"),
+        ({"timesteps": {"0": -1}}, ValueError, r"timesteps\['0'\] must be at least 0, got -1"),
+        ({"timesteps": {"rnn": 1}}, ValueError, r"timesteps must name modules of the model \('', '0', .*got 'rnn'"),
+        ({"horizon": 0}, ValueError, "horizon must be at least 1, got 0"),
+        ({"horizon": 2.5}, TypeError, "horizon must be a whole number or None, got 2.5"),
+        ({"horizon": {}}, ValueError, "horizon must name at least one module, got an empty mapping"),
+        ({"horizon": {"0": 0}}, ValueError, r"horizon\['0'\] must be at least 1, got 0"),
+        ({"horizon": {"0": None}}, TypeError, "horizon must map names of modules to numbers of timesteps, got '0': None"),
+        ({"horizon": {"rnn": 5}}, ValueError, "horizon must name modules of the model .*got 'rnn'"),
+        ({"horizon": 5, "timesteps": False}, ValueError, "horizon needs gradients through time, and timesteps is False"),
+    ],
+)
+def test_what_is_said_of_time_is_refused_where_it_cannot_be(options, error, says):
+    with pytest.raises(error, match=says):
+        gradwatch.watch(tall(), **options)
+
+
 @pytest.mark.parametrize("number", [0, -3])
 def test_a_cadence_below_one_is_refused(number):
     for option in ("every_n_steps", "probe_every_n_steps"):
@@ -1134,10 +1156,6 @@ def test_what_cannot_be_watched_is_refused_with_what_is_allowed():
         gradwatch.watch(model, on_alert="stop")
     with pytest.raises(TypeError, match=r"ignore must be a list of texts.*got 'GW101'"):
         gradwatch.watch(model, ignore="GW101")
-    with pytest.raises(ValueError, match="timesteps must be"):
-        gradwatch.watch(model, timesteps=True)
-    with pytest.raises(ValueError, match="horizon is not available"):
-        gradwatch.watch(model, horizon=200)
     watcher = gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="optimizer must be one of the 1 that are watched"):
         watcher.step(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

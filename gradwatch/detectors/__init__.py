@@ -8,10 +8,11 @@ from gradwatch.detectors.depth import explain_vanishing_depth, vanishing_depth
 from gradwatch.detectors.disconnected import disconnected, explain_disconnected
 from gradwatch.detectors.exploding import explain_exploding, exploding
 from gradwatch.detectors.nonfinite import explain_nonfinite, nonfinite
+from gradwatch.detectors.time import explain_through_time, through_time
 from gradwatch.history import Detector
 from gradwatch.report import Explanation, Finding
 
-DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, vanishing_depth, exploding)
+DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, vanishing_depth, exploding, through_time)
 """The default detectors. Your own is a function from a `History` to findings; give it in `detectors=`."""
 
 RULES: Mapping[str, Callable[[Finding], Explanation]] = {
@@ -23,6 +24,10 @@ RULES: Mapping[str, Callable[[Finding], Explanation]] = {
     "GW203": explain_exploding,
     "GW204": explain_exploding,
     "GW205": explain_exploding,
+    "GW301": explain_through_time,
+    "GW302": explain_through_time,
+    "GW303": explain_through_time,
+    "GW304": explain_through_time,
     "GW401": explain_disconnected,
     "GW501": explain_nonfinite,
     "GW502": explain_nonfinite,

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from gradwatch.detectors import DETECTORS
 from gradwatch.history import Detector
 from gradwatch.hooks import unwrap
+from gradwatch.layers import named_modules
 from gradwatch.record import Record, claim
 from gradwatch.report import Sink
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.judge import OnAlert
+from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watcher import Watcher
 
-__all__ = ["Cadence", "OnAlert", "Watcher", "check_options", "watch"]
+__all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "watch"]
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 
@@ -33,8 +35,8 @@ def watch(
     name: str | None = None,
     every_n_steps: int | None = None,
     probe_every_n_steps: int | None = None,
-    timesteps: Literal["auto", False] = "auto",
-    horizon: None = None,
+    timesteps: Timesteps = "auto",
+    horizon: Horizon = None,
     scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
     thresholds: Thresholds | None = None,
     ignore: Sequence[str] = (),
@@ -57,8 +59,11 @@ def watch(
         every_n_steps: read the gradients at every n-th step. Default: the first 200 steps, then every 10th.
         probe_every_n_steps: look also at weights, updates and the forward pass. Default: steps 1, 10, 20, ... 200, then
             every 50th.
-        timesteps: gradients through time are not measured yet in this version: "auto" and False do the same.
-        horizon: not available yet in this version: only None is accepted.
+        timesteps: gradients through time, at probes. "auto": of every nn.RNN, nn.LSTM, nn.GRU and of their cells. A mapping adds
+            other modules, by name ("" is the model itself), each with the dimension of time of its input, counted from 0;
+            None where each call is one timestep (a cell of your own). False: none.
+        horizon: how many of the newest timesteps matter, to the model, or to modules by name. The model's own memory is then
+            measured at probes by one more forward pass and one vector-Jacobian product, which change nothing, and judged.
         scaler: the GradScaler, if `watcher.step()` is called before `scaler.unscale_()`.
         thresholds: the numbers behind the verdicts.
         ignore: mutes alerts: "GW101", or "GW101:encoder.*" for the layers that match.
@@ -89,6 +94,8 @@ def watch(
         sinks=sinks,
         on_alert=on_alert,
     )
+    _check_names(model, "timesteps", timesteps)
+    _check_names(model, "horizon", horizon)
     optimizers = _optimizers(model, optimizer)
     earlier = _watched.get(model)
     if earlier is not None and (watcher := earlier()) is not None:
@@ -107,6 +114,8 @@ def watch(
         sinks=[*files, *sinks],
         on_alert=on_alert,
         scaler=scaler,
+        timesteps=timesteps,
+        horizon=horizon,
     )
     _watched[model] = weakref.ref(watcher)
     return watcher
@@ -132,16 +141,52 @@ def check_options(
     _check_functions("sinks", sinks)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a text or None, got {name!r}")
-    if timesteps not in ("auto", False):
-        raise ValueError(f'timesteps must be "auto" or False in this version, got {timesteps!r}')
-    if horizon is not None:
-        raise ValueError(f"horizon is not available in this version and must be None, got {horizon!r}")
+    _check_timesteps(timesteps)
+    _check_horizon(horizon, timesteps)
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         raise TypeError(f"thresholds must be a gradwatch.Thresholds or None, got {thresholds!r}")
     if not isinstance(ignore, list | tuple) or not all(isinstance(rule, str) for rule in ignore):
         raise TypeError(f'ignore must be a list of texts such as ["GW101:encoder.*"], got {ignore!r}')
     if not callable(on_alert) and on_alert not in ("warn", "raise"):
         raise ValueError(f'on_alert must be "warn", "raise" or a function that takes an Alert, got {on_alert!r}')
+
+
+def _check_timesteps(timesteps: object) -> None:
+    if timesteps is False or timesteps == "auto":
+        return
+    if not isinstance(timesteps, Mapping):
+        raise TypeError(f'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got {timesteps!r}')
+    for name, time in timesteps.items():
+        whole = isinstance(time, int) and not isinstance(time, bool)
+        if not isinstance(name, str) or not (time is None or whole):
+            raise TypeError(f"timesteps must map names of modules to a dimension (a whole number) or None, got {name!r}: {time!r}")
+        if time is not None and time < 0:
+            raise ValueError(f"timesteps[{name!r}] must be at least 0, got {time}")
+
+
+def _check_horizon(horizon: object, timesteps: object) -> None:
+    if horizon is None:
+        return
+    if timesteps is False:
+        raise ValueError(f"horizon needs gradients through time, and timesteps is False; got horizon={horizon!r}")
+    if not isinstance(horizon, Mapping):
+        _check_count("horizon", horizon)
+        return
+    if not horizon:
+        raise ValueError("horizon must name at least one module, got an empty mapping")
+    for name, need in horizon.items():
+        if not isinstance(name, str) or need is None:
+            raise TypeError(f"horizon must map names of modules to numbers of timesteps, got {name!r}: {need!r}")
+        _check_count(f"horizon[{name!r}]", need)
+
+
+def _check_names(model: nn.Module, argument: str, names: object) -> None:
+    """Refuse modules that are not there."""
+    known = list(named_modules(model))
+    unknown = [name for name in names if name not in known] if isinstance(names, Mapping) else []
+    if unknown:
+        some = ", ".join(map(repr, known[:20])) + ", ..." * (len(known) > 20)
+        raise ValueError(f"{argument} must name modules of the model ({some}), got {', '.join(map(repr, unknown))}")
 
 
 def _check_count(argument: str, value: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradwatch import layers
-from gradwatch.hooks import ForwardTrace, StepHooks
+from gradwatch.hooks import ForwardTrace, StepHooks, Visitor
 from gradwatch.snapshot import Absent, ModelInfo
 from gradwatch.watcher.reading import Reading
 
@@ -47,22 +47,22 @@ class Slot:
 class Inventory:
     """Knows the model without holding it, and finds out anew when parameters have come, gone or been replaced."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot]) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], visitor: Visitor | None) -> None:
         """Describe the model as it is."""
-        self._model = weakref.ref(model)
+        self.model = weakref.ref(model)
         self._slots = slots
-        self.trace = ForwardTrace()
+        self.trace = ForwardTrace(visitor)
         self.order: dict[str, int] = {}
         """Position of each layer in the first forward pass in which a probe has seen it."""
         self.info, self._columns = layers.describe(model, [s.optimizer for s in slots if s.optimizer is not None], self.order)
 
     def look_ahead(self, slot: Slot) -> bool:
-        """Look at the forward pass of the next step of this optimizer; False where torch.compile is in use."""
-        model = self._model()
-        if not self.trace.armed and model is not None and not self.trace.arm(layers.named_modules(model)):
-            return False
+        """Look at the forward pass of the next step of this optimizer; False where torch.compile hides it, but for recurrent modules."""
+        model = self.model()
+        if not self.trace.armed and model is not None:
+            self.trace.arm(layers.named_modules(model))
         slot.tracing = self.trace.armed
-        return True
+        return not self.trace.compiled
 
     def take_trace(self, slot: Slot) -> frozenset[str] | None:
         """Give the modules that ran in the forward pass of this step; None if nobody looked."""
@@ -71,6 +71,8 @@ class Inventory:
         slot.tracing = False
         if not any(s.tracing for s in self._slots):
             self.trace.disarm()
+        if self.trace.compiled:
+            return None
         owners = {layer.name for layer in self.info.layers}
         for name in self._used():
             if name in owners and name not in self.order:
@@ -84,7 +86,7 @@ class Inventory:
         Attention does that with its output projection, which would else seem to come last of all.
         """
         ran = dict.fromkeys(self.trace.ran)
-        modules = layers.named_modules(model) if (model := self._model()) is not None else {}
+        modules = layers.named_modules(model) if (model := self.model()) is not None else {}
         uncalled: dict[str, list[str]] = {}
         for layer in self.info.layers:
             own = modules[layer.name]._parameters.values() if layer.name in modules and layer.name not in ran else ()
@@ -97,7 +99,7 @@ class Inventory:
 
     def parameters(self, slot: Slot) -> list[Tensor]:
         """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
-        model = self._model()
+        model = self.model()
         if model is None:
             raise RuntimeError("the watched model is gone")
         if slot.optimizer is None:

@@ -8,13 +8,14 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradwatch import stats
 from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
+from gradwatch.watcher.through_time import Sequences
 
 _BUDGET = 256 * 2**20
 """Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
@@ -44,10 +45,11 @@ class Reading:
         self.told = False
         """Whether the loss is known."""
         self._tensors: dict[torch.device, list[Tensor]] = {}
-        self._places: dict[torch.device, list[tuple[str, Sequence[int]]]] = {}
+        self._places: dict[torch.device, list[tuple[Hashable, Sequence[int]]]] = {}
+        self._sequences = Sequences()
         self._copies: list[tuple[int, Tensor, Tensor]] = []
 
-    def add(self, name: str, columns: Sequence[int], tensor: Tensor) -> None:
+    def add(self, name: Hashable, columns: Sequence[int], tensor: Tensor) -> None:
         """Pack a tensor of `len(columns)` numbers; what is added later under the same name and column replaces it."""
         self._tensors.setdefault(tensor.device, []).append(tensor.reshape(-1))
         self._places.setdefault(tensor.device, []).append((name, columns))
@@ -106,6 +108,12 @@ class Reading:
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
 
+    def sequences(self, sequences: Sequences) -> None:
+        """Take along what was seen of sequence modules."""
+        self._sequences = sequences
+        for key, tensor in sequences.tensors().items():
+            self.add(key, range(tensor.numel()), tensor)
+
     def found_inf(self, optimizer: object) -> None:
         """Note whether a fused optimizer is told to skip this step."""
         found = getattr(optimizer, "found_inf", None)
@@ -152,6 +160,7 @@ class Reading:
     def snapshot(self, optimizer: int | None, *, skipped: bool = False) -> Snapshot:
         """Copy what was measured and make it a snapshot."""
         values = self._take()
+        sequences, facts = self._sequences.values({key: list(values.get(key, {}).values()) for key in self._sequences.tensors()})
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
         scale = values.get("scale", {}).get(0)
         late = values.get("late_scale", {}).get(0)
@@ -184,13 +193,15 @@ class Reading:
             subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
             update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
             absent=tuple(self.absent) if any(self.absent) else None,
+            sequences=sequences or None,
+            facts=facts or None,
         )
 
     def _column(self, values: dict[int, float]) -> Column:
         return tuple(map(values.get, range(len(self.model.parameters))))
 
-    def _take(self) -> dict[str, dict[int, float]]:
-        values: dict[str, dict[int, float]] = {}
+    def _take(self) -> dict[Hashable, dict[int, float]]:
+        values: dict[Hashable, dict[int, float]] = {}
         for device, tensors in self._tensors.items():
             wide = torch.float32 if device.type == "mps" else torch.float64
             # On CPU there is nothing to copy.

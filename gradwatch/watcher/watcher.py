@@ -28,6 +28,7 @@ from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
 from gradwatch.watcher.once import Once, said
 from gradwatch.watcher.reading import Reading, undisturbed
+from gradwatch.watcher.through_time import Horizon, Sequences, ThroughTime, Timesteps
 
 _log = logging.getLogger("gradwatch")
 P = ParamSpec("P")
@@ -77,6 +78,8 @@ class Watcher:
         sinks: Sequence[Sink],
         on_alert: OnAlert,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
+        timesteps: Timesteps = "auto",
+        horizon: Horizon = None,
         clock: Callable[[], int] | None = None,
         strict: bool = False,
     ) -> None:
@@ -94,7 +97,8 @@ class Watcher:
         self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        self._inventory = Inventory(model, self._slots)
+        self._time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
+        self._inventory = Inventory(model, self._slots, self._time)
         info = self._inventory.info
         self._judge = Judge(
             History(thresholds),
@@ -324,6 +328,7 @@ class Watcher:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
         with undisturbed():
             probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
+            sequences = self._sequences(slot)
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
@@ -334,11 +339,18 @@ class Watcher:
             scale = self._scale(slot.optimizer, stage)
             reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
+            reading.sequences(sequences)
             if probe or not slot.weighed:
                 reading.weights(slot.columns, parameters)
                 slot.weighed = True
             reading.losses(self._losses)
             return reading
+
+    def _sequences(self, slot: Slot) -> Sequences:
+        model = self._inventory.model()
+        return (
+            self._time.work_out(model, self._backward_scale(slot.optimizer)) if self._time is not None and slot.tracing and model is not None else Sequences()
+        )
 
     def _emit(self, slot: Slot, snapshot: Snapshot) -> None:
         """Judge a snapshot; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
@@ -358,6 +370,13 @@ class Watcher:
         if id(optimizer) in states and states[id(optimizer)]["stage"].name != "READY":
             return None  # unscale_() has been called
         return float(self._scaler.get_scale())
+
+    def _backward_scale(self, optimizer: Any) -> float | Tensor | None:  # noqa: ANN401
+        """Give the loss scale of the backward pass; None if nobody said."""
+        fused = getattr(optimizer, "grad_scale", None)
+        if isinstance(fused, Tensor):
+            return fused
+        return float(self._scaler.get_scale()) if self._scaler is not None and self._scaler.is_enabled() else None
 
     # --- failures ---
 

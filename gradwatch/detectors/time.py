@@ -1,0 +1,304 @@
+"""Gradients that vanish, explode or are cut on their way back through the timesteps."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from gradwatch.history import History
+from gradwatch.reach import causes, measured, memory_of, shortest, subject, why_explodes, why_short
+from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.snapshot import Fact, Memory, ModelInfo, SequenceStats, Snapshot, slope
+
+_RUN = 10
+"""Lags over which a gain must have grown: fewer are a step, not a law."""
+_GREW = 1e3
+"""Growth before infinity that makes it an explosion."""
+_LARGEST = 700.0
+"""The exponent up to which a float64 holds."""
+
+
+def through_time(history: History) -> Iterator[Finding]:
+    """GW301: a memory shorter than the need. GW302: a gradient that grows by lag. GW303: a state cut off. GW304: a need that cannot be judged.
+
+    Between two probes the findings of the last one hold.
+    """
+    probes = history.sequences()
+    if not probes:
+        return
+    short = [finding for claim in _claims(history, probes) for finding in _judged(history, probes, claim)]
+    yield from short
+    yield from _exploding(history, probes)
+    needed = {f.place for f in short if f.code == "GW301" and "need" in f.evidence}
+    yield from (f for f in _detached(probes) if f.place not in needed)
+
+
+# --- a memory against its need ---
+
+
+class _Claim(NamedTuple):
+    """A memory to judge."""
+
+    module: str
+    part: str
+    place: str
+    need: int | None
+    severity: Severity
+    because: str = ""
+    """Why it is judged in the place of another."""
+
+
+def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
+    """Give what is to be judged: the model where its need is declared, and the modules, those without a need for information only.
+
+    Where the model's own memory could not be measured, that of its shortest module stands in, and is no more than information.
+    """
+    newest = probes[-1].sequences or ()
+    whole = next((s for s in newest if s.part == "model" and s.need is not None), None)
+    if whole is not None:
+        place = _place(history, probes, "GW301")
+        module = shortest(newest, history.thresholds.horizon_gain)
+        if whole.lag_gain is None and module is not None and module.lag_gain is not None:
+            yield _Claim(module.module, "", module.module, whole.need, Severity.INFO, whole.note or "the model's own memory was not measured")
+        else:
+            yield _Claim(whole.module, "model", place, whole.need, Severity.WARNING)
+    for s in newest:
+        if s.part == "" and (s.need is not None or whole is None):
+            yield _Claim(s.module, "", s.module, s.need, Severity.INFO if s.need is None else Severity.WARNING)
+
+
+class _Verdict(NamedTuple):
+    step: int
+    stats: SequenceStats
+    memory: Memory
+    met: bool | None
+    """None where it cannot be told: the sequences end before the need does."""
+
+
+def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iterator[Finding]:
+    t = history.thresholds.of(claim.place)
+    seen = [
+        _Verdict(p.step, s, found, _met(found, s.length, claim.need, t.horizon_share))
+        for p in probes
+        for s in p.sequences or ()
+        if (s.module, s.part) == (claim.module, claim.part) and (found := memory_of(s, t.horizon_gain)) is not None
+    ]
+    judged = [v for v in seen if v.met is not None]
+    if claim.need is not None and not judged:
+        yield from _unjudged(claim, seen, probes[-1])
+    if history.is_open("GW301", claim.place):
+        short = [v for v in judged[-t.horizon_met :] if not v.met]
+    else:
+        last = judged[-t.horizon_probes :]
+        opening = bool(last) and last[-1].memory.horizon > t.horizon_rising * last[0].memory.horizon
+        short = [] if len(last) < t.horizon_probes or opening or any(v.met for v in last) else last
+    if not short:
+        return
+    now = short[-1]
+    unbroken = list(itertools.takewhile(lambda v: not v.met, reversed(judged[: judged.index(now) + 1])))
+    evidence = measured(now.stats, now.memory, _facts(probes, now.step), place=claim.place, kind=_kind(history.model, claim.place), need=claim.need)
+    if claim.because:
+        evidence["because"] = claim.because
+    if any(_is_cut(s) and s.module == claim.place for s in probes[-1].sequences or ()):
+        cut = _reached(probes[-1], claim.place)
+        evidence["detached"] = "" if cut is None else float(cut)
+    yield Finding("GW301", "vanishing-time", claim.severity, claim.place, lag=now.memory.horizon, onset=unbroken[-1].step, evidence=evidence)
+
+
+def _met(found: Memory, length: int, need: int | None, share: float) -> bool | None:
+    if need is None:
+        return found.censored or found.horizon > share * length
+    return True if found.horizon >= need else None if found.censored else False
+
+
+def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iterator[Finding]:
+    """Say that nothing can be said."""
+    evidence: dict[str, float | str] = {"need": float(claim.need or 0)}
+    if seen:
+        evidence["length"] = float(max(v.stats.length for v in seen))
+    else:
+        stats = next((s for s in newest.sequences or () if (s.module, s.part) == (claim.module, claim.part)), None)
+        if stats is None or stats.lag_gain is not None:  # a gain that is not finite is another kind
+            return
+        evidence["because"] = stats.note or "nothing that it could be measured on ran"
+    yield Finding("GW304", "vanishing-time", Severity.INFO, claim.place, onset=(seen[0].step if seen else newest.step), evidence=evidence)
+
+
+def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
+    """Give the place of what is found of the model as a whole: the sequence module with the shortest memory, or what holds most of the layers.
+
+    One that an alert is open at stays the place, so that two modules of the same memory do not take turns.
+    """
+    newest = probes[-1].sequences or ()
+    modules = [s.module for s in newest if s.part == "" and s.module]
+    known = next((name for name in modules if history.is_open(code, name)), None)
+    if known is not None:
+        return known
+    module = shortest(newest, history.thresholds.horizon_gain)
+    return module.module if module is not None else _trunk(history.model)
+
+
+def _trunk(model: ModelInfo) -> str:
+    """Give the deepest module that contains more than half of the layers."""
+    names = [layer.name.split(".") for layer in model.layers]
+    trunk: list[str] = []
+    while True:
+        inside = [name[: len(trunk) + 1] for name in names if name[: len(trunk)] == trunk and len(name) > len(trunk)]
+        largest = max(inside, key=inside.count, default=trunk)
+        if inside.count(largest) * 2 <= len(names):
+            return ".".join(trunk)
+        trunk = largest
+
+
+def _kind(model: ModelInfo, place: str) -> str:
+    return next((layer.kind for layer in model.layers if layer.name == place), "")
+
+
+def _facts(probes: Sequence[Snapshot], step: int) -> tuple[Fact, ...]:
+    return next((p.facts or () for p in probes if p.step == step), ())
+
+
+# --- a gradient that grows ---
+
+
+class _Growth(NamedTuple):
+    """How a series grows by lag."""
+
+    factor: float
+    """Along the fitted line, from lag 0 to the maximum; infinite where it runs into what is not finite."""
+    rate: float
+    """Factor per timestep."""
+    lags: int
+    """Timesteps back to the maximum, or to the first entry that is not finite."""
+    what: str = ""
+
+
+_NONE = _Growth(1.0, 1.0, 0)
+
+
+def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find growth at the last two probes, or at once where the gradient runs into infinity; at each place the worst."""
+    newest = probes[-1]
+    found: dict[str, Finding] = {}
+    for stats in newest.sequences or ():
+        place = stats.module if stats.part != "model" else _place(history, probes, "GW302")
+        t = history.thresholds.of(place)
+        limit = t.explosion_time / (t.clear_factor if history.is_open("GW302", place) else 1.0)
+        growth, key = _growth_of(stats, newest), (stats.module, stats.part)
+        if growth.factor < limit:
+            continue
+        series = [(p.step, _growth_of(s, p)) for p in probes for s in p.sequences or () if (s.module, s.part) == key]
+        grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023  (consumed here)
+        if len(grown) < 2 and not math.isinf(growth.factor):
+            continue
+        evidence: dict[str, float | str] = {
+            "who": subject(stats),
+            "what": growth.what,
+            "growth": growth.factor,
+            "rate": growth.rate,
+            "lags": float(growth.lags),
+            "limit": t.explosion_time,
+            **causes(newest.facts or (), place=place, kind=_kind(history.model, place)),
+        }
+        severity = Severity.INFO if history.improved else Severity.WARNING  # clipped, it may train well
+        finding = Finding("GW302", "exploding", severity, place, lag=growth.lags, onset=grown[-1][0], evidence=evidence)
+        known = found.get(place)
+        if known is None or float(known.evidence["growth"]) < growth.factor:
+            found[place] = finding
+    yield from found.values()
+
+
+def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
+    """Give the growth of the gain by lag, or where the module has none, that of the hidden state's gradient.
+
+    The gain is free of the loss. The gradient is not: it also grows where the loss falls with time. So it counts no further than it is above what the
+    loss feeds in directly, and not for a reverse direction, which ends at the oldest timestep.
+    """
+    if stats.lag_gain is not None:
+        return _growth(stats.lag_gain)._replace(what="the gain by lag")
+    total, direct = stats.grad_hidden, stats.grad_hidden_direct
+    if not total or not direct or stats.part.endswith("_reverse") or any(s.module == stats.module and s.lag_gain is not None for s in probe.sequences or ()):
+        return _NONE
+    growth = _growth(total[::-1])
+    fed = max(direct)
+    above = max(total) / fed if fed > 0 else 1.0
+    return growth._replace(factor=growth.factor if math.isinf(growth.factor) else min(growth.factor, above), what="the gradient of the hidden state")
+
+
+@functools.lru_cache(maxsize=512)
+def _growth(by_lag: tuple[float, ...]) -> _Growth:
+    """Fit a line through the logarithm from lag 0 to the maximum: what grows by a law and not by a step has its growth in the slope."""
+    finite = tuple(itertools.takewhile(math.isfinite, by_lag))
+    start = next((lag for lag, gain in enumerate(finite) if gain > 0), None)
+    if start is None:
+        return _NONE
+    if len(finite) < len(by_lag):  # on to infinity, if it had grown before: a derivative that does not exist is another kind
+        return _Growth(math.inf, math.inf, len(finite)) if finite[-1] >= _GREW * finite[start] else _NONE
+    peak = finite.index(max(finite))
+    if peak - start < _RUN:
+        return _NONE
+    law = slope([(lag, math.log(gain)) for lag, gain in enumerate(finite[: peak + 1]) if gain > 0]) or 0.0
+    return _Growth(math.exp(min(law * (peak - start), _LARGEST)), math.exp(law), peak)
+
+
+# --- a state that is cut off ---
+
+
+def _detached(probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    for place in dict.fromkeys(s.module for s in probes[-1].sequences or () if _is_cut(s)):
+        since = list(itertools.takewhile(lambda p: any(_is_cut(s) and s.module == place for s in p.sequences or ()), reversed(probes)))  # noqa: B023
+        evidence: dict[str, float | str] = {"length": float(max(s.length for s in probes[-1].sequences or () if s.module == place))}
+        reached = _reached(probes[-1], place)
+        if reached is not None:
+            evidence["reached"] = float(reached)
+        yield Finding("GW303", "vanishing-time", Severity.INFO, place, lag=reached, onset=since[-1].step, evidence=evidence)
+
+
+def _is_cut(stats: SequenceStats) -> bool:
+    return "detached" in (stats.note or "")
+
+
+def _reached(probe: Snapshot, place: str) -> int | None:
+    """Give how many of the newest timesteps a gradient reaches: the oldest ones that do not have one are exactly 0."""
+    series = [s.grad_input or s.grad_hidden for s in probe.sequences or () if s.module == place]
+    known = next((one for one in series if one is not None), None)
+    return None if known is None else len(known) - len(list(itertools.takewhile(lambda g: g == 0, known)))
+
+
+# --- in words ---
+
+
+def explain_through_time(finding: Finding) -> Explanation:
+    """Say how far back it learns, or what the gradient does on its way, and what to do about it."""
+    evidence, place = finding.evidence, finding.place
+    if finding.code == "GW302":
+        return why_explodes({**evidence, **({} if finding.onset is None else {"onset": float(finding.onset)})}, place)
+    if finding.code == "GW303":
+        length = float(evidence["length"])
+        reached = (
+            f"no gradient goes back beyond the last {float(evidence['reached']):.0f} of {length:.0f} timesteps"
+            if "reached" in evidence
+            else "no gradient goes back beyond it"
+        )
+        return Explanation(
+            f"the state that {place or 'the model'} carries on is detached: {reached}",
+            "truncated backpropagation through time, by detach() or a state kept from an earlier step",
+            f"nothing, if that is meant; else carry the state of {place or 'the model'} on without detach(), or declare with horizon= how many timesteps matter",
+        )
+    if finding.code == "GW304":
+        need = float(evidence["need"])
+        if "length" in evidence:
+            return Explanation(
+                f"the sequences have {float(evidence['length']):.0f} timesteps, the need is {need:.0f}",
+                "within them the gradient does not fade, and what would be beyond them nobody can tell",
+                f"feed {place or 'the model'} sequences of {need:.0f} timesteps or more, or lower the need",
+            )
+        return Explanation(
+            f"whether {place or 'the model'} learns from {need:.0f} timesteps is not measured: {evidence['because']}",
+            "its gain by lag could not be taken",
+            f"gradwatch.horizon(model, batch) measures one batch with all errors shown; name {place or 'the sequence module'} in timesteps= if it is not found",
+        )
+    return why_short(evidence, place)

@@ -1,0 +1,202 @@
+"""How far back a module learns, in words: what was measured, why, and what to do about it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from gradwatch.report import Explanation
+from gradwatch.snapshot import HORIZON_GAIN, Fact, Memory, SequenceStats, memory
+
+Evidence = Mapping[str, float | str]
+
+_memory = functools.lru_cache(maxsize=512)(memory)
+"""Between two probes the same memories are asked for at every measured step."""
+
+
+def memory_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Memory | None:
+    """Give the memory that a gain by lag tells of; None where there is none, or it is not finite."""
+    return None if stats.lag_gain is None else _memory(stats.lag_gain, share)
+
+
+def subject(stats: SequenceStats) -> str:
+    """Name what was measured."""
+    return stats.module if stats.module and stats.part != "model" else "the model"
+
+
+def reach(who: str, found: Memory, length: int) -> str:
+    """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
+    much = f"at least {length} of {length}" if found.censored else f"the last {found.horizon} of {length}" if found.horizon else f"none of its {length}"
+    return f"{who} learns from {much} timesteps{_pace(found)}"
+
+
+def reaches(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
+    """Give everything whose memory was asked for with the sentence on it: the model itself first, then the modules as they ran.
+
+    Where a memory could not be measured, the sentence says why.
+    """
+    whole = [s for s in sequences if s.part in ("", "model")]
+    for stats in sorted(whole, key=lambda s: s.part != "model"):
+        found = memory_of(stats, share)
+        if found is not None:
+            yield stats, reach(subject(stats), found, stats.length)
+        elif stats.lag_gain is not None:
+            yield stats, f"{subject(stats)}: its gain by lag is not finite"
+        elif stats.note is not None:
+            yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
+
+
+def measured(
+    stats: SequenceStats, found: Memory, facts: Iterable[Fact] = (), *, place: str = "", kind: str = "", need: int | None = None
+) -> dict[str, float | str]:
+    """Give the evidence from which `why_short` tells what it means.
+
+    Args:
+        stats: what was measured.
+        found: its memory.
+        facts: measured causes; those at `place` are taken, or all where there is no place.
+        place: name of the sequence module.
+        kind: its class.
+        need: how many of the newest timesteps matter.
+
+    """
+    known: dict[str, float | str] = {"who": subject(stats), "horizon": float(found.horizon), "length": float(stats.length)}
+    if found.censored:
+        known["censored"] = 1.0
+    if need is not None:
+        known["need"] = float(need)
+    if found.decay_rate is not None:
+        known["decay_rate"] = found.decay_rate
+    if found.half_life is not None:
+        known["half_life"] = found.half_life
+    return {**known, **causes(facts, place=place, kind=kind)}
+
+
+def causes(facts: Iterable[Fact], *, place: str, kind: str) -> dict[str, float | str]:
+    """Give the facts at a place as evidence, and the kind of the module there."""
+    mine = [f for f in facts if not place or f.place == place]
+    known: dict[str, float | str] = {f.name: f.value for f in mine}
+    if kind:
+        known["kind"] = kind
+    return known
+
+
+def why_short(evidence: Evidence, place: str) -> Explanation:
+    """Say what a short memory is, where it comes from, and the cures; `place` is the module whose memory it is, or "" if no one knows."""
+    need = evidence.get("need")
+    rate, half_life = evidence.get("decay_rate"), evidence.get("half_life")
+    found = Memory(
+        int(float(evidence["horizon"])),
+        "censored" in evidence,
+        None if rate is None else float(rate),
+        None if half_life is None else float(half_life),
+    )
+    message = reach(str(evidence["who"]), found, int(float(evidence["length"])))
+    if need is not None:
+        message += f", and the need is {float(need):.0f}"
+    if "because" in evidence:
+        message += f" (judged by this module alone: {evidence['because']})"
+    return Explanation(message, _why_it_fades(evidence), _lengthen(evidence, place))
+
+
+def why_explodes(evidence: Evidence, place: str) -> Explanation:
+    """Say how a gradient grows through time, where that comes from, and what holds it."""
+    who, lags = evidence["who"], float(evidence["lags"])
+    since = f", since step {float(evidence['onset']):.0f}" if "onset" in evidence else ""
+    if math.isinf(float(evidence["growth"])):
+        message = f"{evidence['what']} of {who} is not finite from {lags:.0f} timesteps back on{since}"
+    else:
+        message = (
+            f"{evidence['what']} of {who} grows to {float(evidence['growth']):.2g} times itself within {lags:.0f} timesteps on its way back"
+            f" ({float(evidence['rate']):.2f} times a step){since}"
+        )
+    name = place or "the recurrent module"
+    radius = _extreme(evidence, "spectral_radius", max)
+    cause = (
+        f"the spectral radius of W_hh is {radius:.2f}, and above 1 it multiplies the gradient at each step" if radius is not None and radius > 1 else _UNKNOWN
+    )
+    remedy = f"scale the recurrent weights of {name} down or initialize them as an orthogonal matrix (torch.nn.init.orthogonal_)"
+    if _kind(evidence) not in ("LSTM", "GRU"):
+        remedy += ", use an LSTM or GRU in its place"
+    return Explanation(message, cause, f"{remedy}, clip the gradient norm, or feed it shorter windows")
+
+
+_UNKNOWN = "cause not measured"
+_SATURATED = 0.1
+"""Share of saturated outputs that is worth a word."""
+
+
+def _pace(found: Memory) -> str:
+    if found.decay_rate is None:
+        return " (the gain does not shrink)" if found.censored and found.horizon > 1 else ""
+    rate = f"{found.decay_rate:.2f}" if 0.1 <= found.decay_rate < 0.985 else f"{found.decay_rate:.4g}" if found.decay_rate > 0.1 else f"{found.decay_rate:.1g}"
+    grows = found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon  # up to a maximum far back
+    if found.half_life is None or rate == "1" or grows:
+        return " (the gain does not shrink)"
+    half_life = f"{found.half_life:.1f}" if found.half_life < 100 else f"{found.half_life:.0f}"
+    return f" (the gain shrinks to {rate} of itself a step, half-life {half_life} steps)"
+
+
+def _kind(evidence: Evidence) -> str:
+    """Give LSTM, GRU, RNN or "": by the class, or by what only one of them has."""
+    kind = str(evidence.get("kind", "")).upper()
+    marks = {"LSTM": "forget_gate", "GRU": "update_gate", "RNN": "saturation"}
+    return next((name for name in marks if name in kind), next((name for name, mark in marks.items() if any(key.startswith(mark) for key in evidence)), ""))
+
+
+def _extreme(evidence: Evidence, name: str, choose: Callable[[list[float]], float]) -> float | None:
+    """Give the worst of a fact over the layers and directions of a module."""
+    values = [float(value) for key, value in evidence.items() if key.startswith(f"{name}_l")]
+    return choose(values) if values else None
+
+
+def _why_it_fades(evidence: Evidence) -> str:
+    if "detached" in evidence:
+        known = f": no gradient goes back beyond the last {evidence['detached']:.0f} timesteps" if isinstance(evidence["detached"], float) else ""
+        return f"the state that it carries on is detached{known}"
+    gate, bias = _extreme(evidence, "forget_gate", min), _extreme(evidence, "forget_bias", min)
+    if gate is not None or bias is not None:
+        said = [f"its forget gates keep {gate:.2f} of the cell at each step"] if gate is not None else []
+        said += [f"their bias is {bias:.2f}"] if bias is not None else []
+        return " and ".join(said)
+    gate = _extreme(evidence, "update_gate", min)
+    if gate is not None:
+        return f"its update gates keep {gate:.2f} of the state at each step"
+    radius, saturation = _extreme(evidence, "spectral_radius", min), _extreme(evidence, "saturation", max)
+    if radius is None and saturation is None:
+        return _UNKNOWN
+    said = []
+    if radius is not None:
+        said.append(f"the spectral radius of W_hh is {radius:.2f}" + ("" if radius < 1 else ", but the derivative of the activation takes more than that away"))
+    if saturation is not None and (saturation >= _SATURATED or radius is None):
+        said.append(f"{saturation:.0%} of its outputs are saturated")
+    return ", and ".join(said)
+
+
+def _lengthen(evidence: Evidence, place: str) -> str:
+    name = place or "the recurrent module"
+    need = evidence.get("need")
+    wanted, log = (f"{float(need):.0f}", f"{math.log(float(need)):.1f}") if need is not None else ("the number of timesteps that matter", "")
+    if "detached" in evidence:
+        return f"carry the state of {name} on without detach() for {wanted} timesteps, or feed it windows of that length"
+    bias = f"to {log} (the log of {wanted})" if log else f"to the log of {wanted}"
+    cures = {
+        "LSTM": f"set the forget-gate bias of {name} {bias}",
+        "GRU": f"set the update-gate bias of {name} {bias}",
+        "RNN": f"initialize weight_hh of {name} as an orthogonal or identity matrix, or use an LSTM or GRU in its place with its gate bias set {bias}",
+    }
+    kind = _kind(evidence)
+    around = "a skip connection or attention from the timesteps that matter, or shorter windows"
+    if kind:
+        return f"{cures[kind]}; or {around}"
+    if place:
+        return f"in {place}: a longer field of view (dilation, layers, a wider window), {around}"
+    return f"{around}; for an LSTM, set its forget-gate bias {bias}"
+
+
+def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
+    """Give the sequence module with the shortest memory, or the first where none was measured; None where there is no such module."""
+    modules = [s for s in sequences if s.part == "" and s.module]
+    known = [(found.horizon, i) for i, s in enumerate(modules) if (found := memory_of(s, share)) is not None]
+    return modules[min(known)[1]] if known else next(iter(modules), None)

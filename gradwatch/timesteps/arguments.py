@@ -1,0 +1,57 @@
+"""What a model takes -> copies of it by which a derivative can be taken."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+
+def differentiable(value: Any) -> Any:  # noqa: ANN401, PLR0911  (whatever a model takes: a line for each kind)
+    """Copy the tensors in a value; floating-point ones are not leaves, so that they may be edited in place, but have a leaf behind them."""
+    if isinstance(value, PackedSequence):
+        return PackedSequence(differentiable(value.data), value.batch_sizes, value.sorted_indices, value.unsorted_indices)
+    if isinstance(value, Tensor):
+        mine = value.detach()
+        if not value.is_floating_point() or value.layout is not torch.strided or value.is_nested:
+            return mine.clone()
+        return (mine.clone() if mine.is_inference() else mine).requires_grad_().clone()
+    copied: Any
+    if isinstance(value, MutableMapping):
+        copied = copy.copy(value)
+        for key in value:
+            copied[key] = differentiable(value[key])
+        return copied
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
+        for each in dataclasses.fields(value):
+            object.__setattr__(copied, each.name, differentiable(getattr(value, each.name)))
+        return copied
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(differentiable, value))
+    return type(value)(map(differentiable, value)) if type(value) in (list, tuple) else value
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
+    """Give the tensors in a value, but for packed ones."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, PackedSequence):
+        return
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_of(item)
+
+
+def in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give keyword arguments in the order in which the module declares them."""
+    if len(kwargs) < 2:
+        return kwargs
+    declared = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
+    return {name: kwargs[name] for name in (*declared, *kwargs)}

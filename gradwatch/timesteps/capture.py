@@ -1,0 +1,345 @@
+"""Sees the sequence modules of one step run, and keeps what their gradients through time can be worked out from."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gradwatch.timesteps.layout import Layout, Packed, Padded
+from gradwatch.timesteps.recurrent import Call, Spec
+from gradwatch.timesteps.sentinel import Sentinel
+
+ROWS = 8
+"""Rows of a batch that are looked at closely. Eight, each with cotangents of its own, give the decay rate within 2 %."""
+BUDGET = 256 * 2**20
+"""Bytes that the walk back through one module may take; beyond it there are fewer rows."""
+_LIVE = 40
+"""How many numbers per row, timestep and hidden unit the walk back holds at once, about."""
+_STOCK = frozenset(c.forward for c in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell))
+
+
+@dataclass
+class Seen:
+    """One call of a sequence module."""
+
+    layout: Layout
+    single: bool
+    """Whether the call is one timestep: its tensors have no dimension of time."""
+    number: int
+    """Which pass of the step it belongs to."""
+    task: int | None = None
+    """The backward pass that reached it last."""
+    tasks: int = 0
+    """How many did."""
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    """Of the gradients that this pass brought to the input ("x") and, of an unknown cell, the outputs ("h", "c"): (T, B), float64."""
+    lengths: Tensor | None = None
+    """(B,), where the input was packed."""
+    blank: Tensor | None = None
+    """Which timesteps of which rows were exactly zero in the input, (T, B): perhaps padding."""
+    call: Call | None = None
+    """What the walk back needs, of a recurrent module."""
+    handed: weakref.ref[Tensor] | None = None
+    """The state that it gave."""
+    versions: list[int] = field(default_factory=list)
+    """Version counters of the weights, to notice an edit."""
+
+    def reached(self, task: int) -> None:
+        """Take note of a backward pass; what an earlier one brought is forgotten."""
+        if self.task == task:
+            return
+        self.task, self.tasks, self.squares = task, self.tasks + 1, {}
+        if self.call is not None:
+            self.call.gradients = {}
+
+    def drop(self) -> None:
+        """Let go of every tensor; hooks in a graph that lives on find nothing."""
+        self.squares, self.blank, self.lengths, self.call = {}, None, None, None
+
+
+@dataclass
+class Target:
+    """A module whose input has a dimension of time."""
+
+    name: str
+    time: int | None
+    """Which dimension; None: each call is one timestep."""
+    recurrent: bool
+    """Whether it is one of torch's recurrent modules, which can be walked back through."""
+    trusted: bool = False
+    """Whether a leaf in place of its input can do no harm."""
+    seen: list[Seen] = field(default_factory=list)
+    leaves: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    version: int = 0
+    """Of the input, before the module ran."""
+    random: Tensor | None = None
+    """State of the CPU's generator, before the module ran."""
+    without_grad: bool = False
+    """Whether it ran without a graph: then a run within backward is the real one (reentrant checkpointing)."""
+    passes: set[int] = field(default_factory=set)
+    """Those of this step that a backward pass has reached and that were let go of."""
+    note: str | None = None
+
+    def own_leaf(self, x: Tensor) -> bool:
+        """Tell whether this input is a leaf that was put in."""
+        leaf = self.leaves.get(id(x))
+        return leaf is not None and leaf() is x
+
+
+def first_tensor(value: object) -> Tensor | None:
+    """Give the first floating-point tensor of a module's inputs or outputs; of a packed sequence its data."""
+    return next(iter(floats(value)), None)
+
+
+def floats(value: object) -> list[Tensor]:
+    """Give the floating-point tensors in what a module takes or gives."""
+    if isinstance(value, PackedSequence):
+        value = value.data
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for v in value for t in floats(v)] if isinstance(value, list | tuple) else []
+
+
+class Recorder:
+    """Visits the forward pass of one step; see `gradwatch.hooks.Visitor`."""
+
+    def __init__(self, timesteps: str | Mapping[str, int | None]) -> None:
+        """Take `watch`'s argument."""
+        self._named = dict(timesteps) if isinstance(timesteps, Mapping) else {}
+        self._learned: dict[str, bool] = {}
+        """By name, whether a leaf in place of the input was found to do no harm."""
+        self._pass = 0
+        self._busy = False
+        """Whether a backward pass has brought something since the last forward call."""
+        self.targets: dict[int, Target] = {}
+        self.sentinel = Sentinel()
+
+    def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
+        """Choose the modules to visit, by `id`, before a step; where torch.compile is at work, only fused recurrent ones can be."""
+        self.clear()
+        chosen: dict[int, nn.Module] = {}
+        for name, module in modules.items():
+            recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+            if not recurrent and name not in self._named:
+                continue
+            time = (None if isinstance(module, nn.RNNCellBase) else 0) if recurrent else self._named[name]
+            trusted = (recurrent and type(module).forward in _STOCK) or self._learned.get(name, False)
+            target = self.targets[id(module)] = Target(name, time, recurrent, trusted)
+            # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
+            if compiled and (not isinstance(module, nn.RNNBase) or torch._dynamo.config.allow_rnn):
+                target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
+            else:
+                chosen[id(module)] = module
+        return chosen
+
+    def missing(self) -> list[str]:
+        """Give the names that the user gave and the model does not have."""
+        have = {target.name for target in self.targets.values()}
+        return [name for name in self._named if name not in have]
+
+    def next_step(self) -> None:
+        """Let go of what was seen, and look on."""
+        for target in self.targets.values():
+            for seen in target.seen:
+                seen.drop()
+            target.seen, target.passes, target.leaves, target.random = [], set(), {}, None
+        self._pass, self._busy = 0, False
+        self.sentinel.remove()
+
+    def clear(self) -> None:
+        """Let go of everything, and look no more."""
+        self.next_step()
+        self.targets = {}
+
+    # --- what the forward hooks call ---
+
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Put a leaf in place of an input that has no gradient, so that it gets one; the numbers stay the same."""
+        target = self.targets.get(id(module))
+        if target is None:
+            return None
+        if not torch.is_grad_enabled():
+            target.without_grad = target.without_grad or not target.seen
+            return None
+        x = first_tensor(inputs[:1])
+        if x is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            return None
+        recomputed = torch._C._current_graph_task_id() != -1 and not target.without_grad
+        target.version = x._version
+        if isinstance(module, nn.RNNBase) and module.dropout and module.training and x.device.type == "cpu":
+            target.random = torch.get_rng_state()
+        # In a frozen module the output must not begin to require a gradient. What a checkpoint computes once more must save as much as the first time.
+        if x.requires_grad or not target.trusted or (recomputed and not target.leaves) or not any(p.requires_grad for p in module.parameters()):
+            return None
+        leaf = x.detach().requires_grad_()
+        if not recomputed:
+            target.leaves[id(leaf)] = weakref.ref(leaf)
+            leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
+        value = inputs[0]
+        packed = isinstance(value, PackedSequence)
+        return (PackedSequence(leaf, value.batch_sizes, value.sorted_indices, value.unsorted_indices) if packed else leaf, *inputs[1:])
+
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+        """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
+        target = self.targets.get(id(module))
+        in_backward = torch._C._current_graph_task_id() != -1
+        if target is None or not torch.is_grad_enabled() or (in_backward and not target.without_grad):
+            return
+        value = inputs[0] if inputs else kwargs.get("input")
+        x = first_tensor(value)
+        if x is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            target.note = target.note or "its first input is not a floating-point tensor"
+            return
+        if not target.trusted and not x.requires_grad:
+            outputs = floats(output)
+            self._learned[target.name] = x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)
+        layout = self._layout(target, module, value, x)
+        if layout is None:
+            return
+        if self._busy and not in_backward:  # what runs after a backward pass begins another
+            self._pass, self._busy = self._pass + 1, False
+            self._forget()
+        seen = Seen(layout, target.time is None, self._pass)
+        if target.recurrent:
+            state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
+            self._keep(target, module, state, x, output, seen)
+        if not isinstance(value, PackedSequence) and not seen.single:
+            seen.blank = layout.every(x)[0] == 0
+        target.seen.append(seen)
+        if seen.call is not None:
+            seen.call.alone = target.own_leaf(x)
+        for name, tensor in ({"x": x} | _outputs(output, recurrent=target.recurrent, single=seen.single)).items():
+            self._hang(tensor, seen, name)
+        self.sentinel.watch(module)
+
+    # --- parts of that ---
+
+    def _forget(self) -> None:
+        """Keep the last pass that a backward pass has reached, and what came after it."""
+        for target in self.targets.values():
+            reached = {s.number for s in target.seen if s.task is not None}
+            target.passes |= reached
+            last = max(reached, default=-1)
+            for seen in target.seen:
+                if seen.number < last:
+                    seen.drop()
+            target.seen = [s for s in target.seen if s.number >= last]
+
+    @staticmethod
+    def _layout(target: Target, module: nn.Module, value: object, x: Tensor) -> Layout | None:
+        hidden = getattr(module, "hidden_size", 1) * getattr(module, "num_layers", 1) if target.recurrent else 1
+        if isinstance(value, PackedSequence):
+            return Packed(value, _affordable(len(value.batch_sizes), hidden))
+        if target.time is None:
+            return Padded(torch.Size((1, *x.shape)), 0, ROWS, batched=x.dim() > 1)
+        if target.recurrent:
+            batched = x.dim() == 3
+            time = int(bool(module.batch_first) and batched)
+            return Padded(x.shape, time, _affordable(x.shape[time], hidden), batched=batched)
+        if x.dim() <= target.time:
+            target.note = f"its input has {x.dim()} dimensions, and number {target.time} is said to be that of time (counted from 0)"
+            return None
+        return Padded(x.shape, target.time, ROWS, batched=x.dim() > 2)
+
+    @staticmethod
+    def _keep(target: Target, module: nn.Module, state: Any, x: Tensor, output: Any, seen: Seen) -> None:  # noqa: ANN401
+        """Copy rows of what a recurrent module took and gave."""
+        spec, layout = Spec.of(module), seen.layout
+        h0, c0 = (state[0], state[1]) if isinstance(state, tuple | list) else (state, None)
+        given = _outputs(output, recurrent=True, single=seen.single)
+        if seen.single:
+            weights = [w for w in (getattr(module, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")) if w is not None]
+        else:
+            weights = list(module._flat_weights)  # type: ignore[arg-type]  # as they are in this call, parametrized or not
+        y = layout.take(_timed(given["h" if seen.single else "y"], seen))
+        number, gates = spec.layers * spec.directions, {"LSTM": 4, "GRU": 3, "RNN": 1}[spec.kind]
+
+        def initial(tensor: Tensor | None, width: int) -> Tensor:
+            return y.new_zeros((number, layout.rows, width)) if tensor is None else layout.state(_timed(tensor, seen))
+
+        seen.call = call = Call(
+            spec,
+            layout,
+            [w.detach() for w in weights],
+            layout.take(_timed(x, seen)),
+            y,
+            initial(h0, y.shape[-1] // spec.directions),
+            initial(c0, weights[1].shape[0] // gates) if spec.kind == "LSTM" else None,
+            target.random if spec.dropout else None,
+            narrow=torch.is_autocast_enabled(x.device.type),
+        )
+        seen.versions = [w._version for w in call.weights]
+        before = next((s for s in reversed(target.seen) if s.number == seen.number), None)
+        if isinstance(h0, Tensor):
+            if before is None:
+                call.carried = not h0.requires_grad
+            elif spec.directions == 1 and layout.lengths is None and _same_state(before, call, h0):
+                call.joined = h0.requires_grad
+        seen.handed = weakref.ref(given["h"])
+
+    def _hang(self, tensor: Tensor, seen: Seen, name: str) -> None:
+        """Take down what arrives at a tensor; reduced or copied at once, because a view would keep all of it."""
+        if not tensor.requires_grad:
+            return
+        me, ref = weakref.ref(self), weakref.ref(seen)
+
+        def hook(gradient: Tensor | None) -> None:
+            recorder, mine = me(), ref()
+            if recorder is None or mine is None or gradient is None:
+                return
+            try:
+                with torch.no_grad():
+                    recorder._arrived(mine, name, _timed(gradient, mine))
+            except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
+                mine.drop()
+
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+
+    def _arrived(self, seen: Seen, name: str, gradient: Tensor) -> None:
+        self._busy = True
+        seen.reached(torch._C._current_graph_task_id())
+        if name == "x" or seen.call is None:
+            seen.squares[name], seen.lengths = seen.layout.every(gradient)
+        if seen.call is not None:
+            seen.call.gradients[name] = seen.layout.take(gradient) if name in ("x", "y") else seen.layout.state(gradient)
+
+
+def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401
+    """Name what a module gives: outputs "y", hidden states "h", cell states "c"."""
+    if single:  # a cell; an unknown one gives its hidden state first
+        return dict(zip(("h", "c"), floats(output), strict=False))
+    if not recurrent:
+        return {}
+    y, states = output
+    found = {"y": y.data if isinstance(y, PackedSequence) else y}
+    return found | dict(zip(("h", "c"), states if isinstance(states, tuple | list) else (states,), strict=False))
+
+
+def _timed(tensor: Tensor, seen: Seen) -> Tensor:
+    """Put in front of the tensors of a single timestep the dimension that they lack."""
+    return tensor.unsqueeze(0) if seen.single else tensor
+
+
+def _same_state(before: Seen, call: Call, h0: Tensor) -> bool:
+    """Tell whether the state that a call took is the one that the call before gave."""
+    earlier = before.call
+    if earlier is None or earlier.y.shape[1:] != call.y.shape[1:]:
+        return False
+    handed = before.handed() if before.handed is not None else None
+    return handed is h0 or torch.equal(earlier.y[-1], call.h0[-1])
+
+
+def _affordable(steps: int, hidden: int) -> int:
+    return max(min(ROWS, BUDGET // max(steps * hidden * _LIVE * 4, 1)), 1)
+
+
+def _drop_gradient(leaf: Tensor) -> None:
+    leaf.grad = None

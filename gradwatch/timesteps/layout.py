@@ -1,0 +1,157 @@
+"""Where rows and timesteps lie in the inputs and outputs of a sequence module: padded, unbatched or packed."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from gradwatch.timesteps.adjoint import square
+
+
+class Layout(Protocol):
+    """Takes apart what a sequence module takes and gives."""
+
+    steps: int
+    rows: int
+    """How many rows are looked at closely."""
+    lengths: list[int] | None
+    """Of those rows, as far as the module ran; None: all timesteps."""
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Copy the rows that are looked at, (T, rows, features)."""
+        ...
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """Copy those rows of a state of shape (layers x directions, B, features)."""
+        ...
+
+    def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum the squares over the features of all rows, (T, B), and give their lengths, (B,); None: all T."""
+        ...
+
+    def inner(self, features: int) -> tuple[int, ...]:
+        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        ...
+
+    def from_inner(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from a tensor of that shape, (T, rows, features)."""
+        ...
+
+    def chosen(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from (..., B), in the order of `every`."""
+        ...
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """Choose numbers below `count`, evenly spaced."""
+    if count <= wanted:
+        return list(range(count))
+    return [round(k * (count - 1) / max(wanted - 1, 1)) for k in range(wanted)]
+
+
+class Padded:
+    """A tensor with a dimension of time and one of rows, or none of rows."""
+
+    def __init__(self, shape: torch.Size, time: int, wanted: int, *, batched: bool = True) -> None:
+        """Take the shape of the input; `wanted` is how many rows may be looked at."""
+        self.lengths: list[int] | None = None
+        self._time, self._batch = time, (1 - min(time, 1) if batched else None)
+        self.steps = shape[time]
+        self._count = shape[self._batch] if self._batch is not None else 1
+        self._chosen = spaced(self._count, wanted)
+        self._whole = len(self._chosen) == self._count
+        self.rows = len(self._chosen)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Copy the rows that are looked at, (T, rows, features)."""
+        tensor = tensor.detach()
+        if self._batch is None:
+            return tensor.movedim(self._time, 0).flatten(1).unsqueeze(1).clone()
+        return self._pick(tensor, self._batch).movedim((self._time, self._batch), (0, 1)).flatten(2).clone()
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """Copy those rows of a state of shape (layers x directions, B, features)."""
+        tensor = tensor.detach()
+        return tensor.unsqueeze(1).clone() if self._batch is None else self._pick(tensor, 1).clone()
+
+    def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum the squares over the features of all rows, (T, B)."""
+        tensor = tensor.detach()
+        if self._batch is None:
+            return square(tensor.movedim(self._time, 0).flatten(1)).unsqueeze(1), None
+        # In pieces of time that stay in the cache once they are float64.
+        laid = tensor.movedim((self._time, self._batch), (0, 1)).flatten(2)
+        piece = max(2**16 // max(laid[0].numel(), 1), 1)
+        return torch.cat([square(part) for part in torch.split(laid, piece)]) if len(laid) else laid.new_zeros((0, laid.shape[1])), None
+
+    def inner(self, features: int) -> tuple[int, ...]:
+        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        return self.steps, self._count, features
+
+    def from_inner(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from a tensor of that shape, (T, rows, features)."""
+        return self._pick(tensor, 1)
+
+    def chosen(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from (..., B), in the order of `every`."""
+        return self._pick(tensor, -1)
+
+    def _pick(self, tensor: Tensor, dimension: int) -> Tensor:
+        return tensor if self._whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
+
+
+class Packed:
+    """The data of a PackedSequence: rows in the order of their lengths, longest first."""
+
+    def __init__(self, packed: PackedSequence, wanted: int) -> None:
+        """Read the batch sizes, which are always on the CPU."""
+        sizes: list[int] = packed.batch_sizes.tolist()
+        self.steps = len(sizes)
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + size)
+        every = [0] * sizes[0]
+        for size in sizes:
+            for row in range(size):
+                every[row] += 1
+        chosen = spaced(sizes[0], wanted)
+        self.rows = len(chosen)
+        self.lengths: list[int] | None = [every[row] for row in chosen]
+        device = packed.data.device
+        self._index = torch.tensor([[offsets[t] + row if t < every[row] else 0 for row in chosen] for t in range(self.steps)], device=device)
+        self._there = torch.tensor([[t < every[row] for row in chosen] for t in range(self.steps)], device=device)
+        places = torch.tensor(chosen, device=device)
+        self._sorted = places
+        self._places = places if packed.sorted_indices is None else packed.sorted_indices[places]
+        self._every = torch.tensor(every, device=device)
+        self._time = torch.repeat_interleave(torch.arange(self.steps), packed.batch_sizes).to(device)
+        self._row = torch.cat([torch.arange(size) for size in sizes]).to(device)
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Copy the rows that are looked at, (T, rows, features), zero beyond their ends."""
+        return tensor.detach()[self._index] * self._there.unsqueeze(-1)
+
+    def state(self, tensor: Tensor) -> Tensor:
+        """Copy those rows of a state of shape (layers x directions, B, features), in the user's order."""
+        return tensor.detach().index_select(1, self._places)
+
+    def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Sum the squares over the features of all rows, (T, B), and give their lengths, (B,)."""
+        found = torch.zeros((self.steps, len(self._every)), dtype=torch.float64, device=tensor.device)
+        found[self._time, self._row] = square(tensor.detach())
+        return found, self._every
+
+    def inner(self, features: int) -> tuple[int, ...]:
+        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        return len(self._row), features
+
+    def from_inner(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from a tensor of that shape, (T, rows, features)."""
+        return self.take(tensor)
+
+    def chosen(self, tensor: Tensor) -> Tensor:
+        """Take the rows that are looked at from (..., B), in the order of `every`."""
+        return tensor.index_select(-1, self._sorted)

@@ -1,0 +1,230 @@
+"""What a recorder has seen -> numbers on the device, and, once they are copied, `SequenceStats`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwatch.snapshot import Fact, SequenceStats, memory
+from gradwatch.timesteps.adjoint import by_lag
+from gradwatch.timesteps.capture import Recorder, Seen, Target
+from gradwatch.timesteps.recurrent import Call, Series, trace
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest residual of the replay and of the adjoint; formats narrower than float32 lose more."""
+_NARROW = 5e-2
+_CHANGED = 1e-3
+"""Share by which a gradient may differ between the backward pass and the step: sums in another order."""
+_SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_cell"})
+"""Series that carry the loss scale."""
+
+
+_NOT_FOLLOWED = "it ran without a graph only: a checkpoint that runs each of its calls again within backward cannot be followed"
+
+
+@dataclass
+class Trace:
+    """One sequence module of a step: its numbers on their way from the device."""
+
+    module: str
+    series: list[Series] = field(default_factory=list)
+    facts: dict[str, Tensor] = field(default_factory=dict)
+    checks: dict[str, Tensor] = field(default_factory=dict)
+    """Numbers on which notes and certificates depend."""
+    notes: list[str] = field(default_factory=list)
+    tolerance: float = 0.0
+    alone: bool = True
+    """Whether nothing but this module uses its input, so that a large adjoint residual means that the hidden series are wrong."""
+
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
+        """Give everything that is to be copied, by part and name."""
+        found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
+        return found | {("fact", name): value for name, value in self.facts.items()} | {("check", name): value for name, value in self.checks.items()}
+
+    def stats(self, values: Mapping[tuple[str, str], Sequence[float]], scale: float | None, share: float) -> list[SequenceStats]:
+        """Make the numbers values.
+
+        Args:
+            values: what `tensors` gave, as numbers.
+            scale: the loss scale of the backward pass; None: whether there was one is not known.
+            share: of its maximum, below which the lag gain counts as gone.
+
+        """
+        checks = {name: values["check", name][0] for name in self.checks}
+        scaled = scale is None and checks.get("changed", 0.0) > _CHANGED
+        notes = list(self.notes)
+        if checks.get("carried", 0.0) > 0:
+            notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
+        residuals = {name: values["", name][0] for name in ("replay_residual", "adjoint_residual") if ("", name) in values}
+        if not self.alone and residuals.get("adjoint_residual", 0.0) > self.tolerance:
+            del residuals["adjoint_residual"]
+            notes.append("its input is used elsewhere too, so the gradient of that cannot certify the hidden series")
+        trusted = self._trusted(residuals, notes)
+        found = []
+        for series in self.series:
+            if series.part and not trusted:
+                continue
+            mine: dict[str, Any] = {name: tuple(values[series.part, name]) for name in series.values}
+            if scale is not None and scale != 1.0:
+                mine |= {name: tuple(v / scale for v in mine[name]) for name in _SCALED & mine.keys()}
+            for name in ("replay_residual", "adjoint_residual"):
+                if mine.pop(name, None) and name in residuals:
+                    mine[name] = residuals[name]
+            if not trusted:
+                mine.pop("lag_gain", None)
+            known = memory(mine["lag_gain"], share) if "lag_gain" in mine else None
+            found.append(
+                SequenceStats(
+                    module=self.module,
+                    part=series.part,
+                    length=series.length,
+                    rows=series.rows,
+                    censored=known.censored if known is not None else None,
+                    scaled=scaled,
+                    note="; ".join(notes) or None if not series.part else None,
+                    **mine,
+                )
+            )
+        return found or [SequenceStats(self.module, note="; ".join(notes) or None)]
+
+    def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
+        """Give the facts as values."""
+        return [Fact(self.module, name, values["fact", name][0]) for name in self.facts if math.isfinite(values["fact", name][0])]
+
+    def _trusted(self, residuals: dict[str, float], notes: list[str]) -> bool:
+        """Judge the certificates; what they say against the hidden series goes to the notes."""
+        replay, adjoint = residuals.get("replay_residual", 0.0), residuals.get("adjoint_residual", 0.0)
+        if not replay <= self.tolerance:
+            notes.append(
+                f"the hidden series are left out: its outputs are not those of torch's equations (they differ by {replay:.1g} of the largest): an overridden"
+                " forward, a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
+            )
+            return False
+        if not adjoint <= self.tolerance:
+            notes.append(
+                f"the hidden series are left out: the gradient of its input is not what they lead to (it differs by {adjoint:.1g} of the largest):"
+                " a hook that changes a gradient, or an edit in place"
+            )
+            return False
+        return True
+
+
+def traces(recorder: Recorder, generator: torch.Generator) -> list[Trace]:
+    """Work out what the recorder saw in this step, and let it forget that; nothing is copied from the device."""
+    changed = recorder.sentinel.difference()
+    found = [_traced(target, changed, generator) for target in recorder.targets.values()]
+    found += [Trace(name, notes=["the model has no module of this name"]) for name in recorder.missing()]
+    recorder.next_step()
+    return found
+
+
+def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) -> Trace:
+    result = Trace(target.name, notes=[target.note] if target.note else [])
+    passes = {s.number for s in target.seen if s.task is not None} or {s.number for s in target.seen}
+    if not passes:
+        if not target.note:
+            result.notes.append(_NOT_FOLLOWED if target.without_grad else "it did not run in this step")
+        return result
+    if changed is not None:
+        result.checks["changed"] = changed
+    mine = [s for s in target.seen if s.number == max(passes)]
+    chain = _chain(mine, result.notes) if target.recurrent else mine if mine[0].single else mine[-1:]
+    _reached(target, chain, result.notes)
+    own = _own_lengths(chain[0]) if len(chain) == 1 else None
+    whole = Series("", sum(s.layout.steps for s in chain), chain[0].layout.rows, {})
+    result.series = [whole]
+    if any("x" in s.squares for s in chain):
+        whole.values["grad_input"] = _series(chain, "x", own)
+    if target.recurrent:
+        _walk(chain, own, result, generator)
+        return result
+    states = {name: _series(chain, key, own) for key, name in (("h", "grad_hidden"), ("c", "grad_cell")) if any(key in s.squares for s in chain)}
+    if states:
+        result.series.append(Series("l0", whole.length, whole.rows, states))
+    return result
+
+
+def _reached(target: Target, chain: Sequence[Seen], notes: list[str]) -> None:
+    """Let only the last backward pass count, and say what there was besides."""
+    task = max((s.task for s in chain if s.task is not None), default=None)
+    for seen in chain:
+        if seen.task != task:
+            seen.squares = {}
+            if seen.call is not None:
+                seen.call.gradients = {}
+    if task is None:
+        notes.append("no gradient reached it")
+    passes = len(target.passes.union(s.number for s in target.seen if s.task is not None))
+    if passes > 1:
+        notes.append(f"{passes} passes were accumulated in this step; the last is shown")
+    backwards = max(s.tasks for s in chain)
+    if backwards > 1:
+        notes.append(f"{backwards} backward passes reached it; the last is shown")
+
+
+def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: torch.Generator) -> None:
+    """Add what walking back through a recurrent module gives."""
+    calls = [s.call for s in chain if s.call is not None]
+    if len(calls) < len(chain):
+        result.notes.append("what it took and gave could not be kept")
+        return
+    if any(w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)):
+        result.notes.append("the hidden series are left out: its weights were edited between the forward pass and the step")
+        return
+    if calls[0].spec.dropout and calls[0].random is None:
+        result.notes.append("what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same")
+        return
+    _cuts(calls, result.notes)
+    (module, *parts), result.facts = trace(calls, chain[0].layout.chosen(own) if own is not None else None, generator)
+    result.series[0].values.update(module.values)
+    result.series += parts
+    result.alone = all(call.alone for call in calls)
+    result.tolerance = max(_NARROW if call.narrow else _TOLERANCE.get(call.y.dtype, _NARROW) for call in calls)
+    if calls[0].carried:
+        result.checks["carried"] = calls[0].h0.abs().max()
+
+
+def _cuts(calls: Sequence[Call], notes: list[str]) -> None:
+    cuts = [k for k, call in enumerate(calls) if call.joined is False and k]
+    if cuts:
+        newest = sum(len(call.x) for call in calls[cuts[-1] :])
+        notes.append(f"the state is detached between its calls: gradients end {newest} timesteps back")
+
+
+def _chain(seen: list[Seen], notes: list[str]) -> list[Seen]:
+    """Give the last calls that make one sequence, each with the state of the one before."""
+    chains: list[list[Seen]] = []
+    for one in seen:
+        if chains and one.call is not None and one.call.joined is not None:
+            chains[-1].append(one)
+        else:
+            chains.append([one])
+    chosen = next((c for c in reversed(chains) if any(s.task is not None for s in c)), chains[-1])
+    if len(chains) > 1:
+        notes.append(f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown")
+    return chosen
+
+
+def _own_lengths(seen: Seen) -> Tensor | None:
+    """Give the lengths of rows, (B,), where they end in padding: timesteps whose input and gradient are exactly zero. None: all are full."""
+    if seen.lengths is not None:
+        return seen.lengths
+    if seen.blank is None or "x" not in seen.squares:
+        return None
+    padding = (seen.blank & (seen.squares["x"] == 0)).flip(0).to(torch.int64).cumprod(0).sum(0)
+    if padding.device.type == "cpu" and not padding.any():  # elsewhere looking would be a synchronisation
+        return None
+    return (seen.layout.steps - padding).clamp(min=1)
+
+
+def _series(chain: Sequence[Seen], name: str, lengths: Tensor | None) -> Tensor:
+    """Give the norm over rows and features per timestep, oldest first, aligned at the rows' ends; (T,)."""
+    shape = next(s.squares[name].shape[1:] for s in chain if name in s.squares)
+    like = next(s.squares[name] for s in chain if name in s.squares)
+    squares = torch.cat([s.squares[name] if name in s.squares else like.new_zeros((s.layout.steps, *shape)) for s in chain])
+    return by_lag(squares, lengths)[0].flip(0).sqrt()

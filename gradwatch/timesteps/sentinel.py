@@ -1,0 +1,62 @@
+"""Tells whether the gradients of a backward pass were changed before the step: by a scaler, by clipping, by hand."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+
+class Sentinel:
+    """Sees one parameter's gradient as it arrives."""
+
+    def __init__(self) -> None:
+        """Begin without a parameter."""
+        self._handle: Any = None
+        self._node: Any = None
+        self._parameter: Tensor | None = None
+        self._before: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def watch(self, module: nn.Module) -> None:
+        """Put a hook on the smallest trained parameter of the module, unless there is one already."""
+        if self._handle is not None:
+            return
+        trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
+        if not trained:
+            return
+        self._parameter = parameter = min(trained, key=torch.Tensor.numel)
+        self._before = parameter.grad.detach().clone() if parameter.grad is not None else None
+        me = weakref.ref(self)
+
+        def hook(gradients: Sequence[Tensor | None]) -> None:
+            sentinel = me()
+            if sentinel is not None and gradients[0] is not None:
+                arrived = gradients[0].detach()
+                sentinel._sum = arrived.clone() if sentinel._sum is None else sentinel._sum + arrived
+
+        # On the node behind the parameter: what hangs on the parameter itself would travel with the model when that is saved or copied.
+        self._node = get_gradient_edge(parameter).node
+        self._handle = self._node.register_prehook(hook)
+
+    def difference(self) -> Tensor | None:
+        """Give how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
+        parameter = self._parameter
+        if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
+            return None
+        now, arrived = parameter.grad.detach().double(), self._sum.double()
+        # What was there before the forward pass is still in it, or has been zeroed since.
+        expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
+        size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
+        difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
+        return difference
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._node = self._parameter = self._before = self._sum = None
