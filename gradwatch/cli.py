@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status.
 
     0: fine, and for `check` no alert of severity warning or higher in the whole run; 1: at least one, open or cleared;
-    2: wrong usage, or a run that cannot be read.
+    2: wrong usage, or a run that cannot be read, that holds no step, or of which more is lost than the half line of a killed process.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -84,14 +84,15 @@ def _report(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from rich.text import Text
 
-    from gradwatch.console import alert_lines, verdict
+    from gradwatch.console import alert_lines, note_lines, verdict
     from gradwatch.record import read_runs
     from gradwatch.report import Severity
 
     runs = read_runs(options.path)
     wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
-    _show(*(part for name, run in runs.items() for part in (Text(verdict(run, name if len(runs) > 1 else "")), *alert_lines(wrong[name]))))
-    return int(any(wrong.values()))
+    several = len(runs) > 1
+    _show(*(part for name, run in runs.items() for part in (Text(verdict(run, name if several else "")), *alert_lines(wrong[name]), *note_lines(run))))
+    return 2 if any(run.ruined for run in runs.values()) else int(any(wrong.values()))
 
 
 def _show(*parts: RenderableType) -> None:

@@ -244,13 +244,20 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
         title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
         parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
     parts += alert_lines(run.alerts)
+    parts += note_lines(run)
+    return Group(*parts)
+
+
+def note_lines(run: Run) -> list[RenderableType]:
+    """Say what the record lacks."""
     notes = []
+    if not run.snapshots:
+        notes.append("no step was recorded")
     if run.thinned:
         notes.append(f"{run.thinned} of the older snapshots were dropped to keep the record's bound")
     if run.broken:
         notes.append(f"{run.broken} lines of the record could not be read")
-    parts += [Text(f"\nNote: {note}.") for note in notes]
-    return Group(*parts)
+    return [Text(f"\nNote: {note}.") for note in notes]
 
 
 def verdict(run: Run, name: str = "") -> str:

@@ -6,8 +6,10 @@ import contextlib
 import functools
 import os
 import sys
+import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
@@ -155,10 +157,17 @@ def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., 
     original = optimizer.step
     own = "step" in vars(optimizer)
 
+    def call(self: object, *args: object, **kwargs: object) -> object:
+        # A copy of the optimizer carries a copy of its `step`, and steps itself.
+        mine = isinstance(original, types.MethodType) and original.__self__ is optimizer
+        return original.__func__(self, *args, **kwargs) if mine else original(*args, **kwargs)
+
     def step(self: object, *args: object, **kwargs: object) -> object:
+        if self is not optimizer:
+            return call(self, *args, **kwargs)
         changed = before(self, (self, *args), kwargs)
         all_args, all_kwargs = changed if changed is not None else ((self, *args), kwargs)
-        result = original(*all_args[1:], **all_kwargs)
+        result = call(*all_args, **all_kwargs)
         after(self, all_args, all_kwargs)
         return result
 
@@ -193,7 +202,7 @@ class ForwardTrace:
         self._visitor = visitor
         self._undo: weakref.finalize[..., Any] | None = None
         self._names: Mapping[int, str] = {}
-        self._visited: Set[int] = frozenset()
+        self._visited: AbstractSet[int] = frozenset()
         self._ran: dict[str, None] = {}
         self.half = False
         """Whether autocast to float16 was on in what was seen."""
@@ -214,7 +223,7 @@ class ForwardTrace:
         self._visited = frozenset(visited)  # not the modules: a watcher that is kept must not keep a model
         self._ran = {}
         self.half = False
-        before: Callable[..., None] = (_untraced(_Before) if self.compiled else _Before)(self)
+        before: Callable[..., Any] = (_untraced(_Before) if self.compiled else _Before)(self)
         after: Callable[..., None] = (_untraced(_After) if self.compiled else _After)(self)
         handles: list[RemovableHandle] = []
         if self.compiled:
@@ -329,13 +338,12 @@ def _compiled() -> bool:
 
 @contextlib.contextmanager
 def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
-    """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` around the calls of these modules, and keep the watchers from seeing them.
+    """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` around the calls of these modules.
 
-    For a pass of our own, after which the model is put back as it was: hooks on the modules themselves, because global ones are not shown keywords. What
+    For a pass of our own, without all other hooks (`intact.without_hooks`): on the modules themselves, because global hooks are not shown keywords. What
     torch.compile has made runs as it was written meanwhile, because compiled code calls no hooks.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ForwardTrace().alone())
         if _compiled() and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +19,8 @@ _NORMALIZATIONS = (
     *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
     nn.LocalResponseNorm,
 )
-_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})
+_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})  # also where they run from their sources
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # What divides the gradient by a running measure of its own size. Optimizers of others are known by their state, below.
 _ADAPTIVE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adafactor", "Muon", "Lion", "LAMB")
@@ -96,8 +98,9 @@ def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
     for name in ancestry(layer):
         kind = type(modules[name]) if name in modules else None
         if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            code = next((m.__code__ for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if inspect.isfunction(m)), None)
-            if code is not None:
+            methods = (inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None)  # under its decorators
+            code = next((m.__code__ for m in methods if inspect.isfunction(m)), None)
+            if code is not None and _INSTALLED.isdisjoint(Path(code.co_filename).parts):
                 return f"{code.co_filename}:{code.co_firstlineno}"
     return None
 

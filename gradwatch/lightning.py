@@ -147,7 +147,7 @@ class GradientMonitor(_Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ANN401
         """Read the gradients before clipping; manual optimization clips where it likes, and is read at the optimizer."""
-        if self._watcher is not None and pl_module.automatic_optimization and not trainer.sanity_checking:
+        if self._watcher is not None and pl_module.automatic_optimization:
             self._watcher.step(_step(trainer), optimizer=optimizer)
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401

@@ -151,10 +151,30 @@ def _extreme(evidence: Evidence, name: str, choose: Callable[[list[float]], floa
     return choose(values) if values else None
 
 
+def _cut(evidence: Evidence) -> str:
+    """Say that the carried state is detached, where that keeps the memory from what it needs; else ""."""
+    if "detached" not in evidence:
+        return ""
+    reached = evidence["detached"]
+    if not isinstance(reached, float):
+        return "the state that it carries on is detached"
+    if float(evidence["horizon"]) < reached >= float(evidence.get("need", 0.0)):  # it fades before, and nothing beyond is needed
+        return ""
+    return f"the state that it carries on is detached: no gradient goes back beyond the last {reached:.0f} timesteps"
+
+
+def _fades_before(evidence: Evidence) -> bool:
+    """Tell whether the gain is gone before the place where the state is detached, if it is."""
+    reached = evidence.get("detached", math.inf)
+    return isinstance(reached, float) and float(evidence["horizon"]) < reached
+
+
 def _why_it_fades(evidence: Evidence) -> str:
-    if "detached" in evidence:
-        known = f": no gradient goes back beyond the last {evidence['detached']:.0f} timesteps" if isinstance(evidence["detached"], float) else ""
-        return f"the state that it carries on is detached{known}"
+    said = _why_it_shrinks(evidence) if _fades_before(evidence) else ""
+    return "; and ".join(part for part in (said, _cut(evidence)) if part)
+
+
+def _why_it_shrinks(evidence: Evidence) -> str:
     gate, bias = _extreme(evidence, "forget_gate", min), _extreme(evidence, "forget_bias", min)
     if gate is not None or bias is not None:
         said = [f"its forget gates keep {gate:.2f} of the cell at each step"] if gate is not None else []
@@ -175,12 +195,18 @@ def _why_it_fades(evidence: Evidence) -> str:
 
 
 def _lengthen(evidence: Evidence, place: str) -> str:
-    name = place or "the recurrent module"
     need = evidence.get("need")
-    wanted, log = (f"{float(need):.0f}", f"{math.log(float(need)):.1f}") if need is not None else ("the number of timesteps that matter", "")
-    if "detached" in evidence:
-        return f"carry the state of {name} on without detach() for {wanted} timesteps, or feed it windows of that length"
-    bias = f"to {log} (the log of {wanted})" if log else f"to the log of {wanted}"
+    timesteps = "the timesteps that matter" if need is None else f"{float(need):.0f} timesteps"
+    carry = f"carry the state of {place or 'the recurrent module'} on without detach() for {timesteps}"
+    if not _fades_before(evidence):
+        return f"{carry}, or feed it windows of that length"
+    cure = _cure(evidence, place, None if need is None else float(need))
+    return f"{cure}; and {carry}" if _cut(evidence) else cure
+
+
+def _cure(evidence: Evidence, place: str, need: float | None) -> str:
+    name = place or "the recurrent module"
+    bias = "to the log of the number of timesteps that matter" if need is None else f"to {math.log(need):.1f} (the log of {need:.0f})"
     cures = {
         "LSTM": f"set the forget-gate bias of {name} {bias}",
         "GRU": f"set the update-gate bias of {name} {bias}",

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from gradwatch.report import Alert, Report, Severity
 from gradwatch.snapshot import ModelInfo, Snapshot, from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+
+if sys.platform != "win32":
+    import fcntl
 
 FORMAT = 1
 NAME = "record.jsonl"
@@ -33,7 +40,14 @@ class Run:
     thinned: int = 0
     """How many snapshots were dropped to keep the bound."""
     broken: int = 0
-    """How many lines could not be read: a process that was killed leaves half a line."""
+    """How many lines could not be read."""
+    truncated: bool = False
+    """Whether one of them is the last, and only half there, as a process leaves it that was killed."""
+
+    @property
+    def ruined(self) -> bool:
+        """Whether there is nothing to judge, or more is lost than the last line."""
+        return not self.snapshots or self.broken > self.truncated
 
     def worst(self) -> Severity | None:
         """Give the gravest severity of any alert, open or cleared; None if there was none."""
@@ -94,10 +108,10 @@ class Record:
             if self._size > self._limit:
                 self._thin()
         finally:
-            release(self._path.parent)
             file, self._file = self._file, None
             if file is not None:
                 file.close()
+            release(self._path.parent)
 
     def _begin(self) -> TextIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +214,7 @@ class _Draft:
 
 
 def _read(file: Path) -> Run:
-    draft, thinned, broken = _Draft(), 0, 0
+    draft, thinned, broken, truncated = _Draft(), 0, 0, False
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines):
             try:
@@ -211,10 +225,10 @@ def _read(file: Path) -> Run:
             except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
                 if number == 0:
                     raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
-                broken += 1
+                broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
-    return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken)
+    return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated)
 
 
 def _begun(content: dict[str, Any]) -> int:
@@ -239,12 +253,17 @@ def _key(alert: Alert) -> tuple[object, ...]:
     return alert.finding.key
 
 
-_held: set[Path] = set()
-"""Directories of live watchers."""
+_held: dict[Path, int | None] = {}
+"""Directories of the live watchers of this process, each with what locks it."""
 
 
-def claim(logdir: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Give the directory for a run below `logdir`, `gradwatch` or `gradwatch-<name>`, with `-2`, ... if a live watcher holds it.
+def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callable[[], object] = gc.collect) -> Path:
+    """Give the directory for a run below `logdir`, `gradwatch` or `gradwatch-<name>`, with `-2`, ... if a live watcher, of any process, holds it.
+
+    Args:
+        logdir: the folder that it is to be in.
+        name: tells several apart.
+        free: makes watchers that nobody uses let go of theirs; called where this process holds the directory.
 
     Raises:
         NotADirectoryError: `logdir` is a file.
@@ -254,12 +273,43 @@ def claim(logdir: str | os.PathLike[str], name: str | None = None) -> Path:
     if top.exists() and not top.is_dir():
         raise NotADirectoryError(f"logdir must be a folder, got the file {top}")
     first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"
+    if top / first in _held:
+        free()
     names = itertools.chain([first], (f"{first}-{k}" for k in itertools.count(2)))
-    directory = next(top / n for n in names if top / n not in _held)
-    _held.add(directory)
-    return directory
+    return next(top / n for n in names if _lock(top / n))
 
 
 def release(directory: Path) -> None:
     """Let go of a directory that was claimed."""
-    _held.discard(directory)
+    handle = _held.pop(directory, None)
+    if handle is not None:
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # where it could not be locked
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child has the handle too
+        os.close(handle)
+
+
+def _lock(directory: Path) -> bool:
+    """Hold a directory, which is made, until `release` or the end of this process; False where somebody holds it.
+
+    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with their process.
+    What cannot be made or locked is held within this process only: it is the record that will say why.
+    """
+    if directory in _held:
+        return False
+    handle = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            handle = os.open(directory / ".lock", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        else:
+            handle = os.open(directory, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileExistsError):
+        if handle is not None:
+            os.close(handle)
+        return not directory.is_dir()  # a file of that name is nobody's
+    except OSError:
+        pass
+    _held[directory] = handle
+    return True

@@ -55,7 +55,7 @@ class LayerInfo:
     order: int | None = None
     """Position in the forward pass; None until a probe has seen the layer run."""
     location: str | None = None
-    """`file:line` of the user's class that holds the layer; None if all of its ancestors are torch's."""
+    """`file:line` of the user's class that holds the layer; None if it and all around it are of installed libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +257,7 @@ class Snapshot:
     update_ratio: Column | None = None
     """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
     absent: tuple[Absent | None, ...] | None = None
+    """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)` leaves to a layer that did not run."""
     activations: tuple[ActivationStats, ...] | None = None
     sequences: tuple[SequenceStats, ...] | None = None
     facts: tuple[Fact, ...] | None = None
@@ -321,24 +322,36 @@ def from_plain(kind: type[T], plain: Any) -> T:  # noqa: ANN401  (what `json.loa
 
 
 def to_json(plain: Any) -> str:  # noqa: ANN401  (what `to_plain` gives)
-    """Give one line of JSON."""
+    """Give one line of JSON; numbers of numpy become Python's."""
     try:
-        return json.dumps(plain, allow_nan=False, separators=(",", ":"))
+        return json.dumps(plain, allow_nan=False, separators=(",", ":"), default=_pythonic)
     except ValueError:  # somewhere there is a NaN or an infinity
         return json.dumps(_spell(plain), allow_nan=False, separators=(",", ":"))
 
 
 def from_json(line: str) -> Any:  # noqa: ANN401  (what `to_json` took)
     """Read one line of JSON as `to_json` writes it."""
-    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and isinstance(d["float"], str) else d)
+    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and d["float"] in _SPELT else d)
+
+
+_SPELT = ("nan", "inf", "-inf")
 
 
 def _spell(plain: Any) -> Any:  # noqa: ANN401
     if isinstance(plain, float) and not math.isfinite(plain):
-        return {"float": str(plain)}
+        return {"float": str(float(plain))}
     if isinstance(plain, Mapping):
         return {k: _spell(v) for k, v in plain.items()}
-    return [_spell(v) for v in plain] if isinstance(plain, tuple | list) else plain
+    if isinstance(plain, tuple | list):
+        return [_spell(v) for v in plain]
+    return plain if isinstance(plain, str | int | float | None) else _spell(_pythonic(plain))
+
+
+def _pythonic(number: Any) -> Any:  # noqa: ANN401
+    """Give a number of numpy, or an array of them, as Python's."""
+    if hasattr(number, "tolist"):
+        return number.tolist()
+    raise TypeError(f"{type(number).__name__} is not a number")
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,12 +15,12 @@ from gradwatch.snapshot import HORIZON_GAIN
 class Thresholds:
     """The numbers behind the verdicts; all are free of units unless they say otherwise.
 
-    Every field is a plain number, so the whole can be written in YAML. `layers` overrides fields for the
+    Every field is a plain number, so the whole can be written in YAML. `layers` overrides those of `PER_LAYER` for the
     layers whose name matches a pattern: `Thresholds(layers={"encoder.*": {"vanishing_ratio": 1e-5}})`.
 
     Raises:
         TypeError: a value is not a number, or not a whole one where it counts something.
-        ValueError: a number is out of its range, or an override names no field.
+        ValueError: a number is out of its range, or an override names a field that is not looked up for each layer.
 
     """
 
@@ -56,8 +57,6 @@ class Thresholds:
     """A change so large that one is enough."""
     explosion_loss: float = 20.0
     """Median of the last losses over the best level before: a jump that lasts."""
-    explosion_spread: float = 1e4
-    """Sensitivity of the earliest layers over the last: growth through depth, at initialization."""
     norm_above: float | None = None
     """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
 
@@ -91,17 +90,19 @@ class Thresholds:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"Thresholds.{f.name} must be a number, got {value!r}")
-            if value <= 0:
-                raise ValueError(f"Thresholds.{f.name} must be above 0, got {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"Thresholds.{f.name} must be finite and above 0, got {value!r}")
             if f.name in _COUNTS and not isinstance(value, int):
                 raise TypeError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
         for name in ("share", "horizon_gain", "horizon_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds.{name} must be at most 1, got {getattr(self, name)!r}")
         for pattern, numbers in self.layers.items():
-            known = [f.name for f in dataclasses.fields(self) if f.name != "layers"]
-            if not set(numbers) <= set(known):
-                raise ValueError(f"Thresholds.layers[{pattern!r}] must name fields of Thresholds ({', '.join(known)}), got {', '.join(numbers)}")
+            unknown = [name for name in numbers if name not in PER_LAYER]
+            if unknown:
+                raise ValueError(
+                    f"Thresholds.layers[{pattern!r}] must name fields that are looked up for each layer ({', '.join(PER_LAYER)}), got {', '.join(unknown)}"
+                )
             dataclasses.replace(self, layers={}, **numbers)  # type: ignore[arg-type]  # which checks them
 
     def of(self, layer: str) -> Thresholds:
@@ -111,3 +112,16 @@ class Thresholds:
 
 
 _COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met")
+PER_LAYER = (
+    "vanishing_ratio",
+    "vanishing_ratio_adaptive",
+    "vanishing_sound",
+    "norm_below",
+    "horizon_gain",
+    "horizon_probes",
+    "horizon_rising",
+    "horizon_share",
+    "horizon_met",
+    "explosion_time",
+)
+"""The fields that a layer may have of its own; the others are of the run as a whole, or of all of its layers together."""

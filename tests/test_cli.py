@@ -112,6 +112,26 @@ def test_an_unreadable_run_is_2_and_one_line(tmp_path):
             assert done.stderr.count("\n") == 1
 
 
+def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_half_line_of_a_killed_run(runs, tmp_path):
+    lines = (runs / "well" / "gradwatch" / "record.jsonl").read_text().splitlines(keepends=True)
+    spoiled = [*lines[:5], "#" + lines[5], *lines[6:]]
+    cases = {
+        "killed": ([*lines[:-1], lines[-1][:20]], 0, "1 lines of the record could not be read"),
+        "spoiled": (spoiled, 2, "1 lines of the record could not be read"),
+        "both": ([*spoiled, '{"snap'], 2, "2 lines of the record could not be read"),
+        "empty": (lines[:2], 2, "no step was recorded"),
+        "alerts only": ([lines[0], *("#" + line for line in lines[1:])], 2, "lines of the record could not be read"),
+    }
+    for name, (content, status, note) in cases.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.jsonl").write_text("".join(content))
+        done = gradwatch_("check", tmp_path / name)
+        assert (done.returncode, done.stderr) == (status, "")
+        assert f"Note: {note}" in done.stdout or name == "alerts only"
+        assert note in gradwatch_("report", tmp_path / name).stdout
+    assert gradwatch_("check", tmp_path).returncode == 2  # one of several is enough
+
+
 @pytest.mark.parametrize("arguments", [(), ("nonsense",), ("check",), ("report", "a", "b"), ("check", "--nonsense", "a"), ("demo", "--steps", "0")])
 def test_wrong_usage_is_2_with_the_usage(arguments):
     done = gradwatch_(*arguments)

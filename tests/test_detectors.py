@@ -271,14 +271,26 @@ def test_a_model_that_has_converged_to_the_last_bit_is_not_ill():
 # --- hysteresis, and words ---
 
 
-def test_an_open_alert_clears_only_well_above_its_limit():
-    info = model(2)
-    history, _ = fold(info, [(2e-3, 1.0)] * 20)
-    detector = DETECTORS[2]
+@pytest.mark.parametrize(
+    ("code", "place", "rows", "losses"),
+    [
+        ("GW101", "l0", lambda x: [(1e-3 * x, 1.0)] * 20, None),
+        ("GW102", "", lambda x: [(1e-4 * x, 1e-4 * x)] * 25, lambda _: [1.0] * 25),
+        ("GW201", "", lambda x: [(1.0, 1.0)] * 20 + [(100 / x, 100 / x)] * 5, lambda _: STILL),
+        ("GW203", "", lambda _: [(1.0, 1.0)] * 40, lambda x: [1.0] * 30 + [20 / x] * 10),
+    ],
+)
+def test_an_open_alert_clears_only_well_above_its_limit(code, place, rows, losses):
+    def found(times, *opened):
+        history, _ = fold(model(2), rows(times), losses=losses and losses(times))
+        history.open = frozenset((known, at, None, None) for known, at in opened)
+        return [(f.code, f.place) for detector in DETECTORS for f in detector(history)]
 
-    assert list(detector(history)) == []
-    history.open = frozenset({("GW101", "l0", None, None)})
-    assert [f.code for f in detector(history)] == ["GW101"]
+    assert found(0.9) == [(code, place)]  # the number is so many times better than the limit
+    assert found(2.0) == []
+    assert found(2.0, (code, place)) == [(code, place)]
+    assert found(2.0, (code, "l1"), ("GW999", place)) == []
+    assert found(3.5, (code, place)) == []
 
 
 def test_every_rule_is_explained_with_its_place_and_a_remedy():

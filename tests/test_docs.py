@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_example_of_a_forecasting_library_says_what_it_needs():
+    without = "import runpy, sys; sys.modules['neuralforecast'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", without, ROOT / "examples" / "forecasting_library.py"], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"this example watches neuralforecast \(.*\): pip install .*neuralforecast\n", done.stderr)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import gradwatch
+from gradwatch.timesteps.output import time_in
 from gradwatch.watcher.memory import model_gain
 
 
@@ -431,6 +432,39 @@ def test_sequences_that_begin_anew_are_laid_upon_each_other():
     assert found.rows == 8
 
 
+def test_an_input_that_is_edited_after_it_has_entered_counts_as_it_entered():
+    class Summing(nn.Module):
+        def forward(self, x):
+            return x.cumsum(1)
+
+    class Editing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.sum = nn.Linear(3, 3), Summing()
+
+        def forward(self, x):
+            x = self.into(x)
+            y = self.sum(x)
+            x.zero_()
+            return y[:, -1] + x.mean(1)
+
+    model, x = Editing().double(), torch.randn(4, 9, 3).double()
+    exactly(gradwatch.horizon(model, x, timesteps={"sum": 1}), truth(lambda x: x.sum(1), x))
+
+
+def test_of_a_named_module_that_is_used_again_in_depth_the_first_call_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Conv1d(3, 3, 3, padding="same")
+
+        def forward(self, x):
+            return self.block(torch.tanh(self.block(x)))[..., -1]
+
+    model, x = Twice().double(), torch.randn(4, 9, 3).double()
+    exactly(gradwatch.horizon(model, x.transpose(1, 2), timesteps={"block": 2}), truth(lambda x: model(x.transpose(1, 2)), x))
+
+
 # --- lengths ---
 
 
@@ -518,6 +552,12 @@ def test_padding_that_the_output_does_depend_on_counts():
 
 def test_an_input_of_zeros_is_no_padding():
     model, x = Recurrent(nn.GRU, every=True, batch_first=True), torch.zeros(3, 9, 3).double()
+    exactly(gradwatch.horizon(model, x), truth(lambda x: model(x)[:, -1], x))
+
+
+def test_zeros_at_the_end_of_every_row_are_no_padding_to_the_longest():
+    model, x = Recurrent(nn.GRU, every=True, batch_first=True), torch.randn(3, 9, 3).double()
+    x[0, 5:] = x[1:, 7:] = 0
     exactly(gradwatch.horizon(model, x), truth(lambda x: model(x)[:, -1], x))
 
 
@@ -645,6 +685,27 @@ def test_time_is_found_in_an_output_that_is_laid_out_the_other_way():
     exactly(gradwatch.horizon(model, x), truth(lambda x: model(x)[:, -1], x))
 
 
+@pytest.mark.parametrize(
+    ("shape", "steps", "rows", "likely", "time"),
+    [
+        ((4, 9, 2), 9, 4, 1, 1),
+        ((4, 9, 2), 9, 4, 0, 1),
+        ((9, 4, 2), 9, 4, 1, 0),
+        ((4, 2, 9), 9, 4, 2, 2),
+        ((4, 9), 9, 4, 1, 1),
+        ((9, 2), 9, 4, 0, None),
+        ((2, 9, 5), 9, 4, 1, None),
+        ((9,), 9, 4, 0, None),
+        ((4, 8, 2), 9, 4, 1, None),
+        ((), 9, 4, 1, None),
+        ((9, 2), 9, None, 0, 0),
+        ((2, 9), 9, None, 0, None),
+    ],
+)
+def test_the_dimension_of_time_stands_beside_the_one_of_the_rows(shape, steps, rows, likely, time):
+    assert time_in(torch.Size(shape), {steps}, rows, likely) == time
+
+
 def test_complex_outputs_count_as_pairs_of_numbers():
     class Complex(Recurrent):
         def forward(self, x):
@@ -740,20 +801,28 @@ def test_what_is_compiled_runs_as_it_was_written():
     class Net(nn.Module):
         def __init__(self, wrap):
             super().__init__()
-            self.body = wrap(Recurrent(batch_first=True))
+            self.body = wrap(Loop(nn.GRUCell).double())  # compiled code calls no hooks of a cell
 
         def forward(self, x):
             return self.body(x)
 
-    model, x = torch.compile(Net(lambda m: torch.compile(m, backend="eager")), backend="eager"), torch.randn(4, 9, 3).double()
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    model, x = torch.compile(Net(lambda m: torch.compile(m, backend=backend)), backend=backend), torch.randn(4, 9, 3).double()
     try:
         model(x)
+        before = len(compiled)
         gain = model_gain(model, (x,), {})
+        assert len(compiled) == before > 0
     finally:  # or the tests that follow are of a process that compiles
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-    assert gain.place == "body.memory"
-    exactly(gain.stats(gain.numbers.tolist()), truth(model._orig_mod.body._orig_mod, x))
+    assert gain.place == "body.cell"
+    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model._orig_mod.body._orig_mod(x)[:, -1], x))
 
 
 def test_what_wraps_a_model_for_several_processes_is_taken_off():
@@ -803,9 +872,10 @@ def test_an_output_that_does_not_depend_on_the_sequence_has_no_horizon_and_a_not
             super().forward(x)
             return self.head(static)
 
-    found = gradwatch.horizon(Other(batch_first=True), (torch.randn(4, 9, 3).double(), torch.randn(4, 5).double()))
-    assert (found.horizon, found.censored, found.lag_gain) == (0, False, (0.0,) * 9)
-    assert found.note == "the output does not depend on what enters memory"
+    for x in (torch.randn(4, 9, 3), torch.zeros(4, 9, 3)):
+        found = gradwatch.horizon(Other(batch_first=True), (x.double(), torch.randn(4, 5).double()))
+        assert (found.horizon, found.censored, found.lag_gain) == (0, False, (0.0,) * 9)
+        assert found.note == "the output does not depend on what enters memory"
 
 
 def test_a_named_module_that_does_not_run_is_said():
@@ -857,9 +927,11 @@ def test_a_model_that_reaches_far_enough_passes_and_gives_what_was_measured():
     stats = gradwatch.assert_horizon(remembering(50), x, at_least=50)
     assert stats.need == 50
     assert stats.horizon >= 50
-    short = gradwatch.horizon(Recurrent(batch_first=True), x).horizon
-    assert gradwatch.assert_horizon(Recurrent(batch_first=True), x, at_least=1).horizon >= 1
-    assert short < 50
+    short = Recurrent(batch_first=True)
+    horizon = gradwatch.horizon(short, x).horizon
+    assert gradwatch.assert_horizon(short, x, at_least=horizon).horizon == horizon < 50
+    with pytest.raises(gradwatch.GradientHealthError):
+        gradwatch.assert_horizon(short, x, at_least=horizon + 1)
 
 
 def test_a_model_that_forgets_fails_with_horizon_definition_cause_and_remedy():

@@ -16,6 +16,7 @@ LIGHT = [
     "gradwatch.snapshot",
     "gradwatch.thresholds",
     "gradwatch.report",
+    "gradwatch.reach",
     "gradwatch.history",
     "gradwatch.detectors",
     "gradwatch.record",

@@ -267,6 +267,23 @@ def test_each_of_two_manual_optimizers_reports_its_own_parameters_at_the_step_of
     assert [o.kind for o in reports[0].snapshot.model.optimizers] == ["SGD", "Adam"]
 
 
+def test_two_manual_optimizers_behind_one_backward_both_have_its_loss(pl, tmp_path):
+    def training_step(self, batch, _index):
+        loss = self.loss(batch)
+        self.returned.append(loss.item())
+        self.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    callback, reports = watched()
+    module = make(pl, training_step=training_step, configure_optimizers=lambda self: [sgd(self.net[0].parameters()), sgd(self.net[2].parameters())])
+    module.automatic_optimization = False
+    trainer(pl, tmp_path, callback).fit(module, loader())
+    assert [r.snapshot.optimizer for r in reports] == [0, 1] * BATCHES
+    assert [r.snapshot.loss for r in reports] == pytest.approx([loss for loss in module.returned for _ in range(2)], rel=1e-6)
+
+
 def test_a_step_of_lbfgs_is_one_snapshot_of_its_first_evaluation(pl, tmp_path):
     callback, reports = watched()
     first = []

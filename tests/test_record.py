@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -384,11 +385,33 @@ def train(watcher, model, optimizer, steps, poison=()):
                 model[0].weight.nan_to_num_(0.1)
 
 
+def test_numbers_of_numpy_are_recorded_like_those_of_python(tmp_path):
+    def mine(history):
+        evidence = {"narrow": np.float32(1.5), "bad": np.float32("nan"), "whole": np.int64(history.snapshot.step), "many": np.ones(2)}
+        yield Finding("MY1", "mine", Severity.INFO, "0", evidence=evidence)
+
+    model = nn.Linear(6, 1)
+    with gradwatch.watch(model, logdir=tmp_path, detectors=[mine]) as watcher:
+        for step in range(3):
+            model(torch.randn(4, 6)).sum().backward()
+            watcher.step(np.int64(10 * step), loss=np.float32(0.5))
+    run = read_run(tmp_path)
+    assert [(type(s.step), s.step, s.loss) for s in run.snapshots] == [(int, 10 * step, 0.5) for step in range(3)]
+    assert same(dict(run.alerts[0].finding.evidence), {"narrow": 1.5, "bad": math.nan, "whole": 20, "many": [1.0, 1.0]})
+
+
+def test_only_what_is_spelt_as_a_float_is_read_as_one():
+    for plain in ({"float": "abc"}, {"float": "1.5"}, {"float": 2.0}, {"float": ["nan"]}, {"float": "infinity"}):
+        assert from_json(to_json(plain)) == plain
+    assert same(from_json(to_json([math.nan, math.inf, -math.inf])), [math.nan, math.inf, -math.inf])
+
+
 def watched(logdir, steps=3, **options):
     model = Net(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     watcher = gradwatch.watch(model, optimizer, logdir=logdir, on_alert=lambda _: None, **options)
     train(watcher, model, optimizer, steps)
+    watcher.lives = model
     return watcher
 
 
@@ -405,6 +428,69 @@ def test_directories_of_live_watchers_are_not_shared(tmp_path):
     directory = claim(tmp_path)
     release(directory)
     assert directory.name == "gradwatch"  # all have let go
+
+
+HOLDS = """
+import sys, torch, gradwatch
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+watcher = gradwatch.watch(model, optimizer, logdir=sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    if line == "close\\n":
+        watcher.close()
+    print("done", flush=True)
+"""
+
+
+def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+
+        def tell(line):
+            other.stdin.write(line + "\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "done\n"
+
+        assert other.stdout.readline() == "ready\n"
+        mine = watched(tmp_path)
+        tell("go on")
+        mine.close()
+        assert {name: len(run.snapshots) for name, run in read_runs(tmp_path).items()} == {"gradwatch": 5, "gradwatch-2": 3}
+        tell("close")
+        watched(tmp_path, steps=4).close()  # it lives, and has let go
+        assert len(read_runs(tmp_path)["gradwatch"].snapshots) == 4
+        kinds = {path.name.partition(".")[0] for folder in tmp_path.iterdir() for path in folder.iterdir()}
+        assert kinds == {"record", "events"}
+    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        held = claim(tmp_path)
+        release(held)
+        assert held.name == "gradwatch-2"
+        other.kill()
+    held = claim(tmp_path)
+    release(held)
+    assert held.name == "gradwatch"
+
+
+def test_a_cell_of_a_notebook_that_runs_again_takes_its_own_directory(tmp_path):
+    names = {}
+    cell = """if True:
+        model = Net(1)
+        model.itself = [model]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        watcher = gradwatch.watch(model, optimizer, logdir=logdir, on_alert=lambda _: None)
+        train(watcher, model, optimizer, 3)
+    """
+    names |= {"Net": Net, "torch": torch, "gradwatch": gradwatch, "train": train, "logdir": tmp_path}
+    for _ in range(4):
+        exec(cell, names)
+    names["watcher"].close()
+    assert [path.name for path in tmp_path.iterdir()] == ["gradwatch"]
+    assert len(read_run(tmp_path).snapshots) == 3
 
 
 def test_a_new_run_in_the_same_logdir_takes_the_place_of_the_old(tmp_path):

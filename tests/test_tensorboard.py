@@ -12,7 +12,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -116,7 +116,9 @@ def test_the_tags_of_a_run_are_those_of_the_design_and_no_others(run):
     _, reports, events = run
     layers = {layer.name for layer in reports[0].snapshot.model.layers}
     tags = events.Tags()
-    scalars = SUMMARY | {f"{group}/{layer}" for group in ("gradwatch_norm", "gradwatch_sensitivity", "gradwatch_update") for layer in layers}
+    scalars = (
+        SUMMARY | {"gradwatch/loss"} | {f"{group}/{layer}" for group in ("gradwatch_norm", "gradwatch_sensitivity", "gradwatch_update") for layer in layers}
+    )
     assert set(tags["scalars"]) == scalars
     assert tags["images"] == ["gradwatch_heatmap/layers"]
     assert tags["histograms"] == ["gradwatch_profile/layers"]
@@ -158,6 +160,13 @@ def test_the_summary_is_taken_over_the_layers(run):
         assert events.Scalars("gradwatch/zero_norms")[i].value == 0
         assert events.Scalars("gradwatch/alerts_open")[i].value == sum(a.severity > Severity.INFO for a in report.open)
     assert events.Scalars("gradwatch/alerts_open")[-1].value > 0
+
+
+def test_the_loss_is_as_it_was_told_and_where_it_was(run, tmp_path):
+    _, reports, events = run
+    assert [e.value for e in events.Scalars("gradwatch/loss")] == pytest.approx([r.snapshot.loss for r in reports], rel=1e-6)
+    events = write(tmp_path, report_of(model_of("a"), (1.0,), 0), report_of(model_of("a"), (1.0,), 1, loss=0.0), report_of(model_of("a"), (1.0,), 2, loss=-2.5))
+    assert [(e.step, e.value) for e in events.Scalars("gradwatch/loss")] == [(1, 0.0), (2, -2.5)]
 
 
 def test_sensitivity_is_norm_times_weight_norm_without_biases(run):
@@ -258,6 +267,12 @@ def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path
         "- **try**: do it",
     ]
     assert done.splitlines()[0] == "**GW101 vanishing-depth** (warning) cleared at `a`, since step 4"
+
+
+def test_the_step_since_which_it_holds_is_told_once(run):
+    _, _, events = run
+    text = events.Tensors("gradwatch/alerts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.count("since step") == 1
 
 
 def test_the_text_of_a_real_alert_names_layer_cause_and_remedy(run):
@@ -441,6 +456,39 @@ def test_noise_of_a_healthy_run_is_not_stretched_over_all_colours():
     _, _, png = heatmap(np.array([[-1.0], [-1.1]]), ["a", "b"], [0], title="t")
     picture = decode(png)
     assert abs(picture[56 + 20, 100] - picture[56 + 140, 100]).max() < 40
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """What is written into a picture, with where and how it is anchored."""
+    found, write = [], ImageDraw.ImageDraw.text
+
+    def text(self, xy, text, **options):
+        found.append((text, xy, options["anchor"]))
+        write(self, xy, text, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("levels", "labels"), [((0.9, -2.04), ["0.9", "-0.6", "-2.1"]), ((1.0, -1.0), ["1.0", "-0.5", "-2.0"]), ((1.0, -7.4), ["1", "-3", "-7"])]
+)
+def test_the_colours_are_labelled_to_a_tenth_where_whole_decades_would_not_tell_them_apart(written, levels, labels):
+    heatmap(np.array([levels]).T, ["a", "b"], [0], title="t")
+    assert [text for text, (x, _), _ in written if x > 480 - 74] == labels
+
+
+@pytest.mark.parametrize("count", [3, 4, 17, 239, 240])
+def test_the_step_in_the_middle_is_that_of_the_column_above_it(written, count):
+    for marked in range(count):
+        written.clear()
+        values = np.full((1, count), -1.0)
+        values[0, marked] = math.nan
+        _, _, png = heatmap(values, ["a"], range(0, 10 * count, 10), title="t")
+        ((text, (x, _), _),) = [one for one in written if one[2] == "ms"]
+        grey = decode(png)[56 + 80, int(x)].tolist() == [150, 150, 150]
+        assert grey == (text == str(10 * marked))
 
 
 def test_a_thousand_layers_lose_no_row():

@@ -321,13 +321,51 @@ def test_a_detached_state_is_information():
     assert found((cut(16),), (own(LONG),)) == []
 
 
+def test_a_state_kept_from_batch_to_batch_is_information_also_where_the_need_is_longer_than_a_batch():
+    detached, unjudged = found((cut(64), whole(LONG, length=64)))[::-1]
+
+    assert codes([detached, unjudged]) == [("GW303", "rnn", Severity.INFO), ("GW304", "rnn", Severity.INFO)]
+    assert explain(detached).message == "the state that rnn carries on is detached: no gradient goes back beyond the 64 timesteps of its sequences"
+
+
 def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
     stats = dataclasses.replace(cut(16), lag_gain=(1.0,) * 16 + (0.0,) * 48)
-    (finding,) = found(*[(stats, dataclasses.replace(stats, module="", part="model", need=64, note=None))] * 4)
+    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, note=None))
+    (finding,) = found(*[probe] * 4)
 
     assert codes([finding]) == WARNED
     assert explain(finding).cause == "the state that it carries on is detached: no gradient goes back beyond the last 16 timesteps"
-    assert explain(finding).remedy.startswith("carry the state of rnn on without detach() for 64 timesteps")
+    assert explain(finding).remedy == "carry the state of rnn on without detach() for 64 timesteps, or feed it windows of that length"
+    assert found(probe) == []  # nor is it told apart on the way
+
+
+def test_a_gain_that_fades_before_the_cut_has_both_causes_and_both_cures():
+    stats = dataclasses.replace(cut(30), lag_gain=gain(SHORT, 64))
+    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, note=None))
+    said = explain(found(*[probe] * 4, facts=[Fact("rnn", "spectral_radius_l0", 0.58)])[0])
+
+    assert said.cause == (
+        "the spectral radius of W_hh is 0.58; and the state that it carries on is detached: no gradient goes back beyond the last 30 timesteps"
+    )
+    assert said.remedy.startswith("initialize weight_hh of rnn")
+    assert said.remedy.endswith("; and carry the state of rnn on without detach() for 64 timesteps")
+
+
+@pytest.mark.parametrize("need", [None, 30])
+def test_a_cut_behind_a_gain_that_is_gone_and_all_that_is_needed_is_no_cause(need):
+    stats = dataclasses.replace(cut(30, need=need), lag_gain=gain(SHORT, 64))
+    (short,) = (f for f in found(*[(stats,)] * 4, facts=[Fact("rnn", "spectral_radius_l0", 0.58)]) if f.code == "GW301")
+
+    assert explain(short).cause == "the spectral radius of W_hh is 0.58"
+    assert "detach" not in explain(short).remedy
+
+
+def test_a_state_cut_off_at_an_unknown_place_is_told_without_a_number():
+    stats = dataclasses.replace(own(SHORT, length=64, need=64), note="the carried state is detached")
+    said = explain(found(*[(stats,)] * 4)[0])
+
+    assert said.cause == "the state that it carries on is detached"
+    assert explain(found((dataclasses.replace(stats, need=None),))[0]).message.endswith("is detached: no gradient goes back beyond that point")
 
 
 # --- explosion ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import io
@@ -10,6 +11,9 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
+import types
 import warnings
 
 import pytest
@@ -18,6 +22,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 import gradwatch
+from gradwatch.layers import describe
 from gradwatch.report import Finding, Severity
 from gradwatch.watcher import reading
 
@@ -627,6 +632,27 @@ def test_an_optimizer_without_step_hooks_is_wrapped_and_restored(kind, closures)
     assert len(watched.snapshots) == 4
 
 
+class Handed(Duck):
+    """Its step is its own attribute, as somebody else's wrapper leaves it."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters)
+        self.step = self.step
+
+
+@pytest.mark.parametrize("kind", [Duck, BigDuck, Handed])
+def test_a_copy_of_an_optimizer_without_step_hooks_steps_itself_and_is_not_watched(kind):
+    model = tall()
+    optimizer = kind(model.parameters())
+    watched = Watched(model, optimizer)
+    loss_of(model, batches(1)[0]).backward()
+    copied = copy.deepcopy(optimizer)
+    copied.step()
+    assert (optimizer.steps, copied.steps, len(watched.snapshots)) == (0, 1, 0)
+    optimizer.step()
+    assert (optimizer.steps, copied.steps, len(watched.snapshots)) == (1, 1, 1)
+
+
 def test_a_step_that_somebody_wrapped_after_us_stays_theirs():
     model = tall()
     optimizer = Duck(model.parameters())
@@ -643,6 +669,21 @@ def test_a_step_that_somebody_wrapped_after_us_stays_theirs():
     assert optimizer.step is theirs
     optimizer.step()
     assert (optimizer.steps, len(watched.snapshots)) == (2, 1)
+
+
+def test_an_optimizer_that_is_given_twice_is_one():
+    model = tall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Wrapper:
+        def __init__(self):
+            self.optimizer = optimizer
+
+    watched = Watched(model, [optimizer, Wrapper(), optimizer])
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    assert [s.optimizer for s in watched.snapshots] == [0]
+    assert len(watched.snapshots[0].model.optimizers) == 1
 
 
 def test_an_optimizer_inside_of_a_wrapper_is_found():
@@ -826,6 +867,67 @@ def test_a_module_that_did_not_run_is_unused_and_one_whose_output_was_cut_is_dis
     assert reasons == [unknown, seen, seen, seen]  # step 1 is the first probe, and later steps remember what it said
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.use = ("one",)
+
+    def forward(self, x):
+        return sum(getattr(self, name)(torch.tanh(self.body(x))) for name in self.use)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("probe", [1, 50])
+def test_a_head_that_is_not_used_for_long_is_unused_and_no_fault_whatever_zero_grad_leaves(set_to_none, probe):
+    model = Experts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watched = Watched(model, optimizer, every_n_steps=1, probe_every_n_steps=probe)
+    for step, batch in enumerate(batches(100)):
+        model.use = ("one", "two") if step in (1, 2, 50) else ("one",)
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert [a.finding.code for r in watched.reports for a in r.began] == []
+    last = watched.snapshots[-1 if probe == 1 else 49]
+    assert column(last, last.norm).get("two.weight") == (None if set_to_none else 0)
+    if probe == 1:
+        assert column(last, last.absent) == {"two.weight": "unused", "two.bias": "unused"}
+    assert not (watched.snapshots[50].absent and column(watched.snapshots[50], watched.snapshots[50].absent))
+
+
+def test_a_head_that_runs_and_gets_zeros_is_disconnected_at_every_step_of_its_alert():
+    model = Experts()
+    model.use = ("one", "two")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watched = Watched(model, optimizer, every_n_steps=1, probe_every_n_steps=60)
+    for batch in batches(140):
+        optimizer.zero_grad(set_to_none=False)
+        loss_of(model, batch).backward()
+        for parameter in model.two.parameters():
+            parameter.grad.zero_()
+        optimizer.step()
+    assert [(a.finding.code, a.finding.place) for r in watched.reports for a in r.began] == [("GW401", "two")]
+    assert [a.finding.place for a in watched.reports[-1].open] == ["two"]
+    assert not any(r.cleared for r in watched.reports)
+
+
+def test_a_frozen_parameter_outside_of_the_optimizer_is_absent_as_frozen():
+    model = tall()
+    model[0].requires_grad_(requires_grad=False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+    for step, batch in enumerate(batches(4)):
+        if step == 3:
+            model[0].requires_grad_(requires_grad=True)
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    frozen = {"0.weight": "frozen", "0.bias": "frozen"}
+    assert [s.absent and column(s, s.absent) for s in watched.snapshots] == [frozen, frozen, frozen, None]
+
+
 def test_a_module_under_no_grad_in_training_is_disconnected_and_one_in_validation_did_not_run():
     class Feature(nn.Module):
         def __init__(self):
@@ -956,6 +1058,36 @@ def test_layers_come_in_the_order_of_the_forward_pass_with_kind_role_and_place()
     assert roles["inner.deep.weight_ih_l0"] == roles["head.weight"] == "weight"
     line = inspect.getsourcelines(Backwards.forward)[1]
     assert {layer.location for layer in second.layers} == {f"{__file__}:{line}"}
+
+
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_a_place_is_in_the_users_code_and_not_in_an_installed_library(folder, tmp_path):
+    path = tmp_path / folder / "forecasts.py"
+    path.parent.mkdir()
+    path.write_text("""
+from torch import nn
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 4)
+""")
+    library = types.ModuleType("forecasts")
+    exec(compile(path.read_text(), str(path), "exec"), vars(library))
+
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network, self.head = library.Network(), nn.Linear(4, 1)
+
+        @torch.autocast("cpu", enabled=False)
+        def forward(self, x):
+            return self.head(self.network.encoder(x))
+
+    line = inspect.getsourcelines(Mine.forward)[1]
+    mine, theirs = ({layer.name: layer.location for layer in describe(model, [], {})[0].layers} for model in (Mine(), library.Network()))
+
+    assert mine == {"network.encoder": f"{__file__}:{line}", "head": f"{__file__}:{line}"}
+    assert theirs == {"encoder": None}
 
 
 def test_a_layer_whose_weights_another_uses_without_calling_it_stands_behind_that_one():
@@ -1116,6 +1248,99 @@ def test_the_loss_is_the_mean_of_what_was_recorded_for_the_step_and_dropped_wher
     assert [(s.step, s.loss) for s in watched.snapshots] == [(0, 1.5), (2, 3.0), (4, None), (6, 4.0)]
 
 
+def two_halves():
+    model = tall()
+    return model, [torch.optim.SGD(half.parameters(), lr=0.01) for half in (model[0], model[2])]
+
+
+def losses_of(watched):
+    return [(s.optimizer, s.loss) for s in watched.snapshots]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_each_optimizer_that_steps_behind_one_backward_has_its_loss_once(explicit):
+    model, optimizers = two_halves()
+    watched = Watched(model, optimizers)
+    for step, batch in enumerate(batches(4)):
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if step < 3:  # the last is not told, and what was told before is not of it
+            for part in (step, step + 1.0):  # accumulated
+                watched.watcher.record(part)
+        for optimizer in optimizers:
+            if explicit:
+                watched.watcher.step(optimizer=optimizer)
+            optimizer.step()
+    assert losses_of(watched) == [(0, 0.5), (1, 0.5), (0, 1.5), (1, 1.5), (0, 2.5), (1, 2.5), (0, None), (1, None)]
+
+
+def test_of_an_optimizer_that_steps_more_rarely_the_loss_is_that_of_the_step_it_follows():
+    model, (often, rarely) = two_halves()
+    watched = Watched(model, [often, rarely])
+    for step, batch in enumerate(batches(6)):
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if step != 5:
+            watched.watcher.record(float(step))
+        often.step()
+        if step % 3 == 2:
+            rarely.step()
+    assert losses_of(watched) == [(0, 0.0), (0, 1.0), (0, 2.0), (1, 2.0), (0, 3.0), (0, 4.0), (0, None), (1, None)]
+
+
+def test_a_generator_and_a_discriminator_that_record_their_own_losses_have_their_own():
+    model, (generator, discriminator) = two_halves()
+    watched = Watched(model, [generator, discriminator])
+    for step, batch in enumerate(batches(3)):
+        for optimizer, sign in ((discriminator, -1.0), (discriminator, -2.0), (generator, 1.0)):
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            watched.watcher.record(sign * (step + 1))
+            optimizer.step()
+    assert losses_of(watched) == [(i, sign * (step + 1)) for step in range(3) for i, sign in ((1, -1.0), (1, -2.0), (0, 1.0))]
+
+
+@pytest.mark.parametrize("tells", [False, True])
+def test_closures_of_two_optimizers_have_their_own_losses_whatever_is_evaluated_again(tells):
+    model, (first, second) = two_halves()
+    searching = torch.optim.LBFGS(first.param_groups[0]["params"], lr=0.1, max_iter=4)
+    watched = Watched(model, [searching, second])
+    truth = []
+    for batch in batches(3):
+        for index, optimizer in enumerate((searching, second)):
+            evaluated = []
+
+            def closure(evaluated=evaluated, batch=batch, factor=index + 1):
+                model.zero_grad()
+                loss = loss_of(model, batch) * factor
+                loss.backward()
+                evaluated.append(loss.item())
+                if tells:
+                    watched.watcher.record(loss)
+                return loss
+
+            optimizer.step(closure)
+            assert len(evaluated) > 1 or index == 1
+            truth.append((index, pytest.approx(evaluated[0])))
+    assert losses_of(watched) == truth
+
+
+def test_a_loss_that_is_none_warns_once_and_is_left_out():
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+
+    def told(loss):
+        watched.watcher.record(loss)
+        train(model, optimizer, 1)
+
+    with pytest.warns(gradwatch.GradwatchWarning, match="the loss must be a number or a tensor, got None, and is left out"):
+        told(None)
+    told("low")  # a second warning would be an error
+    told(2.0)
+    assert [s.loss for s in watched.snapshots] == [None, None, 2.0]
+
+
 def test_a_recorded_loss_keeps_no_graph_alive():
     model = tall()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -1156,6 +1381,8 @@ def test_what_cannot_be_watched_is_refused_with_what_is_allowed():
         gradwatch.watch(model, on_alert="stop")
     with pytest.raises(TypeError, match=r"ignore must be a list of texts.*got 'GW101'"):
         gradwatch.watch(model, ignore="GW101")
+    with pytest.raises(TypeError, match=r"scaler must have is_enabled\(\) and get_scale\(\), as torch.amp.GradScaler has, or be None, got str"):
+        gradwatch.watch(model, scaler="no")
     watcher = gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="optimizer must be one of the 1 that are watched"):
         watcher.step(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
@@ -1360,23 +1587,70 @@ def test_a_function_for_alerts_that_fails_is_replaced_by_the_logger(caplog):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_is_silent():
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_forked_child_is_silent(explicit):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    watched = Watched(model, optimizer, probe_every_n_steps=1)
-    train(model, optimizer, 1)
+    watched = Watched(model, None if explicit else optimizer, probe_every_n_steps=1)
+
+    def step():
+        train(model, optimizer, 1)
+        if explicit:
+            watched.watcher.step()
+
+    step()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            train(model, optimizer, 3)
+            step()
             watched.watcher.step()
             code = 0 if len(watched.snapshots) == 1 else 2
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    train(model, optimizer, 1)
+    step()
     assert len(watched.snapshots) == 2
+
+
+LEFT = """
+import os, pathlib, sys, torch, gradwatch
+torch.manual_seed(0)
+model = torch.nn.Sequential(*(layer for _ in range(14) for layer in (torch.nn.Linear(6, 6), torch.nn.Sigmoid())), torch.nn.Linear(6, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+closed = []
+class Mine:
+    def __call__(self, report): pass
+    def close(self): closed.append(os.getpid())
+mine = Mine()
+watcher = gradwatch.watch(model, optimizer, logdir=sys.argv[1], on_alert=lambda alert: None, sinks=[mine])
+def train():
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+train()
+content = lambda: {path.name: path.read_bytes() for path in pathlib.Path(sys.argv[1], "gradwatch").iterdir()}
+before = content()
+child = os.fork()
+if child == 0:
+    train()
+    if sys.argv[2] == "close":
+        watcher.close()
+        assert closed == []
+    sys.exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert content() == before
+assert watcher.report.open
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["exit", "close"])
+def test_a_forked_child_that_ends_like_any_process_leaves_the_files_alone(tmp_path, how):
+    done = subprocess.run([sys.executable, "-c", LEFT, tmp_path, how], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [a.finding.code for a in gradwatch.read_run(tmp_path).alerts] == ["GW101"]
 
 
 # --- going on ---

@@ -25,12 +25,12 @@ def disconnected(history: History) -> Iterator[Finding]:
 
 
 def _trained(history: History) -> dict[int, list[int]]:
-    """Columns that the optimizer of this step is to train, by the number of their layer."""
+    """Columns that the optimizer of this step is to train and whose layer is not known to stand aside, by the number of their layer."""
     index = {layer.name: i for i, layer in enumerate(history.model.layers)}
     absent = history.snapshot.absent
     found: dict[int, list[int]] = {}
     for column, parameter in enumerate(history.model.parameters):
-        if parameter.optimizer == history.snapshot.optimizer and not (absent and absent[column] == "frozen"):
+        if parameter.optimizer == history.snapshot.optimizer and not (absent and absent[column] in ("frozen", "unused")):
             found.setdefault(index[parameter.layer], []).append(column)
     return found
 
@@ -46,10 +46,12 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
 
 
 def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
-    """Layers whose gradient was exactly zero through the whole window."""
+    """Layers that ran in the last probe, and whose gradient was exactly zero through the whole window, that probe included."""
     window = history.window(history.thresholds.window)
     silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
     if not silent or len(window) < history.thresholds.window or _blocked(history):
+        return set()
+    if all(s.weight_norm is None for s in window) and all(code != "GW401" for code, *_ in history.open):
         return set()
     silent = {i for i in silent if all(s.norm[i] == 0 for s in window)}
     cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)}

@@ -29,11 +29,12 @@ def through_time(history: History) -> Iterator[Finding]:
     probes = history.sequences()
     if not probes:
         return
-    short = [finding for claim in _claims(history, probes) for finding in _judged(history, probes, claim)]
-    yield from short
+    claims = list(_claims(history, probes))
+    for claim in claims:
+        yield from _judged(history, probes, claim)
     yield from _exploding(history, probes)
-    needed = {f.place for f in short if f.code == "GW301" and "need" in f.evidence}
-    yield from (f for f in _detached(probes) if f.place not in needed)
+    unmet = {c.place for c in claims if c.need is not None and (verdicts := _verdicts(history, probes, c)) and verdicts[-1].met is False}
+    yield from (f for f in _detached(probes) if f.place not in unmet)
 
 
 # --- a memory against its need ---
@@ -78,14 +79,20 @@ class _Verdict(NamedTuple):
     """None where it cannot be told: the sequences end before the need does."""
 
 
-def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iterator[Finding]:
+def _verdicts(history: History, probes: Sequence[Snapshot], claim: _Claim) -> list[_Verdict]:
+    """Judge each probe at which the memory could be measured."""
     t = history.thresholds.of(claim.place)
-    seen = [
+    return [
         _Verdict(p.step, s, found, _met(found, s.length, claim.need, t.horizon_share))
         for p in probes
         for s in p.sequences or ()
         if (s.module, s.part) == (claim.module, claim.part) and (found := memory_of(s, t.horizon_gain)) is not None
     ]
+
+
+def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iterator[Finding]:
+    t = history.thresholds.of(claim.place)
+    seen = _verdicts(history, probes, claim)
     judged = [v for v in seen if v.met is not None]
     if claim.need is not None and not judged:
         yield from _unjudged(claim, seen, probes[-1])
@@ -186,7 +193,7 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
     for stats in newest.sequences or ():
         place = stats.module if stats.part != "model" else _place(history, probes, "GW302")
         t = history.thresholds.of(place)
-        limit = t.explosion_time / (t.clear_factor if history.is_open("GW302", place) else 1.0)
+        limit = t.explosion_time / (history.thresholds.clear_factor if history.is_open("GW302", place) else 1.0)
         growth, key = _growth_of(stats, newest), (stats.module, stats.part)
         if growth.factor < limit:
             continue
@@ -277,14 +284,13 @@ def explain_through_time(finding: Finding) -> Explanation:
     if finding.code == "GW302":
         return why_explodes({**evidence, **({} if finding.onset is None else {"onset": float(finding.onset)})}, place)
     if finding.code == "GW303":
-        length = float(evidence["length"])
-        reached = (
-            f"no gradient goes back beyond the last {float(evidence['reached']):.0f} of {length:.0f} timesteps"
-            if "reached" in evidence
-            else "no gradient goes back beyond it"
-        )
+        length, reached = float(evidence["length"]), evidence.get("reached")
+        if reached is None:
+            where = "that point"
+        else:
+            where = f"the last {float(reached):.0f} of {length:.0f} timesteps" if float(reached) < length else f"the {length:.0f} timesteps of its sequences"
         return Explanation(
-            f"the state that {place or 'the model'} carries on is detached: {reached}",
+            f"the state that {place or 'the model'} carries on is detached: no gradient goes back beyond {where}",
             "truncated backpropagation through time, by detach() or a state kept from an earlier step",
             f"nothing, if that is meant; else carry the state of {place or 'the model'} on without detach(), or declare with horizon= how many timesteps matter",
         )

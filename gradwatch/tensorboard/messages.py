@@ -51,8 +51,9 @@ def text(report: Report) -> Any:  # noqa: ANN401
 def _told(event: str, alert: Alert) -> str:
     """Give an alert as Markdown: a list, because the page makes the columns of a table too narrow to read."""
     finding = alert.finding
-    since = finding.onset if finding.onset is not None else alert.began
+    since = f"since step {finding.onset if finding.onset is not None else alert.began}"
+    when = "" if since in alert.message else f", {since}"
     place = f"`{finding.place}`" if finding.place else "the whole model"
     items = [("what", alert.message), ("likely cause", alert.cause), ("try", alert.remedy)]
     told = [f"- **{name}**: {' '.join(words.split())}" for name, words in items if words]
-    return "\n".join([f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}, since step {since}", "", *told])
+    return "\n".join([f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}{when}", "", *told])

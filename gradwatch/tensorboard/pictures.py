@@ -181,8 +181,9 @@ def heatmap(
 
     write(left, 20, title, "ls")
     write(left, top - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls")
+    digits = int(high - low < 6)
     for share, level, anchor in ((0.0, high, "la"), (0.5, (low + high) / 2, "lm"), (1.0, low, "ld")):
-        write(width - right + 26, top + share * body, f"{round(level)}", anchor)
+        write(width - right + 26, top + share * body, f"{round(level, digits) + 0.0:.{digits}f}", anchor)
     below = top + body + 22
     write(left, below, f"step {steps[0]}", "ls")
     if len(steps) > 2:

@@ -64,6 +64,8 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
             "gradwatch/zero_norms": float(sum(n == 0 for n in norms.values())),
         }
     found["gradwatch/alerts_open"] = float(sum(alert.severity > Severity.INFO for alert in report.open))
+    if snapshot.loss is not None:
+        found["gradwatch/loss"] = snapshot.loss
     if snapshot.clip_factor is not None:
         found["gradwatch/clip_factor"] = snapshot.clip_factor
     found.update((f"gradwatch_norm/{name}", level) for name, level in levels.items())

@@ -21,7 +21,7 @@ _BUCKETS = 128
 class TensorBoardSink:
     """A sink that writes into its own event file in a directory, or through a user's SummaryWriter.
 
-    Tags: `gradwatch/norm_global`, `norm_min`, `norm_median`, `norm_max`, `zero_norms`, `alerts_open`, `clip_factor`;
+    Tags: `gradwatch/norm_global`, `norm_min`, `norm_median`, `norm_max`, `zero_norms`, `alerts_open`, `clip_factor`, `loss`;
     `gradwatch_norm/<layer>` at measured steps; `gradwatch_sensitivity/<layer>`, `gradwatch_update/<layer>`,
     `gradwatch_profile/layers` at probes; `gradwatch_heatmap/layers` now and then and at the end; `gradwatch/alerts`.
     Through time, at probes: `gradwatch/horizon/<module>`, `gradwatch/half_life/<module>` in timesteps; `gradwatch_time/<module>/lag_00064`, the gain by lag

@@ -10,10 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Carry = TypeVar("Carry", Tensor, Tensor | None)
 
 _CHUNK = 64
 """Timesteps whose intermediate results are held at once: enough for one product of matrices to pay, and little memory."""
@@ -106,7 +109,7 @@ class Lstm(Cell):
         squashed = cells.tanh_()
         self._k = torch.stack([g * i * (1 - i), earlier.mul_(f * (1 - f)), new.copy_(i * (1 - g * g))], -2)
         self._ko = squashed * o * (1 - o)
-        self._through = o * (1 - squashed * squashed)
+        self.through = o * (1 - squashed * squashed)
         h = squashed.mul_(o)
         return h if w_hr is None else h @ w_hr.T
 
@@ -114,7 +117,7 @@ class Lstm(Cell):
         """Go one timestep back; see `Cell.back`."""
         assert dc is not None
         inner = dh if self._w_hr is None else dh @ self._w_hr
-        total = torch.addcmul(dc, inner, self._through[t])
+        total = torch.addcmul(dc, inner, self.through[t])
         hidden = total.shape[-1]
         torch.mul(total.unsqueeze(-2), self._k[t], out=out.view(*out.shape[:-1], 4, hidden)[..., :3, :])
         torch.mul(inner, self._ko[t], out=out[..., 3 * hidden :])
@@ -182,11 +185,13 @@ class Walker:
             start = max(stop - _CHUNK, 0)
             for t in range(stop - 1, start - 1, -1):
                 k = t - start
+                seam = self.seams.get(t)
+                carry_h, carry_c = _over(seam, carry_h), _over(seam, carry_c)
                 buffers["came"][k] = carry_h
                 if carry_c is not None:
                     cells["came"][k] = carry_c
-                if t in self.seams:
-                    carry_h, carry_c = _cross(self.seams[t], carry_h, carry_c)
+                if seam is not None:
+                    carry_h, carry_c = _known(carry_h, seam.h), _known(carry_c, seam.c)
                 if carry_c is not None and self.final_c is not None and t in self.ends:
                     carry_c = carry_c.index_add(1, self.ends[t], self.final_c[:, self.ends[t]])
                 dh = torch.add(self.direct[t], carry_h, out=buffers["total"][k])
@@ -201,7 +206,7 @@ class Walker:
             squares["hidden"][start:stop] = square(total)
             squares["direct"][start:stop] = square(self.direct[start:stop])
             for t in self.seams.keys() & range(start, stop):  # what crossed and was not the next call's is used directly
-                squares["direct"][t] = square(total[t - start] - came[t - start])
+                squares["direct"][t] = _difference(total[t - start], came[t - start])
             squares["carried"][start:stop] = square(came)
             squares["state"][start:stop] = squares["hidden"][start:stop]
             if lstm:
@@ -218,14 +223,22 @@ class Walker:
         )
 
 
-def _cross(seam: Seam, carry_h: Tensor, carry_c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Take autograd's word for what crosses a seam in the training's own stream; cotangents cross it where the graph does."""
+def _over(seam: Seam | None, carry: Carry) -> Carry:
+    """Give what comes over a seam of what the call behind it hands back: nothing where it is detached."""
+    return carry if seam is None or seam.joined or carry is None else torch.zeros_like(carry)
 
-    def crossed(carry: Tensor, known: Tensor | None) -> Tensor:
-        first = torch.zeros_like(carry[:1]) if known is None else known.unsqueeze(0)
-        return torch.cat([first, carry[1:] if seam.joined else torch.zeros_like(carry[1:])])
 
-    return crossed(carry_h, seam.h), None if carry_c is None else crossed(carry_c, seam.c)
+def _known(carry: Carry, known: Tensor | None) -> Carry:
+    """Take autograd's word for what the state at a seam has in the training's own stream; cotangents cross as they come."""
+    if carry is None:
+        return carry
+    return torch.cat([torch.zeros_like(carry[:1]) if known is None else known.unsqueeze(0), carry[1:]])
+
+
+def _difference(total: Tensor, part: Tensor) -> Tensor:
+    """Give the squares of total - part, zero where that is only rounding."""
+    squares = square(total - part)
+    return squares * (squares > square(total) * (64 * torch.finfo(total.dtype).eps) ** 2)
 
 
 def square(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,29 +13,42 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
-def differentiable(value: Any) -> Any:  # noqa: ANN401, PLR0911  (whatever a model takes: a line for each kind)
+def differentiable(value: Any) -> Any:  # noqa: ANN401  (whatever a model takes)
     """Copy the tensors in a value; floating-point ones are not leaves, so that they may be edited in place, but have a leaf behind them."""
+    return _copied(value, _with_leaf)
+
+
+def detached(value: Any) -> Any:  # noqa: ANN401
+    """Give the same value with tensors that keep no graph."""
+    return _copied(value, Tensor.detach)
+
+
+def _with_leaf(tensor: Tensor) -> Tensor:
+    mine = tensor.detach()
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_nested:
+        return mine.clone()
+    return (mine.clone() if mine.is_inference() else mine).requires_grad_().clone()
+
+
+def _copied(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (a line for each kind)
     if isinstance(value, PackedSequence):
-        return PackedSequence(differentiable(value.data), value.batch_sizes, value.sorted_indices, value.unsorted_indices)
+        return PackedSequence(change(value.data), value.batch_sizes, value.sorted_indices, value.unsorted_indices)
     if isinstance(value, Tensor):
-        mine = value.detach()
-        if not value.is_floating_point() or value.layout is not torch.strided or value.is_nested:
-            return mine.clone()
-        return (mine.clone() if mine.is_inference() else mine).requires_grad_().clone()
+        return change(value)
     copied: Any
     if isinstance(value, MutableMapping):
         copied = copy.copy(value)
         for key in value:
-            copied[key] = differentiable(value[key])
+            copied[key] = _copied(value[key], change)
         return copied
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         copied = copy.copy(value)
         for each in dataclasses.fields(value):
-            object.__setattr__(copied, each.name, differentiable(getattr(value, each.name)))
+            object.__setattr__(copied, each.name, _copied(getattr(value, each.name), change))
         return copied
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(differentiable, value))
-    return type(value)(map(differentiable, value)) if type(value) in (list, tuple) else value
+        return type(value)(*(_copied(v, change) for v in value))
+    return type(value)(_copied(v, change) for v in value) if type(value) in (list, tuple) else value
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:  # noqa: ANN401

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from gradwatch.timesteps.layout import Layout, Packed, Padded
 from gradwatch.timesteps.recurrent import Call, Spec
@@ -49,18 +50,28 @@ class Seen:
     """The state that it gave."""
     versions: list[int] = field(default_factory=list)
     """Version counters of the weights, to notice an edit."""
+    graph: bool = False
+    """Whether that made a graph of its own."""
+    derived: bool = False
+    """Whether the one before did, so that gradients of gradients may be in what arrived."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    """Of the hooks on its tensors."""
 
-    def reached(self, task: int) -> None:
-        """Take note of a backward pass; what an earlier one brought is forgotten."""
+    def reached(self, task: int, *, graph: bool) -> None:
+        """Take note of a backward pass, and of whether it made a graph of its own; what an earlier one brought is forgotten."""
         if self.task == task:
             return
+        self.derived, self.graph = self.graph, graph
         self.task, self.tasks, self.squares = task, self.tasks + 1, {}
         if self.call is not None:
             self.call.gradients = {}
 
     def drop(self) -> None:
-        """Let go of every tensor; hooks in a graph that lives on find nothing."""
+        """Let go of every tensor, and take the hooks off: the graph may live on."""
         self.squares, self.blank, self.lengths, self.call = {}, None, None, None
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
 
 @dataclass
@@ -74,6 +85,8 @@ class Target:
     """Whether it is one of torch's recurrent modules, which can be walked back through."""
     trusted: bool = False
     """Whether a leaf in place of its input can do no harm."""
+    candidate: weakref.ref[nn.Module] | None = None
+    """The module, if that may turn out so after this step."""
     seen: list[Seen] = field(default_factory=list)
     leaves: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     version: int = 0
@@ -82,6 +95,10 @@ class Target:
     """State of the CPU's generator, before the module ran."""
     without_grad: bool = False
     """Whether it ran without a graph: then a run within backward is the real one (reentrant checkpointing)."""
+    within: int | None = None
+    """The backward pass in which it ran last, of such runs."""
+    repeated: bool = False
+    """Whether it ran several times in one of them: in an order that is not that of time."""
     passes: set[int] = field(default_factory=set)
     """Those of this step that a backward pass has reached and that were let go of."""
     note: str | None = None
@@ -90,6 +107,11 @@ class Target:
         """Tell whether this input is a leaf that was put in."""
         leaf = self.leaves.get(id(x))
         return leaf is not None and leaf() is x
+
+
+def transformed() -> bool:
+    """Tell whether what runs now is inside of a functional transform, whose tensors are none of the training's."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def first_tensor(value: object) -> Tensor | None:
@@ -134,7 +156,7 @@ class Recorder:
             trusted = (recurrent and type(module).forward in _STOCK) or self._learned.get(name, False)
             target = self.targets[id(module)] = Target(name, time, recurrent, trusted)
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
-            if compiled and (not isinstance(module, nn.RNNBase) or torch._dynamo.config.allow_rnn):
+            if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
             else:
                 chosen[id(module)] = module
@@ -150,7 +172,11 @@ class Recorder:
         for target in self.targets.values():
             for seen in target.seen:
                 seen.drop()
+            candidate, target.candidate = target.candidate, None
+            if candidate is not None and (module := candidate()) is not None:  # a reentrant checkpoint cuts off what gets no input with a gradient
+                self._learned[target.name] = all(p.grad is not None for p in module.parameters() if p.requires_grad)
             target.seen, target.passes, target.leaves, target.random = [], set(), {}, None
+            target.within, target.repeated = None, False
         self._pass, self._busy = 0, False
         self.sentinel.remove()
 
@@ -164,15 +190,17 @@ class Recorder:
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put a leaf in place of an input that has no gradient, so that it gets one; the numbers stay the same."""
         target = self.targets.get(id(module))
-        if target is None:
+        if target is None or transformed():
             return None
         if not torch.is_grad_enabled():
             target.without_grad = target.without_grad or not target.seen
             return None
-        x = first_tensor(inputs[:1])
-        if x is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = first_tensor(inputs[0]) if inputs and isinstance(inputs[0], Tensor | PackedSequence) else None
+        if x is None:
             return None
-        recomputed = torch._C._current_graph_task_id() != -1 and not target.without_grad
+        in_backward = torch._C._current_graph_task_id() != -1
+        target.without_grad = target.without_grad and in_backward  # else it was a validation
+        recomputed = in_backward and not target.without_grad
         target.version = x._version
         if isinstance(module, nn.RNNBase) and module.dropout and module.training and x.device.type == "cpu":
             target.random = torch.get_rng_state()
@@ -191,22 +219,19 @@ class Recorder:
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
         target = self.targets.get(id(module))
         in_backward = torch._C._current_graph_task_id() != -1
-        if target is None or not torch.is_grad_enabled() or (in_backward and not target.without_grad):
+        if target is None or transformed() or not torch.is_grad_enabled() or (in_backward and not target.without_grad):
             return
         value = inputs[0] if inputs else kwargs.get("input")
         x = first_tensor(value)
-        if x is None or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if x is None:
             target.note = target.note or "its first input is not a floating-point tensor"
             return
         if not target.trusted and not x.requires_grad:
-            outputs = floats(output)
-            self._learned[target.name] = x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)
+            self._learn(target, module, x, floats(output))
         layout = self._layout(target, module, value, x)
         if layout is None:
             return
-        if self._busy and not in_backward:  # what runs after a backward pass begins another
-            self._pass, self._busy = self._pass + 1, False
-            self._forget()
+        self._count(target)
         seen = Seen(layout, target.time is None, self._pass)
         if target.recurrent:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
@@ -221,6 +246,27 @@ class Recorder:
         self.sentinel.watch(module)
 
     # --- parts of that ---
+
+    def _learn(self, target: Target, module: nn.Module, x: Tensor, outputs: list[Tensor]) -> None:
+        """Find out whether a leaf in place of the input would do harm; for that, `next_step` looks at what the backward pass has brought."""
+        if self._learned.get(target.name) is False:
+            target.note = "its input has no gradient, and with one it might train differently: it edits or keeps the input, or a part of it gets no gradient"
+        kept = any(value is x for part in module.modules() for value in vars(part).values())
+        harmless = not kept and x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)
+        self._learned[target.name] = False
+        target.candidate = weakref.ref(module) if harmless else None
+
+    def _count(self, target: Target) -> None:
+        """Begin another pass, if something runs after a backward pass, or once more in a later one."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            another, self._busy = self._busy, False
+        else:
+            target.repeated = target.repeated or target.within == task
+            another, target.within = target.within not in (None, task), task
+        if another:
+            self._pass += 1
+            self._forget()
 
     def _forget(self) -> None:
         """Keep the last pass that a backward pass has reached, and what came after it."""
@@ -239,7 +285,7 @@ class Recorder:
         if isinstance(value, PackedSequence):
             return Packed(value, _affordable(len(value.batch_sizes), hidden))
         if target.time is None:
-            return Padded(torch.Size((1, *x.shape)), 0, ROWS, batched=x.dim() > 1)
+            return Padded(torch.Size((1, *x.shape)), 0, ROWS if target.recurrent else x.shape[0], batched=x.dim() > 1)
         if target.recurrent:
             batched = x.dim() == 3
             time = int(bool(module.batch_first) and batched)
@@ -247,7 +293,7 @@ class Recorder:
         if x.dim() <= target.time:
             target.note = f"its input has {x.dim()} dimensions, and number {target.time} is said to be that of time (counted from 0)"
             return None
-        return Padded(x.shape, target.time, ROWS, batched=x.dim() > 2)
+        return Padded(x.shape, target.time, x.numel(), batched=x.dim() > 2)
 
     @staticmethod
     def _keep(target: Target, module: nn.Module, state: Any, x: Tensor, output: Any, seen: Seen) -> None:  # noqa: ANN401
@@ -283,7 +329,11 @@ class Recorder:
                 call.carried = not h0.requires_grad
             elif spec.directions == 1 and layout.lengths is None and _same_state(before, call, h0):
                 call.joined = h0.requires_grad
+            elif seen.single and h0.requires_grad and before.layout.inner(1) == layout.inner(1):
+                first = next(s.call for s in target.seen if s.number == seen.number)
+                call.changed = first is None or not torch.equal(first.h0, call.h0)  # else a start that learns
         seen.handed = weakref.ref(given["h"])
+        call.total = seen.single and "c" in given and given["h"].grad_fn is not given["c"].grad_fn
 
     def _hang(self, tensor: Tensor, seen: Seen, name: str) -> None:
         """Take down what arrives at a tensor; reduced or copied at once, because a view would keep all of it."""
@@ -295,17 +345,23 @@ class Recorder:
             recorder, mine = me(), ref()
             if recorder is None or mine is None or gradient is None:
                 return
+            graph = torch.is_grad_enabled()
             try:
                 with torch.no_grad():
-                    recorder._arrived(mine, name, _timed(gradient, mine))
+                    recorder._arrived(mine, name, _timed(gradient, mine), graph=graph)
             except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
                 mine.drop()
 
-        tensor.register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
+        if name != "x" and tensor.grad_fn is not None:  # behind the hooks of the user, who may change what goes into the module
+            number = tensor.output_nr
+            seen.handles.append(tensor.grad_fn.register_prehook(lambda gradients: hook(gradients[number])))
+            return
+        # A module may keep the tensor as an attribute: saved with it, the hook stays behind, and without a warning.
+        seen.handles.append(tensor.register_hook(unserializable_hook(hook)))  # type: ignore[no-untyped-call]  # torch's
 
-    def _arrived(self, seen: Seen, name: str, gradient: Tensor) -> None:
+    def _arrived(self, seen: Seen, name: str, gradient: Tensor, *, graph: bool) -> None:
         self._busy = True
-        seen.reached(torch._C._current_graph_task_id())
+        seen.reached(torch._C._current_graph_task_id(), graph=graph)
         if name == "x" or seen.call is None:
             seen.squares[name], seen.lengths = seen.layout.every(gradient)
         if seen.call is not None:
@@ -314,8 +370,8 @@ class Recorder:
 
 def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401
     """Name what a module gives: outputs "y", hidden states "h", cell states "c"."""
-    if single:  # a cell; an unknown one gives its hidden state first
-        return dict(zip(("h", "c"), floats(output), strict=False))
+    if single:  # a cell; an unknown one gives its hidden state first, and perhaps once more with its cell state
+        return dict(zip(("h", "c"), {id(t): t for t in floats(output)}.values(), strict=False))
     if not recurrent:
         return {}
     y, states = output

@@ -70,8 +70,12 @@ class Call:
     """Whether nothing else uses its input: it is a leaf that was put in."""
     carried: bool = False
     """Whether the first call of a sequence was given a state without a graph."""
+    total: bool = False
+    """Whether the gradient of its cell state includes what comes through its hidden state: an LSTMCell that is not one fused kernel."""
     joined: bool | None = None
     """Whether its state came from the call before: True along the graph, False detached; None: it did not."""
+    changed: bool = False
+    """Whether that of a cell came from something else in the graph: what became of the state that the call before gave, probably."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Like x ("x"), y ("y"), h0 ("h") and c0 ("c"): what arrived at the input, the outputs and the last states."""
 
@@ -85,7 +89,7 @@ class Call:
         keep = 1 - self.spec.dropout
         # What the kernels draw does not depend on the format that it is stored in.
         drawn = (torch.empty(shape, dtype=torch.uint8).bernoulli_(keep, generator=generator) for _ in range(self.spec.layers - 1))
-        return [self.layout.from_inner(mask).to(self.y.dtype) / keep for mask in drawn]
+        return [self.layout.from_inner(mask).to(self.y.dtype) / (keep or 1.0) for mask in drawn]
 
 
 @dataclass
@@ -127,6 +131,9 @@ def trace(chain: Sequence[Call], own: Tensor | None, generator: torch.Generator)
     for begin, call in _begins(chain):
         if "y" in call.gradients:
             direct[begin : begin + len(call.x), 0] = call.gradients["y"]
+        cell = forward.cells[0]
+        if call.total and isinstance(cell, Lstm) and {"h", "c"} <= call.gradients.keys():
+            call.gradients["c"] = call.gradients["c"].to(wide) - call.gradients["h"].to(wide) * cell.through[begin]
     direct[newest, 1:, torch.arange(rows, device=x.device)] = _cotangents(rows, y.shape[-1], generator).to(y)
 
     found: list[Series] = []
@@ -159,7 +166,7 @@ def _cotangents(rows: int, width: int, generator: torch.Generator) -> Tensor:
     width allows, because rows have similar Jacobians: what one has missed another sees, which halves the error where they are many.
     """
     drawn = torch.randn((width, rows * _COTANGENTS), generator=generator, dtype=torch.float64)
-    found = torch.cat([torch.linalg.qr(block)[0] for block in drawn.split(width, 1)], 1)
+    found = torch.cat([torch.linalg.qr(block)[0] for block in torch.split(drawn, width, 1)], 1)
     return found.T.reshape(rows, _COTANGENTS, width)
 
 
@@ -211,7 +218,8 @@ def _part(walk: Walk, name: str, flipped: Tensor | None, aligned: Tensor | None,
     # first state of a row hands nothing on: shorter rows would else dilute the ratio of the others at the lag where they begin.
     handing = torch.cat([torch.zeros_like(walk.state[:1]), walk.state[1:]])
     state, carried = (by_lag(timed(s), aligned)[0].flip(0) for s in (handing, walk.carried))
-    values["carry_ratio"] = (carried[1:] / state[:-1] if reverse else carried[:-1] / state[1:]).sqrt()
+    later, handed = (state[:-1], carried[1:]) if reverse else (state[1:], carried[:-1])
+    values["carry_ratio"] = (handed / later.clamp(min=1e-300)).sqrt()  # of nothing, nothing is carried
     if walk.cell is not None:
         values["grad_cell"] = series(walk.cell[0])
     if not reverse:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.snapshot import Fact, SequenceStats, memory
-from gradwatch.timesteps.adjoint import by_lag
+from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.capture import Recorder, Seen, Target
 from gradwatch.timesteps.recurrent import Call, Series, trace
 
@@ -24,7 +24,8 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 """Series that carry the loss scale."""
 
 
-_NOT_FOLLOWED = "it ran without a graph only: a checkpoint that runs each of its calls again within backward cannot be followed"
+_NO_GRADIENT = "its input has no gradient, and could not be given one"
+_NOT_FOLLOWED = "its calls run once more within the backward pass, one by one: reentrant checkpointing of single timesteps cannot be followed"
 
 
 @dataclass
@@ -126,9 +127,9 @@ def traces(recorder: Recorder, generator: torch.Generator) -> list[Trace]:
 def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) -> Trace:
     result = Trace(target.name, notes=[target.note] if target.note else [])
     passes = {s.number for s in target.seen if s.task is not None} or {s.number for s in target.seen}
-    if not passes:
+    if target.repeated or not passes:
         if not target.note:
-            result.notes.append(_NOT_FOLLOWED if target.without_grad else "it did not run in this step")
+            result.notes.append(_NOT_FOLLOWED if target.repeated else "it ran without a graph" if target.without_grad else "it did not run in this step")
         return result
     if changed is not None:
         result.checks["changed"] = changed
@@ -140,6 +141,8 @@ def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) 
     result.series = [whole]
     if any("x" in s.squares for s in chain):
         whole.values["grad_input"] = _series(chain, "x", own)
+    elif any(s.task is not None for s in chain):
+        result.notes.append(_NO_GRADIENT)
     if target.recurrent:
         _walk(chain, own, result, generator)
         return result
@@ -158,7 +161,7 @@ def _reached(target: Target, chain: Sequence[Seen], notes: list[str]) -> None:
             if seen.call is not None:
                 seen.call.gradients = {}
     if task is None:
-        notes.append("no gradient reached it")
+        notes.append("no gradient reached it" if any(s.handles for s in chain) else _NO_GRADIENT)
     passes = len(target.passes.union(s.number for s in target.seen if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
@@ -173,20 +176,43 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
     if len(calls) < len(chain):
         result.notes.append("what it took and gave could not be kept")
         return
+    if not chain[0].layout.rows:
+        result.notes.append("its batch has no rows")
+        return
+    if any(s.derived for s in chain):
+        result.notes.append("the hidden series are left out: a gradient of a gradient went through it")
+        return
     if any(w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)):
         result.notes.append("the hidden series are left out: its weights were edited between the forward pass and the step")
         return
     if calls[0].spec.dropout and calls[0].random is None:
         result.notes.append("what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same")
         return
+    if any(call.changed for call in calls):
+        result.notes.append("its state is changed between its calls, so how far back it can see is not known")
+        result.series += _by_call(calls)
+        return
     _cuts(calls, result.notes)
     (module, *parts), result.facts = trace(calls, chain[0].layout.chosen(own) if own is not None else None, generator)
     result.series[0].values.update(module.values)
     result.series += parts
-    result.alone = all(call.alone for call in calls)
+    # Of an output that is a view and was edited in place, autograd forgets who asked for its gradient.
+    result.alone = all(call.alone for call in calls) or not any(call.gradients.keys() - {"x"} for call in calls)
     result.tolerance = max(_NARROW if call.narrow else _TOLERANCE.get(call.y.dtype, _NARROW) for call in calls)
     if calls[0].carried:
         result.checks["carried"] = calls[0].h0.abs().max()
+
+
+def _by_call(calls: Sequence[Call]) -> list[Series]:
+    """Give what arrived at the states of a cell, a call after the other: of each what autograd says, whatever happens between."""
+    found = {"grad_hidden": "h"} | ({"grad_cell": "c"} if calls[0].total else {})  # of a fused cell, the rest comes through h
+    values = {name: torch.stack([_size(call, key) for call in calls]) for name, key in found.items()}
+    return [Series("l0", len(calls), calls[0].layout.rows, values)]
+
+
+def _size(call: Call, name: str) -> Tensor:
+    gradient = call.gradients.get(name)
+    return square(gradient).sum().sqrt() if gradient is not None else call.y.new_zeros((), dtype=torch.float64)
 
 
 def _cuts(calls: Sequence[Call], notes: list[str]) -> None:
@@ -200,7 +226,7 @@ def _chain(seen: list[Seen], notes: list[str]) -> list[Seen]:
     """Give the last calls that make one sequence, each with the state of the one before."""
     chains: list[list[Seen]] = []
     for one in seen:
-        if chains and one.call is not None and one.call.joined is not None:
+        if chains and one.call is not None and (one.call.joined is not None or one.call.changed):
             chains[-1].append(one)
         else:
             chains.append([one])
@@ -224,7 +250,7 @@ def _own_lengths(seen: Seen) -> Tensor | None:
 
 def _series(chain: Sequence[Seen], name: str, lengths: Tensor | None) -> Tensor:
     """Give the norm over rows and features per timestep, oldest first, aligned at the rows' ends; (T,)."""
-    shape = next(s.squares[name].shape[1:] for s in chain if name in s.squares)
+    if lengths is not None:
+        return by_lag(chain[0].squares[name], lengths)[0].flip(0).sqrt()
     like = next(s.squares[name] for s in chain if name in s.squares)
-    squares = torch.cat([s.squares[name] if name in s.squares else like.new_zeros((s.layout.steps, *shape)) for s in chain])
-    return by_lag(squares, lengths)[0].flip(0).sqrt()
+    return torch.cat([s.squares[name].sum(1) if name in s.squares else like.new_zeros(s.layout.steps) for s in chain]).sqrt()

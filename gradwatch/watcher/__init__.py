@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from gradwatch.watcher.watcher import Watcher
 __all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "watch"]
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
+_watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
 
 
 def watch(
@@ -97,13 +100,15 @@ def watch(
     _check_names(model, "timesteps", timesteps)
     _check_names(model, "horizon", horizon)
     optimizers = _optimizers(model, optimizer)
+    if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
+        raise TypeError(f"scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None, got {type(scaler).__name__}")
     earlier = _watched.get(model)
     if earlier is not None and (watcher := earlier()) is not None:
         watcher.close()
     files: list[Sink] = []
     if logdir is not None:
-        directory = claim(logdir, name)
-        files = [Record(directory), TensorBoardSink(directory)]
+        directory = claim(logdir, name, _close_orphans)
+        files = [TensorBoardSink(directory), Record(directory)]  # the last to be closed lets go of the directory
     watcher = Watcher(
         model,
         optimizers,
@@ -118,7 +123,17 @@ def watch(
         horizon=horizon,
     )
     _watched[model] = weakref.ref(watcher)
+    _watchers.add(watcher)
     return watcher
+
+
+def _close_orphans() -> None:
+    """Close the watchers whose model is gone: a cell of a notebook that runs again makes a new one, and leaves the old watcher."""
+    gc.collect()
+    for watcher in tuple(_watchers):
+        if watcher.orphaned:
+            with contextlib.suppress(Exception):  # of its last alerts
+                watcher.close()
 
 
 def check_options(
@@ -212,4 +227,4 @@ def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if stepped and not any(id(p) in mine for p in stepped):
             raise ValueError(f"optimizer must step parameters of the model, and none of the {len(stepped)} of this {type(optimizer).__name__} is one of them")
-    return every
+    return list({id(o): o for o in every}.values())

@@ -37,7 +37,7 @@ class Slot:
     weighed: bool = False
     """Whether the weights were measured since `columns` was made."""
     absent: dict[int, Absent] = field(default_factory=dict)
-    """What the last probe said of the columns without a gradient."""
+    """What the last look at the forward pass said of the columns that have no gradient or may have zeros in its place."""
     spare: dict[int, Tensor] = field(default_factory=dict)
     """By column, memory of the last probe's copies of weights."""
     turn: int = 0
@@ -54,7 +54,14 @@ class Inventory:
         self.trace = ForwardTrace(visitor)
         self.order: dict[str, int] = {}
         """Position of each layer in the first forward pass in which a probe has seen it."""
-        self.info, self._columns = layers.describe(model, [s.optimizer for s in slots if s.optimizer is not None], self.order)
+        self.info = self._describe(model)
+
+    def _describe(self, model: nn.Module) -> ModelInfo:
+        info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self.order)
+        known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
+        self.frozen = [c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None]
+        """Columns that are frozen and that no optimizer steps, as of the last description."""
+        return info
 
     def look_ahead(self, slot: Slot) -> bool:
         """Look at the forward pass of the next step of this optimizer; False where torch.compile hides it, but for recurrent modules."""
@@ -108,7 +115,7 @@ class Inventory:
             every = [p for group in slot.optimizer.param_groups for p in group["params"]]
         ids = list(map(id, every))
         if ids != slot.ids:
-            info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self.order)
+            info = self._describe(model)
             if info != self.info:  # equal ones stay the same object, by which the record knows them
                 self.info = info
             slot.ids = ids
@@ -119,17 +126,21 @@ class Inventory:
         return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
 
     def absent(self, slot: Slot, parameters: Sequence[Tensor], ran: frozenset[str] | None) -> list[Absent | None]:
-        """Say why parameters have no gradient, given the modules that ran (None: nobody looked)."""
-        reasons: list[Absent | None] = [None] * len(self.info.parameters)
+        """Say why parameters have no gradient, or will be found to have zeros in its place, given the modules that ran (None: nobody looked)."""
+        layers_of = self.info.parameters
+        if ran is not None:  # zero_grad(set_to_none=False) leaves zeros to a layer that did not run
+            slot.absent = {c: "unused" for c in slot.columns if layers_of[c].layer not in ran}
+        reasons: list[Absent | None] = [slot.absent.get(column) for column in range(len(layers_of))]
+        for column in self.frozen:
+            reasons[column] = "frozen"
         for column, parameter in zip(slot.columns, parameters, strict=True):
             if parameter.grad is not None:
-                continue
-            if not parameter.requires_grad:
+                if reasons[column] != "unused":
+                    reasons[column] = None
+            elif not parameter.requires_grad:
                 reasons[column] = "frozen"
-            elif ran is None:
-                reasons[column] = slot.absent.get(column, "unused")
-            else:
-                reasons[column] = "disconnected" if self.info.parameters[column].layer in ran else "unused"
-        if ran is not None:
-            slot.absent = {column: reason for column, reason in enumerate(reasons) if reason == "disconnected"}
+            elif ran is not None and layers_of[column].layer in ran:
+                reasons[column] = slot.absent[column] = "disconnected"
+            elif reasons[column] is None:
+                reasons[column] = "unused"
         return reasons

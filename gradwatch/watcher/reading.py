@@ -175,6 +175,7 @@ class Reading:
         skipped = skipped or any(values.get("found_inf", {}).values())
         losses = values.get("loss", {})
         nonzero, tiny = values.get("nonzero", {}), values.get("tiny", {})
+        absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
         elements = {c: max(p.elements * (1 + p.dtype.startswith("complex")), 1) for c in nonzero for p in [self.model.parameters[c]]}
         return Snapshot(
             step=self.step,
@@ -192,7 +193,7 @@ class Reading:
             zeros=self._column({c: 1.0 - n / elements[c] for c, n in nonzero.items()}) if nonzero else None,
             subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
             update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
-            absent=tuple(self.absent) if any(self.absent) else None,
+            absent=absent if any(absent) else None,
             sequences=sequences or None,
             facts=facts or None,
         )

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from gradwatch.snapshot import Fact, SequenceStats
 from gradwatch.timesteps import ModelGain, Recorder, Trace, traces
+from gradwatch.timesteps.arguments import detached
+from gradwatch.timesteps.capture import transformed
 from gradwatch.watcher.memory import model_gain
 from gradwatch.watcher.once import Once, said
 
@@ -26,6 +28,8 @@ Horizon = int | Mapping[str, int] | None
 """How many of the newest timesteps matter: to the model, or to modules by name."""
 
 Key = tuple[object, ...]
+
+_NOT_SEEN = "a sequence module could not be looked at"
 
 
 @dataclass
@@ -109,15 +113,18 @@ class ThroughTime:
 
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Take note of the inputs; what is returned takes their place."""
-        if self._calls is not None:
-            self._calls.entered(module)
-        return self._recorder.entered(module, inputs)
+        with self._aside(_NOT_SEEN):
+            if self._calls is not None and not self._compiled:
+                self._calls.entered(module)
+            return self._recorder.entered(module, inputs)
+        return None
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Take note of the output."""
-        if self._calls is not None:
-            self._calls.left(module, inputs, kwargs)
-        self._recorder.left(module, inputs, kwargs, output)
+        with self._aside(_NOT_SEEN):
+            if self._calls is not None and not self._compiled:
+                self._calls.left(module, inputs, kwargs)
+            self._recorder.left(module, inputs, kwargs, output)
 
     def clear(self) -> None:
         """Let go of what was seen."""
@@ -151,12 +158,15 @@ class ThroughTime:
             return "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
         if call is None:
             return "its memory is not measured: it was not called with gradients in this step"
-        module, args, kwargs = call
+        module = call.module()
+        if module is None:
+            return "its memory is not measured: what was called is gone"
         timesteps: Any = self._timesteps or "auto"
         if name:  # its own input
             timesteps = {"": self._timesteps[name]} if isinstance(self._timesteps, Mapping) and name in self._timesteps else "auto"
         try:
-            return model_gain(module, args, kwargs, timesteps=timesteps, watched=None if name else model)
+            with call.autocast():
+                return model_gain(module, call.args, call.kwargs, timesteps=timesteps, watched=None if name else model)
         except Exception as error:
             if self._strict:
                 raise
@@ -170,8 +180,26 @@ class ThroughTime:
         except Exception as error:
             if self._strict:
                 raise
-            self._warn("timesteps", f"{what}: {said(error)}")
+            self._warn(what, f"{what}: {said(error)}")
             _log.debug(what, exc_info=error)
+
+
+@dataclass
+class Made:
+    """A call that can be made once more. It keeps neither the module nor a graph."""
+
+    module: Callable[[], nn.Module | None]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    casts: Sequence[tuple[str, torch.dtype]]
+    """By device, to what autocast casts; only where it does."""
+
+    def autocast(self) -> contextlib.ExitStack:
+        """Compute in the formats in which the call did."""
+        stack = contextlib.ExitStack()
+        for device, dtype in self.casts:  # without its cache, in which weights would outlive the coming step
+            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
+        return stack
 
 
 class Calls:
@@ -179,7 +207,7 @@ class Calls:
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.made: dict[str, tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]] = {}
+        self.made: dict[str, Made] = {}
         """By name of the chosen module; "" for the outermost call."""
         self._wanted: Mapping[int, str] = {}
         self._targets: frozenset[int] = frozenset()
@@ -193,22 +221,22 @@ class Calls:
 
     def entered(self, module: nn.Module) -> None:
         """Note where a call begins."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1 or transformed():
             return
-        if self._outer() is None:
+        if torch.is_grad_enabled() and self._outer() in (None, module):  # the same once more: it raised
             self._outer, self._held = weakref.ref(module), not self._targets
-        self._held = self._held or id(module) in self._targets
+        self._held = self._held or id(module) in self._targets  # also without gradients, as reentrant checkpoints run it
 
     def left(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the arguments of a call that is wanted."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or transformed():
             return
         if id(module) in self._wanted:
-            self.made[self._wanted[id(module)]] = module, args, kwargs
+            self.made[self._wanted[id(module)]] = _made(module, args, kwargs)
         if self._outer() is module:
             self._outer = lambda: None
             if self._held:
-                self.made[""] = module, args, kwargs
+                self.made[""] = _made(module, args, kwargs)
 
     def forget(self) -> None:
         """Let go of the calls, and look on."""
@@ -219,3 +247,8 @@ class Calls:
         """Let go of everything, and look no more."""
         self.forget()
         self._wanted, self._targets = {}, frozenset()
+
+
+def _made(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Made:
+    casts = [(device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    return Made(weakref.ref(module), detached(args), detached(dict(kwargs)), casts)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import operator
 import os
 import time
 import weakref
@@ -20,7 +21,7 @@ from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
 from gradwatch.record import Record
 from gradwatch.report import Alert, Report, Sink
-from gradwatch.snapshot import Snapshot, Stage, from_plain, to_plain
+from gradwatch.snapshot import SequenceStats, Snapshot, Stage, from_plain, to_plain
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
@@ -95,6 +96,8 @@ class Watcher:
         self._warn = Once()
         self._cadence, self._clock, self._scaler = cadence, clock, scaler
         self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
+        self._taken: set[int] = set()
+        """Optimizers that have stepped since a loss was recorded, and have had it."""
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
         self._time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
@@ -114,7 +117,7 @@ class Watcher:
         # sink may know the watcher, and would keep it and the optimizer alive.
         files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
         others = [weakref.ref(s) for s in sinks if s not in files and hasattr(s, "close")]
-        self._close_sinks = weakref.finalize(self, _close, files, others)
+        self._close_sinks = weakref.finalize(self, _close, self._pid, files, others)
         for slot in self._slots:
             if slot.optimizer is not None:
                 slot.hooks = StepHooks(slot.optimizer, slot.index, self)
@@ -125,6 +128,11 @@ class Watcher:
     def report(self) -> Report:
         """The newest report; before the first measured step, one without numbers."""
         return self._judge.report
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the model is gone, so that there is nothing to measure any more."""
+        return self._inventory.model() is None
 
     def step(self, step: int | None = None, *, loss: float | Tensor | None = None, optimizer: object = None) -> None:
         """Read the gradients now: after `backward()`, before clipping.
@@ -149,10 +157,20 @@ class Watcher:
     def record(self, loss: float | Tensor) -> None:
         """Tell the unscaled loss of the coming optimizer step; several calls before one step are averaged.
 
-        A tensor is held detached and copied with the rest at a measured step; at others it is dropped.
+        Of several optimizers, each that steps before the next loss is recorded has it. A tensor is held detached and copied with the rest at a measured
+        step; at others it is dropped.
         """
-        if not self._off:
-            self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+        if self._off:
+            return
+        try:
+            told = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        except Exception:  # noqa: BLE001  (whatever it is that somebody takes for a loss)
+            self._warn("loss", f"the loss must be a number or a tensor, got {loss!r:.80}, and is left out")
+            return
+        if self._taken:
+            self._losses.clear()
+            self._taken.clear()
+        self._losses.append(told)
 
     def close(self) -> Report:
         """Take everything off, finish the files, and give the last report; a second call does nothing.
@@ -190,10 +208,15 @@ class Watcher:
 
     def __repr__(self) -> str:
         """Give the table of layers as text."""
-        return console.text(self.report)
+        return console.text(self.report, sequences=self._last_sequences())
 
     def _repr_html_(self) -> str:
-        return console.html(self.report)
+        return console.html(self.report, sequences=self._last_sequences())
+
+    def _last_sequences(self) -> tuple[SequenceStats, ...]:
+        """Give what the last probe saw of time; between probes the report has nothing of it."""
+        probes = self._judge.history.sequences(1)
+        return (probes[-1].sequences or ()) if probes else ()
 
     def state_dict(self) -> dict[str, Any]:
         """Give the history, the open alerts and the step as dicts, lists, numbers and strings."""
@@ -228,13 +251,15 @@ class Watcher:
     @_guarded
     def on_look(self, slot: int) -> None:
         """Read the gradients, or if `step` has done so, see what clipping made of them; and copy weights at a probe."""
-        mine = self._slots[slot]
+        mine, had = self._slots[slot], slot in self._taken
         if mine.reading is not None and mine.reading.stage == "before_clip" and not mine.reading.applied:
             with undisturbed():
                 mine.reading.as_applied([g for p in self._inventory.parameters(mine) if (g := p.grad) is not None], mine.optimizer)
                 mine.reading.found_inf(mine.optimizer)
-                mine.reading.losses(self._losses)
+                mine.reading.losses(() if had else self._losses)
         elif not self._explicit:
+            if had:  # what was told is of its step before
+                self._losses.clear()
             if self._clock is not None:
                 self._set_count(mine, self._clock())
             mine.reading = self._read(mine, "applied") if self._due(mine) else None
@@ -242,13 +267,13 @@ class Watcher:
             mine.reading.applied = True
             if mine.reading.probe:
                 mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare)
-        self._losses.clear()
+        self._taken.add(slot)
 
     @_guarded
     def on_loss(self, slot: int, loss: object) -> None:
         """Take what a closure returned for the loss, unless the loop has told it."""
         reading = self._slots[slot].reading
-        told = bool(self._losses) or (reading is not None and reading.told and not reading.applied)
+        told = bool(self._losses and not self._taken) or (reading is not None and reading.told and not reading.applied)
         if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
             self.record(loss)
 
@@ -257,7 +282,8 @@ class Watcher:
         """Finish the reading of this step."""
         mine = self._slots[slot]
         reading, mine.reading = mine.reading, None
-        self._losses.clear()
+        if slot not in self._taken:  # a closure was evaluated again, and told again
+            self._losses.clear()
         if not self._explicit:
             self._count_on(mine)
         if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
@@ -273,16 +299,18 @@ class Watcher:
             return  # a further evaluation of a closure whose first one was measured
         self._explicit = True
         self._flush_skipped(chosen)
+        if not self._taken.isdisjoint(s.index for s in chosen):
+            self._losses.clear()
         for slot in chosen:
             if step is not None:
-                self._set_count(slot, step)
+                self._set_count(slot, operator.index(step))
             reading = self._read(slot, "before_clip") if self._due(slot) else None
             self._count_on(slot)
             if slot.optimizer is not None:
                 slot.reading = reading
             elif reading is not None and not reading.empty:
                 self._emit(slot, reading.snapshot(None))
-        self._losses.clear()
+        self._taken.update(s.index for s in chosen)
 
     @_guarded
     def _finish(self) -> None:
@@ -334,7 +362,7 @@ class Watcher:
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
             gradients = [p.grad for p in parameters]
             columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
-            if len(columns) < len(parameters):
+            if len(columns) < len(parameters) or ran is not None or slot.absent or self._inventory.frozen:
                 reading.absent = self._inventory.absent(slot, parameters, ran)
             scale = self._scale(slot.optimizer, stage)
             reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._inventory.trace.half)
@@ -392,7 +420,9 @@ class Watcher:
         _log.debug("a measurement failed", exc_info=error)
 
 
-def _close(files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+def _close(pid: int, files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+    if os.getpid() != pid:  # a forked child that ends; the files are its parent's
+        return
     for sink in (*files, *(ref() for ref in others)):
         with contextlib.suppress(Exception):  # what cannot be closed has said so at its last report, or has nothing to lose
             getattr(sink, "close", lambda: None)()
