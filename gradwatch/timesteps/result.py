@@ -154,7 +154,8 @@ def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) 
 
 def _reached(target: Target, chain: Sequence[Seen], notes: list[str]) -> None:
     """Let only the last backward pass count, and say what there was besides."""
-    task = max((s.task for s in chain if s.task is not None), default=None)
+    tasks = {s.task for s in chain if s.task is not None}
+    task = max(tasks, default=None)
     for seen in chain:
         if seen.task != task:
             seen.squares = {}
@@ -165,7 +166,7 @@ def _reached(target: Target, chain: Sequence[Seen], notes: list[str]) -> None:
     passes = len(target.passes.union(s.number for s in target.seen if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
-    backwards = max(s.tasks for s in chain)
+    backwards = max(len(tasks), *(s.tasks for s in chain))
     if backwards > 1:
         notes.append(f"{backwards} backward passes reached it; the last is shown")
 

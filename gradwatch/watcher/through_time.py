@@ -223,7 +223,7 @@ class Calls:
         """Note where a call begins."""
         if torch._C._current_graph_task_id() != -1 or transformed():
             return
-        if torch.is_grad_enabled() and self._outer() in (None, module):  # the same once more: it raised
+        if torch.is_grad_enabled() and self._outer() is None:
             self._outer, self._held = weakref.ref(module), not self._targets
         self._held = self._held or id(module) in self._targets  # also without gradients, as reentrant checkpoints run it
 
