@@ -41,6 +41,13 @@ def draw():
     return random.random() + float(np.random.rand())  # noqa: NPY002  (the generator of the whole process)
 
 
+def begin():
+    """Seed them."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (the generator of the whole process)
+    torch.manual_seed(0)
+
+
 # --- models ---
 
 
@@ -419,7 +426,7 @@ KINDS = {
     "lstm projected": Kind(lambda: Fused(num_layers=2, proj_size=3), optimizers=fused_adamw),
     "lstm behind dropout, draws in its forward": Kind(Softened),
     "lstm with weight norm": Kind(normed),
-    "lstm frozen": Kind(Frozen, seen=set()),
+    "lstm frozen": Kind(Frozen, seen=set(), refused="numpy"),
     "lstm once a timestep": Kind(Stepwise),
     "lstm that keeps its state": Kind(Stateful),
     "lstm on words, attention": Kind(Pooled, data=words),
@@ -476,9 +483,7 @@ def kept_by(module):
 
 def trained(name, low, *, explicit=False, **options):
     """Train from fixed seeds; give every bit of what came of it, and what was seen."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  (the generator of the whole process)
-    torch.manual_seed(0)
+    begin()
     kind = KINDS[name]
     model = kind.model()
     optimizers, step = kind.optimizers(model), kind.step()
@@ -532,11 +537,12 @@ def unperturbed(name, low, *, combinations, caplog, **options):
     assert not caplog.records  # nothing failed quietly
 
 
+quiet = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning", "ignore:None of the inputs have requires_grad=True:UserWarning")
 NORMAL = [(False, None), (True, NEED)]
 """Of the explicit form and the horizon, what every run of the tests sees."""
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning", "ignore:None of the inputs have requires_grad=True:UserWarning")
+@quiet
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KINDS)
 def test_not_one_bit_of_training_changes(name, low, caplog):
@@ -544,7 +550,7 @@ def test_not_one_bit_of_training_changes(name, low, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning", "ignore:None of the inputs have requires_grad=True:UserWarning")
+@quiet
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", KINDS)
 def test_not_one_bit_of_training_changes_in_any_combination_with_files_written(name, low, caplog, tmp_path):
@@ -555,7 +561,7 @@ def test_not_one_bit_of_training_changes_in_any_combination_with_files_written(n
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
-        self.rnn, self.one, self.other = nn.LSTM(IN, H), nn.Linear(H, 2), nn.Linear(H, 2)
+        self.rnn, self.one, self.other = nn.GRU(IN, H), nn.Linear(H, 2), nn.Linear(H, 2)  # which saves more where its input has a gradient
 
 
 def test_a_probe_that_begins_between_a_forward_pass_and_the_backward_pass_that_repeats_it_changes_nothing():
@@ -864,6 +870,7 @@ def things():
 
 def growth(name, steps, *, watched=True, **options):
     """Give how many objects and tensors a training leaves behind, with nobody to collect cycles."""
+    begin()
     kind = KINDS[name]
     model = kind.model()
     optimizers, step = kind.optimizers(model), kind.step()
@@ -888,10 +895,10 @@ def growth(name, steps, *, watched=True, **options):
 
 
 def grows(name, steps, horizon):
-    """Compare what is left behind with what torch itself leaves: a checkpoint makes cycles, in the model's own pass too."""
-    alone, _ = growth(name, steps, watched=False)
-    objects, tensors = growth(name, steps, horizon=horizon)
-    return tensors > 0 or objects - (1 + (horizon is not None)) * max(alone, 0) > steps / 2
+    """Compare what is left behind with what torch itself leaves: a checkpoint makes cycles, in the model's own pass too, and LBFGS a history."""
+    objects, tensors = growth(name, steps, watched=False)
+    more_objects, more_tensors = growth(name, steps, horizon=horizon)
+    return more_tensors > max(tensors, 0) or more_objects - (1 + (horizon is not None)) * max(objects, 0) > steps / 2
 
 
 @pytest.mark.parametrize(
@@ -903,10 +910,10 @@ def test_nothing_grows_from_probe_to_probe_even_if_nobody_collects_cycles(name, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("horizon", [None, NEED])
+@quiet
 @pytest.mark.parametrize("name", KINDS)
-def test_nothing_grows_from_probe_to_probe_in_any_kind_of_training(name, horizon):
-    assert not grows(name, 300, horizon)
+def test_nothing_grows_from_probe_to_probe_in_any_kind_of_training(name):
+    assert not grows(name, 200, NEED)
 
 
 class Witness(torch.autograd.Function):
@@ -984,9 +991,7 @@ class Stumbling(torch.optim.SGD):
 
 def stumbled(where, **options):
     """Train for eight steps, of which two break off."""
-    torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002  (the generator of the whole process)
-    random.seed(0)
+    begin()
     model = Failing()
     optimizer = Stumbling(model.parameters(), lr=0.1)
     reports, watcher = [], None

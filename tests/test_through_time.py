@@ -178,3 +178,44 @@ def test_the_callback_measures_the_memory_of_the_model_in_a_fit(called):
     assert (found.need, found.length) == (30, STEPS)
     assert found.horizon < 30
     assert [(a.finding.code, a.finding.place) for a in reports[-1].open] == [("GW301", "net.rnn")]
+
+
+class Pair(nn.Module):
+    """Two recurrent parts, one behind the other, or each on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(4, 8, batch_first=True), nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.second(self.first(x)[0])[0][:, -1]
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one backward pass", "in turn"])
+def test_each_of_several_optimizers_is_told_of_the_modules_that_it_steps(apart):
+    model = Pair()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=1e-3) for part in (model.first, model.second)]
+    snapshots = []
+    gradwatch.watch(
+        model,
+        optimizers,
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        horizon={"second": 5},
+        sinks=[lambda r: snapshots.append(r.snapshot)],
+        on_alert=lambda _: None,
+    )
+    for _ in range(3):
+        x = torch.randn(8, STEPS, 4)
+        for turn in [[o] for o in optimizers] if apart else [optimizers]:
+            model.zero_grad()
+            model(x).pow(2).mean().backward()
+            for optimizer in turn:
+                optimizer.step()
+
+    for optimizer, name in enumerate(("first", "second")):
+        sequences = [s.sequences for s in snapshots if s.optimizer == optimizer][-1]
+        assert {s.module for s in sequences} == {name}
+        assert of(sequences, name).grad_input is not None
+        assert of(sequences, name, "l0").grad_hidden is not None
+        assert of(sequences, name).need == (5 if name == "second" else None)

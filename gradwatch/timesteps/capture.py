@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -83,6 +86,9 @@ class Target:
     """Which dimension; None: each call is one timestep."""
     recurrent: bool
     """Whether it is one of torch's recurrent modules, which can be walked back through."""
+    parameters: frozenset[int] = frozenset()
+    """Its parameters, by `id`."""
+    sentinel: Sentinel = field(default_factory=Sentinel)
     trusted: bool = False
     """Whether a leaf in place of its input can do no harm."""
     candidate: weakref.ref[nn.Module] | None = None
@@ -114,6 +120,16 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def _checkpointed() -> bool:
+    """Tell whether torch's activation checkpointing runs this. When it does so once more, perhaps no hook is there any longer."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
 def first_tensor(value: object) -> Tensor | None:
     """Give the first floating-point tensor of a module's inputs or outputs; of a packed sequence its data."""
     return next(iter(floats(value)), None)
@@ -142,7 +158,6 @@ class Recorder:
         self._busy = False
         """Whether a backward pass has brought something since the last forward call."""
         self.targets: dict[int, Target] = {}
-        self.sentinel = Sentinel()
 
     def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
         """Choose the modules to visit, by `id`, before a step; where torch.compile is at work, only fused recurrent ones can be."""
@@ -154,7 +169,7 @@ class Recorder:
                 continue
             time = (None if isinstance(module, nn.RNNCellBase) else 0) if recurrent else self._named[name]
             trusted = (recurrent and type(module).forward in _STOCK) or self._learned.get(name, False)
-            target = self.targets[id(module)] = Target(name, time, recurrent, trusted)
+            target = self.targets[id(module)] = Target(name, time, recurrent, frozenset(map(id, module.parameters())), trusted=trusted)
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
             if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
@@ -167,9 +182,13 @@ class Recorder:
         have = {target.name for target in self.targets.values()}
         return [name for name in self._named if name not in have]
 
-    def next_step(self) -> None:
-        """Let go of what was seen, and look on."""
-        for target in self.targets.values():
+    def owned(self, mine: AbstractSet[int], others: AbstractSet[int]) -> list[Target]:
+        """Give what a step is about: all but those of whose parameters only other optimizers step some, all by `id`."""
+        return [t for t in self.targets.values() if t.parameters & mine or not t.parameters & others]
+
+    def next_step(self, targets: Iterable[Target]) -> None:
+        """Let go of what was seen of these, and look on."""
+        for target in targets:
             for seen in target.seen:
                 seen.drop()
             candidate, target.candidate = target.candidate, None
@@ -177,13 +196,13 @@ class Recorder:
                 self._learned[target.name] = all(p.grad is not None for p in module.parameters() if p.requires_grad)
             target.seen, target.passes, target.leaves, target.random = [], set(), {}, None
             target.within, target.repeated = None, False
-        self._pass, self._busy = 0, False
-        self.sentinel.remove()
+            target.sentinel.remove()
 
     def clear(self) -> None:
         """Let go of everything, and look no more."""
-        self.next_step()
+        self.next_step(self.targets.values())
         self.targets = {}
+        self._pass, self._busy = 0, False
 
     # --- what the forward hooks call ---
 
@@ -205,7 +224,8 @@ class Recorder:
         if isinstance(module, nn.RNNBase) and module.dropout and module.training and x.device.type == "cpu":
             target.random = torch.get_rng_state()
         # In a frozen module the output must not begin to require a gradient. What a checkpoint computes once more must save as much as the first time.
-        if x.requires_grad or not target.trusted or (recomputed and not target.leaves) or not any(p.requires_grad for p in module.parameters()):
+        untouched = not target.trusted or (recomputed and not target.leaves) or not any(p.requires_grad for p in module.parameters())
+        if x.requires_grad or untouched or _checkpointed():
             return None
         leaf = x.detach().requires_grad_()
         if not recomputed:
@@ -243,7 +263,7 @@ class Recorder:
             seen.call.alone = target.own_leaf(x)
         for name, tensor in ({"x": x} | _outputs(output, recurrent=target.recurrent, single=seen.single)).items():
             self._hang(tensor, seen, name)
-        self.sentinel.watch(module)
+        target.sentinel.watch(module)
 
     # --- parts of that ---
 

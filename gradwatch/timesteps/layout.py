@@ -17,6 +17,8 @@ class Layout(Protocol):
     steps: int
     rows: int
     """How many rows are looked at closely."""
+    whole: bool
+    """Whether these are all."""
     lengths: list[int] | None
     """Of those rows, as far as the module ran; None: all timesteps."""
 
@@ -62,8 +64,8 @@ class Padded:
         self.steps = shape[time]
         self._count = shape[self._batch] if self._batch is not None else 1
         self._chosen = spaced(self._count, wanted)
-        self._whole = len(self._chosen) == self._count
         self.rows = len(self._chosen)
+        self.whole = self.rows == self._count
 
     def take(self, tensor: Tensor) -> Tensor:
         """Copy the rows that are looked at, (T, rows, features)."""
@@ -100,7 +102,7 @@ class Padded:
         return self._pick(tensor, -1)
 
     def _pick(self, tensor: Tensor, dimension: int) -> Tensor:
-        return tensor if self._whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
+        return tensor if self.whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
 
 
 class Packed:
@@ -119,6 +121,7 @@ class Packed:
                 every[row] += 1
         chosen = spaced(sizes[0], wanted)
         self.rows = len(chosen)
+        self.whole = self.rows == sizes[0]
         self.lengths: list[int] | None = [every[row] for row in chosen]
         device = packed.data.device
         self._index = torch.tensor([[offsets[t] + row if t < every[row] else 0 for row in chosen] for t in range(self.steps)], device=device)

@@ -111,8 +111,8 @@ def trace(chain: Sequence[Call], own: Tensor | None, generator: torch.Generator)
         generator: of the cotangents.
 
     Returns:
-        The series of the module ("lag_gain", "replay_residual", "adjoint_residual"), then those of each layer and
-        direction; and facts about it, by name.
+        The series of the module ("lag_gain", "replay_residual", "adjoint_residual", and "grad_input" where it is known
+        from here alone), then those of each layer and direction; and facts about it, by name.
 
     """
     first = chain[0]
@@ -156,6 +156,8 @@ def trace(chain: Sequence[Call], own: Tensor | None, generator: torch.Generator)
     if all("x" in c.gradients for c in chain):
         known = torch.cat([c.gradients["x"] for c in chain]).to(wide)
         whole["adjoint_residual"] = (direct[:, 0] - known).abs().max() / known.abs().max().clamp(min=torch.finfo(wide).tiny)
+    elif first.layout.whole and any(c.gradients for c in chain) and not any("x" in c.gradients for c in chain):  # autograd was not asked for it
+        whole["grad_input"] = by_lag(square(direct[:, 0]), aligned)[0].flip(0).sqrt()
     return [Series("", steps, rows, whole), *found], {**forward.facts, **_facts(first, y)}
 
 

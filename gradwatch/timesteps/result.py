@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradwatch.snapshot import Fact, SequenceStats, memory
 from gradwatch.timesteps.adjoint import by_lag, square
-from gradwatch.timesteps.capture import Recorder, Seen, Target
+from gradwatch.timesteps.capture import Seen, Target
 from gradwatch.timesteps.recurrent import Call, Series, trace
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -39,6 +39,8 @@ class Trace:
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
     tolerance: float = 0.0
+    derived: bool = False
+    """Whether the gradient of its input comes from the walk back, and not from autograd."""
     alone: bool = True
     """Whether nothing but this module uses its input, so that a large adjoint residual means that the hidden series are wrong."""
 
@@ -78,6 +80,8 @@ class Trace:
                     mine[name] = residuals[name]
             if not trusted:
                 mine.pop("lag_gain", None)
+                if self.derived:
+                    mine.pop("grad_input", None)
             known = memory(mine["lag_gain"], share) if "lag_gain" in mine else None
             found.append(
                 SequenceStats(
@@ -115,22 +119,25 @@ class Trace:
         return True
 
 
-def traces(recorder: Recorder, generator: torch.Generator) -> list[Trace]:
-    """Work out what the recorder saw in this step, and let it forget that; nothing is copied from the device."""
-    changed = recorder.sentinel.difference()
-    found = [_traced(target, changed, generator) for target in recorder.targets.values()]
-    found += [Trace(name, notes=["the model has no module of this name"]) for name in recorder.missing()]
-    recorder.next_step()
+def traces(targets: Iterable[Target], generator: torch.Generator) -> list[Trace]:
+    """Work out what was seen of these in this step; nothing is copied from the device, and one that cannot be worked out says so alone."""
+    found = []
+    for target in targets:
+        try:
+            found.append(_traced(target, generator))
+        except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
+            found.append(Trace(target.name, notes=[f"it could not be worked out: {type(error).__name__}: {error}"]))
     return found
 
 
-def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) -> Trace:
+def _traced(target: Target, generator: torch.Generator) -> Trace:
     result = Trace(target.name, notes=[target.note] if target.note else [])
     passes = {s.number for s in target.seen if s.task is not None} or {s.number for s in target.seen}
     if target.repeated or not passes:
         if not target.note:
             result.notes.append(_NOT_FOLLOWED if target.repeated else "it ran without a graph" if target.without_grad else "it did not run in this step")
         return result
+    changed = target.sentinel.difference()
     if changed is not None:
         result.checks["changed"] = changed
     mine = [s for s in target.seen if s.number == max(passes)]
@@ -141,10 +148,11 @@ def _traced(target: Target, changed: Tensor | None, generator: torch.Generator) 
     result.series = [whole]
     if any("x" in s.squares for s in chain):
         whole.values["grad_input"] = _series(chain, "x", own)
-    elif any(s.task is not None for s in chain):
-        result.notes.append(_NO_GRADIENT)
     if target.recurrent:
         _walk(chain, own, result, generator)
+    if "grad_input" not in whole.values and any(s.task is not None for s in chain):
+        result.notes.append(_NO_GRADIENT)
+    if target.recurrent:
         return result
     states = {name: _series(chain, key, own) for key, name in (("h", "grad_hidden"), ("c", "grad_cell")) if any(key in s.squares for s in chain)}
     if states:
@@ -195,6 +203,7 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
         return
     _cuts(calls, result.notes)
     (module, *parts), result.facts = trace(calls, chain[0].layout.chosen(own) if own is not None else None, generator)
+    result.derived = "grad_input" in module.values
     result.series[0].values.update(module.values)
     result.series += parts
     # Of an output that is a view and was edited in place, autograd forgets who asked for its gradient.

@@ -82,7 +82,7 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
     with _left_alone(model):
         with listening([module], before, after):
             model(*differentiable(args), **differentiable(dict(kwargs)))
-        found = traces(recorder, torch.Generator(device="cpu").manual_seed(0))
+        found = traces(recorder.targets.values(), torch.Generator(device="cpu").manual_seed(0))
     return tuple(f for trace in found for f in trace.measured({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()}))
 
 

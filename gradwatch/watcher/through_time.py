@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,23 +135,31 @@ class ThroughTime:
 
     # --- the step ---
 
-    def work_out(self, model: nn.Module, scale: float | Tensor | None) -> Sequences:
-        """Work out the gradients through time of this step; what fails there takes nothing from the rest of the measurement."""
-        found: list[Trace] = []
-        with self._aside("gradients through time could not be worked out"):
-            found = traces(self._recorder, self._generator)
-        self._recorder.next_step()
-        gains = {name: self._gain(model, name) for name in self._asked()}
-        if self._calls is not None:
-            self._calls.forget()
-        return Sequences(found, gains, scale, self._need, self._share) if found or gains else Sequences()
+    def work_out(self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]) -> Sequences:
+        """Work out the gradients through time of this step.
 
-    def _asked(self) -> list[str]:
-        """Give the modules whose memory is measured on themselves: the model, or those that cannot be walked back through."""
-        if isinstance(self._need, int):
-            return [""]
-        walked = {t.name for t in self._recorder.targets.values() if t.recurrent}
-        return [name for name in self._need or {} if name not in walked]
+        Args:
+            model: the watched one.
+            scale: the loss scale of the backward pass; None: nobody said.
+            mine: what the optimizer of this step steps, parameters by `id`.
+            others: what the others step.
+
+        """
+        targets = self._recorder.owned(mine, others)
+        found = traces(targets, self._generator)
+        self._recorder.next_step(targets)
+        if not others:
+            found += [Trace(name, notes=["the model has no module of this name"]) for name in self._recorder.missing()]
+        need: Horizon = self._need
+        if isinstance(need, Mapping):
+            theirs = {t.name for t in self._recorder.targets.values()} - {t.name for t in targets}
+            need = {name: count for name, count in need.items() if name not in theirs}
+        walked = {t.name for t in targets if t.recurrent}
+        asked = [""] if isinstance(need, int) else [name for name in need or {} if name not in walked]
+        gains = {name: self._gain(model, name) for name in asked}
+        if self._calls is not None and not others:  # the next optimizer asks for the same
+            self._calls.forget()
+        return Sequences(found, gains, scale, need, self._share) if found or gains else Sequences()
 
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
         call = self._calls.made.get(name) if self._calls is not None else None

@@ -376,9 +376,10 @@ class Watcher:
 
     def _sequences(self, slot: Slot) -> Sequences:
         model = self._inventory.model()
-        return (
-            self._time.work_out(model, self._backward_scale(slot.optimizer)) if self._time is not None and slot.tracing and model is not None else Sequences()
-        )
+        if self._time is None or not slot.tracing or model is None:
+            return Sequences()
+        mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
+        return self._time.work_out(model, self._backward_scale(slot.optimizer), mine, others)
 
     def _emit(self, slot: Slot, snapshot: Snapshot) -> None:
         """Judge a snapshot; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
