@@ -17,7 +17,7 @@ import gradwatch
 from gradwatch.snapshot import memory
 
 INPUTS, HIDDEN, PROJECTED = 3, 4, 2
-LOOKED_AT, COTANGENTS = 8, 4
+LOOKED_AT, COTANGENTS = 8, 3
 SERIES = ("grad_input", "grad_hidden", "grad_hidden_direct", "grad_cell", "carry_ratio", "lag_gain", "lag_gain_hidden", "lag_gain_cell")
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -667,7 +667,7 @@ def test_a_random_network_comes_to_forget_by_its_spectral_radius(rho):
     rnn = recurrent(nn.RNN(100, 100), torch.float64, weight_hh_l0=w, weight_ih_l0=torch.eye(100))
     found = seen(rnn, lambda m: m(torch.zeros(400, 8, 100, dtype=torch.float64))[0][-1].sum())
     gains = found["", ""].lag_gain
-    assert (gains[399] / gains[20]) ** (1 / 379) == pytest.approx(rho, rel=2e-3)
+    assert (gains[399] / gains[60]) ** (1 / 339) == pytest.approx(rho, rel=2e-3)  # behind what is left of the other eigenvalues
 
 
 @pytest.mark.parametrize(("amplitude", "low", "high"), [(0.01, 0.995, 1.001), (0.1, 0.85, 0.99), (1.0, 0.3, 0.7)])
