@@ -446,9 +446,8 @@ def test_input_and_state_may_be_keywords(kind):
     found = sequences(model, lambda m: squared(m.head(m.rnn(x, hx=state)[0][:, -1])).backward())
     same(parts(found, "rnn"), parts(true, "rnn"))
     found = sequences(model, lambda m: squared(m.head(m.rnn(hx=state, input=x)[0][:, -1])).backward())
-    same(parts(found, "rnn"), parts(true, "rnn"), module=["lag_gain"])
-    assert found["rnn", ""].grad_input is None
-    assert "its input has no gradient" in found["rnn", ""].note
+    same(parts(found, "rnn"), parts(true, "rnn"))
+    assert found["rnn", ""].adjoint_residual is None
     found = sequences(model, lambda m: squared(m.head(m.rnn(hx=state, input=x.clone().requires_grad_())[0][:, -1])).backward())
     same(parts(found, "rnn"), parts(true, "rnn"))
 
@@ -813,6 +812,27 @@ def test_an_overridden_forward_is_found_out():
     found = sequences(Reader(body=Doubling(D, H, batch_first=True)), backward(data()), steps=3)
     assert "its outputs are not those of torch's equations" in dropped(found, "rnn")
     assert found["rnn", ""].grad_input is not None
+
+
+def test_a_gradient_of_the_input_that_only_the_walk_back_gives_is_left_out_with_what_it_rests_on():
+    def run(m):
+        squared(m.head(checkpoint(lambda x: m.rnn(x)[0], data(), use_reentrant=False)[:, -1])).backward()
+
+    found = sequences(Reader(body=Renamed(D, H, batch_first=True)), run)
+    assert found["rnn", ""].grad_input is not None
+    assert found["rnn", ""].note is None
+    found = sequences(Reader(body=Doubling(D, H, batch_first=True)), run)
+    assert found["rnn", ""].grad_input is None
+    assert found["rnn", ""].replay_residual == pytest.approx(0.5, abs=0.1)
+    assert "the hidden series are left out" in found["rnn", ""].note
+
+
+def test_the_walk_back_stands_in_for_the_gradient_of_the_input_only_where_it_looks_at_every_row(kind):
+    reader, x = Reader(kind), data(9, T, D)
+    found = sequences(reader, lambda m: squared(m.head(checkpoint(lambda x: m.rnn(x)[0], x, use_reentrant=False)[:, -1])).backward())
+    assert found["rnn", ""].grad_input is None
+    assert found["rnn", ""].note == "its input has no gradient, and could not be given one"
+    assert found["rnn", "l0"].grad_hidden is not None
 
 
 def test_an_overridden_forward_that_does_the_same_is_certified():

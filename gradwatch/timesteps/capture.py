@@ -217,20 +217,16 @@ class Recorder:
         x = first_tensor(inputs[0]) if inputs and isinstance(inputs[0], Tensor | PackedSequence) else None
         if x is None:
             return None
-        in_backward = torch._C._current_graph_task_id() != -1
-        target.without_grad = target.without_grad and in_backward  # else it was a validation
-        recomputed = in_backward and not target.without_grad
+        target.without_grad = target.without_grad and torch._C._current_graph_task_id() != -1  # else it was a validation
         target.version = x._version
         if isinstance(module, nn.RNNBase) and module.dropout and module.training and x.device.type == "cpu":
             target.random = torch.get_rng_state()
         # In a frozen module the output must not begin to require a gradient. What a checkpoint computes once more must save as much as the first time.
-        untouched = not target.trusted or (recomputed and not target.leaves) or not any(p.requires_grad for p in module.parameters())
-        if x.requires_grad or untouched or _checkpointed():
+        if x.requires_grad or not target.trusted or not any(p.requires_grad for p in module.parameters()) or _checkpointed():
             return None
         leaf = x.detach().requires_grad_()
-        if not recomputed:
-            target.leaves[id(leaf)] = weakref.ref(leaf)
-            leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
+        target.leaves[id(leaf)] = weakref.ref(leaf)
+        leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
         value = inputs[0]
         packed = isinstance(value, PackedSequence)
         return (PackedSequence(leaf, value.batch_sizes, value.sorted_indices, value.unsorted_indices) if packed else leaf, *inputs[1:])
