@@ -1,12 +1,14 @@
-"""Every test computes on one thread and begins with the same random state and nothing compiled, so that its outcome depends on neither machine nor chance."""
+"""Every test computes on one thread and begins with the same random state and nothing left of the last, so that its outcome depends on neither machine nor chance."""
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.modules import module as torch_modules
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,10 +24,12 @@ def one_seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    """Forget what a test has compiled: gradwatch asks torch.compile's counters, which are the process's, whether it is in use."""
+def nothing_left() -> Iterator[None]:
+    """Forget what a test has compiled, and collect watchers that it has not closed: both are the process's, and the next test would see them."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters:
         dynamo.reset()
         dynamo.utils.counters.clear()
+    if torch_modules._global_forward_pre_hooks:
+        gc.collect()

@@ -168,7 +168,9 @@ class Recorder:
             if not recurrent and name not in self._named:
                 continue
             time = (None if isinstance(module, nn.RNNCellBase) else 0) if recurrent else self._named[name]
-            trusted = (recurrent and type(module).forward in _STOCK) or self._learned.get(name, False)
+            # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
+            hooked = module._forward_pre_hooks or module._forward_hooks
+            trusted = not hooked and ((recurrent and type(module).forward in _STOCK) or self._learned.get(name, False))
             target = self.targets[id(module)] = Target(name, time, recurrent, frozenset(map(id, module.parameters())), trusted=trusted)
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
             if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):
