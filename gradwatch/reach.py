@@ -11,7 +11,7 @@ from gradwatch.snapshot import HORIZON_GAIN, Fact, Memory, SequenceStats, memory
 
 Evidence = Mapping[str, float | str]
 
-_memory = functools.lru_cache(maxsize=512)(memory)
+_memory = functools.lru_cache(maxsize=64)(memory)
 """Between two probes the same memories are asked for at every measured step."""
 
 

@@ -76,6 +76,23 @@ class Softened(Fused):
         return super().forward(self.drop(x)) + draw()
 
 
+class Hooked(Fused):
+    """Has hooks of its user, which edit the input in place and read it as an array: neither can be done with a leaf that has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = 0.0
+        self.rnn.register_forward_pre_hook(self.edit)
+        self.rnn.register_forward_hook(self.note)
+
+    @staticmethod
+    def edit(_module, args):
+        args[0].mul_(0.9)
+
+    def note(self, _module, args, _output):
+        self.read = float(args[0].numpy().sum())
+
+
 class Packed(nn.Module):
     def __init__(self, kind, *, ordered, **options):
         super().__init__()
@@ -427,6 +444,7 @@ KINDS = {
     "lstm behind dropout, draws in its forward": Kind(Softened),
     "lstm with weight norm": Kind(normed),
     "lstm frozen": Kind(Frozen, seen=set(), refused="numpy"),
+    "lstm with hooks of its user": Kind(Hooked),
     "lstm once a timestep": Kind(Stepwise),
     "lstm that keeps its state": Kind(Stateful),
     "lstm on words, attention": Kind(Pooled, data=words),

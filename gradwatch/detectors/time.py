@@ -235,7 +235,7 @@ def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
     return growth._replace(factor=growth.factor if math.isinf(growth.factor) else min(growth.factor, above), what="the gradient of the hidden state")
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=64)
 def _growth(by_lag: tuple[float, ...]) -> _Growth:
     """Fit a line through the logarithm from lag 0 to the maximum: what grows by a law and not by a step has its growth in the slope."""
     finite = tuple(itertools.takewhile(math.isfinite, by_lag))
