@@ -30,8 +30,6 @@ Horizon = int | Mapping[str, int] | None
 
 Key = tuple[object, ...]
 
-_NOT_SEEN = "a sequence module could not be looked at"
-
 
 @dataclass
 class Sequences:
@@ -114,7 +112,7 @@ class ThroughTime:
 
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Take note of the inputs; what is returned takes their place."""
-        with self._aside(_NOT_SEEN):
+        with self._aside():
             if self._calls is not None and not self._compiled:
                 self._calls.entered(module)
             return self._recorder.entered(module, inputs)
@@ -122,7 +120,7 @@ class ThroughTime:
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Take note of the output."""
-        with self._aside(_NOT_SEEN):
+        with self._aside():
             if self._calls is not None and not self._compiled:
                 self._calls.left(module, inputs, kwargs)
             self._recorder.left(module, inputs, kwargs, output)
@@ -183,14 +181,14 @@ class ThroughTime:
             return f"the memory of {name or 'the model'} could not be measured: {said(error)}"
 
     @contextlib.contextmanager
-    def _aside(self, what: str) -> Iterator[None]:
+    def _aside(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             if self._strict:
                 raise
-            self._warn(what, f"{what}: {said(error)}")
-            _log.debug(what, exc_info=error)
+            self._warn("timesteps", f"a sequence module could not be looked at: {said(error)}")
+            _log.debug("a sequence module", exc_info=error)
 
 
 @dataclass
