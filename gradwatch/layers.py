@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,13 +46,39 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def describe(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int]) -> tuple[ModelInfo, dict[int, int]]:
+def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Give shape and ranks, by `id`, of the parameters of which `FullyShardedDataParallel` keeps a piece of this process, which looks whole.
+
+    There are no ranks where the wrapper is outside of the model, and does not tell.
+    """
+    wrapper: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)  # imported by whoever uses it
+    found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        id(p): (tuple(p.shape), ()) for p in model.parameters() if getattr(p, "_fsdp_flattened", False)
+    }
+    for module in model.modules() if wrapper is not None else ():
+        handle = module._handle if isinstance(module, wrapper) else None
+        if handle is None:
+            continue
+        ranks, flat = tuple(torch.distributed.get_process_group_ranks(handle.process_group)), handle.flat_param
+        shapes = {id(flat): flat._unpadded_unsharded_size} | dict(zip(map(id, flat._params or ()), flat._shapes, strict=False))
+        for key, shape in shapes.items():
+            if handle.uses_sharded_strategy:
+                found[key] = (tuple(shape), ranks)
+            else:
+                found.pop(key, None)
+    return found
+
+
+def describe(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int], shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+) -> tuple[ModelInfo, dict[int, int]]:
     """Describe the model as it is now.
 
     Args:
         model: the watched model.
         optimizers: those that step its parameters; what they step outside of the model is left out.
         order: position of each layer that was seen to run, by name.
+        shapes: of parameters of which only a piece is here, by `id`.
 
     Returns:
         The description, and the column of each parameter by its `id`, good as long as nobody replaces parameters.
@@ -69,15 +98,15 @@ def describe(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], orde
             if id(parameter) in columns:
                 continue
             columns[id(parameter)] = len(parameters)
-            lazy = nn.parameter.is_lazy(parameter)
+            shape = shapes.get(id(parameter), () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape))
             parameters.append(
                 ParameterInfo(
                     name=f"{layer}.{name}" if layer else name,
                     layer=layer,
-                    shape=() if lazy else tuple(parameter.shape),
+                    shape=shape,
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     optimizer=stepped.get(id(parameter)),
-                    role=_role(module, name, 0 if lazy else parameter.dim()),
+                    role=_role(module, name, len(shape)),
                 )
             )
     return ModelInfo(tuple(layers), tuple(parameters), tuple(map(_optimizer, optimizers))), columns

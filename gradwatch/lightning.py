@@ -17,7 +17,7 @@ from gradwatch.record import Record, claim
 from gradwatch.report import Alert, Report, Severity, Sink
 from gradwatch.tensorboard import TensorBoardSink, scalars
 from gradwatch.thresholds import Thresholds
-from gradwatch.watcher import Cadence, Horizon, Timesteps, Watcher, check_options
+from gradwatch.watcher import Cadence, Horizon, Timesteps, Watcher, check_options, own_name
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -201,7 +201,7 @@ def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
     found: list[Sink] = []
     directory = trainer.log_dir
     if directory is not None:
-        found.append(Record(claim(Path(directory), name)))
+        found.append(Record(claim(Path(directory), own_name(name))))
     for logger in trainer.loggers:
         # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
         if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):

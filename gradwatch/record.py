@@ -287,6 +287,8 @@ def release(directory: Path) -> None:
             with contextlib.suppress(OSError):  # where it could not be locked
                 fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child has the handle too
         os.close(handle)
+    with contextlib.suppress(OSError):  # what has been written keeps it
+        directory.rmdir()
 
 
 def _lock(directory: Path) -> bool:

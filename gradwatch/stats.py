@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ _TRUSTED_DOUBLE = (1e-140, 1e140)
 
 
 def plain(gradient: Tensor) -> Tensor:
-    """Give the stored entries of a sparse, complex or narrow gradient as a real strided tensor with the same norm."""
-    gradient = gradient.detach()
+    """Give the stored entries of a sparse, complex or narrow gradient as a real strided tensor with the same norm; of a `DTensor`, those of its piece here."""
+    gradient = piece(gradient.detach())
     if gradient.is_sparse:
         gradient = gradient.coalesce().values()
     elif gradient.layout != torch.strided:
@@ -35,6 +36,33 @@ def plain(gradient: Tensor) -> Tensor:
     if gradient.element_size() == 1:  # the float8 formats have no arithmetic
         gradient = gradient.float()
     return gradient
+
+
+def piece(tensor: Tensor) -> Tensor:
+    """Give what this process holds of a `DTensor`; any other tensor is whole."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.wait() if hasattr(local, "wait") else local  # of a collective that is under way
+
+
+def holders(tensor: Any) -> tuple[int, ...] | None:  # noqa: ANN401  (torch.distributed.tensor is costly to import, and nearly nobody has it)
+    """Give the ranks whose pieces make up a `DTensor`, copies of them left out; None where it is whole here.
+
+    Raises:
+        ValueError: the pieces are summands, which tell nothing of the sum.
+
+    """
+    if not hasattr(tensor, "placements"):
+        return None
+    if any(p.is_partial() for p in tensor.placements):
+        raise ValueError("it is a sum over processes that has not been taken yet")
+    ranks, here = tensor.device_mesh.mesh, tensor.device_mesh.get_coordinate()
+    if here is None:
+        return None
+    for dimension in reversed(range(ranks.dim())):
+        if tensor.placements[dimension].is_replicate():
+            ranks = ranks.select(dimension, here[dimension])
+    found = tuple(ranks.flatten().tolist())
+    return found if len(found) > 1 else None
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

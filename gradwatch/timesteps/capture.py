@@ -88,6 +88,8 @@ class Target:
     """Whether it is one of torch's recurrent modules, which can be walked back through."""
     parameters: frozenset[int] = frozenset()
     """Its parameters, by `id`."""
+    spread: bool = False
+    """Whether its weights are whole only while it runs, and in pieces on several processes else (FSDP)."""
     sentinel: Sentinel = field(default_factory=Sentinel)
     trusted: bool = False
     """Whether a leaf in place of its input can do no harm."""
@@ -118,6 +120,10 @@ class Target:
 def transformed() -> bool:
     """Tell whether what runs now is inside of a functional transform, whose tensors are none of the training's."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _spread(module: nn.Module) -> bool:
+    return any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters())
 
 
 def _checkpointed() -> bool:
@@ -171,7 +177,7 @@ class Recorder:
             # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
             hooked = module._forward_pre_hooks or module._forward_hooks
             trusted = not hooked and ((recurrent and type(module).forward in _STOCK) or self._learned.get(name, False))
-            target = self.targets[id(module)] = Target(name, time, recurrent, frozenset(map(id, module.parameters())), trusted=trusted)
+            target = self.targets[id(module)] = Target(name, time, recurrent, frozenset(map(id, module.parameters())), _spread(module), trusted=trusted)
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
             if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
@@ -332,7 +338,7 @@ class Recorder:
         seen.call = call = Call(
             spec,
             layout,
-            [w.detach() for w in weights],
+            [w.detach().clone() if target.spread else w.detach() for w in weights],
             layout.take(_timed(x, seen)),
             y,
             initial(h0, y.shape[-1] // spec.directions),

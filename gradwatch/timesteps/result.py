@@ -191,8 +191,9 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
     if any(s.derived for s in chain):
         result.notes.append("the hidden series are left out: a gradient of a gradient went through it")
         return
-    if any(w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)):
-        result.notes.append("the hidden series are left out: its weights were edited between the forward pass and the step")
+    freed = any(w.numel() and not w.untyped_storage().size() for call in calls for w in call.weights)  # to read these would end the process
+    if freed or any(w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)):
+        result.notes.append(f"the hidden series are left out: its weights were {'freed' if freed else 'edited'} between the forward pass and the step")
         return
     if calls[0].spec.dropout and calls[0].random is None:
         result.notes.append("what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same")

@@ -21,10 +21,11 @@ from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.judge import OnAlert
+from gradwatch.watcher.processes import own_name
 from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watcher import Watcher
 
-__all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "watch"]
+__all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "own_name", "watch"]
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
@@ -107,7 +108,7 @@ def watch(
         watcher.close()
     files: list[Sink] = []
     if logdir is not None:
-        directory = claim(logdir, name, _close_orphans)
+        directory = claim(logdir, own_name(name), _close_orphans)
         files = [TensorBoardSink(directory), Record(directory)]  # the last to be closed lets go of the directory
     watcher = Watcher(
         model,

@@ -30,6 +30,8 @@ class Slot:
     extra: bool = False
     """Whether its next step is a probe out of turn, because an alert has begun."""
     reading: Reading | None = None
+    owed: str | None = None
+    """The step for which the process that speaks for this one waits."""
     ids: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
     model: ModelInfo | None = None
@@ -57,7 +59,11 @@ class Inventory:
         self.info = self._describe(model)
 
     def _describe(self, model: nn.Module) -> ModelInfo:
-        info, self._columns = layers.describe(model, [s.optimizer for s in self._slots if s.optimizer is not None], self.order)
+        flat = layers.flattened(model)
+        optimizers, shapes = [s.optimizer for s in self._slots if s.optimizer is not None], {i: shape for i, (shape, _) in flat.items()}
+        info, self._columns = layers.describe(model, optimizers, self.order, shapes)
+        self.spread = {self._columns[i]: ranks for i, (_, ranks) in flat.items() if i in self._columns}
+        """By column, the ranks that hold pieces of what does not tell that itself, as a DTensor does."""
         known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
         self.frozen = [c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None]
         """Columns that are frozen and that no optimizer steps, as of the last description."""
@@ -124,6 +130,12 @@ class Inventory:
             slot.model, slot.weighed = self.info, False
             slot.columns = [self._columns[i] for i in ids if i in self._columns]
         return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
+
+    def gradients(self, slot: Slot) -> tuple[list[int], list[Tensor]]:
+        """Give the gradients that the optimizer is to step with now, each with its column."""
+        parameters = self.parameters(slot)
+        found = [(c, g) for c, p in zip(slot.columns, parameters, strict=True) if (g := p.grad) is not None]
+        return [c for c, _ in found], [g for _, g in found]
 
     def absent(self, slot: Slot, parameters: Sequence[Tensor], ran: frozenset[str] | None) -> list[Absent | None]:
         """Say why parameters have no gradient, or will be found to have zeros in its place, given the modules that ran (None: nobody looked)."""

@@ -97,6 +97,8 @@ def _core(model: nn.Module) -> nn.Module:
     """Take a model out of its wrappers, and refuse what cannot be run alone."""
     model = _unwrapped(model)
     reason = next((said for module in model.modules() if (said := _waits(module))), None)
+    if reason is None and any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+        reason = "its parameters are spread over several (DTensor or FSDP)"
     if reason is not None:
         raise RuntimeError(f"the model cannot be run by one process alone: {reason}")
     return model

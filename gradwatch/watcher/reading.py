@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradwatch import stats
 from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
+from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.through_time import Sequences
 
 _BUDGET = 256 * 2**20
@@ -48,6 +49,9 @@ class Reading:
         self._places: dict[torch.device, list[tuple[Hashable, Sequence[int]]]] = {}
         self._sequences = Sequences()
         self._copies: list[tuple[int, Tensor, Tensor]] = []
+        self.holders: dict[int, tuple[int, ...]] = {}
+        """By column, the ranks of the processes that each hold a piece of the parameter."""
+        self.notes: list[str] = []
 
     def add(self, name: Hashable, columns: Sequence[int], tensor: Tensor) -> None:
         """Pack a tensor of `len(columns)` numbers; what is added later under the same name and column replaces it."""
@@ -64,8 +68,11 @@ class Reading:
             half: whether they were computed in float16, whatever they are kept in.
 
         """
-        self.empty = not gradients
-        tensors = gradients if set(map(_KIND, gradients)) <= _PLAIN_KINDS else [g if _KIND(g) in _PLAIN_KINDS else stats.plain(g) for g in gradients]
+        self.empty = not gradients and not self.holders
+        tensors = gradients
+        if not set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+            columns, gradients = self._whole_or_pieces(columns, gradients)
+            tensors = [g if _KIND(g) in _PLAIN_KINDS else stats.plain(g) for g in gradients]
         if scale is not None:
             self.add("scale", [0], torch.as_tensor(scale, dtype=torch.float64))
         for mine, here in by_device(columns, tensors):
@@ -83,10 +90,25 @@ class Reading:
                 self.add("nonzero", mine, stored - zeros)
                 self.add("tiny", mine, tiny)
 
+    def _whole_or_pieces(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Take note of which are spread over processes, and leave out those of which that does not help."""
+        kept = []
+        for column, gradient in zip(columns, gradients, strict=True):
+            try:
+                ranks = stats.holders(gradient)
+            except ValueError as error:
+                self.notes.append(f"the gradient of {self.model.parameters[column].name} is not measured: {error}")
+                continue
+            if ranks is not None:
+                self.holders[column] = ranks
+            kept.append((column, gradient))
+        return [c for c, _ in kept], [g for _, g in kept]
+
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
         known = [(c, p) for c, p in zip(columns, parameters, strict=True) if p.device.type != "meta" and not nn.parameter.is_lazy(p)]
-        tensors = [p.detach() if p.dtype in _PLAIN else stats.plain(p) for _, p in known]
+        tensors = [stats.piece(p.detach()) if p.dtype in _PLAIN else stats.plain(p) for _, p in known]
+        self.holders |= {c: ranks for c, p in known if hasattr(p, "placements") and (ranks := stats.holders(p)) is not None}
         for mine, here in by_device([c for c, _ in known], tensors):
             self.add("weight_norm", mine, stats.norms(here))
 
@@ -99,11 +121,10 @@ class Reading:
             tensor = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
             self.add("loss", [number], tensor if tensor.numel() == 1 else tensor.double().mean())
 
-    def as_applied(self, gradients: Sequence[Tensor], optimizer: object) -> None:
-        """Measure the global norm once more, of the gradients as the optimizer takes them: after clipping."""
-        tensors = [stats.plain(g) for g in gradients]
-        for number, (_, here) in enumerate(by_device(range(len(tensors)), tensors)):
-            self.add("applied", [number], stats.norms([stats.norms(here)]))
+    def as_applied(self, columns: Sequence[int], gradients: Sequence[Tensor], optimizer: object) -> None:
+        """Measure the norms once more, of the gradients as the optimizer takes them: after clipping."""
+        for mine, here in by_device(columns, [stats.plain(g) for g in gradients]):
+            self.add("applied", mine, stats.norms(here))
         scale = getattr(optimizer, "grad_scale", None)
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
@@ -132,9 +153,9 @@ class Reading:
         left: int = _BUDGET
         self._copies = []
         for i in (*range(turn, len(parameters)), *range(turn)):
-            parameter = parameters[i]
-            if parameter.grad is None or parameter.dtype not in _PLAIN:
+            if parameters[i].grad is None or parameters[i].dtype not in _PLAIN:
                 continue
+            parameter = stats.piece(parameters[i].detach())
             wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
             size = parameter.numel() * wide.itemsize
             if size > _BUDGET:  # its turn never comes
@@ -144,22 +165,36 @@ class Reading:
                 return int(i)
             memory = spare.pop(columns[i], None)
             fits = memory is not None and memory.shape == parameter.shape and memory.dtype is wide and memory.device == parameter.device
-            copy = memory.copy_(parameter.detach()) if memory is not None and fits else parameter.detach().to(wide, copy=True)
-            self._copies.append((columns[i], parameter, copy))
+            copy = memory.copy_(parameter) if memory is not None and fits else parameter.to(wide, copy=True)
+            self._copies.append((columns[i], parameters[i], copy))
         return 0
 
     def updates(self, spare: dict[int, Tensor]) -> None:
         """Measure how far the parameters have moved from their copies, whose memory goes to `spare` if there is not much of it."""
         copies, self._copies = self._copies, []
         for numbers, olds in by_device(range(len(copies)), [copy for _, _, copy in copies]):
-            torch._foreach_sub_(list(olds), [copies[i][1].detach() for i in numbers])  # in place: half of the memory and two thirds of the time
+            torch._foreach_sub_(list(olds), [stats.piece(copies[i][1].detach()) for i in numbers])  # in place: half of the memory and two thirds of the time
             self.add("update", [copies[i][0] for i in numbers], stats.norms(olds))
         if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
             spare.update((column, copy) for column, _, copy in copies)
 
-    def snapshot(self, optimizer: int | None, *, skipped: bool = False) -> Snapshot:
-        """Copy what was measured and make it a snapshot."""
+    def snapshot(self, optimizer: int | None, key: str, processes: Processes, *, skipped: bool = False) -> Snapshot | None:
+        """Copy what was measured, put what other processes measured to it, and make it a snapshot; None where one of those speaks for this one.
+
+        Args:
+            optimizer: index of the one that steps.
+            key: of this step among those of the watcher.
+            processes: that watch the model.
+            skipped: whether a scaler skipped the step.
+
+        """
         values = self._take()
+        if processes.silent:
+            if self.holders:
+                processes.send(key, values, self.holders)
+            return None
+        if self.holders and (missing := processes.join(key, values, self.holders)):
+            self.notes.append(missing)
         sequences, facts = self._sequences.values({key: list(values.get(key, {}).values()) for key in self._sequences.tensors()})
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
         scale = values.get("scale", {}).get(0)
@@ -196,6 +231,7 @@ class Reading:
             absent=absent if any(absent) else None,
             sequences=sequences or None,
             facts=facts or None,
+            notes=tuple(self.notes),
         )
 
     def _column(self, values: dict[int, float]) -> Column:

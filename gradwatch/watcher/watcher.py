@@ -28,6 +28,7 @@ from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
 from gradwatch.watcher.once import Once, said
+from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.reading import Reading, undisturbed
 from gradwatch.watcher.through_time import Horizon, Sequences, ThroughTime, Timesteps
 
@@ -103,6 +104,7 @@ class Watcher:
         self._time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
         self._inventory = Inventory(model, self._slots, self._time)
         info = self._inventory.info
+        self._processes = Processes((p.name for p in info.parameters), self._warn, alone=strict)
         self._judge = Judge(
             History(thresholds),
             Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
@@ -187,6 +189,7 @@ class Watcher:
 
     def _detach(self) -> None:
         self._off = True
+        self._processes.leave()
         self._inventory.trace.disarm()
         self._losses.clear()
         for slot in self._slots:
@@ -254,7 +257,7 @@ class Watcher:
         mine, had = self._slots[slot], slot in self._taken
         if mine.reading is not None and mine.reading.stage == "before_clip" and not mine.reading.applied:
             with undisturbed():
-                mine.reading.as_applied([g for p in self._inventory.parameters(mine) if (g := p.grad) is not None], mine.optimizer)
+                mine.reading.as_applied(*self._inventory.gradients(mine), mine.optimizer)
                 mine.reading.found_inf(mine.optimizer)
                 mine.reading.losses(() if had else self._losses)
         elif not self._explicit:
@@ -289,7 +292,7 @@ class Watcher:
         if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
             with undisturbed():
                 reading.updates(mine.spare)
-            self._emit(mine, reading.snapshot(slot))
+            self._emit(mine, reading)
 
     # --- the step ---
 
@@ -309,7 +312,7 @@ class Watcher:
             if slot.optimizer is not None:
                 slot.reading = reading
             elif reading is not None and not reading.empty:
-                self._emit(slot, reading.snapshot(None))
+                self._emit(slot, reading)
         self._taken.update(s.index for s in chosen)
 
     @_guarded
@@ -323,7 +326,7 @@ class Watcher:
             reading, slot.reading = slot.reading, None
             # Of several optimizers read together, those that did not step were just not their turn.
             if reading is not None and not reading.empty and len(waiting) == len(chosen):
-                self._emit(slot, reading.snapshot(slot.index, skipped=True))
+                self._emit(slot, reading, skipped=True)
 
     @staticmethod
     def _set_count(slot: Slot, step: int) -> None:
@@ -333,7 +336,7 @@ class Watcher:
     def _count_on(self, slot: Slot) -> None:
         """Count a step, and look at the forward pass of the next one if it is a probe."""
         slot.count += slot.stride
-        if self._cadence.probed(slot.count):
+        if self._cadence.probed(slot.count) and not self._processes.silent:
             self._arm(slot)
 
     def _due(self, slot: Slot) -> bool:
@@ -354,12 +357,14 @@ class Watcher:
 
     def _read(self, slot: Slot, stage: Stage) -> Reading:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
+        slot.owed = f"{slot.index}-{slot.count}"
         with undisturbed():
             probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
             sequences = self._sequences(slot)
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
+            reading.holders = {c: self._inventory.spread[c] for c in slot.columns if c in self._inventory.spread}
             gradients = [p.grad for p in parameters]
             columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
             if len(columns) < len(parameters) or ran is not None or slot.absent or self._inventory.frozen:
@@ -381,10 +386,13 @@ class Watcher:
         mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
         return self._time.work_out(model, self._backward_scale(slot.optimizer), mine, others)
 
-    def _emit(self, slot: Slot, snapshot: Snapshot) -> None:
-        """Judge a snapshot; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
-        self._failures = 0
-        if self._judge(snapshot).began and not slot.extra and not self._cadence.probed(slot.count):
+    def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
+        """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
+        snapshot = reading.snapshot(slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped)
+        slot.owed, self._failures = None, 0
+        if snapshot is None or not self._judge(snapshot).began or reading.holders:  # other processes know nothing of such a probe
+            return
+        if not slot.extra and not self._cadence.probed(slot.count):
             slot.extra = True
             self._arm(slot)
 
@@ -413,8 +421,12 @@ class Watcher:
         self._failures += 1
         for slot in self._slots:
             slot.reading = None
+            if slot.owed is not None:
+                with contextlib.suppress(Exception):
+                    self._processes.send(slot.owed, None)
         self._off = self._failures >= _PATIENCE
         if self._off:
+            self._processes.leave()
             self._warn("off", f"{_PATIENCE} measurements in a row failed, and measuring is switched off: {said(error)}")
         else:
             self._warn("failed", f"a measurement failed and is left out: {said(error)}")
