@@ -19,9 +19,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gradwatch import watch
+from gradwatch.watcher.once import Once
+from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.reading import Reading, undisturbed
 
 Step = Callable[[], torch.Tensor]
+
+ALONE = Processes((), Once(), alone=True)
 
 
 def mlp(layers: int, width: int, batch: int, kind: type[nn.Module] = nn.ReLU, *, vanished: bool = False) -> tuple[nn.Module, Step]:
@@ -138,13 +142,13 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
                 reading.weights(slot.columns, members)
                 reading.copy_weights(slot.columns, members, 0, slot.spare)
             else:
-                reading.snapshot(0)
+                reading.snapshot(0, "", ALONE)
             return reading
 
     def probe_end(reading: Reading) -> None:
         with undisturbed():
             reading.updates(slot.spare)
-        reading.snapshot(0)
+        reading.snapshot(0, "", ALONE)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}
     order = ["clip", "measure", "probe", "control", "control", "probe", "measure", "clip"]

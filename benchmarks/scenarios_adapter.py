@@ -11,7 +11,7 @@ import gradwatch
 
 VERSION = gradwatch.__version__
 PACKAGES = ("gradwatch",)
-CAPS = {"alerts", "tb", "log", "resume"}
+CAPS = {"alerts", "tb", "log", "resume", "act", "time"}
 CLIP = "post"
 CLIP_LIGHTNING = "pre"
 GRANULARITY = "param"
@@ -23,6 +23,8 @@ class Records:
     def __init__(self) -> None:
         """Begin with none."""
         self.rows: list[dict[str, float]] = []
+        self.activations: list[dict[str, float]] = []
+        self.sequences: list[dict[str, list[float]]] = []
         self.began: list[gradwatch.Alert] = []
 
     def __call__(self, report: gradwatch.Report) -> None:
@@ -31,10 +33,22 @@ class Records:
         snapshot = report.snapshot
         if not snapshot.skipped:
             self.rows.append({p.name: n for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None})
+        if snapshot.activations is not None:
+            self.activations.append({a.module: a.grad_norm for a in snapshot.activations if a.grad_norm is not None and not a.scaled})
+        if snapshot.sequences is not None:
+            self.sequences.append({s.module: list(s.grad_hidden) for s in snapshot.sequences if s.grad_hidden is not None and not s.scaled})
 
     def step_norms(self) -> dict[int, dict[str, float]]:
         """Give the norms by number of the step."""
         return {step: dict(row) for step, row in enumerate(self.rows)}
+
+    def act_norms(self) -> dict[int, dict[str, float]]:
+        """Give the gradients of what modules gave, by number of the probe."""
+        return dict(enumerate(self.activations))
+
+    def time_norms(self) -> dict[int, dict[str, list[float]]]:
+        """Give the gradients of hidden states, oldest first, by number of the probe."""
+        return dict(enumerate(self.sequences))
 
 
 class Handle(Records):

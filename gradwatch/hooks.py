@@ -9,7 +9,6 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any, Protocol
 
 import torch
@@ -197,12 +196,12 @@ class ForwardTrace:
     by themselves, by objects that leave no trace in a copy, and nothing else is seen.
     """
 
-    def __init__(self, visitor: Visitor | None = None) -> None:
+    def __init__(self, visitors: Sequence[Visitor] = ()) -> None:
         """Begin disarmed."""
-        self._visitor = visitor
+        self._visitors = [(visitor, frozenset[int]()) for visitor in visitors]
+        """Each with the modules that it wants to see, by `id`: not the modules, because a watcher that is kept must not keep a model."""
         self._undo: weakref.finalize[..., Any] | None = None
         self._names: Mapping[int, str] = {}
-        self._visited: AbstractSet[int] = frozenset()
         self._ran: dict[str, None] = {}
         self.half = False
         """Whether autocast to float16 was on in what was seen."""
@@ -215,12 +214,13 @@ class ForwardTrace:
         return self._undo is not None
 
     def arm(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Begin to look for these modules; False where torch.compile is in use, and all but the visitor's are left out."""
+        """Begin to look for these modules; False where torch.compile is in use, and all but the visitors' are left out."""
         self.disarm()
         self.compiled = _compiled()
         self._names = {} if self.compiled else {id(module): name for name, module in modules.items()}
-        visited = self._visitor.arm(modules, compiled=self.compiled) if self._visitor is not None else {}
-        self._visited = frozenset(visited)  # not the modules: a watcher that is kept must not keep a model
+        chosen = [visitor.arm(modules, compiled=self.compiled) for visitor, _ in self._visitors]
+        self._visitors = [(visitor, frozenset(its)) for (visitor, _), its in zip(self._visitors, chosen, strict=True)]
+        visited = {key: module for its in chosen for key, module in its.items()}
         self._ran = {}
         self.half = False
         before: Callable[..., Any] = (_untraced(_Before) if self.compiled else _Before)(self)
@@ -251,9 +251,9 @@ class ForwardTrace:
         if self._undo is not None:
             self._undo()
             self._undo = None
-        self._visited = frozenset()
-        if self._visitor is not None:
-            self._visitor.clear()
+        for visitor, _ in self._visitors:
+            visitor.clear()
+        self._visitors = [(visitor, frozenset()) for visitor, _ in self._visitors]
 
     @property
     def ran(self) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ class ForwardTrace:
         return tuple(self._ran)
 
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Note that a module runs, and let the visitor see its inputs; what that returns takes their place."""
+        """Note that a module runs, and let the visitors see its inputs; what one returns takes their place."""
         if _alone not in (None, self):
             return None
         name = self._names.get(id(module))
@@ -272,12 +272,17 @@ class ForwardTrace:
                 self.half = True
             if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
                 self.half = True
-        return self._visitor.entered(module, inputs) if self._visitor is not None and id(module) in self._visited else None
+        changed = None
+        for visitor, modules in self._visitors:
+            if id(module) in modules:
+                changed = visitor.entered(module, inputs if changed is None else changed) or changed
+        return changed
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
-        """Let the visitor see what a module gives."""
-        if _alone in (None, self) and self._visitor is not None and id(module) in self._visited:
-            self._visitor.left(module, inputs, kwargs, output)
+        """Let the visitors see what a module gives."""
+        for visitor, modules in self._visitors:
+            if _alone in (None, self) and id(module) in modules:
+                visitor.left(module, inputs, kwargs, output)
 
 
 class _Before:

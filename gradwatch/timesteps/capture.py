@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from gradwatch.arrivals import Sentinel, at_output, floats, transformed
 from gradwatch.timesteps.layout import Layout, Packed, Padded
 from gradwatch.timesteps.recurrent import Call, Spec
-from gradwatch.timesteps.sentinel import Sentinel
 
 ROWS = 8
 """Rows of a batch that are looked at closely. Eight, each with cotangents of its own, give the decay rate within 2 %."""
@@ -117,11 +117,6 @@ class Target:
         return leaf is not None and leaf() is x
 
 
-def transformed() -> bool:
-    """Tell whether what runs now is inside of a functional transform, whose tensors are none of the training's."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def _spread(module: nn.Module) -> bool:
     return any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters())
 
@@ -139,17 +134,6 @@ def _checkpointed() -> bool:
 def first_tensor(value: object) -> Tensor | None:
     """Give the first floating-point tensor of a module's inputs or outputs; of a packed sequence its data."""
     return next(iter(floats(value)), None)
-
-
-def floats(value: object) -> list[Tensor]:
-    """Give the floating-point tensors in what a module takes or gives."""
-    if isinstance(value, PackedSequence):
-        value = value.data
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for v in value for t in floats(v)] if isinstance(value, list | tuple) else []
 
 
 class Recorder:
@@ -377,8 +361,7 @@ class Recorder:
                 mine.drop()
 
         if name != "x" and tensor.grad_fn is not None:  # behind the hooks of the user, who may change what goes into the module
-            number = tensor.output_nr
-            seen.handles.append(tensor.grad_fn.register_prehook(lambda gradients: hook(gradients[number])))
+            seen.handles.append(at_output(tensor, hook))
             return
         # A module may keep the tensor as an attribute: saved with it, the hook stays behind, and without a warning.
         seen.handles.append(tensor.register_hook(unserializable_hook(hook)))  # type: ignore[no-untyped-call]  # torch's

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwatch.arrivals import CHANGED
 from gradwatch.snapshot import Fact, SequenceStats, memory
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.capture import Seen, Target
@@ -18,8 +19,6 @@ from gradwatch.timesteps.recurrent import Call, Series, trace
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest residual of the replay and of the adjoint; formats narrower than float32 lose more."""
 _NARROW = 5e-2
-_CHANGED = 1e-3
-"""Share by which a gradient may differ between the backward pass and the step: sums in another order."""
 _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_cell"})
 """Series that carry the loss scale."""
 
@@ -59,7 +58,7 @@ class Trace:
 
         """
         checks = {name: values["check", name][0] for name in self.checks}
-        scaled = scale is None and checks.get("changed", 0.0) > _CHANGED
+        scaled = scale is None and checks.get("changed", 0.0) > CHANGED
         notes = list(self.notes)
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")

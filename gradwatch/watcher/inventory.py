@@ -49,11 +49,11 @@ class Slot:
 class Inventory:
     """Knows the model without holding it, and finds out anew when parameters have come, gone or been replaced."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], visitor: Visitor | None) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], visitors: Sequence[Visitor]) -> None:
         """Describe the model as it is."""
         self.model = weakref.ref(model)
         self._slots = slots
-        self.trace = ForwardTrace(visitor)
+        self.trace = ForwardTrace(visitors)
         self.order: dict[str, int] = {}
         """Position of each layer in the first forward pass in which a probe has seen it."""
         self.info = self._describe(model)

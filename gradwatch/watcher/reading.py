@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import stats
+from gradwatch.activations import Heard
 from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
 from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.through_time import Sequences
@@ -48,6 +49,7 @@ class Reading:
         self._tensors: dict[torch.device, list[Tensor]] = {}
         self._places: dict[torch.device, list[tuple[Hashable, Sequence[int]]]] = {}
         self._sequences = Sequences()
+        self._heard = Heard()
         self._copies: list[tuple[int, Tensor, Tensor]] = []
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
@@ -129,10 +131,10 @@ class Reading:
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
 
-    def sequences(self, sequences: Sequences) -> None:
-        """Take along what was seen of sequence modules."""
-        self._sequences = sequences
-        for key, tensor in sequences.tensors().items():
+    def forward(self, sequences: Sequences, heard: Heard) -> None:
+        """Take along what was seen of modules."""
+        self._sequences, self._heard = sequences, heard
+        for key, tensor in (sequences.tensors() | heard.tensors()).items():
             self.add(key, range(tensor.numel()), tensor)
 
     def found_inf(self, optimizer: object) -> None:
@@ -229,6 +231,7 @@ class Reading:
             subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
             update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
             absent=absent if any(absent) else None,
+            activations=self._heard.values({key: values[key][0] for key in self._heard.tensors()}) or None,
             sequences=sequences or None,
             facts=facts or None,
             notes=tuple(self.notes),

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradwatch.arrivals import transformed
 from gradwatch.snapshot import Fact, SequenceStats
 from gradwatch.timesteps import ModelGain, Recorder, Trace, traces
 from gradwatch.timesteps.arguments import detached
-from gradwatch.timesteps.capture import transformed
 from gradwatch.watcher.memory import model_gain
 from gradwatch.watcher.once import Once, said
 

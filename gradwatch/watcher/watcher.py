@@ -17,8 +17,10 @@ from typing import Any, ParamSpec, Self
 from torch import Tensor, nn
 
 from gradwatch import console
+from gradwatch.activations import Activations, Heard
 from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
+from gradwatch.layers import named_modules
 from gradwatch.record import Record
 from gradwatch.report import Alert, Report, Sink
 from gradwatch.snapshot import SequenceStats, Snapshot, Stage, from_plain, to_plain
@@ -102,7 +104,8 @@ class Watcher:
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
         self._time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
-        self._inventory = Inventory(model, self._slots, self._time)
+        self._activations = Activations()
+        self._inventory = Inventory(model, self._slots, [self._activations, *([self._time] if self._time is not None else [])])
         info = self._inventory.info
         self._processes = Processes((p.name for p in info.parameters), self._warn, alone=strict)
         self._judge = Judge(
@@ -360,7 +363,7 @@ class Watcher:
         slot.owed = f"{slot.index}-{slot.count}"
         with undisturbed():
             probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
-            sequences = self._sequences(slot)
+            sequences, heard = self._forward(slot)
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
@@ -372,19 +375,22 @@ class Watcher:
             scale = self._scale(slot.optimizer, stage)
             reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
-            reading.sequences(sequences)
+            reading.forward(sequences, heard)
             if probe or not slot.weighed:
                 reading.weights(slot.columns, parameters)
                 slot.weighed = True
             reading.losses(self._losses)
             return reading
 
-    def _sequences(self, slot: Slot) -> Sequences:
+    def _forward(self, slot: Slot) -> tuple[Sequences, Heard]:
+        """Give what was seen of the forward pass of this step, and of what came back through it."""
         model = self._inventory.model()
-        if self._time is None or not slot.tracing or model is None:
-            return Sequences()
+        if not slot.tracing or model is None:
+            return Sequences(), Heard()
+        scale = self._backward_scale(slot.optimizer)
         mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
-        return self._time.work_out(model, self._backward_scale(slot.optimizer), mine, others)
+        heard = self._activations.take(named_modules(model), scale, mine, others)
+        return self._time.work_out(model, scale, mine, others) if self._time is not None else Sequences(), heard
 
     def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""

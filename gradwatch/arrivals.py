@@ -1,14 +1,46 @@
-"""Tells whether the gradients of a backward pass were changed before the step: by a scaler, by clipping, by hand."""
+"""What arrives in a backward pass: at the tensors that modules give, and at parameters."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+CHANGED = 1e-3
+"""Share by which a gradient may differ between the backward pass and the step: sums in another order."""
+
+
+def transformed() -> bool:
+    """Tell whether what runs now is inside of a functional transform, whose tensors are none of the training's."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def floats(value: object) -> list[Tensor]:
+    """Give the floating-point tensors in what a module takes or gives."""
+    if isinstance(value, PackedSequence):
+        value = value.data
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value):
+        value = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return [t for v in value for t in floats(v)] if isinstance(value, list | tuple) else []
+
+
+def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
+    """Let `hook` take what arrives at a tensor that is not a leaf, behind all hooks on it, and of a tensor that is edited in place later: before that."""
+    node, number = tensor.grad_fn, tensor.output_nr
+    assert node is not None
+    handle: RemovableHandle = node.register_prehook(lambda gradients: hook(gradients[number]))
+    return handle
 
 
 class Sentinel:
