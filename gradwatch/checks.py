@@ -20,7 +20,7 @@ from gradwatch.report import GradientHealthError, Report, Severity
 from gradwatch.snapshot import Fact, SequenceStats
 from gradwatch.thresholds import Thresholds
 from gradwatch.timesteps.model import Timesteps
-from gradwatch.watcher import Cadence, Watcher
+from gradwatch.watcher import Cadence, Watcher, check_verdicts
 from gradwatch.watcher.memory import causes, model_gain
 
 _SHOWN = 10
@@ -57,6 +57,9 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function from what the model returned to a scalar tensor, or None, got {loss!r:.80}")
+    check_verdicts(thresholds, ignore, detectors)
     watcher = Watcher(
         model,
         (),

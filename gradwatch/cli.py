@@ -99,12 +99,14 @@ def _show(*parts: RenderableType) -> None:
     """Print; a reader that has seen enough (`| head`) and a terminal that lacks a character are no failures."""
     from rich.console import Console
 
+    from gradwatch.console import Harmless
+
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     console = Console()
     with console.capture() as page:
         for part in parts:
-            console.print(part)
+            console.print(Harmless(part))
     try:
         for line in page.get().splitlines():
             print(line.rstrip())  # noqa: T201  (a command line prints)

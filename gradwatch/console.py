@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ _random_state = random.getstate()
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult  # noqa: E402
 from rich.measure import Measurement  # noqa: E402
 from rich.padding import Padding  # noqa: E402
+from rich.segment import Segment  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rich.text import Text  # noqa: E402
 
@@ -33,6 +35,8 @@ _log = logging.getLogger("gradwatch")
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 _COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 _WIDTH = 100
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_VISIBLE = "\N{REPLACEMENT CHARACTER}"
 _MEMORIES, _PROFILES = 12, 3
 """Memories that a summary tells of, and lag profiles that it draws."""
 
@@ -47,7 +51,20 @@ def log(report: Report) -> None:
 
 def log_alert(alert: Alert) -> None:
     """Send one alert to the logger `gradwatch`, at the level of its severity."""
-    _log.log(_LEVELS[alert.severity], "%s", alert)
+    _log.log(_LEVELS[alert.severity], "%s", _CONTROL.sub(_VISIBLE, str(alert)))
+
+
+class Harmless:
+    """What a terminal would obey in it, for instance in the names of a foreign record, is made visible."""
+
+    def __init__(self, content: RenderableType) -> None:
+        """Wrap anything that can be printed."""
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Print it."""
+        for segment in console.render(self._content, options):
+            yield segment if segment.control else Segment(_CONTROL.sub(_VISIBLE, segment.text), segment.style)
 
 
 def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = _WIDTH) -> str:
@@ -64,14 +81,14 @@ def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 
 def _plain(content: RenderableType, width: int) -> str:
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(content)
+    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(Harmless(content))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = _WIDTH) -> str:
     """Give the same as HTML, for notebooks."""
     console = Console(file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="truecolor")
-    console.print(_report(report, sequences))
+    console.print(Harmless(_report(report, sequences)))
     return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
 
 

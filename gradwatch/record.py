@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,6 +24,11 @@ NAME = "record.jsonl"
 BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
 steps of a model with 100 parameter tensors."""
+
+_LONGEST = 16 * 2**20
+"""Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
+_MOST = 200_000
+"""Snapshots that are read into memory; past them every second of the older ones is dropped, as it is where a record is written. No record of the usual bound has so many."""
 
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -58,7 +63,16 @@ class Record:
     """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
 
     def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
-        """Write into `directory`, at most `bound` bytes; a record that is there already is replaced."""
+        """Write into `directory`, at most `bound` bytes; a record that is there already is replaced.
+
+        Raises:
+            TypeError, ValueError: `bound` is not a whole number above 0.
+
+        """
+        if isinstance(bound, bool) or not isinstance(bound, int):
+            raise TypeError(f"bound must be a whole number of bytes, got {bound!r}")
+        if bound < 1:
+            raise ValueError(f"bound must be at least 1 byte, got {bound}")
         self._path = Path(directory) / NAME
         self._bound = self._limit = bound
         self._file: TextIO | None = None
@@ -200,7 +214,7 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
 
     """
     top = Path(path)
-    found = [top] if top.is_file() else sorted(top.rglob(NAME))
+    found = [top] if top.is_file() else sorted(p for p in top.rglob(NAME) if p.is_file())  # to open a pipe would wait for ever
     if not found:
         raise FileNotFoundError(f"no {NAME} in or below {top}: was it written by gradwatch.watch(..., logdir=...)?")
     return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file) for file in found}
@@ -215,20 +229,32 @@ class _Draft:
 
 def _read(file: Path) -> Run:
     draft, thinned, broken, truncated = _Draft(), 0, 0, False
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines):
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for number, line in enumerate(_lines(stream)):
             try:
                 content = from_json(line)
                 if number == 0:
                     thinned = _begun(content)
                 _take(draft, content)
-            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
                     raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
+            if len(draft.snapshots) > _MOST:
+                thinned += len(draft.snapshots[1 : _MOST * 3 // 4 : 2])
+                del draft.snapshots[1 : _MOST * 3 // 4 : 2]
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
     return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated)
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Give the lines of a file, of one that is too long its beginning."""
+    while line := stream.readline(_LONGEST):
+        end = line
+        while len(end) == _LONGEST and not end.endswith("\n"):
+            end = stream.readline(_LONGEST)
+        yield line if end is line else line[:80] + "\n"
 
 
 def _begun(content: dict[str, Any]) -> int:
@@ -239,6 +265,8 @@ def _begun(content: dict[str, Any]) -> int:
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
         draft.models.append(from_plain(ModelInfo, content["model"]))
     elif "snapshot" in content:
@@ -266,12 +294,19 @@ def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callabl
         free: makes watchers that nobody uses let go of theirs; called where this process holds the directory.
 
     Raises:
-        NotADirectoryError: `logdir` is a file.
+        TypeError, ValueError: `logdir` is no path.
+        NotADirectoryError: it is a file, or is to be in one.
 
     """
+    if not isinstance(logdir, str | os.PathLike):
+        raise TypeError(f"logdir must be a path, got {logdir!r:.80}")
+    if not os.fspath(logdir) or "\0" in os.fspath(logdir):
+        raise ValueError(f"logdir must be a path, got {os.fspath(logdir)!r:.80}")
     top = Path(logdir).resolve()
-    if top.exists() and not top.is_dir():
-        raise NotADirectoryError(f"logdir must be a folder, got the file {top}")
+    if (file := next((p for p in (top, *top.parents) if p.exists()), top)).is_file():
+        raise NotADirectoryError(
+            f"logdir must be a folder, got the file {file}" if file == top else f"logdir must be a folder, and cannot be in the file {file}, got {top}"
+        )
     first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"
     if top / first in _held:
         free()

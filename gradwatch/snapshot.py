@@ -308,7 +308,11 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -
         KeyError, IndexError, TypeError, ValueError: `plain` is no snapshot, or its model is not among `models`.
 
     """
-    return from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
+    snapshot = from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
+    for column in (snapshot.norm, snapshot.nonfinite, snapshot.weight_norm, snapshot.zeros, snapshot.subnormal, snapshot.update_ratio, snapshot.absent):
+        if column and len(column) != len(snapshot.model.parameters):
+            raise ValueError(f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}")
+    return snapshot
 
 
 def from_plain(kind: type[T], plain: Any) -> T:  # noqa: ANN401  (what `json.loads` gives)
@@ -364,6 +368,12 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+_SCALARS: Mapping[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
+_NUMBERS: frozenset[type] = frozenset({int, float, type(None)})
+_ANY: frozenset[type] = frozenset({int, float, str, bool, type(None)})
+_ENTRIES: Mapping[Any, frozenset[type]] = {int: frozenset({int}), float: _NUMBERS, float | None: _NUMBERS, str: frozenset({str})}
+
+
 def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401, PLR0911  (one line for each shape of a type)
     if plain is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(plain, hint)):
         return plain
@@ -378,7 +388,11 @@ def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401, PLR0911  (one line for
     if origin is tuple:
         if dataclasses.is_dataclass(arguments[0]):
             return tuple(_read(arguments[0], v) for v in plain)
+        if isinstance(plain, str) or not set(map(type, plain)) <= _ENTRIES.get(arguments[0], _ANY):
+            raise TypeError(f"expected a row of {arguments[0]}, got {plain!r:.80}")
         return tuple(plain)
+    if hint in _SCALARS and not isinstance(plain, _SCALARS[hint]):
+        raise TypeError(f"expected a {hint.__name__}, got {plain!r:.80}")
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return hint(plain)
     return plain

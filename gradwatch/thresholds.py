@@ -97,7 +97,14 @@ class Thresholds:
         for name in ("share", "horizon_gain", "horizon_share"):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds.{name} must be at most 1, got {getattr(self, name)!r}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {self.layers!r}")
         for pattern, numbers in self.layers.items():
+            if not isinstance(pattern, str) or not isinstance(numbers, Mapping):
+                raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {pattern!r}: {numbers!r}")
             unknown = [name for name in numbers if name not in PER_LAYER]
             if unknown:
                 raise ValueError(

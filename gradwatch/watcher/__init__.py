@@ -15,7 +15,7 @@ from gradwatch.detectors import DETECTORS
 from gradwatch.history import Detector
 from gradwatch.hooks import unwrap
 from gradwatch.layers import named_modules
-from gradwatch.record import Record, claim
+from gradwatch.record import Record, claim, release
 from gradwatch.report import Sink
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
@@ -25,7 +25,10 @@ from gradwatch.watcher.processes import own_name
 from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watcher import Watcher
 
-__all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "own_name", "watch"]
+__all__ = ["Cadence", "Horizon", "OnAlert", "Timesteps", "Watcher", "check_options", "check_verdicts", "own_name", "watch"]
+
+_LONGEST = 200
+"""Characters of a name, which goes into that of a folder."""
 
 _watched: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Watcher]] = weakref.WeakKeyDictionary()
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
@@ -86,6 +89,8 @@ def watch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"model must have parameters, got a {type(model).__name__} without any")
     check_options(
         name=name,
         every_n_steps=every_n_steps,
@@ -106,23 +111,26 @@ def watch(
     earlier = _watched.get(model)
     if earlier is not None and (watcher := earlier()) is not None:
         watcher.close()
-    files: list[Sink] = []
-    if logdir is not None:
-        directory = claim(logdir, own_name(name), _close_orphans)
-        files = [TensorBoardSink(directory), Record(directory)]  # the last to be closed lets go of the directory
-    watcher = Watcher(
-        model,
-        optimizers,
-        cadence=Cadence(every_n_steps, probe_every_n_steps),
-        thresholds=thresholds or Thresholds(),
-        ignore=ignore,
-        detectors=detectors,
-        sinks=[*files, *sinks],
-        on_alert=on_alert,
-        scaler=scaler,
-        timesteps=timesteps,
-        horizon=horizon,
-    )
+    with contextlib.ExitStack() as undo:
+        files: list[Sink] = []
+        if logdir is not None:
+            directory = claim(logdir, own_name(name), _close_orphans)
+            undo.callback(release, directory)
+            files = [TensorBoardSink(directory), Record(directory)]  # the last to be closed lets go of the directory
+        watcher = Watcher(
+            model,
+            optimizers,
+            cadence=Cadence(every_n_steps, probe_every_n_steps),
+            thresholds=thresholds or Thresholds(),
+            ignore=ignore,
+            detectors=detectors,
+            sinks=[*files, *sinks],
+            on_alert=on_alert,
+            scaler=scaler,
+            timesteps=timesteps,
+            horizon=horizon,
+        )
+        undo.pop_all()
     _watched[model] = weakref.ref(watcher)
     _watchers.add(watcher)
     return watcher
@@ -153,18 +161,25 @@ def check_options(
     """Raise a TypeError or a ValueError that says what is allowed, where an option of `watch` is not."""
     _check_count("every_n_steps", every_n_steps)
     _check_count("probe_every_n_steps", probe_every_n_steps)
-    _check_functions("detectors", detectors)
     _check_functions("sinks", sinks)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be a text or None, got {name!r}")
+    if name is not None and not 0 < len(name) <= _LONGEST:
+        raise ValueError(f"name must have 1 to {_LONGEST} characters, got {len(name)}")
     _check_timesteps(timesteps)
     _check_horizon(horizon, timesteps)
+    check_verdicts(thresholds, ignore, detectors)
+    if not callable(on_alert) and on_alert not in ("warn", "raise"):
+        raise ValueError(f'on_alert must be "warn", "raise" or a function that takes an Alert, got {on_alert!r}')
+
+
+def check_verdicts(thresholds: object, ignore: object, detectors: object) -> None:
+    """Raise a TypeError that says what is allowed, where an option that verdicts depend on is not."""
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         raise TypeError(f"thresholds must be a gradwatch.Thresholds or None, got {thresholds!r}")
     if not isinstance(ignore, list | tuple) or not all(isinstance(rule, str) for rule in ignore):
         raise TypeError(f'ignore must be a list of texts such as ["GW101:encoder.*"], got {ignore!r}')
-    if not callable(on_alert) and on_alert not in ("warn", "raise"):
-        raise ValueError(f'on_alert must be "warn", "raise" or a function that takes an Alert, got {on_alert!r}')
+    _check_functions("detectors", detectors)
 
 
 def _check_timesteps(timesteps: object) -> None:
@@ -220,6 +235,8 @@ def _check_functions(argument: str, functions: object) -> None:
 
 
 def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
+    if isinstance(given, list | tuple) and not given:
+        raise ValueError("optimizer must be an optimizer, several of them, or None, got an empty list")
     every = [] if given is None else [unwrap(o) for o in (given if isinstance(given, list | tuple) else [given])]
     mine = {id(p) for p in model.parameters()}
     for optimizer in every:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 from gradwatch import console
 from gradwatch.detectors import explain
 from gradwatch.history import Detector, History
 from gradwatch.report import Alert, Finding, GradientHealthError, Report, Severity, Sink, advance, muted
-from gradwatch.snapshot import Snapshot
+from gradwatch.snapshot import Snapshot, from_plain, to_plain
 from gradwatch.watcher.once import Once, name_of, said
 
 OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
@@ -62,6 +62,24 @@ class Judge:
                 self._warn(f"sink {id(sink)}", f"the sink {name_of(sink)} failed and is switched off: {said(error)}")
         self._tell(report)
         return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history and the open alerts as plain values."""
+        return {"history": self.history.state_dict(), "alerts": [to_plain(alert) for alert in self.report.open]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the files too, instead of beginning anew.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives, and nothing has changed.
+
+        """
+        alerts = tuple(from_plain(Alert, alert) for alert in state["alerts"])
+        history = History(self.history.thresholds)
+        history.load_state_dict(state["history"])
+        self.history, self.report = history, dataclasses.replace(self.report, open=alerts)
+        for sink in self.sinks:
+            getattr(sink, "resume", lambda: None)()
 
     def _findings(self) -> list[Finding]:
         findings: list[Finding] = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
+import numbers
 import operator
 import os
 import time
@@ -22,10 +22,11 @@ from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
 from gradwatch.layers import named_modules
 from gradwatch.record import Record
-from gradwatch.report import Alert, Report, Sink
-from gradwatch.snapshot import SequenceStats, Snapshot, Stage, from_plain, to_plain
+from gradwatch.report import Report, Sink
+from gradwatch.snapshot import SequenceStats, Snapshot, Stage
 from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
+from gradwatch.watcher import scale
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
@@ -157,7 +158,10 @@ class Watcher:
             raise ValueError(f"optimizer must be one of the {len(self._slots)} that are watched, got {optimizer!r:.80}")
         if loss is not None:
             self.record(loss)
-        self._step(chosen, step)
+        if step is not None and not isinstance(step, numbers.Integral):
+            self._warn("step", f"the number of a step must be a whole number, got {step!r:.80}; steps are counted instead")
+            step = None
+        self._step(chosen, None if step is None else operator.index(step))
 
     def record(self, loss: float | Tensor) -> None:
         """Tell the unscaled loss of the coming optimizer step; several calls before one step are averaged.
@@ -230,27 +234,31 @@ class Watcher:
             "format": 1,
             "counts": [slot.count for slot in self._slots],
             "order": dict(self._inventory.order),
-            "history": self._judge.history.state_dict(),
-            "alerts": [to_plain(alert) for alert in self.report.open],
+            **self._judge.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of another format or of another number of optimizers.
+            TypeError: the state is no mapping.
+            ValueError: it is of another format or of another number of optimizers, or not what `state_dict` gives; the watcher is then as it was.
 
         """
-        counts = state.get("counts", ())
-        if state.get("format") != 1 or len(counts) != len(self._slots):
-            raise ValueError(f"state must be of format 1 for {len(self._slots)} optimizers, got format {state.get('format')!r} for {len(counts)}")
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() gave, got {state!r:.80}")
+        counts = state.get("counts")
+        if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._slots):
+            given = f"format {state.get('format')!r} for {counts!r:.80}"
+            raise ValueError(f"state must be of format 1 with a count of steps for each of {len(self._slots)} optimizers, got {given}")
+        try:
+            counts, order = [max(operator.index(count), 0) for count in counts], {str(name): int(at) for name, at in state["order"].items()}
+            self._judge.load_state_dict(state)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"state must be what state_dict() gave, and could not be read: {said(error)}") from error
         for slot, count in zip(self._slots, counts, strict=True):
             slot.count = count
-        self._inventory.order = dict(state["order"])
-        self._judge.history.load_state_dict(state["history"])
-        for sink in self._judge.sinks:  # files go on, instead of beginning anew
-            getattr(sink, "resume", lambda: None)()
-        self._judge.report = dataclasses.replace(self.report, open=tuple(from_plain(Alert, alert) for alert in state["alerts"]))
+        self._inventory.order = order
 
     # --- what the hooks call ---
 
@@ -309,7 +317,7 @@ class Watcher:
             self._losses.clear()
         for slot in chosen:
             if step is not None:
-                self._set_count(slot, operator.index(step))
+                self._set_count(slot, step)
             reading = self._read(slot, "before_clip") if self._due(slot) else None
             self._count_on(slot)
             if slot.optimizer is not None:
@@ -372,8 +380,8 @@ class Watcher:
             columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
             if len(columns) < len(parameters) or ran is not None or slot.absent or self._inventory.frozen:
                 reading.absent = self._inventory.absent(slot, parameters, ran)
-            scale = self._scale(slot.optimizer, stage)
-            reading.gradients(columns, [g for g in gradients if g is not None], scale, half=self._inventory.trace.half)
+            factor = scale.at_step(self._scaler, slot.optimizer, stage)
+            reading.gradients(columns, [g for g in gradients if g is not None], factor, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
             reading.forward(sequences, heard)
             if probe or not slot.weighed:
@@ -387,10 +395,10 @@ class Watcher:
         model = self._inventory.model()
         if not slot.tracing or model is None:
             return Sequences(), Heard()
-        scale = self._backward_scale(slot.optimizer)
+        factor = scale.of_backward(self._scaler, slot.optimizer)
         mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
-        heard = self._activations.take(named_modules(model), scale, mine, others)
-        return self._time.work_out(model, scale, mine, others) if self._time is not None else Sequences(), heard
+        heard = self._activations.take(named_modules(model), factor, mine, others)
+        return self._time.work_out(model, factor, mine, others) if self._time is not None else Sequences(), heard
 
     def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
@@ -401,25 +409,6 @@ class Watcher:
         if not slot.extra and not self._cadence.probed(slot.count):
             slot.extra = True
             self._arm(slot)
-
-    def _scale(self, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401
-        """Give the loss scale that is still in the gradients; None if there is none, or nobody said."""
-        fused = getattr(optimizer, "grad_scale", None)
-        if isinstance(fused, Tensor):
-            return fused
-        if self._scaler is None or stage == "applied" or not self._scaler.is_enabled():
-            return None
-        states = getattr(self._scaler, "_per_optimizer_states", {})
-        if id(optimizer) in states and states[id(optimizer)]["stage"].name != "READY":
-            return None  # unscale_() has been called
-        return float(self._scaler.get_scale())
-
-    def _backward_scale(self, optimizer: Any) -> float | Tensor | None:  # noqa: ANN401
-        """Give the loss scale of the backward pass; None if nobody said."""
-        fused = getattr(optimizer, "grad_scale", None)
-        if isinstance(fused, Tensor):
-            return fused
-        return float(self._scaler.get_scale()) if self._scaler is not None and self._scaler.is_enabled() else None
 
     # --- failures ---
 
