@@ -76,7 +76,7 @@ class Activations:
         self._without_graph: set[int] = set()
         self._counts: dict[int, bool] = {}
         """By backward pass, whether it counts."""
-        self._sentinel = Sentinel()
+        self._sentinel = Sentinel(self._counts)
 
     def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -168,4 +168,5 @@ class Activations:
             handle.remove()
         self._sentinel.remove()
         self._names, self._outputs, self._handles = {}, {}, []
-        self._without_graph, self._counts = set(), {}
+        self._without_graph = set()
+        self._counts.clear()

@@ -46,8 +46,14 @@ def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> Removabl
 class Sentinel:
     """Sees one parameter's gradient as it arrives."""
 
-    def __init__(self) -> None:
-        """Begin without a parameter."""
+    def __init__(self, passes: Mapping[int, bool] | None = None) -> None:
+        """Begin without a parameter.
+
+        Args:
+            passes: whether a backward pass counts, by its number; None: each does.
+
+        """
+        self._passes = passes
         self._handle: Any = None
         self._node: Any = None
         self._parameter: Tensor | None = None
@@ -58,7 +64,8 @@ class Sentinel:
         """Put a hook on the smallest trained parameter of the module, unless there is one already."""
         if self._handle is not None:
             return
-        trained = [p for p in module.parameters() if p.requires_grad and p.is_leaf]
+        dense = [m for m in module.modules() if not getattr(m, "sparse", False)]  # as an embedding may be, whose gradient has no arithmetic
+        trained = [p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]
         if not trained:
             return
         self._parameter = parameter = min(trained, key=torch.Tensor.numel)
@@ -66,10 +73,16 @@ class Sentinel:
         me = weakref.ref(self)
 
         def hook(gradients: Sequence[Tensor | None]) -> None:
-            sentinel = me()
-            if sentinel is not None and gradients[0] is not None:
-                arrived = gradients[0].detach()
+            sentinel, arrived = me(), gradients[0]
+            if sentinel is None or arrived is None or arrived.layout is not torch.strided:
+                return
+            if sentinel._passes is not None and not sentinel._passes.get(torch._C._current_graph_task_id()):
+                return
+            try:
+                arrived = arrived.detach()
                 sentinel._sum = arrived.clone() if sentinel._sum is None else sentinel._sum + arrived
+            except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
+                sentinel._sum = None
 
         # On the node behind the parameter: what hangs on the parameter itself would travel with the model when that is saved or copied.
         self._node = get_gradient_edge(parameter).node
@@ -79,6 +92,8 @@ class Sentinel:
         """Give how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
         parameter = self._parameter
         if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
+            return None
+        if parameter.grad.layout is not torch.strided:
             return None
         now, arrived = parameter.grad.detach().double(), self._sum.double()
         # What was there before the forward pass is still in it, or has been zeroed since.

@@ -151,7 +151,9 @@ class GradientMonitor(_Callback):
             self._watcher.step(_step(trainer), optimizer=optimizer)
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """Stop the fit if an alert wants it."""
+        """Stop the fit if an alert wants it; of several processes one has it, and all must stop together."""
+        if self._on_alert == "stop" and trainer.world_size > 1 and self._cadence.measured(_step(trainer) - 1):
+            self._stop_wanted = bool(trainer.strategy.reduce_boolean_decision(self._stop_wanted, all=False))
         if self._stop_wanted:
             trainer.should_stop = True
 

@@ -6,6 +6,9 @@ import contextlib
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
@@ -554,3 +557,41 @@ def test_messages_between_processes_do_not_pile_up(ranks):
     counts = results(ranks, "nothing_is_left_in_the_store")[0]["counts"]
 
     assert max(counts[2:]) - min(counts[2:]) <= 2 * len(ranks)
+
+
+FIT = """
+import json, sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, TensorDataset
+
+from gradwatch.lightning import GradientMonitor
+
+class Poisoned(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, number):
+        loss = self.layer(batch[0]).square().mean()
+        return loss * float("nan") if number == 2 else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+trainer = Trainer(strategy="ddp", accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, enable_model_summary=False, callbacks=[GradientMonitor(on_alert="stop")])
+trainer.fit(Poisoned(), DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=2))
+Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps(trainer.global_step))
+"""
+
+
+@pytest.mark.slow
+def test_an_alert_of_rank_0_stops_the_fit_in_every_process(tmp_path):
+    (tmp_path / "fit.py").write_text(FIT)
+
+    subprocess.run([sys.executable, tmp_path / "fit.py", tmp_path], check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [3, 3]

@@ -1258,7 +1258,7 @@ def test_without_timesteps_nothing_is_seen():
             squared(out).backward()
             optimizer.step()
     assert [r.snapshot.sequences for r in reports] == [None] * 3
-    assert hooks == [(0, 0), (0, 1), (0, 1)]  # the order of the layers is still asked for
+    assert hooks == [(0, 0), (1, 1), (1, 1)]  # the order of the layers is still asked for, and what they give
     with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, detectors=[]):
         optimizer.step()
         assert len(torch_modules._global_forward_hooks) == 1

@@ -24,6 +24,7 @@ from torch.nn.modules import module as torch_modules
 import gradwatch
 from gradwatch.layers import describe
 from gradwatch.report import Finding, Severity
+from gradwatch.timesteps import capture
 from gradwatch.watcher import reading
 
 
@@ -810,6 +811,7 @@ def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch)
     measured = [column(s, s.update_ratio) for s in watched.snapshots]
     assert [sorted(m) for m in measured] == [["0", "1"], ["2", "3"], ["0", "4"], ["1", "2"], ["3", "4"]]
     assert {v for m in measured for v in m.values()} == {0.25}
+    assert watched.snapshots[0].notes == ("updates are measured in turns: copies of all parameters take more than 0 MiB",)
 
 
 def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
@@ -822,6 +824,20 @@ def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
             p.grad = p.detach().clone()
         optimizer.step()
     assert [sorted(column(s, s.update_ratio)) for s in watched.snapshots] == [["1"], ["3"], ["1"], ["3"]]
+    assert "the update of 0 is not measured: a copy of it takes more than 0 MiB" in watched.snapshots[0].notes
+
+
+def test_a_sequence_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so(monkeypatch):
+    monkeypatch.setattr(capture, "BUDGET", 3 * (10 * 6 * capture._LIVE * 4))  # of three rows of ten timesteps of six units
+    net = nn.LSTM(4, 6, batch_first=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    watched = Watched(net, optimizer, probe_every_n_steps=1)
+    for _ in range(2):
+        net(torch.randn(8, 10, 4))[0].sum().backward()
+        optimizer.step()
+    whole = watched.snapshots[1].sequences[0]
+    assert whole.rows == 3
+    assert whole.note == "3 rows of the batch are looked at: more would take above 0 MiB"
 
 
 # --- parameters that come, go and change ---
@@ -1687,9 +1703,9 @@ def test_a_saved_state_goes_on_with_step_history_and_open_alerts():
 
 def test_a_state_of_another_make_is_refused():
     watcher = gradwatch.watch(tall())
-    with pytest.raises(ValueError, match="format 1 for 1 optimizers, got format 9 for 1"):
+    with pytest.raises(ValueError, match=r"got format 9 for \[0\]"):
         watcher.load_state_dict({**watcher.state_dict(), "format": 9})
-    with pytest.raises(ValueError, match="for 1 optimizers, got format 1 for 2"):
+    with pytest.raises(ValueError, match=r"of 1 optimizers, got format 1 for \[1, 2\]"):
         watcher.load_state_dict({**watcher.state_dict(), "counts": [1, 2]})
 
 

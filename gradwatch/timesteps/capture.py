@@ -297,7 +297,10 @@ class Recorder:
         if target.recurrent:
             batched = x.dim() == 3
             time = int(bool(module.batch_first) and batched)
-            return Padded(x.shape, time, _affordable(x.shape[time], hidden), batched=batched)
+            rows = _affordable(x.shape[time], hidden)
+            if rows < min(ROWS, x.shape[1 - time] if batched else 1):
+                target.note = f"{rows} row{'s' * (rows > 1)} of the batch {'are' if rows > 1 else 'is'} looked at: more would take above {BUDGET >> 20} MiB"
+            return Padded(x.shape, time, rows, batched=batched)
         if x.dim() <= target.time:
             target.note = f"its input has {x.dim()} dimensions, and number {target.time} is said to be that of time (counted from 0)"
             return None

@@ -161,9 +161,11 @@ class Reading:
             wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
             size = parameter.numel() * wide.itemsize
             if size > _BUDGET:  # its turn never comes
+                self.notes.append(f"the update of {self.model.parameters[columns[i]].name} is not measured: a copy of it takes more than {_BUDGET >> 20} MiB")
                 continue
             left -= size
             if left < 0:
+                self.notes.append(f"updates are measured in turns: copies of all parameters take more than {_BUDGET >> 20} MiB")
                 return int(i)
             memory = spare.pop(columns[i], None)
             fits = memory is not None and memory.shape == parameter.shape and memory.dtype is wide and memory.device == parameter.device

@@ -397,7 +397,13 @@ class Watcher:
             return Sequences(), Heard()
         factor = scale.of_backward(self._scaler, slot.optimizer)
         mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
-        heard = self._activations.take(named_modules(model), factor, mine, others)
+        try:
+            heard = self._activations.take(named_modules(model), factor, mine, others)
+        except Exception as error:  # the gradients of the parameters are there all the same
+            if self._strict:
+                raise
+            heard = Heard()
+            self._warn("activations", f"the gradients of what modules give are left out: {said(error)}")
         return self._time.work_out(model, factor, mine, others) if self._time is not None else Sequences(), heard
 
     def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
