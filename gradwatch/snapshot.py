@@ -151,7 +151,7 @@ class SequenceStats:
     """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
 
     Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep, back. Norms are Frobenius over the
-    features and over rows of the batch: all of them for `grad_input`, else `rows` of them.
+    features and over rows of the batch: all of them for `grad_input`, and for the gradients at the states of a cell; else `rows` of them.
     """
 
     module: str

@@ -42,7 +42,7 @@ class Seen:
     tasks: int = 0
     """How many did."""
     squares: dict[str, Tensor] = field(default_factory=dict)
-    """Of the gradients that this pass brought to the input ("x") and, of an unknown cell, the outputs ("h", "c"): (T, B), float64."""
+    """Of the gradients that this pass brought to the input ("x") and, of a cell, the outputs ("h", "c"): (T, B), float64."""
     lengths: Tensor | None = None
     """(B,), where the input was packed."""
     blank: Tensor | None = None
@@ -372,7 +372,7 @@ class Recorder:
     def _arrived(self, seen: Seen, name: str, gradient: Tensor, *, graph: bool) -> None:
         self._busy = True
         seen.reached(torch._C._current_graph_task_id(), graph=graph)
-        if name == "x" or seen.call is None:
+        if name == "x" or seen.single:
             seen.squares[name], seen.lengths = seen.layout.every(gradient)
         if seen.call is not None:
             seen.call.gradients[name] = seen.layout.take(gradient) if name in ("x", "y") else seen.layout.state(gradient)

@@ -206,11 +206,19 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
     result.derived = "grad_input" in module.values
     result.series[0].values.update(module.values)
     result.series += parts
+    if chain[0].single:
+        parts[0].values.update(_of_every_row(chain, calls))
     # Of an output that is a view and was edited in place, autograd forgets who asked for its gradient.
     result.alone = all(call.alone for call in calls) or not any(call.gradients.keys() - {"x"} for call in calls)
     result.tolerance = max(_NARROW if call.narrow else _TOLERANCE.get(call.y.dtype, _NARROW) for call in calls)
     if calls[0].carried:
         result.checks["carried"] = calls[0].h0.abs().max()
+
+
+def _of_every_row(chain: Sequence[Seen], calls: Sequence[Call]) -> dict[str, Tensor]:
+    """Give what arrived at the states of a cell: the total, and not only of the rows that are looked at. Of a fused cell, a part of what c gets comes through h."""
+    names = {"h": "grad_hidden"} | ({"c": "grad_cell"} if all(call.total for call in calls) else {})
+    return {name: _series(chain, key, None) for key, name in names.items() if any(key in s.squares for s in chain)}
 
 
 def _by_call(calls: Sequence[Call]) -> list[Series]:
