@@ -74,7 +74,7 @@ class Sentinel:
 
         def hook(gradients: Sequence[Tensor | None]) -> None:
             sentinel, arrived = me(), gradients[0]
-            if sentinel is None or arrived is None or arrived.layout is not torch.strided:
+            if sentinel is None or arrived is None or arrived.layout is not torch.strided or hasattr(arrived, "placements"):
                 return
             if sentinel._passes is not None and not sentinel._passes.get(torch._C._current_graph_task_id()):
                 return
@@ -93,7 +93,7 @@ class Sentinel:
         parameter = self._parameter
         if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
             return None
-        if parameter.grad.layout is not torch.strided:
+        if parameter.grad.layout is not torch.strided or hasattr(parameter.grad, "placements"):
             return None
         now, arrived = parameter.grad.detach().double(), self._sum.double()
         # What was there before the forward pass is still in it, or has been zeroed since.

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -211,6 +212,20 @@ def tensor_parallel(_: Path):
     return run.result()
 
 
+def tensor_parallel_layers(_: Path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    parallelize_module(model, mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    run = Run(model, model)
+    run.optimizer.param_groups[0]["foreach"] = False  # which mixes no DTensor with other tensors
+    for number in range(STEPS):
+        run.optimizer.zero_grad()
+        model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+        run.truth.append({"norm": [float(whole(p.grad).norm()) for p in model.parameters()]})
+        run.optimizer.step()
+    return run.result()
+
+
 def fsdp1(strategy: ShardingStrategy):
     def situation(_: Path):
         model = mlp()
@@ -375,6 +390,7 @@ TRUE = [
     fsdp_nan_elsewhere,
     fsdp_tiny_and_huge,
     tensor_parallel,
+    tensor_parallel_layers,
     fsdp1(ShardingStrategy.FULL_SHARD),
     fsdp1(ShardingStrategy.NO_SHARD),
 ]
