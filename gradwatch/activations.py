@@ -22,6 +22,8 @@ from gradwatch.snapshot import ActivationStats
 class Output:
     """A tensor that a module gave."""
 
+    handle: RemovableHandle | None = None
+    """Of the hook on its node."""
     task: int | None = None
     """The backward pass that reached it."""
     norm: Tensor | None = None
@@ -72,11 +74,11 @@ class Activations:
         self._model: weakref.ref[nn.Module] | None = None
         self._names: Mapping[int, str] = {}
         self._outputs: dict[str, list[Output]] = {}
-        self._handles: list[RemovableHandle] = []
         self._without_graph: set[int] = set()
         self._counts: dict[int, bool] = {}
         """By backward pass, whether it counts."""
         self._sentinel = Sentinel(self._counts)
+        self._changed: Tensor | None = None
 
     def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -119,7 +121,7 @@ class Activations:
                 except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
                     activations.clear()
 
-        self._handles.append(at_output(tensor, hook))
+        seen.handle = at_output(tensor, hook)
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -154,19 +156,30 @@ class Activations:
                 own = set(map(id, modules[name].parameters()))
                 if not own & mine and own & others:
                     continue
-            reached = [seen for seen in self._outputs.pop(name) if seen.norm is not None]
+            reached = [seen for seen in self._pop(name) if seen.norm is not None]
             if any(seen.again for seen in reached):
                 unknown.append(name)
             elif reached:
                 parts = [seen.norm for seen in reached if seen.norm is not None]
                 norms[name] = parts[0] if len(parts) == 1 else stats.norms([torch.stack(parts)])[0]
-        return Heard(norms, unknown, self._sentinel.difference(), scale)
+        if (changed := self._sentinel.difference()) is not None:
+            self._changed = changed
+        if not others or self._sentinel.of(mine):  # what arrives from now on is of the next step
+            self._sentinel.remove()
+        self._counts.clear()
+        return Heard(norms, unknown, self._changed, scale)
 
     def clear(self) -> None:
         """Let go of everything, and look no more."""
-        for handle in self._handles:
-            handle.remove()
+        for name in tuple(self._outputs):
+            self._pop(name)
         self._sentinel.remove()
-        self._names, self._outputs, self._handles = {}, {}, []
-        self._without_graph = set()
+        self._names, self._without_graph, self._changed = {}, set(), None
         self._counts.clear()
+
+    def _pop(self, name: str) -> list[Output]:
+        outputs = self._outputs.pop(name)
+        for output in outputs:
+            if output.handle is not None:
+                output.handle.remove()
+        return outputs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -101,6 +102,10 @@ class Sentinel:
         size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
         difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
         return difference
+
+    def of(self, parameters: AbstractSet[int]) -> bool:
+        """Tell whether it is one of these parameters, by `id`, that is seen."""
+        return id(self._parameter) in parameters
 
     def remove(self) -> None:
         """Take the hook off."""
