@@ -311,7 +311,10 @@ class _After:
     def __init__(self, trace: ForwardTrace) -> None:
         self._trace = weakref.ref(trace)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *kwargs_and_output: Any) -> None:  # noqa: ANN401  (any module's)
+        if len(kwargs_and_output) < 2:  # taken off by a hook in front of it, as a watcher may be that is collected there: torch calls it all the same
+            return
+        kwargs, output = kwargs_and_output
         trace = self._trace()
         if trace is None or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return

@@ -486,3 +486,20 @@ def test_a_watcher_that_is_kept_does_not_keep_the_model(net):
     gc.collect()
     assert gone() is None
     watcher.close()
+
+
+def test_a_watcher_that_goes_in_the_middle_of_a_forward_pass_does_not_take_it_along():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    watchers = []
+    handle = torch_modules.register_module_forward_hook(lambda *_: watchers.pop().close() if watchers else None)  # in front of that of a probe
+    try:
+        watcher = watch(net, optimizer, probe_every_n_steps=1)
+        for number in range(3):
+            if number == 1:
+                watchers.append(watcher)
+            net(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+    finally:
+        handle.remove()
+    assert not torch_modules._global_forward_hooks
