@@ -492,7 +492,12 @@ def test_a_watcher_that_goes_in_the_middle_of_a_forward_pass_does_not_take_it_al
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     watchers = []
-    handle = torch_modules.register_module_forward_hook(lambda *_: watchers.pop().close() if watchers else None)  # in front of that of a probe
+
+    def hook(*_):  # in front of that of a probe
+        while watchers:
+            watchers.pop().close()
+
+    handle = torch_modules.register_module_forward_hook(hook)
     try:
         watcher = watch(net, optimizer, probe_every_n_steps=1)
         for number in range(3):
