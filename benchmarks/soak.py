@@ -90,6 +90,20 @@ def ours() -> int:
     return sum(str(type(o).__module__).startswith("gradwatch") for o in gc.get_objects())
 
 
+def by_kind(folder: str) -> dict[str, int]:
+    """Give the bytes of events by what they hold; a scalar has no metadata of its own."""
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    found: dict[str, int] = {}
+    for path in Path(folder).rglob("*tfevents*"):
+        for raw in RawEventFileLoader(str(path)).Load():
+            for value in Event.FromString(raw).summary.value:
+                kind = value.WhichOneof("value") or "nothing"
+                found[kind] = found.get(kind, 0) + value.ByteSize()
+    return found
+
+
 def main() -> None:
     """Print one line for each tenth of the run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,8 +112,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:
-        watched, bare, other = Training(Path(folder)), Training(None), Training(None)
         files, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+        watched, bare, other = Training(Path(folder)), Training(None), Training(None)
         print(f"torch {torch.__version__}, one thread; every step measured, every 10th a probe with horizon=; medians of step time; control: bare / bare")
         for _ in range(10):
             part = steps // 10
@@ -126,6 +140,7 @@ def main() -> None:
             f"after close: {grown[0]:+} open files, {grown[1]:+} threads; the record (at most {BOUND / 2**20:.0f} MiB) reads back: {len(run.snapshots)} snapshots,"
         )
         print(f"{run.thinned} thinned out, {run.broken} broken lines, {len(run.alerts)} alerts")
+        print("events, bytes a step:", ", ".join(f"{kind} {size / watched.number:.0f}" for kind, size in sorted(by_kind(folder).items())))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -156,3 +157,44 @@ class Inventory:
             elif reasons[column] is None:
                 reasons[column] = "unused"
         return reasons
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give where each optimizer stands, what is known of parameters without gradient, by name, and the order of layers, as plain values."""
+        names = [p.name for p in self.info.parameters]
+        return {
+            "counts": [slot.count for slot in self._slots],
+            "slots": [
+                {
+                    "stride": slot.stride,
+                    "turn": slot.turn,
+                    "extra": slot.extra,
+                    "absent": {names[c]: reason for c, reason in slot.absent.items() if c < len(names)},
+                }
+                for slot in self._slots
+            ],
+            "order": dict(self.order),
+        }
+
+    def reading_state(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Read what `state_dict` gave, and change nothing before the function that is returned is called.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, OverflowError: it is not what that gives.
+
+        """
+        columns = {p.name: c for c, p in enumerate(self.info.parameters)}
+        order = {str(name): int(at) for name, at in state["order"].items()}
+        read = []
+        for slot, count, kept in zip(self._slots, state["counts"], state["slots"], strict=True):
+            if not set(kept["absent"].values()) <= set(get_args(Absent)):
+                raise ValueError(f"absent must be of {get_args(Absent)}, got {kept['absent']!r:.80}")
+            numbers = max(operator.index(count), 0), max(operator.index(kept["stride"]), 1), max(operator.index(kept["turn"]), 0), bool(kept["extra"])
+            read.append((slot, numbers, {columns[name]: reason for name, reason in kept["absent"].items() if name in columns}))
+
+        def apply() -> None:
+            self.order = order
+            for slot, numbers, absent in read:
+                slot.count, slot.stride, slot.turn, slot.extra = numbers
+                slot.absent = absent
+
+        return apply

@@ -153,6 +153,7 @@ class Reading:
 
         """
         left: int = _BUDGET
+        turn = min(turn, len(parameters))  # some may have gone since
         self._copies = []
         for i in (*range(turn, len(parameters)), *range(turn)):
             if parameters[i].grad is None or parameters[i].dtype not in _PLAIN:

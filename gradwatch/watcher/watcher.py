@@ -232,8 +232,7 @@ class Watcher:
         """Give the history, the open alerts and the step as dicts, lists, numbers and strings."""
         return {
             "format": 1,
-            "counts": [slot.count for slot in self._slots],
-            "order": dict(self._inventory.order),
+            **self._inventory.state_dict(),
             **self._judge.state_dict(),
         }
 
@@ -252,13 +251,12 @@ class Watcher:
             given = f"format {state.get('format')!r} for {counts!r:.80}"
             raise ValueError(f"state must be of format 1 with a count of steps for each of {len(self._slots)} optimizers, got {given}")
         try:
-            counts, order = [max(operator.index(count), 0) for count in counts], {str(name): int(at) for name, at in state["order"].items()}
+            go_on = self._inventory.reading_state(state)
             self._judge.load_state_dict(state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"state must be what state_dict() gave, and could not be read: {said(error)}") from error
-        for slot, count in zip(self._slots, counts, strict=True):
-            slot.count = count
-        self._inventory.order = order
+        go_on()
+        self._arm_probes()
 
     # --- what the hooks call ---
 
@@ -349,6 +347,13 @@ class Watcher:
         slot.count += slot.stride
         if self._cadence.probed(slot.count) and not self._processes.silent:
             self._arm(slot)
+
+    @_guarded
+    def _arm_probes(self) -> None:
+        """Look at the forward pass before steps that are to be probes, as the steps before them would have done."""
+        for slot in self._slots:
+            if (slot.extra or self._cadence.probed(slot.count)) and slot.count and not self._processes.silent:
+                self._arm(slot)
 
     def _due(self, slot: Slot) -> bool:
         return slot.extra or self._cadence.measured(slot.count)
