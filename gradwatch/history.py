@@ -131,6 +131,11 @@ class History:
     # --- what detectors read ---
 
     @property
+    def begun(self) -> bool:
+        """Whether there is a snapshot."""
+        return self._now in self._tracks
+
+    @property
     def snapshot(self) -> Snapshot:
         """The newest snapshot."""
         return self._track.snapshots[-1]
@@ -174,7 +179,7 @@ class History:
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Give the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
-        return _last(self._track.probes, count) if self._now in self._tracks else []
+        return _last(self._track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
         """Give the last `count` known losses."""

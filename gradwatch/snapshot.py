@@ -84,14 +84,19 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class ActivationStats:
-    """A module whose output carried a gradient in a probe."""
+    """A module that gave something in a probe."""
 
     module: str
     grad_norm: float | None = None
+    """L2 norm of the gradient of what it gave; None where none came, or several backward passes brought parts of it."""
     dead: float | None = None
+    """Share of its units that a ReLU-like activation behind it left at 0 for every input of many probes, for longer than chance explains."""
     saturated: float | None = None
+    """Share of its entries that a bounded activation behind it put into the outer 1 % of its range, at either end."""
     units: int | None = None
+    """Features, or channels."""
     scaled: bool = False
+    """Whether an unknown factor (a loss scale) is on the norm."""
 
 
 HORIZON_GAIN = 1e-3
@@ -256,6 +261,8 @@ class Snapshot:
     """Share of the non-zero entries below the smallest normal number of the computing dtype."""
     update_ratio: Column | None = None
     """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
+    lost: Column | None = None
+    """Share of the entries with a gradient that the step left as they were; of parameters in a format of less than 32 bits."""
     absent: tuple[Absent | None, ...] | None = None
     """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)` leaves to a layer that did not run."""
     activations: tuple[ActivationStats, ...] | None = None
@@ -309,7 +316,16 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -
 
     """
     snapshot = from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
-    for column in (snapshot.norm, snapshot.nonfinite, snapshot.weight_norm, snapshot.zeros, snapshot.subnormal, snapshot.update_ratio, snapshot.absent):
+    for column in (
+        snapshot.norm,
+        snapshot.nonfinite,
+        snapshot.weight_norm,
+        snapshot.zeros,
+        snapshot.subnormal,
+        snapshot.update_ratio,
+        snapshot.lost,
+        snapshot.absent,
+    ):
         if column and len(column) != len(snapshot.model.parameters):
             raise ValueError(f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}")
     return snapshot

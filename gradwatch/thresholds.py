@@ -57,6 +57,11 @@ class Thresholds:
     """A change so large that one is enough."""
     explosion_loss: float = 20.0
     """Median of the last losses over the best level before: a jump that lasts."""
+    explosion_depth: float = 1e4
+    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A healthy residual network without
+    normalization doubles it in a block; 1e4 are more than thirteen such blocks."""
+    explosion_depth_gap: float = 0.7
+    """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of that layer's scale, not of depth."""
     norm_above: float | None = None
     """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
 
@@ -64,6 +69,23 @@ class Thresholds:
     """The loss has improved when the median of the last 5 is below this share of that of the first 5."""
     disconnected_steps: int = 10
     """Measured snapshots without any gradient before a layer that ran counts as disconnected."""
+    dead_units: float = 0.6
+    """Share of a layer's units that are silent for every input. Of a sound ReLU layer up to 0.4 may be (research of the labelled runs); DeepDiagnosis and
+    SageMaker's rule take 0.5 of one batch."""
+    dead_probes: int = 3
+    """Probes in a row at which they must be: 20 steps at the beginning of a run, which outlasts the first updates."""
+    flushed: float = 0.5
+    """Share of the gradient's entries that are exactly 0, where nearly all others are too small for the format."""
+    flushed_small: float = 0.9
+    """Share of the entries that are not 0 which must be below the smallest normal number of the format: zeros of ReLU and embeddings stand beside large ones."""
+    lost_updates: float = 0.5
+    """Share of low-precision weights that have a gradient and that a step leaves as they were."""
+    below_epsilon: float = 1 / 3
+    """Root mean square of the gradient over the optimizer's epsilon; at a third of it steps are a quarter of what they should be."""
+    underflow_probes: int = 2
+    """Probes in a row at which entries must be flushed or updates lost."""
+    stalled: float = 0.01
+    """Share of itself by which the loss may move in 50 measured steps and still stand."""
     skipped_steps: int = 25
     """Steps in a row that a GradScaler may skip; it halves the scale each time, and 2^25 outlasts float16."""
     horizon_gain: float = HORIZON_GAIN
@@ -94,7 +116,7 @@ class Thresholds:
                 raise ValueError(f"Thresholds.{f.name} must be finite and above 0, got {value!r}")
             if f.name in _COUNTS and not isinstance(value, int):
                 raise TypeError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
-        for name in ("share", "horizon_gain", "horizon_share"):
+        for name in ("share", "horizon_gain", "horizon_share", "dead_units", "flushed", "flushed_small", "lost_updates", "explosion_depth_gap"):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds.{name} must be at most 1, got {getattr(self, name)!r}")
         self._check_layers()
@@ -118,12 +140,13 @@ class Thresholds:
         return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
 
 
-_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met")
+_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met", "dead_probes", "underflow_probes")
 PER_LAYER = (
     "vanishing_ratio",
     "vanishing_ratio_adaptive",
     "vanishing_sound",
     "norm_below",
+    "dead_units",
     "horizon_gain",
     "horizon_probes",
     "horizon_rising",

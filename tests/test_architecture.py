@@ -12,7 +12,7 @@ import gradwatch
 ROOT = Path(gradwatch.__file__).parent
 
 GROUND = {"snapshot", "thresholds", "report", "reach", "history", "stats", "layers", "intact", "arrivals", "market"}
-PARTS = {"hooks", "timesteps", "activations", "detectors", "record", "tensorboard", "console"}
+PARTS = {"hooks", "timesteps", "activations", "causes", "detectors", "record", "tensorboard", "console"}
 ENGINE = {"watcher", "checks"}
 FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "demo", "cli"}
 FLOORS = [GROUND, PARTS, ENGINE, FACES]
@@ -23,7 +23,7 @@ SIDEWAYS = {
 }
 FOR_THE_TYPE_CHECKER = {("console", "record")}  # the `Run` that it shows
 
-TORCH_AT_THE_TOP = {"stats", "layers", "intact", "arrivals", "hooks", "timesteps", "activations", "watcher", "checks", "lightning"}
+TORCH_AT_THE_TOP = {"stats", "layers", "intact", "arrivals", "hooks", "timesteps", "activations", "causes", "watcher", "checks", "lightning"}
 TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "pytest_plugin", "__init__"}
 HOMES = {"lightning": "lightning", "pytorch_lightning": "lightning", "pytest": "pytest_plugin", "tensorboard": "tensorboard", "transformers": "huggingface"}
 

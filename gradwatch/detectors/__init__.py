@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from gradwatch.detectors.dead import dead_units, explain_dead_units
 from gradwatch.detectors.depth import explain_vanishing_depth, vanishing_depth
 from gradwatch.detectors.disconnected import disconnected, explain_disconnected
 from gradwatch.detectors.exploding import explain_exploding, exploding
 from gradwatch.detectors.nonfinite import explain_nonfinite, nonfinite
+from gradwatch.detectors.stalled import explain_stalled, stalled
 from gradwatch.detectors.time import explain_through_time, through_time
+from gradwatch.detectors.underflow import explain_underflow, underflow
 from gradwatch.history import Detector
 from gradwatch.report import Explanation, Finding
 
-DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, vanishing_depth, exploding, through_time)
+DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, dead_units, vanishing_depth, exploding, underflow, through_time, stalled)
 """The default detectors. Your own is a function from a `History` to findings; give it in `detectors=`."""
 
 RULES: Mapping[str, Callable[[Finding], Explanation]] = {
@@ -24,6 +27,7 @@ RULES: Mapping[str, Callable[[Finding], Explanation]] = {
     "GW203": explain_exploding,
     "GW204": explain_exploding,
     "GW205": explain_exploding,
+    "GW206": explain_exploding,
     "GW301": explain_through_time,
     "GW302": explain_through_time,
     "GW303": explain_through_time,
@@ -31,6 +35,11 @@ RULES: Mapping[str, Callable[[Finding], Explanation]] = {
     "GW401": explain_disconnected,
     "GW501": explain_nonfinite,
     "GW502": explain_nonfinite,
+    "GW601": explain_dead_units,
+    "GW701": explain_underflow,
+    "GW702": explain_underflow,
+    "GW703": explain_underflow,
+    "GW801": explain_stalled,
 }
 """What each code means, in words. docs/rules.md has the rules themselves."""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gradwatch.detectors.why import said
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -140,8 +141,7 @@ def explain_vanishing_depth(finding: Finding) -> Explanation:
     if finding.code == "GW102":
         return Explanation(
             f"no layer learns: the largest sensitivity is {evidence['sensitivity']:.1g} of the loss since step {finding.onset}, and the loss stands still",
-            "the output is saturated or flat for every input",
-            "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer",
+            *said(evidence, "", "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer"),
         )
     if finding.code == "GW103":
         return Explanation(
@@ -153,6 +153,9 @@ def explain_vanishing_depth(finding: Finding) -> Explanation:
     return Explanation(
         f"{finding.place or 'the first layer'}{through} {'get' if count > 1 else 'gets'} next to no gradient: a relative change of {'their' if count > 1 else 'its'} weights moves the loss {float(evidence['ratio']):.1g} times"
         f" as much as one of a later layer{worst}, since step {finding.onset}",
-        "the gradient shrinks at every layer on its way back: saturating activations, weights too small (or so large that they saturate), or depth without skip connections",
-        f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",
+        *said(
+            evidence,
+            finding.place,
+            f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",
+        ),
     )

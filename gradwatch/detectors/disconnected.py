@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gradwatch.detectors.why import said
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -82,11 +83,13 @@ def explain_disconnected(finding: Finding) -> Explanation:
     if evidence["gradient"] == "none":
         return Explanation(
             f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}",
-            "the graph is cut behind it: detach(), torch.no_grad(), .item(), .numpy(), argmax, round, or an output that the loss does not use",
-            f"look for what happens to the output of {evidence['last']}; if it is meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore=",
+            *said(
+                evidence,
+                finding.place,
+                f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round behind {evidence['last']}; if it is meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore=",
+            ),
         )
     return Explanation(
         f"the gradient of {what}{through} is exactly zero since step {finding.onset}",
-        "every path to the loss is multiplied by zero: units that are dead for every input, a clamp or a mask, or an activation in its flat part",
-        f"look at the outputs behind {evidence['last']}: are they all zero, clamped, or saturated",
+        *said(evidence, finding.place, f"look at the outputs behind {evidence['last']}: are they all zero, clamped, masked, or saturated"),
     )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
 
+from gradwatch.detectors.why import said
 from gradwatch.history import EDGE, History
 from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.snapshot import Snapshot
 
 
 def exploding(history: History) -> Iterator[Finding]:
-    """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up. GW205: on to infinity."""
+    """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up. GW205: on to infinity. GW206: by depth."""
     yield from _growth(history)
     yield from _runaway(history)
     yield from _updates(history)
     yield from _loss(history)
+    yield from _depth(history)
 
 
 def _growth(history: History) -> Iterator[Finding]:
@@ -91,6 +95,36 @@ def _loss(history: History) -> Iterator[Finding]:
         )
 
 
+def _depth(history: History) -> Iterator[Finding]:
+    """Find that the gradient at what layers give grows layer upon layer on its way back, at the last two probes."""
+    t = history.thresholds
+    probes = [s for s in history.window() if s.activations is not None][-2:]
+    if len(probes) < 2 or history.improved:
+        return
+    limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)
+    climbs = [_climb(s, t.explosion_depth_gap) for s in probes]
+    if all(c is not None and c[0] >= limit for c in climbs) and (last := climbs[-1]) is not None:
+        growth, first, top = last
+        evidence: dict[str, float | str] = {"growth": growth, "first": first, "top": top, "limit": t.explosion_depth}
+        yield Finding("GW206", "exploding", _unless_unknown(history), "", onset=probes[0].step, evidence=evidence)
+
+
+def _climb(snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
+    """Give the largest growth of the gradient from a later layer to an earlier one, and the two; None where one step makes up most of it."""
+    known = {a.module: a.grad_norm for a in snapshot.activations or ()}
+    names = [snapshot.model.layers[i].name for i in snapshot.model.forward_order]
+    norms = [(name, float(n)) for name in names if (n := known.get(name)) and math.isfinite(n)]
+    best: tuple[float, int, int] = (1.0, 0, 0)
+    top = 0
+    for i, (_, norm) in enumerate(norms):  # the largest so far, which a small one behind it is held against
+        if norm > norms[top][1]:
+            top = i
+        best = max(best, (norms[top][1] / norm, top, i))
+    growth, first, last = best
+    steps = [math.log(a[1] / b[1]) for a, b in itertools.pairwise(norms[first : last + 1])]
+    return None if growth <= 1 or max(steps) > gap * math.log(growth) else (growth, norms[first][0], norms[last][0])
+
+
 def _unless_unknown(history: History) -> Severity:
     return Severity.INFO if history.improved is None else Severity.WARNING
 
@@ -108,19 +142,26 @@ def explain_exploding(finding: Finding) -> Explanation:
     if finding.code == "GW203":
         return Explanation(
             f"the loss has jumped to {float(evidence['jump']):.3g} times its best level and stays there since step {finding.onset}",
-            "a step was too large, and the weights are now where gradients no longer lead back",
-            f"go back to a checkpoint before step {finding.onset}; {remedy}",
+            *_and_go_back(said(evidence, "", remedy), finding.onset),
         )
     if finding.code == "GW205":
         return Explanation(
             f"the {evidence['what']} grew {float(evidence['growth']):.3g} times up to step {finding.onset}, and the gradient is not finite since",
-            "the learning rate is too large, or activations grow from layer to layer (a large initialization, residual sums without normalization)",
-            remedy,
+            *said(evidence, "", remedy),
+        )
+    if finding.code == "GW206":
+        return Explanation(
+            f"the gradient grows {float(evidence['growth']):.2g} times on its way back from {evidence['top']} to {evidence['first']}, layer upon layer, since step {finding.onset}",
+            *said(evidence, "", f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {remedy}"),
         )
     if finding.code == "GW204":
         return Explanation(f"the global gradient norm is {float(evidence['norm']):.3g}, above the {float(evidence['limit']):.3g} that you set")
     return Explanation(
         f"the global gradient norm is {float(evidence['growth']):.3g} times that of the first steps, since step {finding.onset}",
-        "weights have grown, or the learning rate is too large for the curvature",
-        remedy,
+        *said(evidence, "", remedy),
     )
+
+
+def _and_go_back(words: tuple[str, str], onset: int | None) -> tuple[str, str]:
+    cause, remedy = words
+    return cause, f"go back to a checkpoint before step {onset}; {remedy}"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from gradwatch import console
 from gradwatch.detectors import explain
+from gradwatch.detectors.why import suspects, with_cause
 from gradwatch.history import Detector, History
 from gradwatch.report import Alert, Finding, GradientHealthError, Report, Severity, Sink, advance, muted
 from gradwatch.snapshot import Snapshot, from_plain, to_plain
@@ -47,7 +48,7 @@ class Judge:
         history.add(snapshot)
         began, still, cleared = advance(
             self.report.open,
-            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
+            [dataclasses.replace(with_cause(history, f), optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
             [s.step for s in history.window()],
             optimizer=snapshot.optimizer,
             patience=history.thresholds.window,
@@ -62,6 +63,10 @@ class Judge:
                 self._warn(f"sink {id(sink)}", f"the sink {name_of(sink)} failed and is switched off: {said(error)}")
         self._tell(report)
         return report
+
+    def suspects(self) -> frozenset[str]:
+        """Give the layers of which a probe is to measure more."""
+        return suspects(self.history)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the history and the open alerts as plain values."""

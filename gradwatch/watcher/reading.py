@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch import stats
-from gradwatch.activations import Heard
-from gradwatch.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
+from gradwatch.snapshot import Absent, Column, Fact, ModelInfo, Snapshot, Stage
+from gradwatch.watcher.forward import Forward
 from gradwatch.watcher.processes import Processes
-from gradwatch.watcher.through_time import Sequences
 
 _BUDGET = 256 * 2**20
 """Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
@@ -48,8 +47,8 @@ class Reading:
         """Whether the loss is known."""
         self._tensors: dict[torch.device, list[Tensor]] = {}
         self._places: dict[torch.device, list[tuple[Hashable, Sequence[int]]]] = {}
-        self._sequences = Sequences()
-        self._heard = Heard()
+        self._forward = Forward()
+        self._facts: tuple[Fact, ...] = ()
         self._copies: list[tuple[int, Tensor, Tensor]] = []
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
@@ -85,12 +84,24 @@ class Reading:
                 self.add("nonfinite", [mine[k] for k in bad], torch.stack([stats.nonfinite(here[k]) for k in bad]))
             self.add("norm", mine, norms if scale is None else norms / torch.as_tensor(scale, dtype=norms.dtype, device=device))
             if self.probe:
-                # float16 flushes what it computes, which still has the scale in it.
-                flushed = torch.finfo(torch.float16).smallest_normal / float(scale) if half and scale is not None else 0.0
-                zeros, tiny = stats.small(here, [max(torch.finfo(t.dtype).smallest_normal, flushed) for t in here])
+                zeros, tiny = stats.small(here, [self._smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here])
                 stored = torch.tensor([t.numel() for t in here], device=device)
                 self.add("nonzero", mine, stored - zeros)
                 self.add("tiny", mine, tiny)
+        if half and self.probe:
+            self._facts = (Fact("", "float16", 1.0),)
+
+    @staticmethod
+    def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
+        """Give the smallest normal number of a gradient that float16 has computed, with the loss scale in it, and that is kept in another format.
+
+        Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest number of float16.
+        """
+        own, half = torch.finfo(gradient.dtype).smallest_normal, torch.finfo(torch.float16)
+        if scale is not None:
+            return max(own, half.smallest_normal / float(scale))
+        steps = gradient.double() * 2.0**24
+        return max(own, half.smallest_normal) if bool((steps == steps.round()).all()) else own
 
     def _whole_or_pieces(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """Take note of which are spread over processes, and leave out those of which that does not help."""
@@ -131,10 +142,10 @@ class Reading:
         if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
             self.add("late_scale", [0], scale)
 
-    def forward(self, sequences: Sequences, heard: Heard) -> None:
+    def forward(self, forward: Forward) -> None:
         """Take along what was seen of modules."""
-        self._sequences, self._heard = sequences, heard
-        for key, tensor in (sequences.tensors() | heard.tensors()).items():
+        self._forward = forward
+        for key, tensor in forward.tensors().items():
             self.add(key, range(tensor.numel()), tensor)
 
     def found_inf(self, optimizer: object) -> None:
@@ -180,6 +191,9 @@ class Reading:
         for numbers, olds in by_device(range(len(copies)), [copy for _, _, copy in copies]):
             torch._foreach_sub_(list(olds), [stats.piece(copies[i][1].detach()) for i in numbers])  # in place: half of the memory and two thirds of the time
             self.add("update", [copies[i][0] for i in numbers], stats.norms(olds))
+            for i, moved in zip(numbers, olds, strict=True):
+                if copies[i][1].element_size() < 4 and (gradient := copies[i][1].grad) is not None and gradient.layout is torch.strided:
+                    self.add("lost", [copies[i][0]], torch.count_nonzero((moved == 0) & (stats.piece(gradient) != 0)).double())
         if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
             spare.update((column, copy) for column, _, copy in copies)
 
@@ -200,7 +214,7 @@ class Reading:
             return None
         if self.holders and (missing := processes.join(key, values, self.holders)):
             self.notes.append(missing)
-        sequences, facts = self._sequences.values({key: list(values.get(key, {}).values()) for key in self._sequences.tensors()})
+        activations, sequences, facts = self._forward.values({key: list(values.get(key, {}).values()) for key in self._forward.tensors()})
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
         scale = values.get("scale", {}).get(0)
         late = values.get("late_scale", {}).get(0)
@@ -233,10 +247,11 @@ class Reading:
             zeros=self._column({c: 1.0 - n / elements[c] for c, n in nonzero.items()}) if nonzero else None,
             subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
             update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
+            lost=self._column({c: n / max(nonzero.get(c, 0.0), 1.0) for c, n in values["lost"].items()}) if "lost" in values and not skipped else None,
             absent=absent if any(absent) else None,
-            activations=self._heard.values({key: values[key][0] for key in self._heard.tensors()}) or None,
+            activations=activations or None,
             sequences=sequences or None,
-            facts=facts or None,
+            facts=(*self._facts, *facts) or None,
             notes=tuple(self.notes),
         )
 

@@ -17,10 +17,8 @@ from typing import Any, ParamSpec, Self
 from torch import Tensor, nn
 
 from gradwatch import console
-from gradwatch.activations import Activations, Heard
 from gradwatch.history import Detector, History
 from gradwatch.hooks import StepHooks, unwrap
-from gradwatch.layers import named_modules
 from gradwatch.record import Record
 from gradwatch.report import Report, Sink
 from gradwatch.snapshot import SequenceStats, Snapshot, Stage
@@ -28,12 +26,13 @@ from gradwatch.tensorboard import TensorBoardSink
 from gradwatch.thresholds import Thresholds
 from gradwatch.watcher import scale
 from gradwatch.watcher.cadence import Cadence
+from gradwatch.watcher.forward import Forward, Visitors
 from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
 from gradwatch.watcher.once import Once, said
 from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.reading import Reading, undisturbed
-from gradwatch.watcher.through_time import Horizon, Sequences, ThroughTime, Timesteps
+from gradwatch.watcher.through_time import Horizon, ThroughTime, Timesteps
 
 _log = logging.getLogger("gradwatch")
 P = ParamSpec("P")
@@ -104,9 +103,9 @@ class Watcher:
         """Optimizers that have stepped since a loss was recorded, and have had it."""
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        self._time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
-        self._activations = Activations()
-        self._inventory = Inventory(model, self._slots, [self._activations, *([self._time] if self._time is not None else [])])
+        through_time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
+        self._visitors = Visitors(through_time, self._warn, strict=strict)
+        self._inventory = Inventory(model, self._slots, self._visitors.all())
         info = self._inventory.info
         self._processes = Processes((p.name for p in info.parameters), self._warn, alone=strict)
         self._judge = Judge(
@@ -368,6 +367,7 @@ class Watcher:
         return self._inventory.trace.alone()
 
     def _arm(self, slot: Slot) -> None:
+        self._visitors.suspect(self._judge.suspects())
         if not self._inventory.look_ahead(slot):
             self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
 
@@ -376,7 +376,7 @@ class Watcher:
         slot.owed = f"{slot.index}-{slot.count}"
         with undisturbed():
             probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
-            sequences, heard = self._forward(slot)
+            forward = self._forward(slot)
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
             reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
@@ -388,28 +388,21 @@ class Watcher:
             factor = scale.at_step(self._scaler, slot.optimizer, stage)
             reading.gradients(columns, [g for g in gradients if g is not None], factor, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
-            reading.forward(sequences, heard)
+            reading.forward(forward)
             if probe or not slot.weighed:
                 reading.weights(slot.columns, parameters)
                 slot.weighed = True
             reading.losses(self._losses)
             return reading
 
-    def _forward(self, slot: Slot) -> tuple[Sequences, Heard]:
+    def _forward(self, slot: Slot) -> Forward:
         """Give what was seen of the forward pass of this step, and of what came back through it."""
         model = self._inventory.model()
         if not slot.tracing or model is None:
-            return Sequences(), Heard()
+            return Forward()
         factor = scale.of_backward(self._scaler, slot.optimizer)
         mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
-        try:
-            heard = self._activations.take(named_modules(model), factor, mine, others)
-        except Exception as error:  # the gradients of the parameters are there all the same
-            if self._strict:
-                raise
-            heard = Heard()
-            self._warn("activations", f"the gradients of what modules give are left out: {said(error)}")
-        return self._time.work_out(model, factor, mine, others) if self._time is not None else Sequences(), heard
+        return self._visitors.take(model, factor, mine, others)
 
     def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
