@@ -31,7 +31,6 @@ _ENOUGH = 64.0
 """Entries in a row for which a unit must be silent before it counts as dead."""
 _SURE = 7.0
 """The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
-_MARK, _SEEN = "gradwatch layer", "gradwatch seen"
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
@@ -89,6 +88,8 @@ class Causes:
 
     def __init__(self) -> None:
         """Begin with nothing."""
+        self._mark, self._seen = object(), object()
+        """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
         """Layers in question, of which more is measured."""
         self._names: Mapping[int, str] = {}
@@ -128,7 +129,7 @@ class Causes:
             if tensor.grad_fn is None or hasattr(tensor, "placements"):
                 continue
             if owner and tensor.dim() > 1:
-                _notes(tensor.grad_fn).setdefault(_MARK, Given(name, _dim(module, tensor), tensor.shape))
+                _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
             self._look(tensor)
         if owner and name in self.suspects and given and given[0].dim() > 1:
             with torch.no_grad():
@@ -137,10 +138,10 @@ class Causes:
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
         formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or _SEEN in _notes(node) or hasattr(tensor, "placements"):
+        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
             return
-        _notes(node)[_SEEN] = True
-        given = _source(node)
+        _notes(node)[self._seen] = True
+        given = _source(node, self._mark)
         if given is None or given.shape != tensor.shape:
             return
         mine = self._units.setdefault(given.layer, Units())
@@ -244,18 +245,18 @@ def _dim(module: nn.Module, output: Tensor) -> int:
     return 1 if isinstance(module, _CHANNELS_SECOND) else output.dim() - 1
 
 
-def _notes(node: Any) -> dict[str, Any]:  # noqa: ANN401  (nodes have no common type that tells of this)
+def _notes(node: Any) -> dict[object, Any]:  # noqa: ANN401  (nodes have no common type that tells of this)
     """Give what is written at a node."""
-    found: dict[str, Any] = node.metadata
+    found: dict[object, Any] = node.metadata
     return found
 
 
-def _source(node: Any) -> Given | None:  # noqa: ANN401
+def _source(node: Any, key: object) -> Given | None:  # noqa: ANN401
     """Give what layer an activation was made from: the nearest on the way back."""
     front = [node]
     for _ in range(_WALK):
         for one in front:
-            mark: Given | None = _notes(one).get(_MARK)
+            mark: Given | None = _notes(one).get(key)
             if mark is not None:
                 return mark
         front = [n for one in front for n, _ in one.next_functions if n is not None][:8]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import said
+from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -26,7 +26,7 @@ def dead_units(history: History) -> Iterator[Finding]:
             continue
         first = next(i for i in range(len(series)) if all(d is not None and d >= limit for d in series[i:]))
         evidence: dict[str, float | str] = {"dead": newest.dead, "units": float(newest.units or 0), "limit": t.of(newest.module).dead_units}
-        yield Finding("GW601", "dead-units", Severity.WARNING, newest.module, onset=probes[first].step, evidence=evidence)
+        yield with_cause(history, Finding("GW601", "dead-units", Severity.WARNING, newest.module, onset=probes[first].step, evidence=evidence))
 
 
 def explain_dead_units(finding: Finding) -> Explanation:

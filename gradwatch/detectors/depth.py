@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gradwatch.detectors.why import said
+from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -45,7 +45,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
             "last": history.model.layers[run[-1]].name,
             "share": float(low[:, worst].mean()),
         }
-        yield Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence)
+        yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence))
 
 
 def _limits(history: History) -> NDArray[np.float64]:
@@ -116,9 +116,8 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     share = largest / np.maximum(np.abs(losses), 1e-300)
     if share.max() > 0 and (share < limit).mean() >= t.share:
-        yield Finding(
-            "GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence={"sensitivity": float(share[-1]), "limit": limit}
-        )
+        evidence: dict[str, float | str] = {"sensitivity": float(share[-1]), "limit": limit}
+        yield with_cause(history, Finding("GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence=evidence))
 
 
 def _absolute(history: History) -> Iterator[Finding]:

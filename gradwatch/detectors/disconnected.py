@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import said
+from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -22,7 +22,7 @@ def disconnected(history: History) -> Iterator[Finding]:
             names = [history.model.layers[i].name for i in run]
             onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
             evidence: dict[str, float | str] = {"gradient": gradient, "layers": float(len(run)), "last": names[-1]}
-            yield Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence)
+            yield with_cause(history, Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence))
 
 
 def _trained(history: History) -> dict[int, list[int]]:

@@ -7,19 +7,21 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import said
+from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import EDGE, History
 from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import Snapshot
+from gradwatch.snapshot import Snapshot, slope
+
+_LINE, _STRAIGHT = 6, 0.8
+"""Layers from which on a line says something, and the correlation from which on it is one."""
+_LARGEST = 700.0
+"""The exponent up to which a float64 holds."""
 
 
 def exploding(history: History) -> Iterator[Finding]:
     """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up. GW205: on to infinity. GW206: by depth."""
-    yield from _growth(history)
-    yield from _runaway(history)
-    yield from _updates(history)
-    yield from _loss(history)
-    yield from _depth(history)
+    for finding in itertools.chain(_growth(history), _runaway(history), _updates(history), _loss(history), _depth(history)):
+        yield with_cause(history, finding)
 
 
 def _growth(history: History) -> Iterator[Finding]:
@@ -110,19 +112,23 @@ def _depth(history: History) -> Iterator[Finding]:
 
 
 def _climb(snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
-    """Give the largest growth of the gradient from a later layer to an earlier one, and the two; None where one step makes up most of it."""
+    """Give how the gradient grows on its way back, along a line fitted through its logarithm, with the first layer and the last; None where it is no line.
+
+    That leaves out branches, whose gradient is small beside that of the trunk, and single layers of another scale.
+    """
     known = {a.module: a.grad_norm for a in snapshot.activations or ()}
     names = [snapshot.model.layers[i].name for i in snapshot.model.forward_order]
-    norms = [(name, float(n)) for name in names if (n := known.get(name)) and math.isfinite(n)]
-    best: tuple[float, int, int] = (1.0, 0, 0)
-    top = 0
-    for i, (_, norm) in enumerate(norms):  # the largest so far, which a small one behind it is held against
-        if norm > norms[top][1]:
-            top = i
-        best = max(best, (norms[top][1] / norm, top, i))
-    growth, first, last = best
-    steps = [math.log(a[1] / b[1]) for a, b in itertools.pairwise(norms[first : last + 1])]
-    return None if growth <= 1 or max(steps) > gap * math.log(growth) else (growth, norms[first][0], norms[last][0])
+    inner = [name for name in names if not any(other != name and other.startswith(f"{name}." if name else "") for other in names)]
+    norms = [(name, float(n)) for name in inner if (n := known.get(name)) and math.isfinite(n)]
+    logs = [math.log(n) for _, n in norms]
+    law = slope(list(enumerate(logs)))
+    if law is None or law >= 0 or len(logs) < _LINE:
+        return None
+    steps = [a - b for a, b in itertools.pairwise(logs)]
+    total = logs[0] - logs[-1]
+    straight = statistics.correlation(range(len(logs)), logs) <= -_STRAIGHT
+    fits = straight and total > 0 and max(steps) <= gap * total
+    return (math.exp(min(-law * (len(logs) - 1), _LARGEST)), norms[0][0], norms[-1][0]) if fits else None
 
 
 def _unless_unknown(history: History) -> Severity:

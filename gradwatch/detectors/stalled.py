@@ -6,13 +6,19 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from gradwatch.detectors.why import UNKNOWN
 from gradwatch.history import KEPT, History
 from gradwatch.report import Explanation, Finding, Severity
 
+_SAY_NOTHING = ("GW303", "GW304")
+"""Codes that tell of what is meant or not known, and not why a loss stands."""
+
 
 def stalled(history: History) -> Iterator[Finding]:
-    """GW801: over the last 50 losses nothing has changed, and the loss is near where it began. For information."""
+    """GW801: over the last 50 losses nothing has changed, the loss is near where it began, and no other alert tells why. For information."""
     losses = history.losses(KEPT)
+    if any(code not in ("GW801", *_SAY_NOTHING) for code, *_ in history.open):
+        return
     if history.improved is not False or len(losses) < KEPT or not all(map(math.isfinite, losses)):
         return
     half = KEPT // 2
@@ -28,6 +34,6 @@ def explain_stalled(finding: Finding) -> Explanation:
     loss, first = (float(finding.evidence[name]) for name in ("loss", "first"))
     return Explanation(
         f"the loss stands still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
-        "where no other alert is open, the gradients are sound: the learning rate, or data without a signal",
+        f"{UNKNOWN}: the gradients show none",
         "fit a single batch by heart first: if that works, the gradients do, and the data or the learning rate is to look at",
     )

@@ -8,29 +8,33 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gradwatch.history import History
 from gradwatch.report import Finding
-from gradwatch.snapshot import ActivationStats, Fact, Snapshot
+from gradwatch.snapshot import ActivationStats, Fact, ModelInfo, Snapshot
 
 Evidence = Mapping[str, float | str]
 
 UNKNOWN = "cause not found"
 _NEEDED = {"relu": math.sqrt(2), "tanh": 5 / 3, "sigmoid": 4.0, "hardtanh": 5 / 3}
 """Gain of the weights that keeps a signal and its gradient through the activation as large as it was (He, 2015; Glorot, 2010); the sigmoid passes a quarter."""
-_MOSTLY_DEAD, _MOSTLY_FLAT = 0.6, 0.4
+_MOSTLY_DEAD, _MOSTLY_FLAT = 0.95, 0.4
+"""Shares of dead units and saturated entries from which on they account for a gradient that is gone."""
 _FAR = 5.0
 """Mean of an input over its spread from which on it counts as off-centre."""
 _LARGE, _SMALL = 3.0, 0.7
 """A gain over what is needed that counts as large, and as small where layer upon layer has it."""
 _KICK = 0.3
 """An update over the weights that can move a layer's units out of reach."""
-_MOST = 32
+_MOST, _MOST_AT_FIRST = 32, 256
 """Layers of which a probe measures more."""
 
 
-def suspects(history: History) -> frozenset[str]:
-    """Give the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those behind them."""
+def suspects(history: History, model: ModelInfo) -> frozenset[str]:
+    """Give the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those behind them.
+
+    Before the first snapshot any may be: it may be the only one.
+    """
     if not history.begun:
-        return frozenset()
-    model, t = history.model, history.thresholds
+        return frozenset(layer.name for layer in model.layers[:_MOST_AT_FIRST])
+    t = history.thresholds
     order = [model.layers[i].name for i in model.forward_order]
     ratios = history.ratios(1)[-1]
     chosen = {layer.name for layer, ratio in zip(model.layers, ratios, strict=True) if ratio < t.vanishing_ratio}

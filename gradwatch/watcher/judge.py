@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from gradwatch import console
 from gradwatch.detectors import explain
-from gradwatch.detectors.why import suspects, with_cause
+from gradwatch.detectors.why import suspects
 from gradwatch.history import Detector, History
 from gradwatch.report import Alert, Finding, GradientHealthError, Report, Severity, Sink, advance, muted
 from gradwatch.snapshot import Snapshot, from_plain, to_plain
@@ -44,11 +44,11 @@ class Judge:
     def __call__(self, snapshot: Snapshot) -> Report:
         """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks."""
         history = self.history
-        history.open = frozenset(alert.finding.key for alert in self.report.open)
+        self._note_open()
         history.add(snapshot)
         began, still, cleared = advance(
             self.report.open,
-            [dataclasses.replace(with_cause(history, f), optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
+            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
             [s.step for s in history.window()],
             optimizer=snapshot.optimizer,
             patience=history.thresholds.window,
@@ -65,8 +65,9 @@ class Judge:
         return report
 
     def suspects(self) -> frozenset[str]:
-        """Give the layers of which a probe is to measure more."""
-        return suspects(self.history)
+        """Give the layers of which the next probe is to measure more."""
+        self._note_open()
+        return suspects(self.history, self.report.snapshot.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Give the history and the open alerts as plain values."""
@@ -85,6 +86,9 @@ class Judge:
         self.history, self.report = history, dataclasses.replace(self.report, open=alerts)
         for sink in self.sinks:
             getattr(sink, "resume", lambda: None)()
+
+    def _note_open(self) -> None:
+        self.history.open = frozenset(alert.finding.key for alert in self.report.open)
 
     def _findings(self) -> list[Finding]:
         findings: list[Finding] = []
