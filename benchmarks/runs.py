@@ -841,15 +841,6 @@ def branches_that_do_not_count(*, cured: bool) -> Training:
     return train(net, SGD(he(net).parameters(), 0.02, momentum=0.9), fit(waves(42), mse))
 
 
-@faulty(Label(DEPTH, ("encoder",)), also={LOST})
-def saturated_code(*, cured: bool) -> Training:
-    """Put a sigmoid code between encoder and forecast, with a bias of 14, where it has no slope."""
-    net = Net(lambda n, x: n.forecast(torch.sigmoid(n.encoder(x.flatten(1)))), encoder=he(mlp(64, 48, 12)), forecast=mlp(12, 32, 1, act=nn.SiLU))
-    if not cured:
-        nn.init.constant_(net.encoder[2].bias, 14.0)
-    return train(net, SGD(net.parameters(), 0.05, momentum=0.9), fit(volatility(43, 16), mse))
-
-
 @faulty(Label(DEPTH, tuple(str(2 * k) for k in range(16))), also={DEAD, LOST})
 def deep_relu_by_default(*, cured: bool) -> Training:
     """Twenty-four ReLU layers with torch's own initialization, under which signals shrink at each; healthy is `deep_relu`."""

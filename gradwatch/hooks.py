@@ -202,6 +202,7 @@ class ForwardTrace:
         """Each with the modules that it wants to see, by `id`: not the modules, because a watcher that is kept must not keep a model."""
         self._undo: weakref.finalize[..., Any] | None = None
         self._names: Mapping[int, str] = {}
+        self._model: weakref.ref[nn.Module] | None = None
         self._ran: dict[str, None] = {}
         self.half = False
         """Whether autocast to float16 was on in what was seen."""
@@ -217,6 +218,7 @@ class ForwardTrace:
         """Begin to look for these modules; False where torch.compile is in use, and all but the visitors' are left out."""
         self.disarm()
         self.compiled = _compiled()
+        self._model = weakref.ref(modules[""]) if "" in modules else None
         self._names = {} if self.compiled else {id(module): name for name, module in modules.items()}
         chosen = [visitor.arm(modules, compiled=self.compiled) for visitor, _ in self._visitors]
         self._visitors = [(visitor, frozenset(its)) for (visitor, _), its in zip(self._visitors, chosen, strict=True)]
@@ -260,9 +262,13 @@ class ForwardTrace:
         """Names of the modules that ran, in the order in which they began."""
         return tuple(self._ran)
 
+    def _sees(self) -> bool:
+        """Tell whether it may look: once its model is gone, others may have the `id` of its modules."""
+        return _alone in (None, self) and (self._model is None or self._model() is not None)
+
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Note that a module runs, and let the visitors see its inputs; what one returns takes their place."""
-        if _alone not in (None, self):
+        if not self._sees():
             return None
         name = self._names.get(id(module))
         # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
@@ -281,7 +287,7 @@ class ForwardTrace:
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Let the visitors see what a module gives."""
         for visitor, modules in self._visitors:
-            if _alone in (None, self) and id(module) in modules:
+            if self._sees() and id(module) in modules:
                 visitor.left(module, inputs, kwargs, output)
 
 

@@ -57,6 +57,9 @@ class Thresholds:
     """A change so large that one is enough."""
     explosion_loss: float = 20.0
     """Median of the last losses over the best level before: a jump that lasts."""
+    explosion_hopeless: float = 1e6
+    """Growth through time from which on a loss that has come down is no excuse: float32 keeps seven digits, so beside the oldest timesteps the newest no
+    longer count. The counterpart of `vanishing_hopeless`."""
     explosion_depth: float = 1e4
     """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A healthy residual network without
     normalization doubles it in a block; 1e4 are more than thirteen such blocks."""

@@ -210,7 +210,8 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
             "limit": t.explosion_time,
             **causes(newest.facts or (), place=place, kind=_kind(history.model, place)),
         }
-        severity = Severity.INFO if history.improved else Severity.WARNING  # clipped, it may train well
+        hopeless = growth.factor >= history.thresholds.explosion_hopeless
+        severity = Severity.INFO if history.improved and not hopeless else Severity.WARNING  # clipped, it may train well
         finding = Finding("GW302", "exploding", severity, place, lag=growth.lags, onset=grown[-1][0], evidence=evidence)
         known = found.get(place)
         if known is None or float(known.evidence["growth"]) < growth.factor:
