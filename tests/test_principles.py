@@ -47,6 +47,12 @@ def he(net):
     return net
 
 
+def saturated():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1), nn.Sigmoid())
+    nn.init.constant_(net[2].bias, -14.0)
+    return net
+
+
 def with_a_dead_layer():
     net = he(mlp(3, width=16))
     nn.init.constant_(net[2].bias, -12.0)
@@ -54,14 +60,14 @@ def with_a_dead_layer():
 
 
 class Cut(nn.Module):
-    """An encoder that the head looks at from outside of the graph."""
+    """An encoder that the head looks at from outside of the graph, or of which it takes only a share."""
 
-    def __init__(self):
+    def __init__(self, *, cut=True, share=1.0):
         super().__init__()
-        self.encoder, self.head, self.cut = mlp(1), nn.Linear(9, 1), True
+        self.encoder, self.head, self.cut, self.share = mlp(1), nn.Linear(9, 1), cut, share
 
     def forward(self, x):
-        code = self.encoder(x)
+        code = self.encoder(x) * self.share
         return self.head(torch.cat([code.detach() if self.cut else code, x], 1))
 
 
@@ -81,6 +87,7 @@ class Reader(nn.Module):
 
 TRAININGS = {
     "fades-with-depth": Training(lambda: mlp(9, nn.Sigmoid), lr=0.05),
+    "is-flat": Training(saturated, lr=0.02),
     "is-healthy": Training(lambda: he(mlp(3, width=16)), lr=0.02, steps=40),
     "is-cut": Training(Cut, lr=0.02),
     "explodes": Training(lambda: mlp(1, nn.Tanh, width=16), lr=0.02, jump=60.0, steps=24),
@@ -90,6 +97,7 @@ TRAININGS = {
 }
 EXPECTED = {
     "fades-with-depth": {("GW101", "0", Severity.WARNING)},
+    "is-flat": {("GW102", "", Severity.WARNING)},
     "is-healthy": set(),
     "is-cut": {("GW401", "encoder.0", Severity.ERROR)},
     "explodes": {("GW203", "", Severity.ERROR)},
@@ -240,6 +248,7 @@ def test_no_norm_is_a_limit_unless_somebody_sets_one():
     healthy, limits = TRAININGS["is-healthy"], gradwatch.Thresholds(norm_below=1e-5, norm_above=1e5)
 
     assert train(healthy, thresholds=limits)[1] == {}
+    assert train(healthy, Way(scaler=2.0**20, explicit=True), thresholds=limits)[1] == {}
     assert {code for code, _, _ in train(healthy, Way(scale=1e-9), thresholds=limits)[1]} == {"GW103"}
     assert {code for code, _, _ in train(healthy, Way(scale=1e9), thresholds=limits)[1]} == {"GW204"}
 
@@ -313,6 +322,20 @@ def test_a_fault_alerts_when_it_lasts_and_clears_when_it_has_gone_for_as_long(fi
 @either_optimizer
 def test_without_the_loss_nothing_serious_is_found_that_is_not_found_with_it(name, adam):
     assert serious(train(TRAININGS[name], Way(adam=adam, told=False))[1]) <= serious(reference(name, adam=adam)[1])
+
+
+def test_growth_that_only_the_loss_could_excuse_is_information_without_it():
+    explodes = TRAININGS["explodes"]
+
+    assert ("GW201", "", Severity.WARNING) in train(explodes)[1]
+    assert set(train(explodes, Way(told=False))[1]) == {("GW201", "", Severity.INFO)}
+
+
+@pytest.mark.parametrize(("told", "severity"), [(True, Severity.INFO), (False, Severity.WARNING)], ids=["known", "unknown"])
+def test_a_loss_that_falls_takes_a_warning_back(told, severity):
+    faint = Training(functools.partial(Cut, cut=False, share=1e-4), lr=0.05)
+
+    assert set(train(faint, Way(told=told))[1]) == {("GW101", "encoder.0", severity)}
 
 
 class Line(nn.Sequential):

@@ -24,14 +24,16 @@ def adam(net):
     return torch.optim.Adam(net.parameters(), lr=0.01)
 
 
-def train(build, *, optimizer=sgd, told=True, none=True):
+def train(build, *, optimizer=sgd, told=True, none=True, wait=0):
     """Train, and give what is serious, codes and places, and the parameters that got nothing or next to nothing at one step at least."""
     torch.manual_seed(0)
     net = build()
     stepped = optimizer(net)  # the frozen too
+    rate = stepped.param_groups[0]["lr"]
     found, silent = [], set()
     with gradwatch.watch(net, stepped, on_alert=found.append) as watcher:
         for step in range(STEPS):
+            stepped.param_groups[0]["lr"] = rate if step >= wait else 0.0
             stepped.zero_grad(set_to_none=none)
             loss = net(torch.randn(16, 8), step)
             if told:
@@ -303,6 +305,12 @@ def test_a_zero_by_construction_is_no_fault(name, optimizer, told):
 
     assert serious == set()
     assert not part or part in silent
+
+
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("name", ["factor-behind-a-factor-of-zero", "last-BatchNorm-at-zero", "last-Linear-at-zero"])
+def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told):
+    assert train(HEALTHY[name][0], told=told, wait=STEPS)[0] == set()
 
 
 @pytest.mark.parametrize("told", [True, False])
