@@ -152,6 +152,11 @@ class History:
         return optimizer is not None and self.model.optimizers[optimizer].adaptive
 
     @property
+    def count(self) -> int:
+        """How many snapshots there were, the forgotten ones included."""
+        return self._track.added
+
+    @property
     def skipped(self) -> int:
         """Steps in a row that a GradScaler skipped, up to now."""
         return self._track.skipped
@@ -166,7 +171,7 @@ class History:
         return _last(self._track.snapshots, count)
 
     def sensitivities(self, count: int) -> Floats:
-        """Give ||gradient|| x ||weight|| per layer, biases left out; NaN where there is none. Shape (<= count, layers)."""
+        """Give ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none. Shape (<= count, layers)."""
         import numpy as np
 
         return np.stack(_last(self._track.sensitivities, count))
@@ -211,6 +216,12 @@ class History:
             return False
         gain = first - track.best_loss
         return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last losses are the best so far, and below the first: a plateau that is being left."""
+        best, first, last = self.best_loss, self.first_loss, self.losses(EDGE)
+        return best is not None and first is not None and len(last) == EDGE and statistics.median(last) <= best < first
 
     def sound_once(self, layer: int) -> bool:
         """Tell whether this layer once had a gradient that was worth something beside those of later layers."""
@@ -316,7 +327,7 @@ class _Layout:
 
     model: ModelInfo
     counted: NDArray[np.intp]
-    """Parameters that count for the sensitivity: all but biases."""
+    """Parameters that count for the sensitivity: not biases, nor lone gains and shifts, which may begin at zero and mean something there."""
     starts: NDArray[np.intp]
     """Where each layer that has such parameters begins among them."""
     owners: NDArray[np.intp]
@@ -331,7 +342,7 @@ class _Layout:
         import numpy as np
 
         index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = sorted((i for i, p in enumerate(model.parameters) if p.role != "bias"), key=lambda i: index[model.parameters[i].layer])
+        counted = sorted((i for i, p in enumerate(model.parameters) if p.role not in ("bias", "scale")), key=lambda i: index[model.parameters[i].layer])
         layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
         owners, starts = np.unique(layer_of, return_index=True)
         layout = cls(model, np.array(counted, dtype=np.intp), starts, owners, np.array(model.forward_order, dtype=np.intp), np.empty(len(counted)))

@@ -271,6 +271,9 @@ class ForwardTrace:
         if not self._sees():
             return None
         name = self._names.get(id(module))
+        given = [value for value in inputs if isinstance(value, torch.Tensor)]
+        if given and not any(map(torch.Tensor.numel, given)):  # an expert that no row was routed to
+            name = None
         # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
         if name is not None and name not in self._ran and (torch.is_grad_enabled() or module.training):
             self._ran[name] = None

@@ -10,6 +10,11 @@ from dataclasses import dataclass, field, replace
 
 from gradwatch.snapshot import Snapshot
 
+UNKNOWN = "cause not found"
+"""What is said where a cause could be measured, and nothing was found."""
+_EVENTS = frozenset({"exploding", "dead-units", "non-finite"})
+"""Kinds that something has set off: its cause is what was found first, and not what it made of the weights since."""
+
 
 @functools.total_ordering
 class Severity(enum.Enum):
@@ -161,4 +166,6 @@ def advance(
 
 def _tell(alert: Alert, explain: Callable[[Finding], Explanation]) -> Alert:
     said = explain(alert.finding)
+    if alert.finding.kind in _EVENTS and alert.cause not in ("", UNKNOWN):
+        return replace(alert, message=said.message)
     return replace(alert, message=said.message, cause=said.cause, remedy=said.remedy)

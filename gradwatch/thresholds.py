@@ -87,6 +87,8 @@ class Thresholds:
     """Root mean square of the gradient over the optimizer's epsilon; at a third of it steps are a quarter of what they should be."""
     underflow_probes: int = 2
     """Probes in a row at which entries must be flushed or updates lost."""
+    stalled_after: int = 200
+    """Measured snapshots before a loss may be said to stand: slow training is no fault."""
     stalled: float = 0.01
     """Share of itself by which the loss may move in 50 measured steps and still stand."""
     skipped_steps: int = 25
@@ -143,7 +145,7 @@ class Thresholds:
         return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
 
 
-_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met", "dead_probes", "underflow_probes")
+_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met", "dead_probes", "underflow_probes", "stalled_after")
 PER_LAYER = (
     "vanishing_ratio",
     "vanishing_ratio_adaptive",

@@ -87,8 +87,8 @@ def test_a_deep_sigmoid_network_fails_with_layers_numbers_cause_and_remedy():
     assert 1e-22 < truth < 1e-18
     said = " ".join(str(caught.value).split())
     assert "GW101 vanishing-depth (warning) 0 " in said
-    assert "why: the gradient shrinks at every layer" in said
-    assert "try: in the layers behind 0: ReLU-like activations with He initialization, normalization, or skip connections" in said
+    assert "are too small: gain" in said
+    assert "try: ReLU in place of the sigmoids, with torch.nn.init.kaiming_normal_ on the weights of" in said
     table = str(caught.value).partition("The 10 layers of 24 with the smallest gradients")[2].splitlines()
     rows = [line.split() for line in table if " Linear " in line]
     assert [row[0] for row in rows] == [str(2 * i) for i in range(10)]  # the ten nearest to the input
@@ -111,7 +111,8 @@ def test_a_detached_encoder_fails_by_name():
     assert kinds(report) == {("disconnected", "encoder.0")}
     (alert,) = report.open
     assert "encoder.0 to encoder.2 (2 layers) ran in the forward pass and got no gradient" in alert.message
-    assert "detach()" in alert.cause
+    assert "the gradient comes back to decoder and ends there" in alert.cause
+    assert "detach()" in alert.remedy
     assert norms(report)["encoder.0.weight"] is None
     with pytest.raises(GradientHealthError, match=r"disconnected.*encoder\.0"):
         gradwatch.assert_healthy(Model(), torch.randn(8, 16))

@@ -12,7 +12,7 @@ from torch import nn
 import gradwatch
 from gradwatch import DETECTORS, Finding, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
 from gradwatch.detectors import RULES, explain
-from gradwatch.snapshot import SequenceStats
+from gradwatch.snapshot import ActivationStats, SequenceStats
 
 
 def model(count, *, adaptive=False, order=None):
@@ -321,6 +321,14 @@ def _one_of_each():
     yield (two, [(0.0, 1.0)] * 20), {}
     yield (two, [(math.nan, 1.0)]), {}
     yield (one, [(math.inf,)] * 26), {"skipped": [True] * 26}
+    many, adam = model(8), model(2, adaptive=True)
+    growing = tuple(ActivationStats(f"l{i}", 10.0 ** (7 - i)) for i in range(8))
+    yield (many, [(1.0,) * 8] * 20), {"losses": STILL, "activations": [growing] * 20}
+    yield (two, [(1.0, 1.0)] * 3), {"activations": [(ActivationStats("l0", 1.0, dead=0.75, units=4), ActivationStats("l1", 1.0))] * 3}
+    yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
+    yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
+    yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
+    yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (
         SequenceStats("l0", length=60, lag_gain=fades),

@@ -124,21 +124,21 @@ class OwnAttention(Net):
 class Factors(nn.Module):
     """A frozen matrix, and a product of two small ones beside it, of which one begins at zero."""
 
-    def __init__(self):
+    def __init__(self, *, frozen=False):
         super().__init__()
         self.w0 = nn.Parameter(torch.randn(16, 16) / 4, requires_grad=False)
-        self.w1, self.w2 = nn.Parameter(torch.randn(16, 2) / 4), nn.Parameter(torch.zeros(2, 16))
+        self.w1, self.w2 = nn.Parameter(torch.randn(16, 2) / 4), nn.Parameter(torch.zeros(2, 16), requires_grad=not frozen)
 
     def forward(self, x):
         return x @ self.w0 + x @ self.w1 @ self.w2
 
 
 class Branches(Net):
-    """Three residual blocks; `make` gives a branch."""
+    """Residual blocks; `make` gives a branch."""
 
-    def __init__(self, make):
+    def __init__(self, make, blocks=3):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 16), nn.ModuleList(make() for _ in range(3)), nn.Linear(16, 1)
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.ModuleList(make() for _ in range(blocks)), nn.Linear(16, 1)
 
     def forward(self, x, step):
         h = self.a(x)
@@ -148,25 +148,55 @@ class Branches(Net):
 
 
 class Gate(nn.Module):
-    """A branch behind a constant."""
+    """A branch behind one number, which is learned or stays."""
 
-    def __init__(self, value):
+    def __init__(self, value=0.0, *, learned=True):
         super().__init__()
-        self.m1, self.m2, self.g = nn.Linear(16, 16), nn.Linear(16, 16), value
+        self.m1, self.m2 = nn.Linear(16, 16), nn.Linear(16, 16)
+        if learned:
+            self.g = nn.Parameter(torch.tensor(value))
+        else:
+            self.register_buffer("g", torch.tensor(value))
 
     def forward(self, x):
         return self.g * self.m2(torch.relu(self.m1(x)))
 
 
-def last_at_zero(*layers):
+def last_at_zero(*layers, frozen=False):
     """Give a branch whose last layer gives zero at first."""
     for p in layers[-1].parameters():
         nn.init.zeros_(p)
+        p.requires_grad_(not frozen)
     return nn.Sequential(*layers)
 
 
 def normalized():
     return last_at_zero(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16))
+
+
+def fixup():
+    first, last = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+    nn.init.normal_(first.weight, std=0.2)
+    nn.init.zeros_(last.weight)
+    return nn.Sequential(Shift(), first, Shift(), nn.ReLU(), Shift(), last, Scale(), Shift())
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x + self.p
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.p
 
 
 # --- what stands aside ---
@@ -199,11 +229,13 @@ class Aside(Net):
 
 
 class Encoded(Net):
-    """An encoder whose output is multiplied by 0.0."""
+    """An encoder whose output is multiplied by 0.0, and maybe a table of zeros elsewhere that is not trained."""
 
-    def __init__(self):
+    def __init__(self, *, beside=False):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 1)
+        if beside:
+            self.w0 = nn.Parameter(torch.zeros(8, 8), requires_grad=False)
 
     def forward(self, x, step):
         return self.loss(self.c(0.0 * self.b(torch.relu(self.a(x))) + x), x)
@@ -241,15 +273,15 @@ class Table(Net):
 
 
 class Tower(Net):
-    """A head behind a ReLU, which gives zero for a whole batch in `quiet` of seven steps."""
+    """A head behind a ReLU, which gives zero for a whole batch in `quiet` of `period` steps."""
 
-    def __init__(self, quiet):
+    def __init__(self, quiet, period=7):
         super().__init__()
-        self.a, self.b, self.c, self.quiet = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 1), quiet
+        self.a, self.b, self.c, self.quiet, self.period = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 1), quiet, period
         nn.init.uniform_(self.b.weight, 0.0, 0.2)
 
     def forward(self, x, step):
-        h = torch.relu(self.b(torch.relu(self.a(x)) - (100.0 if step % 7 < self.quiet else 0.0)))
+        h = torch.relu(self.b(torch.relu(self.a(x)) - (100.0 if step % self.period < self.quiet else 0.0)))
         return self.loss(self.c(h), x)
 
 
@@ -260,11 +292,14 @@ HEALTHY = {
     "bias-before-InstanceNorm2d": (lambda: Image(nn.InstanceNorm2d(8)), "a.bias"),
     "bias-before-GroupNorm": (lambda: Image(nn.GroupNorm(8, 8)), "a.bias"),
     "bias-before-LayerNorm": (lambda: Chain(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))), ""),
+    "shift-before-LayerNorm": (lambda: Chain(nn.Sequential(Shift(), nn.LayerNorm(16))), "b.0.p"),
     "key-bias-of-torch": (Attention, ""),
     "key-bias-by-hand": (OwnAttention, "b.1.bias"),
     "factor-behind-a-factor-of-zero": (lambda: Chain(Factors()), "b.w1"),
     "last-BatchNorm-at-zero": (lambda: Branches(normalized), "b.0.0.weight"),
     "last-Linear-at-zero": (lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))), "b.0.0.weight"),
+    "gate-at-zero": (lambda: Branches(Gate), "b.0.m1.weight"),
+    "fixup": (lambda: Branches(fixup), "b.0.1.weight"),
     "frozen": (lambda: Aside("frozen"), "b.weight"),
     "unused": (lambda: Aside("unused"), "b.weight"),
     "used-every-5th-step": (lambda: Aside("every-5th"), "b.weight"),
@@ -272,21 +307,27 @@ HEALTHY = {
     "expert-idle-for-30-steps": (lambda: Experts(lambda step: 25 <= step < 55), "b.1.0.weight"),
     "expert-idle-for-the-first-30-steps": (lambda: Experts(lambda step: step < 30), "b.1.0.weight"),
     "expert-without-rows-now-and-then": (lambda: Experts(lambda step: step % 3 == 0, empty=True), "b.1.0.weight"),
+    "expert-without-rows-for-30-steps": (lambda: Experts(lambda step: 25 <= step < 55, empty=True), "b.1.0.weight"),
+    "expert-without-rows-for-the-first-30-steps": (lambda: Experts(lambda step: step < 30, empty=True), "b.1.0.weight"),
     "rows-not-looked-up": (Table, ""),
     "rows-not-looked-up-sparse": (functools.partial(Table, sparse=True), ""),
     "head-quiet-now-and-then": (lambda: Tower(2), "b.weight"),
+    "head-quiet-at-every-probe": (lambda: Tower(3, 10), "b.weight"),
 }
 """Each with a parameter that gets nothing, or rounding noise, at some steps; where it is a part of one that gets nothing, there is none to name."""
 
 FAULTY = {
     "normalization-of-one-value": (lambda: Chain(nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (16, 1)), nn.LayerNorm(1), nn.Flatten())), {"a"}),
     "attention-over-one-token": (lambda: OwnAttention(1), {"b.0"}),
-    "gate-of-constant-zero": (lambda: Branches(lambda: Gate(0.0)), {"b.0.m1"}),
-    "one-of-three-gates-of-constant-zero": (lambda: Branches(iter([Gate(1.0), Gate(0.0), Gate(1.0)]).__next__), {"b.1.m1"}),
+    "factor-behind-a-frozen-factor-of-zero": (lambda: Chain(Factors(frozen=True)), {"b"}),
+    "last-Linear-frozen-at-zero": (lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), frozen=True)), {"b.0.0"}),
+    "gate-of-constant-zero": (lambda: Branches(lambda: Gate(learned=False)), {"b.0.m1"}),
+    "one-of-three-gates-of-constant-zero": (lambda: Branches(iter([Gate(1.0), Gate(learned=False), Gate(1.0)]).__next__), {"b.1.m1"}),
     "run-without-grad": (lambda: Aside("no-grad"), {"b"}),
     "run-and-dropped": (lambda: Aside("dropped"), {"b"}),
     "run-and-multiplied-by-zero": (lambda: Aside("times-zero"), {"b"}),
     "encoder-multiplied-by-zero": (Encoded, {"a"}),
+    "encoder-multiplied-by-zero-beside-a-frozen-zero": (functools.partial(Encoded, beside=True), {"a"}),
     "expert-multiplied-by-zero": (lambda: Experts(weight=0.0), {"b.1.0"}),
     "only-the-padding-looked-up": (lambda: Table(padding=0), {"a"}),
     "head-quiet-always": (lambda: Tower(7), {"a", "b"}),
@@ -308,13 +349,16 @@ def test_a_zero_by_construction_is_no_fault(name, optimizer, told):
 
 
 @pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("wait", [30, STEPS])
 @pytest.mark.parametrize("name", ["factor-behind-a-factor-of-zero", "last-BatchNorm-at-zero", "last-Linear-at-zero"])
-def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told):
-    assert train(HEALTHY[name][0], told=told, wait=STEPS)[0] == set()
+def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told, wait):
+    assert train(HEALTHY[name][0], told=told, wait=wait)[0] == set()
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("name", ["unused", "expert-idle-now-and-then", "expert-idle-for-the-first-30-steps"])
+@pytest.mark.parametrize(
+    "name", ["unused", "expert-idle-now-and-then", "expert-idle-for-the-first-30-steps", "expert-idle-for-30-steps", "used-every-5th-step"]
+)
 def test_a_zero_that_stands_for_no_gradient_is_no_fault(name, told):
     assert train(HEALTHY[name][0], told=told, none=False)[0] == set()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.snapshot import ActivationStats, Snapshot
 
 
 def dead_units(history: History) -> Iterator[Finding]:
@@ -15,28 +16,51 @@ def dead_units(history: History) -> Iterator[Finding]:
     probes = [s for s in history.window() if s.activations is not None]
     if len(probes) < t.dead_probes:
         return
-    for newest in probes[-1].activations or ():
-        if newest.dead is None:
-            continue
-        limit = t.of(newest.module).dead_units / (1.5 if history.is_open("GW601", newest.module) else 1.0)
-        if newest.dead < limit:
-            continue
-        series = [next((a.dead for a in s.activations or () if a.module == newest.module), None) for s in probes]
-        if any(d is None or d < limit for d in series[-t.dead_probes :]):
-            continue
-        first = next(i for i in range(len(series)) if all(d is not None and d >= limit for d in series[i:]))
-        evidence: dict[str, float | str] = {"dead": newest.dead, "units": float(newest.units or 0), "limit": t.of(newest.module).dead_units}
-        yield with_cause(history, Finding("GW601", "dead-units", Severity.WARNING, newest.module, onset=probes[first].step, evidence=evidence))
+    numbers = {layer.name: i for i, layer in enumerate(history.model.layers)}
+    measured = {numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers}
+    onsets = {i: onset for i, a in measured.items() if (onset := _onset(history, probes, a)) is not None}
+    for run in history.runs(onsets, measured):
+        place = history.model.layers[run[0]].name
+        worst = max(run, key=lambda i: measured[i].dead or 0.0)
+        evidence: dict[str, float | str] = {
+            "dead": float(measured[worst].dead or 0.0),
+            "units": float(measured[worst].units or 0),
+            "limit": t.of(place).dead_units,
+            "layers": float(len(run)),
+            "worst": history.model.layers[worst].name,
+            "last": history.model.layers[run[-1]].name,
+        }
+        yield with_cause(history, Finding("GW601", "dead-units", Severity.WARNING, place, onset=min(onsets[i] for i in run), evidence=evidence))
+
+
+def _onset(history: History, probes: Sequence[Snapshot], newest: ActivationStats) -> int | None:
+    """Give since when most units of a layer are dead; None where they are not, or not for long enough."""
+    t = history.thresholds
+    limit = t.of(newest.module).dead_units / (1.5 if history.is_open("GW601", newest.module) else 1.0)
+    series = [next((a.dead for a in s.activations or () if a.module == newest.module), None) for s in probes]
+    if any(d is None or d < limit for d in series[-t.dead_probes :]) or (newest.dead == 1 and _heard_between(history, newest.module, probes)):
+        return None
+    return probes[next(i for i in range(len(series)) if all(d is not None and d >= limit for d in series[i:]))].step
+
+
+def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
+    """Tell whether a layer that got nothing at probes got something at steps between them: it does not do the same at every step."""
+    columns = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role != "bias"]
+    since = probes[-history.thresholds.dead_probes].step
+    window = [s for s in history.window() if s.step >= since]
+    return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and any(s.norm[c] for s in window for c in columns)
 
 
 def explain_dead_units(finding: Finding) -> Explanation:
     """Say how many are dead, and why."""
-    share, units = float(finding.evidence["dead"]), float(finding.evidence["units"])
-    cause, remedy = said(
-        finding.evidence, finding.place, f"LeakyReLU behind {finding.place}, a bias of zero, a lower learning rate, or normalization in front of its ReLU"
-    )
+    evidence, place = finding.evidence, finding.place or "the model"
+    share, units, count = float(evidence["dead"]), float(evidence["units"]), float(evidence["layers"])
+    whose = place if count == 1 else f"{evidence['worst']}"
+    more = f" (and most of {place} to {evidence['last']}, {count:.0f} layers)" if count > 1 else ""
+    otherwise = f"LeakyReLU behind {place}, a bias of zero, a lower learning rate, or normalization in front of its ReLU"
+    cause, remedy = said(evidence, finding.place, otherwise)
     return Explanation(
-        f"{share * units:.0f} of the {units:.0f} units of {finding.place or 'the model'} are dead: behind their ReLU they give 0 for every input, since step {finding.onset}",
+        f"{share * units:.0f} of the {units:.0f} units of {whose} are dead{more}: behind their ReLU they give 0 for every input, since step {finding.onset}",
         cause,
         remedy,
     )

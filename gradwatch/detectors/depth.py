@@ -28,10 +28,14 @@ def vanishing_depth(history: History) -> Iterator[Finding]:
 
 
 def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Finding]:
+    import numpy as np
+
     t = history.thresholds
     ratios = history.ratios(t.window)
     low = ratios < limits  # False for NaN
-    vanishing = (low.mean(axis=0) >= t.share) & ~_rising(ratios, t.vanishing_rising, limits)
+    # A zero is low where small numbers led to it, in time or from behind. A layer that stands idle, or that is not opened yet, has zeros too.
+    low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits)
+    vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
     for run in _faults(history, vanishing, ratios[-1]):
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
@@ -46,6 +50,19 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
             "share": float(low[:, worst].mean()),
         }
         yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence))
+
+
+def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit."""
+    import numpy as np
+
+    found = np.zeros(len(now), dtype=bool)
+    fades = False
+    for i in reversed(history.model.forward_order):
+        found[i] = fades and now[i] == 0
+        if now[i] > 0:
+            fades = bool(now[i] < limits[i])
+    return found
 
 
 def _limits(history: History) -> NDArray[np.float64]:

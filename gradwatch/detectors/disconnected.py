@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.detectors.why import said, with_cause
-from gradwatch.history import History
+from gradwatch.history import KEPT, History
 from gradwatch.report import Explanation, Finding, Severity
 
 
@@ -50,20 +50,28 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     """Layers that ran in the last probe, and whose gradient was exactly zero through the whole window, that probe included."""
     window = history.window(history.thresholds.window)
     silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
-    if not silent or len(window) < history.thresholds.window or _blocked(history):
+    if not silent or len(window) < history.thresholds.window:
         return set()
     if all(s.weight_norm is None for s in window) and all(code != "GW401" for code, *_ in history.open):
         return set()
     silent = {i for i in silent if all(s.norm[i] == 0 for s in window)}
     cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)}
-    # A layer that was sound, or behind which the gradient fades, was not cut off: it has vanished, which is another kind.
-    return {layer for layer in cut if not history.sound_once(layer) and not _faded(history, layer)}
+    # One that was sound may stand idle for a while, as an expert does that nothing is routed to.
+    kept = history.window()
+    lasting = {layer for layer in cut if len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[layer])}
+    # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
+    return {i for i in cut - _blocked(history) if (i in lasting or not history.sound_once(i)) and not _faded(history, i)}
 
 
-def _blocked(history: History) -> bool:
-    """Tell whether a weight that is exactly zero stands in the way, as LoRA and zero-initialized residual branches begin."""
+def _blocked(history: History) -> set[int]:
+    """Give the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
     weights = next((s.weight_norm for s in reversed(history.window()) if s.weight_norm is not None), ())
-    return any(w == 0 and p.role != "bias" for w, p in zip(weights, history.model.parameters, strict=False))
+    opening = {p.layer for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False) if w == 0 and n and p.role != "bias"}
+    order = history.model.forward_order
+    names = [history.model.layers[i].name for i in order]
+    last = max((at for at, name in enumerate(names) if name in opening), default=-1)
+    inside = {i for i, name in zip(order, names, strict=True) if any(not zero or name.startswith(f"{zero}.") for zero in opening)}
+    return {*order[: last + 1], *inside}  # a module that holds a gain of its own begins before the layers in it
 
 
 def _faded(history: History, layer: int) -> bool:

@@ -30,7 +30,7 @@ def _growth(history: History) -> Iterator[Finding]:
     total = [n for s in window if (n := s.norm_global) is not None and math.isfinite(n)]
     if t.norm_above is not None and total and total[-1] > t.norm_above:
         yield Finding("GW204", "exploding", Severity.WARNING, "", onset=window[-1].step, evidence={"norm": total[-1], "limit": t.norm_above})
-    if len(history.first_norms) < t.window or len(total) < EDGE or history.improved:
+    if len(history.first_norms) < t.window or len(total) < EDGE or history.improved or history.at_best:
         return
     base = statistics.median(history.first_norms)
     limit = t.explosion_growth / (t.clear_factor if history.is_open("GW201", "") else 1.0)
@@ -65,22 +65,18 @@ def _updates(history: History) -> Iterator[Finding]:
     if not probes or probes[-1] is not history.snapshot or history.improved:
         return
     model = history.model
-    largest: dict[str, list[float]] = {}
+    ratios: dict[int, list[float]] = {}
+    numbers = {layer.name: i for i, layer in enumerate(model.layers)}
     for s in probes:
         for p, r in zip(model.parameters, s.update_ratio or (), strict=True):
             if r is not None and p.role == "weight" and math.isfinite(r):
-                largest.setdefault(p.layer, []).append(r)
-    for layer, ratios in largest.items():
-        often = sum(r > t.explosion_update for r in ratios)
-        if often >= 3 or max(ratios) > t.explosion_update_at_once:
-            yield Finding(
-                "GW202",
-                "exploding",
-                Severity.WARNING,
-                layer,
-                onset=probes[0].step,
-                evidence={"update": max(ratios), "times": float(often), "limit": t.explosion_update},
-            )
+                ratios.setdefault(numbers[p.layer], []).append(r)
+    wild = {i for i, mine in ratios.items() if sum(r > t.explosion_update for r in mine) >= 3 or max(mine) > t.explosion_update_at_once}
+    for run in history.runs(wild, ratios):
+        worst = max(run, key=lambda i: max(ratios[i]))
+        names = {"worst": model.layers[worst].name, "last": model.layers[run[-1]].name}
+        evidence: dict[str, float | str] = {"update": max(ratios[worst]), "layers": float(len(run)), "limit": t.explosion_update, **names}
+        yield Finding("GW202", "exploding", Severity.WARNING, model.layers[run[0]].name, onset=probes[0].step, evidence=evidence)
 
 
 def _loss(history: History) -> Iterator[Finding]:
@@ -140,10 +136,11 @@ def explain_exploding(finding: Finding) -> Explanation:
     evidence = finding.evidence
     remedy = "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize between the layers"
     if finding.code == "GW202":
+        count, worst = float(evidence["layers"]), evidence["worst"]
+        whose = f"{finding.place} to {evidence['last']} ({count:.0f} layers; worst: {worst})" if count > 1 else finding.place
         return Explanation(
-            f"a step changes the weights of {finding.place} by {float(evidence['update']):.3g} times their own size",
-            "the learning rate is far too large for these gradients",
-            f"lower the learning rate of {finding.place} by that factor or more, or clip the gradient norm",
+            f"a step changes the weights of {whose} by {float(evidence['update']):.3g} times their own size",
+            *said(evidence, finding.place, f"lower the learning rate of {finding.place} by that factor or more, or clip the gradient norm"),
         )
     if finding.code == "GW203":
         return Explanation(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.snapshot import ParameterInfo, Snapshot
 
 
 def nonfinite(history: History) -> Iterator[Finding]:
@@ -17,22 +18,28 @@ def nonfinite(history: History) -> Iterator[Finding]:
         yield Finding("GW502", "non-finite", Severity.ERROR, "", onset=history.window(limit)[0].step, evidence={"skipped": float(history.skipped)})
     if snapshot.skipped:
         return
-    bad = [p for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None and not math.isfinite(n)]
-    if not bad:
+    if not _bad(snapshot):
         return
+    onset = history.since(bool(_bad(s)) for s in history.window())
+    # What came first tells the cause: a step later the weights themselves are not finite.
+    first = next(s for s in history.window() if s.step >= onset and _bad(s))
+    bad = _bad(first)
     # NaN spreads from where it arose to everything before: the layer nearest to the loss is the one to look at.
     order = {layer.name: i if layer.order is None else layer.order for i, layer in enumerate(snapshot.model.layers)}
     culprit = max(bad, key=lambda p: order[p.layer])
-    onset = history.since(any(n is not None and not math.isfinite(n) for n in s.norm) for s in history.window())
     layers = len({p.layer for p in bad})
     evidence: dict[str, float | str] = {"layers": float(layers), "of": float(len(snapshot.model.layers))}
-    if snapshot.nonfinite is not None:
-        column = snapshot.model.parameters.index(culprit)
-        evidence["entries"] = float(snapshot.nonfinite[column] or 0)
+    if first.nonfinite is not None:
+        column = first.model.parameters.index(culprit)
+        evidence["entries"] = float(first.nonfinite[column] or 0)
         evidence["elements"] = float(culprit.elements)
-    if snapshot.loss is not None:
-        evidence["loss"] = snapshot.loss
+    if first.loss is not None:
+        evidence["loss"] = first.loss
     yield Finding("GW501", "non-finite", Severity.ERROR, culprit.layer, culprit.name, onset=onset, evidence=evidence)
+
+
+def _bad(snapshot: Snapshot) -> list[ParameterInfo]:
+    return [p for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None and not math.isfinite(n)]
 
 
 def explain_nonfinite(finding: Finding) -> Explanation:

@@ -6,9 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import UNKNOWN
 from gradwatch.history import KEPT, History
-from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.report import UNKNOWN, Explanation, Finding, Severity
 
 _SAY_NOTHING = ("GW303", "GW304")
 """Codes that tell of what is meant or not known, and not why a loss stands."""
@@ -19,7 +18,7 @@ def stalled(history: History) -> Iterator[Finding]:
     losses = history.losses(KEPT)
     if any(code not in ("GW801", *_SAY_NOTHING) for code, *_ in history.open):
         return
-    if history.improved is not False or len(losses) < KEPT or not all(map(math.isfinite, losses)):
+    if history.improved is not False or history.count < history.thresholds.stalled_after or len(losses) < KEPT or not all(map(math.isfinite, losses)):
         return
     half = KEPT // 2
     before, after = statistics.median(losses[:half]), statistics.median(losses[half:])

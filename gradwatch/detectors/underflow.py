@@ -29,19 +29,23 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
         return
     share = t.flushed / (1.5 if history.is_open("GW701", "") else 1.0)
     pooled = [_pooled(s) for s in last]
-    if all(zeros >= share and small >= t.flushed_small for zeros, small in pooled):
-        evidence: dict[str, float | str] = {"zeros": pooled[-1][0], "small": pooled[-1][1], "format": _format(last[-1])}
-        yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
-    elif all(_swallowed(s) for s in last) and history.improved is not True:
-        outside = max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0)
-        evidence = {"zeros": 1.0, "outside": outside, "format": _format(last[-1])}
-        yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
+    flushed = [zeros >= share and small >= t.flushed_small for zeros, small in pooled]
+    swallowed = [history.improved is not True and _swallowed(s) for s in last]
+    if not all(a or b for a, b in zip(flushed, swallowed, strict=True)):
+        return
+    evidence: dict[str, float | str] = {"format": _format(last[-1])}
+    if flushed[-1]:
+        evidence |= {"zeros": pooled[-1][0], "small": pooled[-1][1]}
+    else:
+        evidence |= {"zeros": 1.0, "outside": max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0)}
+    yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
 
 
 def _pooled(snapshot: Snapshot) -> tuple[float, float]:
     """Give the share of entries that are 0, and of the others that are too small for the format, over all parameters that got anything at all."""
     entries = zeros = small = 0.0
-    for p, norm, zero, tiny in zip(snapshot.model.parameters, snapshot.norm, snapshot.zeros or (), snapshot.subnormal or (), strict=True):
+    nothing = (None,) * len(snapshot.norm)
+    for p, norm, zero, tiny in zip(snapshot.model.parameters, snapshot.norm, snapshot.zeros or nothing, snapshot.subnormal or nothing, strict=True):
         if norm and zero is not None and p.role != "embedding":
             entries += p.elements
             zeros += zero * p.elements

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gradwatch.history import History
-from gradwatch.report import Finding
+from gradwatch.report import UNKNOWN, Finding
 from gradwatch.snapshot import ActivationStats, Fact, ModelInfo, Snapshot
 
 Evidence = Mapping[str, float | str]
 
-UNKNOWN = "cause not found"
 _NEEDED = {"relu": math.sqrt(2), "tanh": 5 / 3, "sigmoid": 4.0, "hardtanh": 5 / 3}
 """Gain of the weights that keeps a signal and its gradient through the activation as large as it was (He, 2015; Glorot, 2010); the sigmoid passes a quarter."""
 _MOSTLY_DEAD, _MOSTLY_FLAT = 0.95, 0.4
@@ -80,10 +79,10 @@ def _function(history: History, layer: str) -> str:
     return next((f.name.removeprefix("activation ") for f in _facts(history) if f.place == layer and f.name.startswith("activation ")), "")
 
 
-def _gains(history: History) -> dict[str, float]:
-    """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs."""
-    model = history.model
-    weights = next((s.weight_norm for s in reversed(history.window()) if s.weight_norm is not None), None)
+def _gains(history: History, *, first: bool = False) -> dict[str, float]:
+    """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; now, or as far back as is remembered."""
+    model, window = history.model, history.window()
+    weights = next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
     found: dict[str, float] = {}
     largest: dict[str, int] = {}
     for p, norm in zip(model.parameters, weights or (), strict=False):
@@ -112,6 +111,8 @@ def _between(history: History, finding: Finding) -> list[str]:
 
 
 def _of_vanishing(history: History, finding: Finding) -> dict[str, float | str]:
+    if _in_half(history):
+        return {"because": "format", "format": "float16"}
     layers = _between(history, finding)
     known = {a.module: a for a in _activations(history)}
     dead = [(a.dead, name) for name in layers if (a := known.get(name)) is not None and a.dead is not None]
@@ -121,6 +122,13 @@ def _of_vanishing(history: History, finding: Finding) -> dict[str, float | str]:
     if flat and max(flat)[0] >= _MOSTLY_FLAT:
         return _saturation(history, *max(flat))
     return _weak(history, layers, float(finding.evidence.get("ratio", 0.0)))
+
+
+def _in_half(history: History) -> bool:
+    """Tell whether float16 has left nothing of the gradient: it computes, every parameter got exactly 0, and something came in."""
+    now = history.snapshot
+    half = any(f.name == "float16" for f in _facts(history)) or any(p.dtype == "float16" for p in now.model.parameters)
+    return half and not any(now.norm) and any(a.grad_norm for a in _activations(history))
 
 
 def _saturation(history: History, share: float, at: str) -> dict[str, float | str]:
@@ -153,6 +161,8 @@ def _of_a_cut(history: History, finding: Finding) -> dict[str, float | str]:
     last = str(finding.evidence.get("last", finding.place))
     behind = order[order.index(last) :] if last in order else []
     if finding.evidence.get("gradient") == "zero":
+        if _in_half(history):
+            return {"because": "format", "format": "float16"}
         known = {a.module: a.dead for a in _activations(history)}
         closed = next((name for name in behind if (known.get(name) or 0.0) >= 1.0), None)
         if closed is not None:
@@ -185,18 +195,23 @@ def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
         found["spectral_norm"] = norm
     if offset is not None and math.isinf(offset):
         return {**found, "because": "constant input"}
-    kicks = [(r, s.step) for s in history.window() for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False) if r and p.layer == place]
+    kicks = [
+        (r, s.step)
+        for s in history.window()
+        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
+        if r and p.layer == place and p.role == "weight" and math.isfinite(r)
+    ]
+    if kicks and max(kicks)[0] >= _KICK:
+        return {**found, "because": "update", "update": max(kicks)[0], "when": float(max(kicks)[1])}
     if bias is not None and bias >= 0.5:
         return {**found, "because": "bias", "share": bias}
     if offset is not None and offset >= _FAR:
         return {**found, "because": "offset", "offset": offset}
-    if kicks and max(kicks)[0] >= _KICK and math.isfinite(max(kicks)[0]):
-        return {**found, "because": "update", "update": max(kicks)[0], "when": float(max(kicks)[1])}
     return found
 
 
-def _of_explosion(history: History, _finding: Finding) -> dict[str, float | str]:
-    gains = _gains(history)
+def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
+    gains = _gains(history, first=True)  # before they exploded themselves
     over = {name: gain / max(_NEEDED.get(_function(history, name), 1.0), math.sqrt(2)) for name, gain in gains.items() if math.isfinite(gain)}
     worst = max(over, key=over.__getitem__, default=None)
     if worst is not None and over[worst] >= _LARGE:
@@ -204,6 +219,8 @@ def _of_explosion(history: History, _finding: Finding) -> dict[str, float | str]
         if (norm := _fact(history, worst, "spectral_norm")) is not None:
             found["spectral_norm"] = norm
         return {**found, "layers over": float(sum(o >= _LARGE for o in over.values()))}
+    if finding.code == "GW202":
+        return {"because": "rate"}
     kicks = [
         (r, p.layer, s.step)
         for s in history.window()
@@ -218,7 +235,7 @@ def _of_explosion(history: History, _finding: Finding) -> dict[str, float | str]
 
 _LOOKS: Mapping[str, Callable[[History, Finding], dict[str, float | str]]] = {
     **dict.fromkeys(("GW101", "GW102"), _of_vanishing),
-    **dict.fromkeys(("GW201", "GW203", "GW205", "GW206"), _of_explosion),
+    **dict.fromkeys(("GW201", "GW202", "GW203", "GW205", "GW206"), _of_explosion),
     "GW401": _of_a_cut,
     "GW601": _of_silence,
 }
@@ -266,6 +283,15 @@ def _large_weights(evidence: Evidence, _place: str) -> tuple[str, str]:
     return cause, f"torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh) on the weights of {at}{more}; or normalization; or clip the gradient norm"
 
 
+def _rate(evidence: Evidence, place: str) -> tuple[str, str]:
+    cause = "the learning rate is too large for these gradients: the weights themselves are of the size that their activations need"
+    return cause, f"lower the learning rate of {place} by a factor of {float(evidence['update']):.2g} or more, warm it up, or clip the gradient norm"
+
+
+def _rounded(evidence: Evidence, _place: str) -> tuple[str, str]:
+    return f"the gradient is computed in {evidence['format']}, where it is rounded to 0", "scale the loss (torch.amp.GradScaler), or compute in bfloat16"
+
+
 def _constant(_evidence: Evidence, place: str) -> tuple[str, str]:
     return f"the input of {place} is the same for every sample", f"look at what feeds {place}: a dead layer, or a constant"
 
@@ -280,7 +306,7 @@ def _offset(evidence: Evidence, place: str) -> tuple[str, str]:
 
 def _kick(evidence: Evidence, place: str) -> tuple[str, str]:
     at = str(evidence.get("at") or place)
-    cause = f"at step {float(evidence['when']):.0f} an update changed the weights of {at} by {float(evidence['update']):.0%} of themselves"
+    cause = f"at step {float(evidence['when']):.0f} an update changed the weights of {at} by {float(evidence['update']):.2g} times their own size"
     return cause, "lower the learning rate or warm it up, or clip the gradient norm"
 
 
@@ -324,4 +350,6 @@ _WORDS: Mapping[str, Callable[[Evidence, str], tuple[str, str]]] = {
     "bias": _bias,
     "offset": _offset,
     "update": _kick,
+    "rate": _rate,
+    "format": _rounded,
 }
