@@ -54,6 +54,15 @@ def log_alert(alert: Alert) -> None:
     _log.log(_LEVELS[alert.severity], "%s", _CONTROL.sub(_VISIBLE, str(alert)))
 
 
+def log_end(report: Report) -> None:
+    """Send what is still open at the end to the logger `gradwatch`, worst first, in one line; nothing where nothing is."""
+    still = sorted(report.open, key=lambda alert: alert.severity, reverse=True)
+    if still:
+        said = "; ".join(f"{a.finding.code} {a.finding.kind} at {a.finding.place or 'the whole model'} since step {a.finding.onset}" for a in still)
+        line = f"at the end {len(still)} alert{'s are' if len(still) > 1 else ' is'} open: {said}"
+        _log.log(_LEVELS[still[0].severity], "%s", _CONTROL.sub(_VISIBLE, line))
+
+
 class Harmless:
     """What a terminal would obey in it, for instance in the names of a foreign record, is made visible."""
 

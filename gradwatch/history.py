@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.report import Finding
-from gradwatch.snapshot import ModelInfo, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.snapshot import ModelInfo, Role, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -182,6 +182,28 @@ class History:
 
         return np.stack(_last(self._track.ratios, count))
 
+    @property
+    def order(self) -> Sequence[int]:
+        """Numbers of the layers in the order of the forward pass, as `ModelInfo.forward_order`."""
+        return self._shape.forward
+
+    @property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each layer by its name."""
+        return self._shape.numbers
+
+    @property
+    def inner(self) -> Sequence[str]:
+        """Names of the layers that no other layer lies in, in the order of the forward pass."""
+        return self._shape.inner
+
+    def elements(self, *roles: Role) -> Floats:
+        """Give the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
+        import numpy as np
+
+        found: Floats = np.where(np.isin(self._shape.roles, roles), self._shape.elements, 0.0)
+        return found
+
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Give the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
         return _last(self._track.probes, count) if self.begun else []
@@ -242,7 +264,7 @@ class History:
         """
         found: list[list[int]] = []
         before = False
-        for index in self.model.forward_order:
+        for index in self.order:
             if index not in among:
                 continue
             if index in chosen:
@@ -316,6 +338,12 @@ class History:
     def _track(self) -> Track:
         return self._tracks[self._now]
 
+    @property
+    def _shape(self) -> _Layout:
+        if self._layout is None or self._layout.model is not self.model:  # after a resume
+            self._layout = _Layout.of(self.model, self._weight_norms)
+        return self._layout
+
 
 Detector = Callable[[History], Iterable[Finding]]
 """A pure function of the history: what it finds wrong, now."""
@@ -334,6 +362,13 @@ class _Layout:
     """The numbers of those layers."""
     order: NDArray[np.intp]
     """Layers in the order of the forward pass."""
+    forward: Sequence[int]
+    """The same as plain numbers."""
+    numbers: Mapping[str, int]
+    inner: Sequence[str]
+    elements: Floats
+    """Number of entries of each parameter."""
+    roles: NDArray[np.str_]
     weights: Floats
     """Last known norm of each counted parameter; NaN where it is not known, or 0."""
 
@@ -345,7 +380,12 @@ class _Layout:
         counted = sorted((i for i, p in enumerate(model.parameters) if p.role not in ("bias", "scale")), key=lambda i: index[model.parameters[i].layer])
         layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
         owners, starts = np.unique(layer_of, return_index=True)
-        layout = cls(model, np.array(counted, dtype=np.intp), starts, owners, np.array(model.forward_order, dtype=np.intp), np.empty(len(counted)))
+        sizes, roles = np.array([p.elements for p in model.parameters], dtype=float), np.array([p.role for p in model.parameters], dtype=str)
+        order = model.forward_order
+        around = {layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."} | {""}
+        inner = [name for i in order if (name := model.layers[i].name) not in around]
+        at = np.array(order, dtype=np.intp)
+        layout = cls(model, np.array(counted, dtype=np.intp), starts, owners, at, order, index, inner, sizes, roles, np.empty(len(counted)))
         layout.weigh(weight_norms)
         return layout
 

@@ -261,14 +261,14 @@ class Snapshot:
     """Share of the non-zero entries below the smallest normal number of the computing dtype."""
     update_ratio: Column | None = None
     """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
-    lost: Column | None = None
-    """Share of the entries with a gradient that the step left as they were; of parameters in a format of less than 32 bits."""
     absent: tuple[Absent | None, ...] | None = None
     """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)` leaves to a layer that did not run."""
     activations: tuple[ActivationStats, ...] | None = None
     sequences: tuple[SequenceStats, ...] | None = None
     facts: tuple[Fact, ...] | None = None
     notes: tuple[str, ...] = ()
+    lost: Column | None = None
+    """Share of the entries with a gradient that the step left as they were; of parameters in a format of less than 32 bits."""
 
     @property
     def norm_global(self) -> float | None:

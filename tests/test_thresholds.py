@@ -74,7 +74,18 @@ def test_what_may_be_said_of_a_layer_is_what_is_looked_up_for_it():
         sequences = (SequenceStats("rnn", length=60, lag_gain=gain, need=50 if step < 30 else None),)
         adaptive = dataclasses.replace(model, optimizers=(OptimizerInfo("Adam", step > 30),))
         history.open = frozenset({(code, "rnn", None, None) for code in ("GW301", "GW302")} if step > 40 else ())
-        history.add(Snapshot(step, 0.0, adaptive, optimizer=0, norm=(1e-8, 0.0, 1.0), weight_norm=(1.0, 1.0, 1.0), sequences=sequences, activations=(ActivationStats("rnn", dead=1.0),)))
+        history.add(
+            Snapshot(
+                step,
+                0.0,
+                adaptive,
+                optimizer=0,
+                norm=(1e-8, 0.0, 1.0),
+                weight_norm=(1.0, 1.0, 1.0),
+                sequences=sequences,
+                activations=(ActivationStats("rnn", dead=1.0),),
+            )
+        )
         for detector in DETECTORS:
             list(detector(history))
     assert thresholds.read == set(PER_LAYER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.why import said, with_cause
@@ -16,9 +17,14 @@ def dead_units(history: History) -> Iterator[Finding]:
     probes = [s for s in history.window() if s.activations is not None]
     if len(probes) < t.dead_probes:
         return
-    numbers = {layer.name: i for i, layer in enumerate(history.model.layers)}
+    numbers = history.numbers
     measured = {numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers}
-    onsets = {i: onset for i, a in measured.items() if (onset := _onset(history, probes, a)) is not None}
+    limits = {i: t.of(a.module).dead_units / (1.5 if history.is_open("GW601", a.module) else 1.0) for i, a in measured.items() if a.dead}
+    ill = {i for i, limit in limits.items() if float(measured[i].dead or 0.0) >= limit}
+    if not ill:
+        return
+    series = [{a.module: a.dead for a in s.activations or ()} for s in probes]
+    onsets = {i: onset for i in ill if (onset := _onset(history, probes, [s.get(measured[i].module) for s in series], limits[i], measured[i])) is not None}
     for run in history.runs(onsets, measured):
         place = history.model.layers[run[0]].name
         worst = max(run, key=lambda i: measured[i].dead or 0.0)
@@ -33,14 +39,12 @@ def dead_units(history: History) -> Iterator[Finding]:
         yield with_cause(history, Finding("GW601", "dead-units", Severity.WARNING, place, onset=min(onsets[i] for i in run), evidence=evidence))
 
 
-def _onset(history: History, probes: Sequence[Snapshot], newest: ActivationStats) -> int | None:
-    """Give since when most units of a layer are dead; None where they are not, or not for long enough."""
-    t = history.thresholds
-    limit = t.of(newest.module).dead_units / (1.5 if history.is_open("GW601", newest.module) else 1.0)
-    series = [next((a.dead for a in s.activations or () if a.module == newest.module), None) for s in probes]
-    if any(d is None or d < limit for d in series[-t.dead_probes :]) or (newest.dead == 1 and _heard_between(history, newest.module, probes)):
+def _onset(history: History, probes: Sequence[Snapshot], series: Sequence[float | None], limit: float, newest: ActivationStats) -> int | None:
+    """Give since when most units of a layer are dead; None where they are not for long enough."""
+    high = [d is not None and d >= limit for d in series]
+    if not all(high[-history.thresholds.dead_probes :]) or (newest.dead == 1 and _heard_between(history, newest.module, probes)):
         return None
-    return probes[next(i for i in range(len(series)) if all(d is not None and d >= limit for d in series[i:]))].step
+    return probes[len(high) - len(list(itertools.takewhile(bool, reversed(high))))].step
 
 
 def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:

@@ -49,7 +49,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
             "last": history.model.layers[run[-1]].name,
             "share": float(low[:, worst].mean()),
         }
-        yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0]), evidence=evidence))
+        yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0], limits), evidence=evidence))
 
 
 def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -58,7 +58,7 @@ def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float
 
     found = np.zeros(len(now), dtype=bool)
     fades = False
-    for i in reversed(history.model.forward_order):
+    for i in reversed(history.order):
         found[i] = fades and now[i] == 0
         if now[i] > 0:
             fades = bool(now[i] < limits[i])
@@ -72,7 +72,8 @@ def _limits(history: History) -> NDArray[np.float64]:
     t = history.thresholds
     names = [layer.name for layer in history.model.layers]
     mine = [t.of(name) for name in names] if t.layers else [t] * len(names)
-    limits = np.array([m.vanishing_ratio_adaptive if history.adaptive else m.vanishing_ratio for m in mine])
+    adaptive = history.adaptive
+    limits = np.array([m.vanishing_ratio_adaptive if adaptive else m.vanishing_ratio for m in mine])
     open_places = {place for code, place, *_ in history.open if code == "GW101"}
     if open_places:
         limits[[name in open_places for name in names]] *= t.clear_factor
@@ -112,11 +113,11 @@ def _severity(history: History, run: list[int], ratio: float) -> Severity:
     return Severity.WARNING
 
 
-def _onset(history: History, index: int) -> int:
+def _onset(history: History, index: int, limits: NDArray[np.float64]) -> int:
     import numpy as np
 
     ratios = history.ratios(len(history.window()))[:, index]
-    limit = _limits(history)[index]
+    limit = limits[index]
     return history.since(bool(r < limit) for r in np.nan_to_num(ratios, nan=np.inf))
 
 

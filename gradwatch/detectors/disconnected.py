@@ -11,6 +11,8 @@ from gradwatch.report import Explanation, Finding, Severity
 
 def disconnected(history: History) -> Iterator[Finding]:
     """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot."""
+    if all(history.snapshot.norm):  # nearly always: none is missing, none is zero
+        return
     trained = _trained(history)
     severity = Severity.ERROR
     if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end
@@ -27,11 +29,11 @@ def disconnected(history: History) -> Iterator[Finding]:
 
 def _trained(history: History) -> dict[int, list[int]]:
     """Columns that the optimizer of this step is to train and whose layer is not known to stand aside, by the number of their layer."""
-    index = {layer.name: i for i, layer in enumerate(history.model.layers)}
-    absent = history.snapshot.absent
+    index, snapshot = history.numbers, history.snapshot
+    absent, mine = snapshot.absent, snapshot.optimizer
     found: dict[int, list[int]] = {}
-    for column, parameter in enumerate(history.model.parameters):
-        if parameter.optimizer == history.snapshot.optimizer and not (absent and absent[column] in ("frozen", "unused")):
+    for column, parameter in enumerate(snapshot.model.parameters):
+        if parameter.optimizer == mine and not (absent and absent[column] in ("frozen", "unused")):
             found.setdefault(index[parameter.layer], []).append(column)
     return found
 
@@ -54,33 +56,36 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
         return set()
     if all(s.weight_norm is None for s in window) and all(code != "GW401" for code, *_ in history.open):
         return set()
-    silent = {i for i in silent if all(s.norm[i] == 0 for s in window)}
-    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)}
+    for s in reversed(window):
+        silent = {i for i in silent if s.norm[i] == 0}
+    # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
+    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)} - _blocked(history) - _faded(history)
     # One that was sound may stand idle for a while, as an expert does that nothing is routed to.
     kept = history.window()
-    lasting = {layer for layer in cut if len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[layer])}
-    # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
-    return {i for i in cut - _blocked(history) if (i in lasting or not history.sound_once(i)) and not _faded(history, i)}
+    return {i for i in cut if not history.sound_once(i) or (len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[i]))}
 
 
 def _blocked(history: History) -> set[int]:
     """Give the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
     weights = next((s.weight_norm for s in reversed(history.window()) if s.weight_norm is not None), ())
     opening = {p.layer for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False) if w == 0 and n and p.role != "bias"}
-    order = history.model.forward_order
+    order = history.order
     names = [history.model.layers[i].name for i in order]
     last = max((at for at, name in enumerate(names) if name in opening), default=-1)
     inside = {i for i, name in zip(order, names, strict=True) if any(not zero or name.startswith(f"{zero}.") for zero in opening)}
     return {*order[: last + 1], *inside}  # a module that holds a gain of its own begins before the layers in it
 
 
-def _faded(history: History, layer: int) -> bool:
-    """Tell whether the layers behind this one fade towards it: then its zeros are underflow, the end of vanishing."""
-    order = history.model.forward_order
-    ratios = history.ratios(1)[-1]
-    behind = (float(ratios[i]) for i in order[order.index(layer) + 1 :])
-    nearest = next((r for r in behind if r > 0), None)
-    return nearest is not None and nearest < history.thresholds.of(history.model.layers[layer].name).vanishing_ratio
+def _faded(history: History) -> set[int]:
+    """Give the layers towards which those behind them fade: their zeros are underflow, the end of vanishing."""
+    ratios, t = history.ratios(1)[-1].tolist(), history.thresholds
+    found, nearest = set(), 1.0
+    for i in reversed(history.order):
+        if nearest < (t.of(history.model.layers[i].name) if t.layers else t).vanishing_ratio:
+            found.add(i)
+        if ratios[i] > 0:
+            nearest = ratios[i]
+    return found
 
 
 def explain_disconnected(finding: Finding) -> Explanation:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.why import said, with_cause
 from gradwatch.history import EDGE, History
 from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import Snapshot, slope
+from gradwatch.snapshot import Snapshot
 
 _LINE, _STRAIGHT = 6, 0.8
 """Layers from which on a line says something, and the correlation from which on it is one."""
@@ -60,13 +60,18 @@ def _runaway(history: History) -> Iterator[Finding]:
 
 
 def _updates(history: History) -> Iterator[Finding]:
+    import numpy as np
+
     t = history.thresholds
     probes = [s for s in history.window(t.window) if s.update_ratio is not None]
     if not probes or probes[-1] is not history.snapshot or history.improved:
         return
     model = history.model
+    rows = np.array([s.update_ratio for s in probes], dtype=float)
+    if not (rows[:, history.elements("weight") > 0] > t.explosion_update).any():  # nearly always; False for NaN
+        return
     ratios: dict[int, list[float]] = {}
-    numbers = {layer.name: i for i, layer in enumerate(model.layers)}
+    numbers = history.numbers
     for s in probes:
         for p, r in zip(model.parameters, s.update_ratio or (), strict=True):
             if r is not None and p.role == "weight" and math.isfinite(r):
@@ -100,31 +105,32 @@ def _depth(history: History) -> Iterator[Finding]:
     if len(probes) < 2 or history.improved:
         return
     limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)
-    climbs = [_climb(s, t.explosion_depth_gap) for s in probes]
+    climbs = [_climb(history.inner, s, t.explosion_depth_gap) for s in probes]
     if all(c is not None and c[0] >= limit for c in climbs) and (last := climbs[-1]) is not None:
         growth, first, top = last
         evidence: dict[str, float | str] = {"growth": growth, "first": first, "top": top, "limit": t.explosion_depth}
         yield Finding("GW206", "exploding", _unless_unknown(history), "", onset=probes[0].step, evidence=evidence)
 
 
-def _climb(snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
+def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
     """Give how the gradient grows on its way back, along a line fitted through its logarithm, with the first layer and the last; None where it is no line.
 
     That leaves out branches, whose gradient is small beside that of the trunk, and single layers of another scale.
     """
+    import numpy as np
+
     known = {a.module: a.grad_norm for a in snapshot.activations or ()}
-    names = [snapshot.model.layers[i].name for i in snapshot.model.forward_order]
-    inner = [name for name in names if not any(other != name and other.startswith(f"{name}." if name else "") for other in names)]
-    norms = [(name, float(n)) for name in inner if (n := known.get(name)) and math.isfinite(n)]
-    logs = [math.log(n) for _, n in norms]
-    law = slope(list(enumerate(logs)))
-    if law is None or law >= 0 or len(logs) < _LINE:
+    norms = [(name, n) for name in names if (n := known.get(name)) and math.isfinite(n)]
+    if len(norms) < _LINE:
         return None
-    steps = [a - b for a, b in itertools.pairwise(logs)]
-    total = logs[0] - logs[-1]
-    straight = statistics.correlation(range(len(logs)), logs) <= -_STRAIGHT
-    fits = straight and total > 0 and max(steps) <= gap * total
-    return (math.exp(min(-law * (len(logs) - 1), _LARGEST)), norms[0][0], norms[-1][0]) if fits else None
+    logs = np.log([n for _, n in norms])
+    at = np.arange(len(logs)) - (len(logs) - 1) / 2
+    spread, total = float(np.linalg.norm(logs - logs.mean())), float(logs[0] - logs[-1])
+    law = float(at @ logs / (at @ at))
+    straight = spread > 0 and law * float(np.linalg.norm(at)) / spread <= -_STRAIGHT  # the correlation
+    if not straight or total <= 0 or float(-np.diff(logs).min()) > gap * total:
+        return None
+    return math.exp(min(-law * (len(logs) - 1), _LARGEST)), norms[0][0], norms[-1][0]
 
 
 def _unless_unknown(history: History) -> Severity:

@@ -28,7 +28,7 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     if len(last) < t.underflow_probes:
         return
     share = t.flushed / (1.5 if history.is_open("GW701", "") else 1.0)
-    pooled = [_pooled(s) for s in last]
+    pooled = [_pooled(history, s) for s in last]
     flushed = [zeros >= share and small >= t.flushed_small for zeros, small in pooled]
     swallowed = [history.improved is not True and _swallowed(s) for s in last]
     if not all(a or b for a, b in zip(flushed, swallowed, strict=True)):
@@ -41,16 +41,15 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
 
 
-def _pooled(snapshot: Snapshot) -> tuple[float, float]:
+def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
     """Give the share of entries that are 0, and of the others that are too small for the format, over all parameters that got anything at all."""
-    entries = zeros = small = 0.0
-    nothing = (None,) * len(snapshot.norm)
-    for p, norm, zero, tiny in zip(snapshot.model.parameters, snapshot.norm, snapshot.zeros or nothing, snapshot.subnormal or nothing, strict=True):
-        if norm and zero is not None and p.role != "embedding":
-            entries += p.elements
-            zeros += zero * p.elements
-            small += (tiny or 0.0) * (1 - zero) * p.elements
-    return (zeros / entries, small / max(entries - zeros, 1.0)) if entries else (0.0, 0.0)
+    import numpy as np
+
+    norm, zero = np.array(snapshot.norm, dtype=float), np.array(snapshot.zeros, dtype=float)
+    tiny = np.nan_to_num(np.array(snapshot.subnormal, dtype=float)) if snapshot.subnormal is not None else np.zeros(len(norm))
+    entries = np.where((np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "scale"), 0.0)
+    total, zeros = float(entries.sum()), float((entries * np.nan_to_num(zero)).sum())
+    return (zeros / total, float((tiny * entries * (1 - np.nan_to_num(zero))).sum()) / max(total - zeros, 1.0)) if total else (0.0, 0.0)
 
 
 def _swallowed(snapshot: Snapshot) -> bool:
@@ -99,7 +98,9 @@ def _epsilon(history: History) -> Iterator[Finding]:
         return
     window = history.window(t.window)
     limit = t.below_epsilon * info.eps * (t.clear_factor if history.is_open("GW703", "") else 1.0)
-    sizes = [_largest(s) for s in window if not s.skipped]
+    if len(window) < t.window or _largest(history, history.snapshot) >= limit:
+        return
+    sizes = [_largest(history, s) for s in window if not s.skipped]
     if len(sizes) < t.window or not 0 < max(sizes) < limit:
         return
     # A model that has converged has small gradients too: without a loss, only what never was above counts for more than information.
@@ -111,10 +112,13 @@ def _epsilon(history: History) -> Iterator[Finding]:
     yield Finding("GW703", "underflow", severity, "", onset=window[0].step, evidence=evidence)
 
 
-def _largest(snapshot: Snapshot) -> float:
+def _largest(history: History, snapshot: Snapshot) -> float:
     """Give the largest root mean square over the weights."""
-    sizes = (rms for p, rms in zip(snapshot.model.parameters, snapshot.rms, strict=True) if rms is not None and p.role != "bias")
-    return max(sizes, default=0.0)
+    import numpy as np
+
+    elements = history.elements("weight", "normalization", "scale", "embedding")
+    squares = np.square(np.nan_to_num(np.array(snapshot.norm, dtype=float))) / np.where(elements > 0, elements, np.inf)
+    return float(np.sqrt(squares.max(initial=0.0)))
 
 
 def explain_underflow(finding: Finding) -> Explanation:

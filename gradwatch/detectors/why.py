@@ -74,9 +74,9 @@ def _fact(history: History, place: str, name: str) -> float | None:
     return next((f.value for s in reversed(history.window()) for f in s.facts or () if f.place == place and f.name == name), None)
 
 
-def _function(history: History, layer: str) -> str:
-    """Give the activation behind a layer; "" where none was seen."""
-    return next((f.name.removeprefix("activation ") for f in _facts(history) if f.place == layer and f.name.startswith("activation ")), "")
+def _functions(history: History) -> dict[str, str]:
+    """Give the activation behind each layer of which one was seen."""
+    return {f.place: f.name.removeprefix("activation ") for f in _facts(history) if f.name.startswith("activation ")}
 
 
 def _gains(history: History, *, first: bool = False) -> dict[str, float]:
@@ -100,7 +100,7 @@ def _steepest(history: History, count: int = 4) -> list[str]:
 
 def _between(history: History, finding: Finding) -> list[str]:
     """Give the layers of a finding in the order of the forward pass, and the one behind them; of the whole model all."""
-    order = [history.model.layers[i].name for i in history.model.forward_order]
+    order = [history.model.layers[i].name for i in history.order]
     if finding.place not in order or not finding.evidence.get("last"):
         return order
     first, last = order.index(finding.place), order.index(str(finding.evidence["last"]))
@@ -132,7 +132,7 @@ def _in_half(history: History) -> bool:
 
 
 def _saturation(history: History, share: float, at: str) -> dict[str, float | str]:
-    found: dict[str, float | str] = {"because": "saturated", "saturated": share, "at": at, "function": _function(history, at)}
+    found: dict[str, float | str] = {"because": "saturated", "saturated": share, "at": at, "function": _functions(history).get(at, "")}
     gain, offset = _gains(history).get(at), _fact(history, at, "input_offset")
     if gain is not None:
         found["gain"] = gain
@@ -145,19 +145,19 @@ def _saturation(history: History, share: float, at: str) -> dict[str, float | st
 
 def _weak(history: History, layers: Sequence[str], ratio: float) -> dict[str, float | str]:
     """Find that weights too small for their activations, layer upon layer, account for at least half of the orders of magnitude that are missing."""
-    gains = _gains(history)
-    shares = {name: gains[name] / _NEEDED.get(_function(history, name), 1.0) for name in layers[1:] if name in gains}
+    gains, functions = _gains(history), _functions(history)
+    shares = {name: gains[name] / _NEEDED.get(functions.get(name, ""), 1.0) for name in layers[1:] if name in gains}
     weak = {name: share for name, share in shares.items() if share < _SMALL}
     if not weak or not 0 < ratio < 1 or sum(math.log(max(share, 1e-30)) for share in weak.values()) > 0.5 * math.log(ratio):
         return {}
     worst = min(weak, key=weak.__getitem__)
-    function = _function(history, worst)
+    function = functions.get(worst, "")
     found: dict[str, float | str] = {"because": "weak", "at": worst, "gain": gains[worst], "needed": _NEEDED.get(function, 1.0), "function": function}
     return {**found, "weak": float(len(weak)), "first": next(iter(weak)), "until": list(weak)[-1]}
 
 
 def _of_a_cut(history: History, finding: Finding) -> dict[str, float | str]:
-    order = [history.model.layers[i].name for i in history.model.forward_order]
+    order = [history.model.layers[i].name for i in history.order]
     last = str(finding.evidence.get("last", finding.place))
     behind = order[order.index(last) :] if last in order else []
     if finding.evidence.get("gradient") == "zero":
@@ -212,7 +212,8 @@ def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
 
 def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
     gains = _gains(history, first=True)  # before they exploded themselves
-    over = {name: gain / max(_NEEDED.get(_function(history, name), 1.0), math.sqrt(2)) for name, gain in gains.items() if math.isfinite(gain)}
+    functions = _functions(history)
+    over = {name: gain / max(_NEEDED.get(functions.get(name, ""), 1.0), math.sqrt(2)) for name, gain in gains.items() if math.isfinite(gain)}
     worst = max(over, key=over.__getitem__, default=None)
     if worst is not None and over[worst] >= _LARGE:
         found: dict[str, float | str] = {"because": "large", "at": worst, "gain": gains[worst], "times": over[worst]}

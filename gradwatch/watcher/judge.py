@@ -64,6 +64,11 @@ class Judge:
         self._tell(report)
         return report
 
+    def end(self) -> None:
+        """Say what is still open, unless a function of the user's takes the alerts."""
+        if not callable(self._on_alert):
+            console.log_end(self.report)
+
     def suspects(self) -> frozenset[str]:
         """Give the layers of which the next probe is to measure more."""
         self._note_open()

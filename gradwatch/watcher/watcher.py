@@ -190,6 +190,8 @@ class Watcher:
         try:
             self._finish()
         finally:
+            if not self._off and os.getpid() == self._pid:
+                self._judge.end()
             self._detach()
         return self.report
 
