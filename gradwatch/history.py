@@ -197,6 +197,20 @@ class History:
         """Names of the layers that no other layer lies in, in the order of the forward pass."""
         return self._shape.inner
 
+    def gains(self, *, first: bool = False) -> Floats:
+        """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; NaN where it has none.
+
+        It is `||W|| / sqrt(rows)`: as it is now, or as far back as is remembered. Shape (layers,).
+        """
+        import numpy as np
+
+        window, shape = self.window(), self._shape
+        known = next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
+        found = np.full(len(self.model.layers), np.nan)
+        if known is not None:
+            found[shape.weighed] = np.array(known, dtype=float)[shape.largest] / shape.rows
+        return found
+
     def elements(self, *roles: Role) -> Floats:
         """Give the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
         import numpy as np
@@ -366,6 +380,12 @@ class _Layout:
     """The same as plain numbers."""
     numbers: Mapping[str, int]
     inner: Sequence[str]
+    weighed: NDArray[np.intp]
+    """Numbers of the layers that have a weight."""
+    largest: NDArray[np.intp]
+    """The parameter that is the largest weight of each of those."""
+    rows: Floats
+    """The root of its first dimension."""
     elements: Floats
     """Number of entries of each parameter."""
     roles: NDArray[np.str_]
@@ -385,7 +405,29 @@ class _Layout:
         around = {layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."} | {""}
         inner = [name for i in order if (name := model.layers[i].name) not in around]
         at = np.array(order, dtype=np.intp)
-        layout = cls(model, np.array(counted, dtype=np.intp), starts, owners, at, order, index, inner, sizes, roles, np.empty(len(counted)))
+        largest: dict[int, int] = {}
+        for i, p in enumerate(model.parameters):
+            mine = index[p.layer]
+            if p.role == "weight" and sizes[i] > (sizes[largest[mine]] if mine in largest else 0):
+                largest[mine] = i
+        weighed, columns = (np.array(list(some), dtype=np.intp) for some in (largest, largest.values()))
+        rows = np.sqrt(np.array([max(model.parameters[i].shape[0], 1) for i in largest.values()], dtype=float))
+        layout = cls(
+            model,
+            np.array(counted, dtype=np.intp),
+            starts,
+            owners,
+            at,
+            order,
+            index,
+            inner,
+            weighed,
+            columns,
+            rows,
+            sizes,
+            roles,
+            np.empty(len(counted)),
+        )
         layout.weigh(weight_norms)
         return layout
 

@@ -79,23 +79,13 @@ def _functions(history: History) -> dict[str, str]:
     return {f.place: f.name.removeprefix("activation ") for f in _facts(history) if f.name.startswith("activation ")}
 
 
-def _gains(history: History, *, first: bool = False) -> dict[str, float]:
-    """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; now, or as far back as is remembered."""
-    model, window = history.model, history.window()
-    weights = next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
-    found: dict[str, float] = {}
-    largest: dict[str, int] = {}
-    for p, norm in zip(model.parameters, weights or (), strict=False):
-        if norm is not None and p.role == "weight" and p.elements > largest.get(p.layer, 0):
-            largest[p.layer] = p.elements
-            found[p.layer] = norm / math.sqrt(p.shape[0])
-    return found
-
-
 def _steepest(history: History, count: int = 4) -> list[str]:
     """Give the layers with the largest weights for their size."""
-    gains = _gains(history)
-    return sorted(gains, key=gains.__getitem__, reverse=True)[:count]
+    import numpy as np
+
+    gains = history.gains()
+    order = np.argsort(-np.nan_to_num(gains))[:count]
+    return [history.model.layers[i].name for i in order.tolist() if gains[i] > 0]
 
 
 def _between(history: History, finding: Finding) -> list[str]:
@@ -133,8 +123,8 @@ def _in_half(history: History) -> bool:
 
 def _saturation(history: History, share: float, at: str) -> dict[str, float | str]:
     found: dict[str, float | str] = {"because": "saturated", "saturated": share, "at": at, "function": _functions(history).get(at, "")}
-    gain, offset = _gains(history).get(at), _fact(history, at, "input_offset")
-    if gain is not None:
+    gain, offset = float(history.gains()[history.numbers[at]]), _fact(history, at, "input_offset")
+    if math.isfinite(gain):
         found["gain"] = gain
     if offset is not None and math.isfinite(offset):
         found["offset"] = offset
@@ -145,8 +135,9 @@ def _saturation(history: History, share: float, at: str) -> dict[str, float | st
 
 def _weak(history: History, layers: Sequence[str], ratio: float) -> dict[str, float | str]:
     """Find that weights too small for their activations, layer upon layer, account for at least half of the orders of magnitude that are missing."""
-    gains, functions = _gains(history), _functions(history)
-    shares = {name: gains[name] / _NEEDED.get(functions.get(name, ""), 1.0) for name in layers[1:] if name in gains}
+    all_gains, functions = history.gains().tolist(), _functions(history)
+    gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
+    shares = {name: gain / _NEEDED.get(functions.get(name, ""), 1.0) for name, gain in gains.items()}
     weak = {name: share for name, share in shares.items() if share < _SMALL}
     if not weak or not 0 < ratio < 1 or sum(math.log(max(share, 1e-30)) for share in weak.values()) > 0.5 * math.log(ratio):
         return {}
@@ -211,15 +202,21 @@ def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
 
 
 def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
-    gains = _gains(history, first=True)  # before they exploded themselves
-    functions = _functions(history)
-    over = {name: gain / max(_NEEDED.get(functions.get(name, ""), 1.0), math.sqrt(2)) for name, gain in gains.items() if math.isfinite(gain)}
-    worst = max(over, key=over.__getitem__, default=None)
-    if worst is not None and over[worst] >= _LARGE:
-        found: dict[str, float | str] = {"because": "large", "at": worst, "gain": gains[worst], "times": over[worst]}
+    import numpy as np
+
+    gains = history.gains(first=True)  # before they exploded themselves
+    needed = np.full(len(gains), math.sqrt(2))
+    for name, function in _functions(history).items():
+        if name in history.numbers:
+            needed[history.numbers[name]] = max(_NEEDED.get(function, 1.0), math.sqrt(2))
+    over = np.where(np.isfinite(gains), gains / needed, 0.0)
+    at = int(over.argmax()) if len(over) else 0
+    if len(over) and over[at] >= _LARGE:
+        worst = history.model.layers[at].name
+        found: dict[str, float | str] = {"because": "large", "at": worst, "gain": float(gains[at]), "times": float(over[at])}
         if (norm := _fact(history, worst, "spectral_norm")) is not None:
             found["spectral_norm"] = norm
-        return {**found, "layers over": float(sum(o >= _LARGE for o in over.values()))}
+        return {**found, "layers over": float((over >= _LARGE).sum())}
     if finding.code == "GW202":
         return {"because": "rate"}
     kicks = [
@@ -229,8 +226,8 @@ def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
         if r and p.role == "weight" and math.isfinite(r)
     ]
     if kicks and max(kicks)[0] >= _KICK:
-        ratio, at, step = max(kicks)
-        return {"because": "update", "update": ratio, "at": at, "when": float(step)}
+        ratio, layer, step = max(kicks)
+        return {"because": "update", "update": ratio, "at": layer, "when": float(step)}
     return {}
 
 
