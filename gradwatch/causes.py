@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -111,7 +113,8 @@ class Causes:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
-                self._look(tensor)
+                with contextlib.suppress(Exception):  # what has no shape or no arithmetic is left out
+                    self._look(tensor)
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -125,15 +128,17 @@ class Causes:
         if not torch.is_grad_enabled():
             return
         owner = any(p is not None for p in module._parameters.values())
-        for tensor in given:
-            if tensor.grad_fn is None or hasattr(tensor, "placements"):
-                continue
-            if owner and tensor.dim() > 1:
-                _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
-            self._look(tensor)
-        if owner and name in self.suspects and given and given[0].dim() > 1:
-            with torch.no_grad():
-                self._question(name, module, floats(inputs), given[0])
+        with contextlib.suppress(Exception):  # as above
+            for tensor in given:
+                if tensor.grad_fn is None or hasattr(tensor, "placements"):
+                    continue
+                if owner and tensor.dim() > 1:
+                    _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
+                self._look(tensor)
+            spread = any(hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values()))  # each operation on them is a collective
+            if owner and name in self.suspects and given and given[0].dim() > 1 and not spread:
+                with torch.no_grad():
+                    self._question(name, module, floats(inputs), given[0])
 
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
@@ -179,32 +184,39 @@ class Causes:
             spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
             self._facts["fact", "input_offset", name] = mean / spread  # infinite where the input is always the same
 
-    def take(self, modules: Mapping[str, nn.Module], reached: Collection[str]) -> Seen:
+    def take(self, modules: Mapping[str, nn.Module], reached: Collection[str], mine: AbstractSet[int], others: AbstractSet[int]) -> Seen:
         """Give what this step has brought.
 
         Args:
             modules: of the model, by name.
             reached: modules at whose output a gradient arrived.
+            mine: what the optimizer of this step steps, parameters by `id`.
+            others: what the others step; of their layers they will ask.
 
         """
         numbers: dict[Key, Tensor] = dict(self._facts)
         units: dict[str, int] = {}
         facts = []
-        for name, mine in self._units.items():
-            if mine.fired is not None and mine.entries:
-                numbers["dead", name], units[name] = self._dead(name, mine.fired, mine.entries), len(mine.fired)
-            if mine.saturated:
-                numbers["saturated", name] = torch.stack(mine.saturated).mean()
+        theirs = {}
+        for name, seen in self._units.items():
+            own = {id(p) for p in modules[name]._parameters.values()} if others and name in modules else set()
+            if own & others and not own & mine:
+                theirs[name] = seen
+                continue
+            if seen.fired is not None and seen.entries:
+                numbers["dead", name], units[name] = self._dead(name, seen.fired, seen.entries), len(seen.fired)
+            if seen.saturated:
+                numbers["saturated", name] = torch.stack(seen.saturated).mean()
                 units.setdefault(name, 0)
             if name in self.suspects:
-                facts.append(Fact(name, f"activation {mine.formula}", 1.0))
+                facts.append(Fact(name, f"activation {seen.formula}", 1.0))
         for name in self.suspects:
             weights = modules[name]._parameters.values() if name in modules else ()
             large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
             if large is not None and not hasattr(large, "placements"):
                 numbers["fact", "spectral_norm", name] = spectral_norm(large.detach())
         facts += self._end_of_gradient(reached)
-        self._units, self._facts, self._completed = {}, {}, {}
+        self._units, self._facts, self._completed = theirs, {}, {}
         return Seen(numbers, units, tuple(facts))
 
     def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.columns import Layout
 from gradwatch.report import Finding
 from gradwatch.snapshot import ModelInfo, Role, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.thresholds import Thresholds
@@ -66,7 +67,7 @@ class History:
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
         self._weight_norms: dict[str, float] = {}
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._improved: tuple[bool | None] | None = None
 
     def add(self, snapshot: Snapshot) -> None:
@@ -80,7 +81,7 @@ class History:
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
         if self._layout is None or self._layout.model is not snapshot.model:
-            self._layout = _Layout.of(snapshot.model, self._weight_norms)
+            self._layout = Layout.of(snapshot.model, self._weight_norms)
         layout = self._layout
         if snapshot.weight_norm is not None:
             self._weight_norms.update((p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None)
@@ -353,110 +354,14 @@ class History:
         return self._tracks[self._now]
 
     @property
-    def _shape(self) -> _Layout:
+    def _shape(self) -> Layout:
         if self._layout is None or self._layout.model is not self.model:  # after a resume
-            self._layout = _Layout.of(self.model, self._weight_norms)
+            self._layout = Layout.of(self.model, self._weight_norms)
         return self._layout
 
 
 Detector = Callable[[History], Iterable[Finding]]
 """A pure function of the history: what it finds wrong, now."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Layout:
-    """How columns of a model fold into layers."""
-
-    model: ModelInfo
-    counted: NDArray[np.intp]
-    """Parameters that count for the sensitivity: not biases, nor lone gains and shifts, which may begin at zero and mean something there."""
-    starts: NDArray[np.intp]
-    """Where each layer that has such parameters begins among them."""
-    owners: NDArray[np.intp]
-    """The numbers of those layers."""
-    order: NDArray[np.intp]
-    """Layers in the order of the forward pass."""
-    forward: Sequence[int]
-    """The same as plain numbers."""
-    numbers: Mapping[str, int]
-    inner: Sequence[str]
-    weighed: NDArray[np.intp]
-    """Numbers of the layers that have a weight."""
-    largest: NDArray[np.intp]
-    """The parameter that is the largest weight of each of those."""
-    rows: Floats
-    """The root of its first dimension."""
-    elements: Floats
-    """Number of entries of each parameter."""
-    roles: NDArray[np.str_]
-    weights: Floats
-    """Last known norm of each counted parameter; NaN where it is not known, or 0."""
-
-    @classmethod
-    def of(cls, model: ModelInfo, weight_norms: Mapping[str, float]) -> _Layout:
-        import numpy as np
-
-        index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = sorted((i for i, p in enumerate(model.parameters) if p.role not in ("bias", "scale")), key=lambda i: index[model.parameters[i].layer])
-        layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
-        owners, starts = np.unique(layer_of, return_index=True)
-        sizes, roles = np.array([p.elements for p in model.parameters], dtype=float), np.array([p.role for p in model.parameters], dtype=str)
-        order = model.forward_order
-        around = {layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."} | {""}
-        inner = [name for i in order if (name := model.layers[i].name) not in around]
-        at = np.array(order, dtype=np.intp)
-        largest: dict[int, int] = {}
-        for i, p in enumerate(model.parameters):
-            mine = index[p.layer]
-            if p.role == "weight" and sizes[i] > (sizes[largest[mine]] if mine in largest else 0):
-                largest[mine] = i
-        weighed, columns = (np.array(list(some), dtype=np.intp) for some in (largest, largest.values()))
-        rows = np.sqrt(np.array([max(model.parameters[i].shape[0], 1) for i in largest.values()], dtype=float))
-        layout = cls(
-            model,
-            np.array(counted, dtype=np.intp),
-            starts,
-            owners,
-            at,
-            order,
-            index,
-            inner,
-            weighed,
-            columns,
-            rows,
-            sizes,
-            roles,
-            np.empty(len(counted)),
-        )
-        layout.weigh(weight_norms)
-        return layout
-
-    def weigh(self, weight_norms: Mapping[str, float]) -> None:
-        """Take the newest norms of the parameters."""
-        self.weights[:] = [weight_norms.get(self.model.parameters[i].name) or float("nan") for i in self.counted]
-
-    def combine(self, norms: Floats) -> Floats:
-        """Norm x weight, by root of the sum of squares over the parameters of each layer; NaN where it has none."""
-        import numpy as np
-
-        values = norms[self.counted] * self.weights
-        known = ~np.isnan(values)
-        total = np.full(len(self.model.layers), np.nan)
-        if len(values):
-            total[self.owners] = np.hypot.reduceat(np.where(known, values, 0.0), self.starts)
-            total[self.owners[~np.logical_or.reduceat(known, self.starts)]] = np.nan
-        return total
-
-    def over_later(self, sensitivity: Floats) -> Floats:
-        """Divide by the largest of the layers after it; NaN where there is none."""
-        import numpy as np
-
-        ordered = sensitivity[self.order]
-        later = np.append(np.fmax.accumulate(ordered[::-1])[::-1][1:], np.nan)
-        ratio = np.empty_like(sensitivity)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            ratio[self.order] = ordered / np.where(later > 0, later, np.nan)
-        return ratio
 
 
 def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:

@@ -11,12 +11,12 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 
-GROUND = {"snapshot", "thresholds", "report", "reach", "history", "stats", "layers", "intact", "arrivals", "market"}
+GROUND = {"snapshot", "columns", "thresholds", "report", "reach", "history", "stats", "layers", "intact", "arrivals", "market"}
 PARTS = {"hooks", "timesteps", "activations", "causes", "detectors", "record", "tensorboard", "console"}
 ENGINE = {"watcher", "checks"}
 FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "demo", "cli"}
 FLOORS = [GROUND, PARTS, ENGINE, FACES]
-ORDER_ON_THE_GROUND = ["snapshot", "thresholds", "report", "reach", "history"]  # each may import those before it
+ORDER_ON_THE_GROUND = ["snapshot", "columns", "thresholds", "report", "reach", "history"]  # each may import those before it
 SIDEWAYS = {
     ("layers", "snapshot"),  # what it makes is a value
     ("checks", "watcher"),  # a check is a watcher that lives for one batch

@@ -259,6 +259,32 @@ def test_two_watchers_of_one_model_measure_the_same():
     assert units(found[-1])["0"][1] == 0.75
 
 
+def test_units_are_told_of_at_the_step_of_the_optimizer_that_steps_their_layer():
+    torch.manual_seed(0)
+    model = nn.Sequential(silenced(nn.Linear(8, 8), 6), nn.ReLU(), silenced(nn.Linear(8, 8), 4), nn.ReLU(), nn.Linear(8, 1))
+    optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.0), torch.optim.SGD(model[2:].parameters(), lr=0.0)]
+    found = []
+    with gradwatch.watch(model, optimizers, every_n_steps=1, probe_every_n_steps=1, sinks=[lambda r: found.append(r.snapshot)], on_alert=lambda _: None):
+        for step in range(3):
+            model(draw(100, 8, seed=step)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    assert {(s.optimizer, name) for s in found[2:] for name in units(s)} == {(0, "0"), (1, "2")}
+
+
+def test_tensors_of_other_kinds_are_left_out():
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+
+    def run(m, x):
+        odd = torch.nested.nested_tensor([x[:2], x[:3]], layout=torch.jagged)
+        return m.head(m.act(m.layer(x))) + m.act(m.layer(odd)).values().sum()
+
+    (snapshot,) = probes(Model(run, layer=silenced(layer, 2), act=act, head=nn.Linear(4, 1)), [draw(100, 4)])
+
+    assert units(snapshot)["layer"][1] == 0.5
+
+
 def test_what_is_written_at_nodes_goes_with_the_graph():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

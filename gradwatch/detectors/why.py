@@ -265,8 +265,9 @@ def _dead(evidence: Evidence, _place: str) -> tuple[str, str]:
 def _weak_weights(evidence: Evidence, _place: str) -> tuple[str, str]:
     at, function, gain, needed = _at(evidence), str(evidence["function"]), float(evidence["gain"]), float(evidence["needed"])
     count, behind = float(evidence["weak"]), f"the {function} behind it" if function else "its activation"
-    where = at if count == 1 else f"{evidence['first']} to {evidence['until']} ({count:.0f} layers; worst: {at})"
-    cause = f"the weights of {where} are too small: gain {gain:.2g}, and {behind} needs {needed:.3g} to hand on the gradient as large as it came"
+    where = at if count == 1 else f"{evidence['first']} to {evidence['until']}"
+    more = f" ({count:.0f} layers; worst: {at})" if count > 1 else ""
+    cause = f"the weights of {where}{more} are too small: gain {gain:.2g}, and {behind} needs {needed:.3g} to hand on the gradient as large as it came"
     if function == "sigmoid":
         return cause, f"ReLU in place of the sigmoids, with torch.nn.init.kaiming_normal_ on the weights of {where}; or normalization or skip connections"
     init = "torch.nn.init.xavier_normal_(weight, gain=5/3)" if function == "tanh" else "torch.nn.init.kaiming_normal_(weight, nonlinearity='relu')"

@@ -67,7 +67,7 @@ class Visitors:
         found = Forward()
         try:
             found.heard = self._activations.take(modules, scale, mine, others)
-            found.seen = self._causes.take(modules, {*found.heard.norms, *found.heard.unknown})
+            found.seen = self._causes.take(modules, {*found.heard.norms, *found.heard.unknown}, mine, others)
         except Exception as error:  # the gradients of the parameters are there all the same
             if self._strict:
                 raise

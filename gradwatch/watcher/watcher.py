@@ -410,11 +410,12 @@ class Watcher:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
         snapshot = reading.snapshot(slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped)
         slot.owed, self._failures = None, 0
-        if snapshot is None or not self._judge(snapshot).began or reading.holders:  # other processes know nothing of such a probe
-            return
-        if not slot.extra and not self._cadence.probed(slot.count):
+        began = snapshot is not None and bool(self._judge(snapshot).began)
+        if began and not reading.holders and not slot.extra and not self._cadence.probed(slot.count):  # of pieces other processes know nothing of such a probe
             slot.extra = True
             self._arm(slot)
+        elif slot.tracing:
+            self._visitors.suspect(self._judge.suspects())
 
     # --- failures ---
 
