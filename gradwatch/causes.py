@@ -182,7 +182,7 @@ class Causes:
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
             spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
-            self._facts["fact", "input_offset", name] = mean / spread  # infinite where the input is always the same
+            self._facts["fact", "input_offset", name] = torch.where(spread > 0, mean / spread, torch.inf)  # infinite where the input is always the same
 
     def take(self, modules: Mapping[str, nn.Module], reached: Collection[str], mine: AbstractSet[int], others: AbstractSet[int]) -> Seen:
         """Give what this step has brought.
@@ -210,7 +210,7 @@ class Causes:
                 units.setdefault(name, 0)
             if name in self.suspects:
                 facts.append(Fact(name, f"activation {seen.formula}", 1.0))
-        for name in self.suspects:
+        for name in sorted(self.suspects):
             weights = modules[name]._parameters.values() if name in modules else ()
             large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
             if large is not None and not hasattr(large, "placements"):

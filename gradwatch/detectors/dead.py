@@ -10,6 +10,9 @@ from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 from gradwatch.snapshot import ActivationStats, Snapshot
 
+_OFTEN = 0.3
+"""Share of the steps between probes; a rare outlier that wakes a dead layer for a step does not revive it."""
+
 
 def dead_units(history: History) -> Iterator[Finding]:
     """GW601: most units behind a layer were silent at probe after probe, for longer than chance explains. Between two probes the findings of the last one hold."""
@@ -48,11 +51,12 @@ def _onset(history: History, probes: Sequence[Snapshot], series: Sequence[float 
 
 
 def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
-    """Tell whether a layer that got nothing at probes got something at steps between them: it does not do the same at every step."""
+    """Tell whether a layer that got nothing at probes often got something between them: it does not do the same at every step."""
     columns = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role != "bias"]
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]
-    return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and any(s.norm[c] for s in window for c in columns)
+    between = [any(s.norm[c] for c in columns) for s in window if s.activations is None]
+    return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and sum(between) > _OFTEN * len(between)
 
 
 def explain_dead_units(finding: Finding) -> Explanation:

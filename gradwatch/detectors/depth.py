@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gradwatch.detectors.why import said, with_cause
+from gradwatch.detectors.why import flat, said, with_cause
 from gradwatch.history import History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -53,13 +53,15 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
 
 
 def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit."""
+    """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit, or what is behind it is saturated."""
     import numpy as np
 
     found = np.zeros(len(now), dtype=bool)
+    found[list(flat(history))] = True
+    found &= now == 0
     fades = False
     for i in reversed(history.order):
-        found[i] = fades and now[i] == 0
+        found[i] |= fades and now[i] == 0
         if now[i] > 0:
             fades = bool(now[i] < limits[i])
     return found
@@ -94,9 +96,10 @@ def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.floa
     """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind."""
     import numpy as np
 
+    closed = flat(history)
     runs = history.runs(set(np.flatnonzero(vanishing).tolist()), set(np.flatnonzero(~np.isnan(now)).tolist()))
     for run in runs:
-        while run and now[run[-1]] == 0 and not history.sound_once(run[-1]):
+        while run and now[run[-1]] == 0 and not history.sound_once(run[-1]) and run[-1] not in closed:
             run.pop()
     return [run for run in runs if run]
 

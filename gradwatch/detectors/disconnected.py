@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import said, with_cause
+from gradwatch.detectors.why import flat, said, with_cause
 from gradwatch.history import KEPT, History
 from gradwatch.report import Explanation, Finding, Severity
 
@@ -59,7 +59,7 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     for s in reversed(window):
         silent = {i for i in silent if s.norm[i] == 0}
     # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
-    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)} - _blocked(history) - _faded(history)
+    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)} - _blocked(history) - _faded(history) - flat(history)
     # One that was sound may stand idle for a while, as an expert does that nothing is routed to.
     kept = history.window()
     return {i for i in cut if not history.sound_once(i) or (len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[i]))}

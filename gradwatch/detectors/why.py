@@ -15,7 +15,7 @@ Evidence = Mapping[str, float | str]
 _NEEDED = {"relu": math.sqrt(2), "tanh": 5 / 3, "sigmoid": 4.0, "hardtanh": 5 / 3}
 """Gain of the weights that keeps a signal and its gradient through the activation as large as it was (He, 2015; Glorot, 2010); the sigmoid passes a quarter."""
 _MOSTLY_DEAD, _MOSTLY_FLAT = 0.95, 0.4
-"""Shares of dead units and saturated entries from which on they account for a gradient that is gone."""
+"""Shares of dead units and saturated entries from which on they account for a gradient that is gone; of the latter the first accounts for zeros."""
 _FAR = 5.0
 """Mean of an input over its spread from which on it counts as off-centre."""
 _LARGE, _SMALL = 3.0, 0.7
@@ -29,9 +29,9 @@ _MOST, _MOST_AT_FIRST = 32, 256
 def suspects(history: History, model: ModelInfo) -> frozenset[str]:
     """Give the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those behind them.
 
-    Before the first snapshot any may be: it may be the only one.
+    At the first look all are: what explodes at once is gone before a second one.
     """
-    if not history.begun:
+    if not history.begun or history.count < 2:
         return frozenset(layer.name for layer in model.layers[:_MOST_AT_FIRST])
     t = history.thresholds
     order = [model.layers[i].name for i in model.forward_order]
@@ -44,6 +44,13 @@ def suspects(history: History, model: ModelInfo) -> frozenset[str]:
     chosen |= silent | cut | dead | named
     behind = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
     return frozenset([name for name in order if name in chosen | behind][:_MOST])
+
+
+def flat(history: History) -> set[int]:
+    """Give the layers at or before one behind which an activation is saturated all over: zeros there are where the gradient faded to, and no cut."""
+    known = {a.module for a in _activations(history) if (a.saturated or 0.0) >= _MOSTLY_DEAD}
+    last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1) if known else -1
+    return set(history.order[: last + 1])
 
 
 def with_cause(history: History, finding: Finding) -> Finding:
