@@ -887,7 +887,7 @@ def things():
     return len(every), sum(issubclass(type(o), torch.Tensor) for o in every)
 
 
-def growth(name, steps, *, watched=True, **options):
+def growth(name, steps, *, watched=True, settle=60, **options):
     """Give how many objects and tensors a training leaves behind, with nobody to collect cycles."""
     begin()
     kind = KINDS[name]
@@ -904,7 +904,7 @@ def growth(name, steps, *, watched=True, **options):
     gc.collect()
     gc.disable()
     try:
-        first = train(60)  # from here on the history forgets as much as it learns
+        first = train(settle)  # from here on the history forgets as much as it learns
         second = train(steps)
     finally:
         gc.enable()
@@ -913,10 +913,10 @@ def growth(name, steps, *, watched=True, **options):
     return tuple(b - a for a, b in zip(first, second, strict=True))
 
 
-def grows(name, steps, horizon):
+def grows(name, steps, horizon, settle=60):
     """Compare what is left behind with what torch itself leaves: a checkpoint makes cycles, in the model's own pass too, and LBFGS a history."""
-    objects, tensors = growth(name, steps, watched=False)
-    more_objects, more_tensors = growth(name, steps, horizon=horizon)
+    objects, tensors = growth(name, steps, watched=False, settle=settle)
+    more_objects, more_tensors = growth(name, steps, horizon=horizon, settle=settle)
     return more_tensors > max(tensors, 0) or more_objects - (1 + (horizon is not None)) * max(objects, 0) > steps / 2
 
 
@@ -932,7 +932,7 @@ def test_nothing_grows_from_probe_to_probe_even_if_nobody_collects_cycles(name, 
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_grows_from_probe_to_probe_in_any_kind_of_training(name):
-    assert not grows(name, 200, NEED)
+    assert not grows(name, 100, NEED, settle=220)  # of layers that begin to look ill on the way, more is measured from there on
 
 
 class Witness(torch.autograd.Function):
