@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch import stats
-from gradwatch.arrivals import CHANGED, Sentinel, at_output, floats, transformed
+from gradwatch.arrivals import CHANGED, Sentinel, at_output, floats, of_others, transformed
 from gradwatch.snapshot import ActivationStats
 
 
@@ -152,10 +152,8 @@ class Activations:
         norms: dict[str, Tensor] = {}
         unknown = []
         for name in tuple(self._outputs):
-            if others and name in modules:
-                own = set(map(id, modules[name].parameters()))
-                if not own & mine and own & others:
-                    continue
+            if others and name in modules and of_others(set(map(id, modules[name].parameters())), mine, others):
+                continue
             reached = [seen for seen in self._pop(name) if seen.norm is not None]
             if any(seen.again for seen in reached):
                 unknown.append(name)

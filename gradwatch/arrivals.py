@@ -36,6 +36,11 @@ def floats(value: object) -> list[Tensor]:
     return [t for v in value for t in floats(v)] if isinstance(value, list | tuple) else []
 
 
+def of_others(parameters: AbstractSet[int], mine: AbstractSet[int], others: AbstractSet[int]) -> bool:
+    """Tell whether what holds these parameters is no business of a step: only other optimizers step some of them, all by `id`."""
+    return not parameters & mine and not parameters.isdisjoint(others)
+
+
 def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
     """Let `hook` take what arrives at a tensor that is not a leaf, behind all hooks on it, and of a tensor that is edited in place later: before that."""
     node, number = tensor.grad_fn, tensor.output_nr

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.arrivals import floats, transformed
+from gradwatch.arrivals import floats, of_others, transformed
 from gradwatch.snapshot import ActivationStats, Fact
 from gradwatch.stats import spectral_norm
 
@@ -97,7 +97,6 @@ class Causes:
         self._names: Mapping[int, str] = {}
         self._units: dict[str, Units] = {}
         self._facts: dict[Key, Tensor] = {}
-        self._formulas: dict[str, str] = {}
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
         self._completed: dict[str, bool] = {}
@@ -199,8 +198,7 @@ class Causes:
         facts = []
         theirs = {}
         for name, seen in self._units.items():
-            own = {id(p) for p in modules[name]._parameters.values()} if others and name in modules else set()
-            if own & others and not own & mine:
+            if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
                 theirs[name] = seen
                 continue
             if seen.fired is not None and seen.entries:
@@ -231,7 +229,7 @@ class Causes:
         return (silent >= enough).float().mean()
 
     def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
-        """Give, behind the layers in question, the last module that the gradient did not reach and the first that it did, by their place in the order."""
+        """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
         order = list(self._completed)
         facts = []
         for at, name in enumerate(order):
@@ -242,7 +240,7 @@ class Causes:
             facts += [Fact(name, "done", float(at)), Fact(last, "unreached", float(self._completed[last]))]
             if behind is not None:
                 facts.append(Fact(order[behind], "reached", float(behind)))
-        return list(dict.fromkeys(facts))
+        return facts
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.columns import Layout
 from gradwatch.report import Finding
-from gradwatch.snapshot import ModelInfo, Role, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.snapshot import Column, ModelInfo, Role, Snapshot, from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -171,6 +171,15 @@ class History:
         """Give the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
         return _last(self._track.snapshots, count)
 
+    def looks(self, count: int | None = None) -> list[Snapshot]:
+        """Give the last `count` of the snapshots that are kept and that have `activations` (default: all), oldest first."""
+        return _last([s for s in self.window() if s.activations is not None], count)
+
+    def weight_norms(self, *, first: bool = False) -> Column | None:
+        """Give the norms of the parameters as they are now, or as far back as is remembered; None where they were not measured."""
+        window = self.window()
+        return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
+
     def sensitivities(self, count: int) -> Floats:
         """Give ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none. Shape (<= count, layers)."""
         import numpy as np
@@ -205,8 +214,7 @@ class History:
         """
         import numpy as np
 
-        window, shape = self.window(), self._shape
-        known = next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
+        known, shape = self.weight_norms(first=first), self._shape
         found = np.full(len(self.model.layers), np.nan)
         if known is not None:
             found[shape.weighed] = np.array(known, dtype=float)[shape.largest] / shape.rows

@@ -226,6 +226,28 @@ def test_a_graph_that_is_cut_inside_of_a_module():
     assert "look inside of encoder for torch.no_grad() or detach()" in alert.remedy
 
 
+def test_two_graphs_that_are_cut_are_told_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 8)
+            self.c, self.d = nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 1)
+
+        def forward(self, x):
+            middle = self.b(self.a(x).detach()).tanh()
+            with torch.no_grad():
+                code = self.c(x)
+            return self.d(middle + code)
+
+    causes = {a.finding.place: a.cause for a in alerts(Two()) if a.finding.code == "GW401"}
+
+    assert causes == {
+        "a.0": "the gradient comes back to b and ends there: a gives a graph, and b takes none of it",
+        "c.0": "the gradient comes back to d and ends there: what c gives has no graph",
+    }
+
+
 def test_a_cause_that_was_not_measured_is_not_made_up():
     class Masked(Cut):
         def forward(self, x):

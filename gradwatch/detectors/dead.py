@@ -17,7 +17,7 @@ _OFTEN = 0.3
 def dead_units(history: History) -> Iterator[Finding]:
     """GW601: most units behind a layer were silent at probe after probe, for longer than chance explains. Between two probes the findings of the last one hold."""
     t = history.thresholds
-    probes = [s for s in history.window() if s.activations is not None]
+    probes = history.looks()
     if len(probes) < t.dead_probes:
         return
     numbers = history.numbers

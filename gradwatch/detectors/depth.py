@@ -31,12 +31,12 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     import numpy as np
 
     t = history.thresholds
-    ratios = history.ratios(t.window)
+    ratios, closed = history.ratios(t.window), flat(history)
     low = ratios < limits  # False for NaN
     # A zero is low where small numbers led to it, in time or from behind. A layer that stands idle, or that is not opened yet, has zeros too.
-    low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits)
+    low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
-    for run in _faults(history, vanishing, ratios[-1]):
+    for run in _faults(history, vanishing, ratios[-1], closed):
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
@@ -52,12 +52,12 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
         yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0], limits), evidence=evidence))
 
 
-def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64], closed: set[int]) -> NDArray[np.bool_]:
     """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit, or what is behind it is saturated."""
     import numpy as np
 
     found = np.zeros(len(now), dtype=bool)
-    found[list(flat(history))] = True
+    found[list(closed)] = True
     found &= now == 0
     fades = False
     for i in reversed(history.order):
@@ -92,11 +92,10 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
         return np.asarray((last > factor * first) & (last > limits / 100))
 
 
-def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64]) -> list[list[int]]:
+def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64], closed: set[int]) -> list[list[int]]:
     """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind."""
     import numpy as np
 
-    closed = flat(history)
     runs = history.runs(set(np.flatnonzero(vanishing).tolist()), set(np.flatnonzero(~np.isnan(now)).tolist()))
     for run in runs:
         while run and now[run[-1]] == 0 and not history.sound_once(run[-1]) and run[-1] not in closed:

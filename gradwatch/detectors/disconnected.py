@@ -67,7 +67,7 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
 
 def _blocked(history: History) -> set[int]:
     """Give the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
-    weights = next((s.weight_norm for s in reversed(history.window()) if s.weight_norm is not None), ())
+    weights = history.weight_norms() or ()
     opening = {p.layer for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False) if w == 0 and n and p.role != "bias"}
     order = history.order
     names = [history.model.layers[i].name for i in order]

@@ -101,7 +101,7 @@ def _loss(history: History) -> Iterator[Finding]:
 def _depth(history: History) -> Iterator[Finding]:
     """Find that the gradient at what layers give grows layer upon layer on its way back, at the last two probes."""
     t = history.thresholds
-    probes = [s for s in history.window() if s.activations is not None][-2:]
+    probes = history.looks(2)
     if len(probes) < 2 or history.improved:
         return
     limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)

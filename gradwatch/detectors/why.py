@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from gradwatch.history import History
 from gradwatch.report import UNKNOWN, Finding
-from gradwatch.snapshot import ActivationStats, Fact, ModelInfo, Snapshot
+from gradwatch.snapshot import ActivationStats, Fact, ModelInfo
 
 Evidence = Mapping[str, float | str]
 
@@ -63,13 +63,8 @@ def with_cause(history: History, finding: Finding) -> Finding:
 # --- what was measured ---
 
 
-def _probe(history: History) -> Snapshot | None:
-    return next((s for s in reversed(history.window()) if s.activations is not None), None)
-
-
 def _activations(history: History) -> tuple[ActivationStats, ...]:
-    probe = _probe(history)
-    return (probe.activations or ()) if probe is not None else ()
+    return next((s.activations or () for s in history.looks(1)), ())
 
 
 def _facts(history: History) -> Sequence[Fact]:
@@ -166,23 +161,26 @@ def _of_a_cut(history: History, finding: Finding) -> dict[str, float | str]:
         if closed is not None:
             return {"because": "dead", "dead": 1.0, "at": closed}
     facts = _facts(history)
-    done = next((f.value for f in facts if f.place == last and f.name == "done"), None)
+    done = next((at for at, f in enumerate(facts) if f.place == last and f.name == "done"), None)
     if done is None:
         return {}
-    reached = min(((f.value, f.place) for f in facts if f.name == "reached" and f.value > done), default=None)
-    unreached = next((f for f in facts if f.name == "unreached" and (f.place == last or reached is None or _within(f.place, facts, reached[0]))), None)
-    found: dict[str, float | str] = {"because": "cut", "unreached": unreached.place if unreached is not None else last}
-    if unreached is not None:
-        found["graph"] = unreached.value
-    if reached is not None:
-        found["reached"] = reached[1]
+    unreached, *behind_it = facts[done + 1 : done + 3]  # as they are measured: where it ended, and where it had come to
+    found: dict[str, float | str] = {"because": "cut", "unreached": unreached.place, "graph": unreached.value}
+    if behind_it and behind_it[0].name == "reached":
+        found["reached"] = behind_it[0].place
     return found
 
 
-def _within(place: str, facts: Iterable[Fact], reached: float) -> bool:
-    """Tell whether a module that was not reached was done right before the one that was."""
-    later = next((f.place for f in facts if f.name == "reached" and f.value == reached), None)
-    return later is not None and later != place
+def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int] | None:
+    """Give the largest update of these layers' weights, over the weights, with the layer and the step; None where it is none to speak of."""
+    ratios = (
+        (r, p.layer, s.step)
+        for s in history.window()
+        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
+        if r and p.layer in layers and p.role == "weight" and math.isfinite(r)
+    )
+    largest = max(ratios, default=None)
+    return largest if largest is not None and largest[0] >= _KICK else None
 
 
 def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
@@ -193,14 +191,9 @@ def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
         found["spectral_norm"] = norm
     if offset is not None and math.isinf(offset):
         return {**found, "because": "constant input"}
-    kicks = [
-        (r, s.step)
-        for s in history.window()
-        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
-        if r and p.layer == place and p.role == "weight" and math.isfinite(r)
-    ]
-    if kicks and max(kicks)[0] >= _KICK:
-        return {**found, "because": "update", "update": max(kicks)[0], "when": float(max(kicks)[1])}
+    if kick := _kick_of(history, [place]):
+        ratio, _, step = kick
+        return {**found, "because": "update", "update": ratio, "when": float(step)}
     if bias is not None and bias >= 0.5:
         return {**found, "because": "bias", "share": bias}
     if offset is not None and offset >= _FAR:
@@ -226,14 +219,8 @@ def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
         return {**found, "layers over": float((over >= _LARGE).sum())}
     if finding.code == "GW202":
         return {"because": "rate"}
-    kicks = [
-        (r, p.layer, s.step)
-        for s in history.window()
-        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
-        if r and p.role == "weight" and math.isfinite(r)
-    ]
-    if kicks and max(kicks)[0] >= _KICK:
-        ratio, layer, step = max(kicks)
+    if kick := _kick_of(history, history.numbers):
+        ratio, layer, step = kick
         return {"because": "update", "update": ratio, "at": layer, "when": float(step)}
     return {}
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from gradwatch.arrivals import Sentinel, at_output, floats, transformed
+from gradwatch.arrivals import Sentinel, at_output, floats, of_others, transformed
 from gradwatch.timesteps.layout import Layout, Packed, Padded
 from gradwatch.timesteps.recurrent import Call, Spec
 
@@ -176,7 +176,7 @@ class Recorder:
 
     def owned(self, mine: AbstractSet[int], others: AbstractSet[int]) -> list[Target]:
         """Give what a step is about: all but those of whose parameters only other optimizers step some, all by `id`."""
-        return [t for t in self.targets.values() if t.parameters & mine or not t.parameters & others]
+        return [t for t in self.targets.values() if not of_others(t.parameters, mine, others)]
 
     def next_step(self, targets: Iterable[Target]) -> None:
         """Let go of what was seen of these, and look on."""
