@@ -59,6 +59,19 @@ def test_it_is_patient():
     assert codes(fold(model(2), [(1.0, 1.0)] * 4 + [(1e-6, 1.0)] * 16, losses=STILL)[1]) == [("GW101", "l0", Severity.WARNING)]
 
 
+def test_a_layer_that_gets_its_gradient_now_is_not_accused_of_before():
+    assert fold(model(2), [(1e-6, 1.0)] * 19 + [(1.0, 1.0)], losses=STILL)[1] == []
+
+
+@pytest.mark.parametrize(("weight", "because"), [(1.0, None), (1e-5, "weak")])
+def test_weights_are_the_cause_only_where_they_account_for_what_is_missing(weight, because):
+    # Of shape (4, 4), so half of their norm is the gain: 0.5 of one layer explains no factor of 1e-9.
+    (found,) = fold(model(3), [(1e-9, 1.0, 1.0)] * 20, losses=STILL, weights=weight)[1]
+
+    assert found.code == "GW101"
+    assert found.evidence.get("because") == because
+
+
 def test_onset_is_the_step_at_which_it_began_to_fade():
     _, found = fold(model(2), [(1.0, 1.0)] * 10 + [(1e-6, 1.0)] * 25, losses=STILL)
 
@@ -336,6 +349,17 @@ def _one_of_each():
         SequenceStats("l0", length=60, need=200, lag_gain=grows),
     ):
         yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}
+
+
+def test_zeros_beside_entries_of_full_size_are_not_flushed():
+    assert fold(model(2), [(1e-9, 1e-9)] * 2, zeros=[(0.9, 0.9)] * 2, subnormal=[(0.1, 0.1)] * 2)[1] == []
+
+
+def test_of_what_is_not_finite_the_first_step_tells_the_cause():
+    _, found = fold(model(2), [(1.0, 1.0), (1.0, math.nan), (math.nan, math.nan)], losses=[1.0, 2.0, math.nan])
+    (finding,) = (f for f in found if f.code == "GW501")
+
+    assert (finding.onset, finding.place, finding.evidence["layers"], finding.evidence["loss"]) == (1, "l1", 1.0, 2.0)
 
 
 def test_a_finding_of_ones_own_is_told_by_its_numbers():
