@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
+import typing
 import warnings
 from pathlib import Path
 
@@ -28,8 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch import stats
+from gradwatch.snapshot import Column, Snapshot
+from gradwatch.watcher.reading import Reading
 
 STEPS = 4
+OF_THE_STEP = {"scale", "late_scale", "loss", "found_inf"}
+"""Raw quantities that are not of a parameter."""
 
 
 # --- what the processes do ---
@@ -46,6 +50,42 @@ def batch(step: int) -> torch.Tensor:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().double()
+
+
+def size(tensor: torch.Tensor) -> float:
+    """Norm of a tensor whose squares need not fit into its format."""
+    largest = tensor.abs().max()
+    return float((tensor / largest).norm() * largest) if 0 < largest < math.inf else float(tensor.norm())
+
+
+def column_names() -> list[str]:
+    """Every column of a snapshot that holds numbers of parameters."""
+    return [name for name, hint in typing.get_type_hints(Snapshot).items() if hint in (Column, Column | None)]
+
+
+def expected(read, taken, weights, moved, kinds: list[tuple[torch.dtype, torch.dtype]]) -> dict[str, list[float | None]]:
+    """What a snapshot must say of whole parameters.
+
+    Args:
+        read: their gradients where gradwatch reads them.
+        taken: as the optimizer takes them.
+        weights: before the step.
+        moved: how far the step has moved them.
+        kinds: formats of the gradients and of the weights.
+
+    """
+    entries = [int((g != 0).sum()) for g in read]
+    tiny = [int(((g != 0) & (g.abs() < torch.finfo(kind).smallest_normal)).sum()) for g, (kind, _) in zip(read, kinds, strict=True)]
+    still = [int(((m == 0) & (g != 0)).sum()) for m, g in zip(moved, taken, strict=True)]
+    return {
+        "norm": [size(g) for g in read],
+        "nonfinite": [float((~g.isfinite()).sum()) for g in read],
+        "weight_norm": [size(w) for w in weights],
+        "zeros": [float((g == 0).double().mean()) for g in read],
+        "subnormal": [t / max(n, 1) for t, n in zip(tiny, entries, strict=True)],
+        "update_ratio": [size(m) / size(w) for m, w in zip(moved, weights, strict=True)],
+        "lost": [s / max(n, 1) if kind.itemsize < 4 else None for s, n, (_, kind) in zip(still, entries, kinds, strict=True)],
+    }
 
 
 class Run:
@@ -72,17 +112,18 @@ class Run:
         weights = [whole(p) for p in self.model.parameters()]
         self.optimizer.step()
         moved = [whole(p) - w for p, w in zip(self.model.parameters(), weights, strict=True)]
-        read = before if explicit else after
-        self.truth.append(
-            {
-                "norm": [float(g.norm()) for g in read],
-                "nonfinite": [float((~g.isfinite()).sum()) for g in read],
-                "weight_norm": [float(w.norm()) for w in weights],
-                "zeros": [float((g == 0).double().mean()) for g in read],
-                "update_ratio": [float(m.norm() / w.norm()) for m, w in zip(moved, weights, strict=True)],
-                "clip_factor": [math.hypot(*(float(g.norm()) for g in after)) / math.hypot(*(float(g.norm()) for g in before))],
-            }
-        )
+        clipped = math.hypot(*(float(g.norm()) for g in after)) / math.hypot(*(float(g.norm()) for g in before))
+        kinds = [(p.grad.dtype, p.dtype) for p in self.model.parameters()]
+        self.truth.append(expected(before if explicit else after, after, weights, moved, kinds) | {"clip_factor": [clipped]})
+
+    def take(self) -> None:
+        """Step with the gradients that are there."""
+        parameters = list(self.model.parameters())
+        gradients, weights = [whole(p.grad) for p in parameters], [whole(p) for p in parameters]
+        self.optimizer.step()
+        moved = [whole(p) - w for p, w in zip(parameters, weights, strict=True)]
+        kinds = [(p.grad.dtype, p.dtype) for p in parameters]
+        self.truth.append(expected(gradients, gradients, weights, moved, kinds) | {"clip_factor": [None]})
 
     def poison(self, value: float) -> None:
         """Put it into the last row of the first weight, which is not of rank 0."""
@@ -93,8 +134,7 @@ class Run:
 
     def result(self) -> dict[str, object]:
         self.watcher.close()
-        columns = ("norm", "nonfinite", "weight_norm", "zeros", "update_ratio")
-        mine = [{c: v for c in columns if (v := getattr(r.snapshot, c)) is not None} | {"clip_factor": [r.snapshot.clip_factor]} for r in self.reports]
+        mine = [{c: getattr(r.snapshot, c) for c in column_names()} | {"clip_factor": [r.snapshot.clip_factor]} for r in self.reports]
         notes = [r.snapshot.notes for r in self.reports]
         return {"mine": mine, "truth": self.truth, "notes": notes, "weights": [whole(p).flatten().tolist() for p in self.model.parameters()]}
 
@@ -165,6 +205,44 @@ def fsdp_bfloat16(_: Path):
     return train(Run(sharded(model, mesh(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), model))
 
 
+def narrow(rate: float):
+    """Weights in bfloat16: of small updates some are lost, of tiny ones all."""
+
+    def situation(_: Path):
+        model = mlp().bfloat16()
+        run = Run(sharded(model, mesh()), model)
+        run.optimizer.param_groups[0]["lr"] = rate
+        run.forward = lambda x: model(x.bfloat16())
+        return train(run)
+
+    return situation
+
+
+def raw_quantities(_: Path):
+    """What each process has measured of its pieces, and what is left of it where it has come together."""
+    mine: list[dict[str, dict[int, float]]] = []
+    after: list[dict[str, dict[int, float]]] = []
+    take = Reading._take
+
+    def taken(reading: Reading) -> dict[str, dict[int, float]]:
+        values = take(reading)
+        mine.append({q: dict(of) for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP})
+        after.append(values)  # the same, in which they come together
+        return values
+
+    Reading._take = taken
+    try:
+        model = mlp().bfloat16()
+        run = Run(sharded(model, mesh()), model, on_alert=lambda _: None)
+        run.forward = lambda x: model(x.bfloat16())
+        for number in range(2):
+            run.step(number, explicit=True, poison=math.nan if number else None)
+        run.watcher.close()
+    finally:
+        Reading._take = take
+    return {"mine": mine, "joined": [{q: of for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP} for values in after]}
+
+
 def fsdp_clipped(_: Path):
     model = mlp()
     return train(Run(sharded(model, mesh()), model), clip=0.05)
@@ -189,9 +267,7 @@ def fsdp_tiny_and_huge(_: Path):
     for number, factor in enumerate((1e-200, 1e200)):
         run.optimizer.zero_grad()
         (run.forward(batch(number).double()).square().mean() * factor).backward()
-        largest = [whole(p.grad).abs().max() for p in model.parameters()]
-        run.truth.append({"norm": [float((whole(p.grad) / m).norm() * m) for p, m in zip(model.parameters(), largest, strict=True)]})
-        run.optimizer.step()
+        run.take()
     return run.result()
 
 
@@ -207,8 +283,7 @@ def tensor_parallel(_: Path):
             p.grad = distribute_tensor(g, mesh(), p.placements) if isinstance(p, DTensor) else g
         if number == STEPS - 1:
             model[4].weight.grad = DTensor.from_local(torch.ones(1, 5), mesh(), [Partial()])
-        run.truth.append({"norm": [float(whole(p.grad).norm()) for p in model.parameters()]})
-        run.optimizer.step()
+        run.take()
     return run.result()
 
 
@@ -221,8 +296,7 @@ def tensor_parallel_layers(_: Path):
     for number in range(STEPS):
         run.optimizer.zero_grad()
         model(torch.randn(8, 6, generator=torch.Generator().manual_seed(number))).square().mean().backward()
-        run.truth.append({"norm": [float(whole(p.grad).norm()) for p in model.parameters()]})
-        run.optimizer.step()
+        run.take()
     return run.result()
 
 
@@ -385,6 +459,8 @@ TRUE = [
     fsdp,
     fsdp_before_sharding,
     fsdp_bfloat16,
+    narrow(1e-12),
+    narrow(1e-3),
     fsdp_clipped,
     fsdp_explicit_and_clipped,
     fsdp_nan_elsewhere,
@@ -394,10 +470,12 @@ TRUE = [
     fsdp1(ShardingStrategy.FULL_SHARD),
     fsdp1(ShardingStrategy.NO_SHARD),
 ]
+TRUE[6].__name__, TRUE[7].__name__ = "fsdp_all_updates_lost", "fsdp_some_updates_lost"
 TRUE[-2].__name__, TRUE[-1].__name__ = "fsdp1_full", "fsdp1_not_sharded"
 FOR_FOUR = [fsdp_replicated_over_one_dimension, fsdp1(ShardingStrategy.HYBRID_SHARD)]
 FOR_FOUR[-1].__name__ = "fsdp1_hybrid"
 OTHERS = [
+    raw_quantities,
     fsdp1_wrapped_outside_of_what_is_watched,
     watched_nowhere,
     watched_everywhere,
@@ -463,16 +541,45 @@ def test_every_number_is_that_of_the_whole_gradient(ranks, name):
     assert [other["mine"] for other in others] == [[]] * len(others)  # rank 0 speaks for all
     assert len(first["mine"]) == len(first["truth"])
     for step, (mine, truth) in enumerate(zip(first["mine"], first["truth"], strict=True)):
+        assert set(mine) == set(truth)  # every column
         for quantity, wanted in truth.items():
-            for column, (got, true) in enumerate(zip(mine.get(quantity, itertools.repeat(None)), wanted, strict=False)):
-                if quantity == "norm" and (name, step, column) == ("tensor_parallel", STEPS - 1, 4):
+            for column, (got, true) in enumerate(zip(mine[quantity] or [None] * len(wanted), wanted, strict=True)):
+                if (name, step, column) == ("tensor_parallel", STEPS - 1, 4) and quantity in ("norm", "zeros", "subnormal"):
                     assert got is None  # a sum that nobody has taken
                 elif quantity == "nonfinite":  # counted where the norm is not finite
                     assert (got or 0) == true
                 elif quantity == "clip_factor" and got is None:  # without the explicit form
                     assert "explicit" not in name
+                elif true is None:
+                    assert got is None
                 else:  # flattened ones are compared with another wrapper's, which rounds otherwise
                     assert got == pytest.approx(true, rel=1e-5 if name.startswith("fsdp1") else 1e-6, abs=0, nan_ok=True), (quantity, step, column)
+
+
+def test_where_every_update_is_lost_the_share_is_that_of_the_whole(ranks):
+    first = results(ranks, "fsdp_all_updates_lost")[0]
+
+    assert [mine["lost"] for mine in first["mine"]] == [[1.0] * 6] * STEPS
+
+
+def root(norms):
+    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
+
+
+TOGETHER = {"norm": root, "applied": root, "weight_norm": root, "update": root, "nonfinite": sum, "nonzero": sum, "tiny": sum, "lost": sum}
+"""How the raw quantity of a whole parameter comes of those of its pieces."""
+
+
+def test_every_raw_quantity_of_a_parameter_comes_together(ranks):
+    found = results(ranks, "raw_quantities")
+
+    assert {q for r in found for of in r["mine"] for q in of} == set(TOGETHER)
+    for step, joined in enumerate(found[0]["joined"]):
+        pieces = [r["mine"][step] for r in found]
+        for quantity in set().union(*pieces):
+            for column in set().union(*(p.get(quantity, {}) for p in pieces)):
+                wanted = TOGETHER[quantity]([p[quantity][column] for p in pieces if column in p.get(quantity, {})])
+                assert joined[quantity][column] == pytest.approx(wanted, rel=1e-12, nan_ok=True), (step, quantity, column)
 
 
 def test_a_poisoned_piece_of_another_process_is_counted(ranks):

@@ -9,7 +9,7 @@ import math
 import secrets
 import time
 import weakref
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -24,8 +24,27 @@ _PATIENCE = 10.0
 """Seconds that another process may be late; it has taken part in the same backward pass."""
 _KEPT = 2
 """Messages of one process that may lie unread."""
-_ROOTS = ("norm", "applied", "weight_norm", "update")
-_SUMS = ("nonfinite", "nonzero", "tiny")
+
+
+def _root(*norms: float) -> float:
+    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
+
+
+def _sum(*numbers: float) -> float:
+    return sum(numbers)
+
+
+_TOGETHER: Mapping[str, Callable[..., float]] = {
+    "norm": _root,
+    "applied": _root,
+    "weight_norm": _root,
+    "update": _root,
+    "nonfinite": _sum,
+    "nonzero": _sum,
+    "tiny": _sum,
+    "lost": _sum,
+}
+"""Everything that `Reading` measures of a parameter, and how that of the whole comes of the numbers of its pieces."""
 
 _here: weakref.WeakSet[Processes] = weakref.WeakSet()
 """Those of this process, until they leave."""
@@ -86,7 +105,7 @@ class Processes:
         """Leave the numbers of the columns of a step for the speaker; None: there are none, the measurement has failed."""
         if self._store is None:
             return
-        mine = None if values is None else {q: {c: values[q][c] for c in columns if c in values[q]} for q in (*_ROOTS, *_SUMS) if q in values}
+        mine = None if values is None else {q: {c: values[q][c] for c in columns if c in values[q]} for q in _TOGETHER if q in values}
         self._put(self._message(self.rank, step), to_json(mine))
 
     def _message(self, rank: int, step: Hashable) -> str:
@@ -113,11 +132,11 @@ class Processes:
         ranks = sorted(set().union(*holders.values()) - {self.rank})
         theirs = self._received(step, ranks) if self._alone is None else None
         if theirs is None:
-            for quantity in (*_ROOTS, *_SUMS):
+            for quantity in _TOGETHER:
                 for column in holders:
                     values.get(quantity, {}).pop(column, None)
             return self._alone or "a process could not measure its part of the parameters"
-        for quantity, together in (*((q, _root) for q in _ROOTS), *((q, _sum) for q in _SUMS)):
+        for quantity, together in _TOGETHER.items():
             for column, its in holders.items():
                 found = [of[quantity][column] for rank in its if column in (of := values if rank == self.rank else theirs[rank]).get(quantity, {})]
                 if found:
@@ -166,14 +185,6 @@ class Processes:
                 self._store.delete_key(f"{self._key}/{self.rank}")
             self._store = None
         _here.discard(self)
-
-
-def _root(*norms: float) -> float:
-    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
-
-
-def _sum(*numbers: float) -> float:
-    return sum(numbers)
 
 
 def own_name(name: str | None) -> str | None:
