@@ -203,7 +203,7 @@ def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
     found: list[Sink] = []
     directory = trainer.log_dir
     if directory is not None:
-        found.append(Record(claim(Path(directory), own_name(name))))
+        found.append(Record(claim(Path(directory), own_name(name)), claimed=True))
     for logger in trainer.loggers:
         # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
         if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):

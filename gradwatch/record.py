@@ -62,8 +62,14 @@ class Run:
 class Record:
     """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
-        """Write into `directory`, at most `bound` bytes; a record that is there already is replaced.
+    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND, claimed: bool = False) -> None:
+        """Write into `directory`; a record that is there already is replaced.
+
+        Args:
+            directory: the folder to write into.
+            bound: bytes that the record may take.
+            claimed: whether `claim` gave the directory to this record, which then lets go of it when it is closed; any other is
+                left as it is.
 
         Raises:
             TypeError, ValueError: `bound` is not a whole number above 0.
@@ -75,6 +81,7 @@ class Record:
             raise ValueError(f"bound must be at least 1 byte, got {bound}")
         self._path = Path(directory) / NAME
         self._bound = self._limit = bound
+        self._claimed = claimed
         self._file: TextIO | None = None
         self._size = 0
         self._thinned = 0
@@ -125,7 +132,9 @@ class Record:
             file, self._file = self._file, None
             if file is not None:
                 file.close()
-            release(self._path.parent)
+            if self._claimed:
+                self._claimed = False  # from now on it may be another's
+                release(self._path.parent)
 
     def _begin(self) -> TextIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)

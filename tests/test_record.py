@@ -430,6 +430,36 @@ def test_directories_of_live_watchers_are_not_shared(tmp_path):
     assert directory.name == "gradwatch"  # all have let go
 
 
+def test_a_directory_that_nobody_claimed_is_left_as_it_is(tmp_path):
+    Record(tmp_path).close()
+    assert tmp_path.is_dir()
+
+    with gradwatch.watch(nn.Linear(3, 1), logdir=tmp_path / "runs"):
+        held = tmp_path / "runs" / "gradwatch"
+        Record(held).close()
+        assert held.is_dir()
+        other = claim(tmp_path / "runs")
+        assert other.name == "gradwatch-2"  # the watcher's lock is still on it
+        release(other)
+
+
+def test_a_claimed_directory_goes_with_a_watcher_that_has_reported_nothing(tmp_path):
+    gradwatch.watch(nn.Linear(3, 1), logdir=tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_is_closed_twice_lets_go_of_its_directory_once(tmp_path):
+    record = Record(claim(tmp_path), claimed=True)
+    record.close()
+    held = claim(tmp_path)
+    record.close()
+    assert (held.name, held.is_dir()) == ("gradwatch", True)
+    other = claim(tmp_path)
+    assert other.name == "gradwatch-2"
+    release(other)
+    release(held)
+
+
 HOLDS = """
 import sys, torch, gradwatch
 model = torch.nn.Linear(3, 1)

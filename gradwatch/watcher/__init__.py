@@ -116,7 +116,7 @@ def watch(
         if logdir is not None:
             directory = claim(logdir, own_name(name), _close_orphans)
             undo.callback(release, directory)
-            files = [TensorBoardSink(directory), Record(directory)]  # the last to be closed lets go of the directory
+            files = [TensorBoardSink(directory), Record(directory, claimed=True)]  # the last to be closed lets go of the directory
         watcher = Watcher(
             model,
             optimizers,
