@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gradwatch.snapshot import ModelInfo
+from gradwatch.snapshot import Column, ModelInfo, ParameterInfo, Snapshot
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,13 +15,31 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
+def counts(parameter: ParameterInfo) -> bool:
+    """Tell whether a parameter counts for the sensitivity of its layer.
+
+    Biases, lone gains and shifts do not: they may begin at zero and mean something there.
+    """
+    return parameter.role not in ("bias", "scale")
+
+
+def sensitivities(snapshot: Snapshot) -> Column:
+    """Return the norm of the gradient times that of the weight, by parameter, in units of the loss.
+
+    None for what does not count, where one of the two is not known, and where the weight is exactly 0.
+    """
+    weights = snapshot.weight_norm or (None,) * len(snapshot.norm)
+    both = zip(snapshot.norm, weights, snapshot.model.parameters, strict=True)
+    return tuple(norm * weight if norm is not None and weight and counts(p) else None for norm, weight, p in both)
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How the columns of a model fold into its layers; worked out once for a model."""
 
     model: ModelInfo
     counted: NDArray[np.intp]
-    """Parameters that count for the sensitivity: not biases, nor lone gains and shifts, which may begin at zero and mean something there."""
+    """Parameters that count for the sensitivity; see `counts`."""
     starts: NDArray[np.intp]
     """Where each layer that has such parameters begins among them."""
     owners: NDArray[np.intp]
@@ -50,7 +68,7 @@ class Layout:
         import numpy as np
 
         index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = sorted((i for i, p in enumerate(model.parameters) if p.role not in ("bias", "scale")), key=lambda i: index[model.parameters[i].layer])
+        counted = sorted((i for i, p in enumerate(model.parameters) if counts(p)), key=lambda i: index[model.parameters[i].layer])
         layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
         owners, starts = np.unique(layer_of, return_index=True)
         sizes, roles = np.array([p.elements for p in model.parameters], dtype=float), np.array([p.role for p in model.parameters], dtype=str)

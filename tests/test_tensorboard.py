@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
-from gradwatch import Alert, Finding, LayerInfo, ModelInfo, ParameterInfo, Report, Severity, Snapshot, TensorBoardSink
+from gradwatch import Alert, Finding, History, LayerInfo, ModelInfo, ParameterInfo, Report, Severity, Snapshot, TensorBoardSink
 from gradwatch.tensorboard.pictures import LayerPicture, heatmap
-from gradwatch.tensorboard.scalars import tag_safe
+from gradwatch.tensorboard.scalars import scalars, tag_safe
 
 SUMMARY = {f"gradwatch/{name}" for name in ("norm_global", "norm_min", "norm_median", "norm_max", "zero_norms", "alerts_open")}
 
@@ -180,6 +180,42 @@ def test_sensitivity_is_norm_times_weight_norm_without_biases(run):
         found = events.Scalars(f"gradwatch_sensitivity/{layer}")
         assert [e.step for e in found] == [s.step for s in weighed]
         assert [e.value for e in found] == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("gain", ["gain", "bias", "weight of 0"])
+def test_the_sensitivity_that_is_drawn_is_the_one_that_is_judged(gain, tmp_path):
+    """A layer with a matrix (gradient 1e-3, norm 1), one more matrix, and something of a far larger gradient that does not count."""
+    role, norm = {"gain": ("scale", 10.0), "bias": ("bias", 10.0), "weight of 0": ("weight", 0.0)}[gain]
+    parameters = (
+        ParameterInfo("a.weight", "a", (4, 4), "float32", 0, "weight"),
+        ParameterInfo("a.second", "a", (4, 4), "float32", 0, "weight"),
+        ParameterInfo("a.other", "a", (4,), "float32", 0, role),
+    )
+    report = report_of(ModelInfo((LayerInfo("a", "Mine", 0),), parameters), (1e-3, 2e-3, 1.0), weight_norm=(1.0, 3.0, norm))
+    history = History()
+    history.add(report.snapshot)
+    judged = float(history.sensitivities(1)[0, 0])
+
+    assert judged == pytest.approx(math.hypot(1e-3, 6e-3))
+    assert scalars(report)["gradwatch_sensitivity/a"] == pytest.approx(math.log10(judged), rel=1e-12)
+    assert [e.value for e in write(tmp_path, report).Scalars("gradwatch_sensitivity/a")] == pytest.approx([math.log10(judged)], rel=1e-6)
+
+
+def test_what_has_no_sensitivity_to_the_rules_has_none_in_the_charts():
+    """A lone gain, and a layer whose weights are all 0."""
+    parameters = (
+        ParameterInfo("norm.weight", "norm", (4,), "float32", 0, "scale"),
+        ParameterInfo("zero.weight", "zero", (4, 4), "float32", 0, "weight"),
+        ParameterInfo("head.weight", "head", (4, 4), "float32", 0, "weight"),
+    )
+    layers = tuple(LayerInfo(name, "Mine", order) for order, name in enumerate(("norm", "zero", "head")))
+    report = report_of(ModelInfo(layers, parameters), (1.0, 1.0, 1.0), weight_norm=(1.0, 0.0, 1.0))
+    history = History()
+    history.add(report.snapshot)
+
+    judged = [layer.name for layer, known in zip(layers, ~np.isnan(history.sensitivities(1)[0]), strict=True) if known]
+    assert judged == ["head"]
+    assert [tag for tag in scalars(report) if "sensitivity" in tag] == ["gradwatch_sensitivity/head"]
 
 
 def test_an_update_is_the_log10_of_the_largest_in_its_layer(tmp_path):

@@ -8,6 +8,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
+from gradwatch.columns import sensitivities
 from gradwatch.report import Report, Severity
 from gradwatch.snapshot import Column, LayerInfo, ModelInfo, SequenceStats, Snapshot
 
@@ -70,11 +71,7 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
         found["gradwatch/clip_factor"] = snapshot.clip_factor
     found.update((f"gradwatch_norm/{name}", level) for name, level in levels.items())
     if snapshot.weight_norm is not None:
-        products = tuple(
-            None if n is None or w is None or p.role == "bias" else n * w
-            for n, w, p in zip(snapshot.norm, snapshot.weight_norm, snapshot.model.parameters, strict=True)
-        )
-        found.update((f"gradwatch_sensitivity/{name}", log10(value)) for name, value in groups.norms(products).items())
+        found.update((f"gradwatch_sensitivity/{name}", log10(value)) for name, value in groups.norms(sensitivities(snapshot)).items())
     if snapshot.update_ratio is not None:
         ratios = snapshot.update_ratio
         for name, members in groups.members.items():
