@@ -155,9 +155,7 @@ def _cut(evidence: Evidence) -> str:
     """Say that the carried state is detached, where that keeps the memory from what it needs; else ""."""
     if "detached" not in evidence:
         return ""
-    reached = evidence["detached"]
-    if not isinstance(reached, float):
-        return "the state that it carries on is detached"
+    reached = float(evidence["detached"])
     if float(evidence["horizon"]) < reached >= float(evidence.get("need", 0.0)):  # it fades before, and nothing beyond is needed
         return ""
     return f"the state that it carries on is detached: no gradient goes back beyond the last {reached:.0f} timesteps"
@@ -165,8 +163,7 @@ def _cut(evidence: Evidence) -> str:
 
 def _fades_before(evidence: Evidence) -> bool:
     """Tell whether the gain is gone before the place where the state is detached, if it is."""
-    reached = evidence.get("detached", math.inf)
-    return isinstance(reached, float) and float(evidence["horizon"]) < reached
+    return float(evidence["horizon"]) < float(evidence.get("detached", math.inf))
 
 
 def _why_it_fades(evidence: Evidence) -> str:

@@ -195,6 +195,12 @@ class SequenceStats:
     """Why something is missing."""
     need: int | None = None
     """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
+    reached: int | None = None
+    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on is detached; `length`
+    where it is the state that was carried into the sequence. None where it is not detached, or that is not known.
+
+    On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
+    """
 
     @property
     def memory(self) -> Memory | None:

@@ -345,7 +345,7 @@ def _one_of_each():
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (
         SequenceStats("l0", length=60, lag_gain=fades),
-        SequenceStats("l0", length=60, lag_gain=grows, note="the carried state is detached"),
+        SequenceStats("l0", length=60, lag_gain=grows, reached=60),
         SequenceStats("l0", length=60, need=200, lag_gain=grows),
     ):
         yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}

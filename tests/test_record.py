@@ -169,6 +169,7 @@ sequences = st.builds(
     st.booleans(),
     maybe(text),
     maybe(steps),
+    maybe(steps),
 )
 models = st.builds(
     ModelInfo,

@@ -6,7 +6,10 @@ import dataclasses
 import math
 
 import pytest
+import torch
+from torch import nn
 
+import gradwatch
 from gradwatch import DETECTORS, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
 from gradwatch.detectors import explain
 from gradwatch.detectors.time import through_time
@@ -309,7 +312,7 @@ def test_without_a_need_the_remedy_names_no_number():
 
 
 def cut(reached, length=64, **fields):
-    return own(0.99, length=length, note="the carried state is detached", grad_input=(0.0,) * (length - reached) + (1.0,) * reached, **fields)
+    return own(0.99, length=length, reached=reached, **fields)
 
 
 def test_a_detached_state_is_information():
@@ -330,7 +333,7 @@ def test_a_state_kept_from_batch_to_batch_is_information_also_where_the_need_is_
 
 def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
     stats = dataclasses.replace(cut(16), lag_gain=(1.0,) * 16 + (0.0,) * 48)
-    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, note=None))
+    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, reached=None))
     (finding,) = found(*[probe] * 4)
 
     assert codes([finding]) == WARNED
@@ -341,7 +344,7 @@ def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
 
 def test_a_gain_that_fades_before_the_cut_has_both_causes_and_both_cures():
     stats = dataclasses.replace(cut(30), lag_gain=gain(SHORT, 64))
-    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, note=None))
+    probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, reached=None))
     said = explain(found(*[probe] * 4, facts=[Fact("rnn", "spectral_radius_l0", 0.58)])[0])
 
     assert said.cause == (
@@ -360,12 +363,57 @@ def test_a_cut_behind_a_gain_that_is_gone_and_all_that_is_needed_is_no_cause(nee
     assert "detach" not in explain(short).remedy
 
 
-def test_a_state_cut_off_at_an_unknown_place_is_told_without_a_number():
-    stats = dataclasses.replace(own(SHORT, length=64, need=64), note="the carried state is detached")
+def test_a_state_cut_off_is_told_with_its_place_also_where_no_gradient_was_measured():
+    stats = dataclasses.replace(own(SHORT, length=64, need=64), reached=9)
     said = explain(found(*[(stats,)] * 4)[0])
 
-    assert said.cause == "the state that it carries on is detached"
-    assert explain(found((dataclasses.replace(stats, need=None),))[0]).message.endswith("is detached: no gradient goes back beyond that point")
+    assert said.cause == "the state that it carries on is detached: no gradient goes back beyond the last 9 timesteps"
+    assert explain(found((dataclasses.replace(stats, need=None),))[0]).message.endswith("no gradient goes back beyond the last 9 of 64 timesteps")
+
+
+def test_a_verdict_does_not_read_a_note():
+    notes = ("the memory of detached_encoder could not be measured: it is detached", "the state that was carried in is detached", None)
+    for note in notes:
+        probe = (own(None, "detached_encoder", need=200, note=note), own(SHORT, "decoder", note=note))
+        assert [f.code for f in found(*[probe] * 4, info=model(detached_encoder="LSTM", decoder="GRU"))] == ["GW304", "GW301"]
+        assert "detached" not in next(f for f in found(*[probe] * 4) if f.code == "GW301").evidence
+
+
+class Once(nn.Module):
+    """A sequence module whose memory is not to be had: it cannot run a second time in a step."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.runs = nn.Linear(3, 3), 0
+
+    def forward(self, x):
+        self.runs += 1
+        if self.runs > 1:
+            raise RuntimeError("once only")
+        return self.inner(x)
+
+
+def test_a_module_called_detached_whose_memory_cannot_be_measured_has_no_detached_state():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.detached_encoder, self.head = Once(), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.head(self.detached_encoder(x)[:, -1])
+
+    net, reports = Net(), []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    asked = {"timesteps": {"detached_encoder": 1}, "horizon": {"detached_encoder": 5}, "probe_every_n_steps": 1}
+    with gradwatch.watch(net, optimizer, **asked, sinks=[reports.append], on_alert=lambda _: None):
+        for _ in range(2):
+            net.detached_encoder.runs = 0
+            net(torch.randn(4, 8, 3)).sum().backward()
+            optimizer.step()
+
+    (stats,) = (s for s in reports[-1].snapshot.sequences if s.part == "")
+    assert "the memory of detached_encoder could not be measured" in stats.note
+    assert [a.finding.code for a in reports[-1].open] == ["GW304"]
 
 
 # --- explosion ---

@@ -260,6 +260,7 @@ def test_pieces_that_are_detached_end_the_gradient(kind):
     assert whole.lag_gain[2:] == layer.lag_gain_hidden[2:] == (0.0,) * cut
     assert min(whole.lag_gain[:2]) > 0
     assert (whole.horizon, whole.censored) == (2, False)
+    assert (whole.reached, layer.reached) == (2, None)
     last = x[:, cut:].clone().requires_grad_()
     with torch.no_grad():
         _, state = model.rnn(x[:, :cut])
@@ -276,6 +277,7 @@ def test_a_loss_on_every_detached_piece_is_seen_within_each(kind):
     assert found["rnn", "l0"].carry_ratio[3] == found["rnn", "l0"].carry_ratio[7] == 0.0
     assert min(found["rnn", "l0"].carry_ratio[4:7]) > 0
     assert "4 timesteps back" in found["rnn", ""].note
+    assert found["rnn", ""].reached == 4
 
 
 def test_of_a_backward_pass_for_each_detached_piece_the_last_is_shown(kind):
@@ -308,6 +310,7 @@ def test_a_state_carried_from_step_to_step_is_told(kind):
 
     found = sequences(model, run)
     assert found["rnn", ""].note == "the state that was carried in is detached: the gradient ends where this sequence begins"
+    assert (found["rnn", ""].reached, found["rnn", ""].length) == (T, T)
     leaf = x.clone().requires_grad_()
     squared(model.head(model.rnn(leaf, carried[0])[0][:, -1])).backward()
     assert found["rnn", ""].grad_input == pytest.approx(size(leaf.grad), **CLOSE)
@@ -316,10 +319,75 @@ def test_a_state_carried_from_step_to_step_is_told(kind):
 def test_a_state_that_learns_or_is_zero_is_not_called_detached():
     model = Reader("GRU")
     start = nn.Parameter(torch.randn(1, B, H))
-    found = sequences(model, lambda m: squared(m.head(m.rnn(data(), start)[0][:, -1])).backward())
-    assert found["rnn", ""].note is None
-    found = sequences(model, lambda m: squared(m.head(m.rnn(data(), torch.zeros(1, B, H))[0][:, -1])).backward())
-    assert found["rnn", ""].note is None
+    for state in (start, torch.zeros(1, B, H)):
+        found = sequences(model, lambda m: squared(m.head(m.rnn(data(), state)[0][:, -1])).backward())  # noqa: B023
+        assert found["rnn", ""].note is None
+        assert found["rnn", ""].reached is None
+
+
+def test_a_state_that_is_carried_in_and_detached_within_ends_at_the_nearer_cut(kind):
+    model, carried = InPieces(kind, pieces=5, detach=True), []
+
+    def run(m):
+        state = carried[-1] if carried else None
+        for piece in data().split(5, 1):
+            y, state = m.rnn(piece, state)
+            state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        carried.append(state)
+        squared(m.head(y[:, -1])).backward()
+
+    whole = sequences(model, run)["rnn", ""]
+    assert (whole.reached, whole.length) == (T - 10, T)
+    assert "carried in is detached" in whole.note
+
+
+@pytest.mark.parametrize("carries", ["between calls", "from step to step"])
+def test_a_detached_state_is_found_and_the_record_replayed_finds_the_same(carries, tmp_path):
+    model, x, kept, reports = InPieces("LSTM", pieces=5, detach=True), data(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"every_n_steps": 1, "probe_every_n_steps": 1, "on_alert": lambda _: None}
+    with gradwatch.watch(model, optimizer, logdir=tmp_path, sinks=[reports.append], **options):
+        for _ in range(3):
+            optimizer.zero_grad()
+            if carries == "between calls":
+                out = model(x)
+            else:
+                y, state = model.rnn(x, kept[-1] if kept else None)
+                kept.append(tuple(s.detach() for s in state))
+                out = model.head(y[:, -1])
+            squared(out).backward()
+            optimizer.step()
+
+    (alert,) = (a for a in reports[-1].open if a.finding.code == "GW303")
+    where = f"the last 2 of {T} timesteps" if carries == "between calls" else f"the {T} timesteps of its sequences"
+    assert alert.message == f"the state that rnn carries on is detached: no gradient goes back beyond {where}"
+    record = gradwatch.read_run(tmp_path)
+    assert [(f.code, f.evidence) for f in replayed(record)] == [(a.finding.code, a.finding.evidence) for a in reports[-1].open]
+
+
+def replayed(run):
+    history = gradwatch.History()
+    for snapshot in run.snapshots:
+        history.add(snapshot)
+    return [f for detector in gradwatch.DETECTORS for f in detector(history)]
+
+
+def test_a_record_of_a_detached_state_from_before_that_was_a_field_is_judged_without_it(tmp_path):
+    model = InPieces("LSTM", pieces=5, detach=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.watch(model, optimizer, logdir=tmp_path, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None):
+        for _ in range(2):
+            backward(data())(model)
+            optimizer.step()
+    (file,) = tmp_path.rglob("record.jsonl")
+    new, text = gradwatch.read_run(file), file.read_text()
+    assert text.count(',"reached":2}') == 1
+    file.write_text(text.replace(',"reached":2}', "}"))
+    old = gradwatch.read_run(file)
+
+    assert (old.broken, len(old.snapshots)) == (0, 2)
+    assert [s.note for s in old.snapshots[-1].sequences] == [s.note for s in new.snapshots[-1].sequences]
+    assert ("GW303" in [f.code for f in replayed(new)], "GW303" in [f.code for f in replayed(old)]) == (True, False)
 
 
 def test_of_two_sequences_in_one_pass_the_last_is_shown(kind):

@@ -109,9 +109,9 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
     evidence = measured(now.stats, now.memory, _facts(probes, now.step), place=claim.place, kind=_kind(history.model, claim.place), need=claim.need)
     if claim.because:
         evidence["because"] = claim.because
-    if any(_is_cut(s) and s.module == claim.place for s in probes[-1].sequences or ()):
-        cut = _reached(probes[-1], claim.place)
-        evidence["detached"] = "" if cut is None else float(cut)
+    cut = _reached(probes[-1]).get(claim.place)
+    if cut is not None:
+        evidence["detached"] = float(cut)
     yield Finding("GW301", "vanishing-time", claim.severity, claim.place, lag=now.memory.horizon, onset=unbroken[-1].step, evidence=evidence)
 
 
@@ -256,24 +256,16 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
 
 
 def _detached(probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    for place in dict.fromkeys(s.module for s in probes[-1].sequences or () if _is_cut(s)):
-        since = list(itertools.takewhile(lambda p: any(_is_cut(s) and s.module == place for s in p.sequences or ()), reversed(probes)))  # noqa: B023
-        evidence: dict[str, float | str] = {"length": float(max(s.length for s in probes[-1].sequences or () if s.module == place))}
-        reached = _reached(probes[-1], place)
-        if reached is not None:
-            evidence["reached"] = float(reached)
+    for place, reached in _reached(probes[-1]).items():
+        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023  (consumed here)
+        length = max(s.length for s in probes[-1].sequences or () if s.module == place)
+        evidence: dict[str, float | str] = {"length": float(length), "reached": float(reached)}
         yield Finding("GW303", "vanishing-time", Severity.INFO, place, lag=reached, onset=since[-1].step, evidence=evidence)
 
 
-def _is_cut(stats: SequenceStats) -> bool:
-    return "detached" in (stats.note or "")
-
-
-def _reached(probe: Snapshot, place: str) -> int | None:
-    """Give how many of the newest timesteps a gradient reaches: the oldest ones that do not have one are exactly 0."""
-    series = [s.grad_input or s.grad_hidden for s in probe.sequences or () if s.module == place]
-    known = next((one for one in series if one is not None), None)
-    return None if known is None else len(known) - len(list(itertools.takewhile(lambda g: g == 0, known)))
+def _reached(probe: Snapshot) -> dict[str, int]:
+    """Return how many of its newest timesteps a gradient reaches, by module whose carried state is detached."""
+    return {s.module: s.reached for s in probe.sequences or () if s.reached is not None}
 
 
 # --- in words ---
@@ -285,11 +277,8 @@ def explain_through_time(finding: Finding) -> Explanation:
     if finding.code == "GW302":
         return why_explodes({**evidence, **({} if finding.onset is None else {"onset": float(finding.onset)})}, place)
     if finding.code == "GW303":
-        length, reached = float(evidence["length"]), evidence.get("reached")
-        if reached is None:
-            where = "that point"
-        else:
-            where = f"the last {float(reached):.0f} of {length:.0f} timesteps" if float(reached) < length else f"the {length:.0f} timesteps of its sequences"
+        length, reached = float(evidence["length"]), float(evidence["reached"])
+        where = f"the last {reached:.0f} of {length:.0f} timesteps" if reached < length else f"the {length:.0f} timesteps of its sequences"
         return Explanation(
             f"the state that {place or 'the model'} carries on is detached: no gradient goes back beyond {where}",
             "truncated backpropagation through time, by detach() or a state kept from an earlier step",

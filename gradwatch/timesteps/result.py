@@ -37,6 +37,8 @@ class Trace:
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
+    reached: int | None = None
+    """How many of the newest timesteps lie after the last detached state between its calls; None where none is detached."""
     tolerance: float = 0.0
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
@@ -59,9 +61,10 @@ class Trace:
         """
         checks = {name: values["check", name][0] for name in self.checks}
         scaled = scale is None and checks.get("changed", 0.0) > CHANGED
-        notes = list(self.notes)
+        notes, reached = list(self.notes), self.reached
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
+            reached = self.series[0].length if reached is None else reached
         residuals = {name: values["", name][0] for name in ("replay_residual", "adjoint_residual") if ("", name) in values}
         if not self.alone and residuals.get("adjoint_residual", 0.0) > self.tolerance:
             del residuals["adjoint_residual"]
@@ -91,6 +94,7 @@ class Trace:
                     censored=known.censored if known is not None else None,
                     scaled=scaled,
                     note="; ".join(notes) or None if not series.part else None,
+                    reached=reached if not series.part else None,
                     **mine,
                 )
             )
@@ -201,7 +205,9 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
         result.notes.append("its state is changed between its calls, so how far back it can see is not known")
         result.series += _by_call(calls)
         return
-    _cuts(calls, result.notes)
+    result.reached = _since_the_cut(calls)
+    if result.reached is not None:
+        result.notes.append(f"the state is detached between its calls: gradients end {result.reached} timesteps back")
     (module, *parts), result.facts = trace(calls, chain[0].layout.chosen(own) if own is not None else None, generator)
     result.derived = "grad_input" in module.values
     result.series[0].values.update(module.values)
@@ -233,11 +239,10 @@ def _size(call: Call, name: str) -> Tensor:
     return square(gradient).sum().sqrt() if gradient is not None else call.y.new_zeros((), dtype=torch.float64)
 
 
-def _cuts(calls: Sequence[Call], notes: list[str]) -> None:
+def _since_the_cut(calls: Sequence[Call]) -> int | None:
+    """Return how many of the newest timesteps lie after the last state that was handed on detached; None where none was."""
     cuts = [k for k, call in enumerate(calls) if call.joined is False and k]
-    if cuts:
-        newest = sum(len(call.x) for call in calls[cuts[-1] :])
-        notes.append(f"the state is detached between its calls: gradients end {newest} timesteps back")
+    return sum(len(call.x) for call in calls[cuts[-1] :]) if cuts else None
 
 
 def _chain(seen: list[Seen], notes: list[str]) -> list[Seen]:
