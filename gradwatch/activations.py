@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch import stats
-from gradwatch.arrivals import CHANGED, Sentinel, at_output, floats, of_others, transformed
+from gradwatch.arrivals import Sentinel, at_output, floats, has_unknown_scale, of_others, transformed
 from gradwatch.snapshot import ActivationStats
 
 
@@ -57,7 +57,7 @@ class Heard:
     def values(self, numbers: Mapping[tuple[object, ...], float]) -> tuple[ActivationStats, ...]:
         """Make values of what was copied."""
         scale = numbers.get(("activations", "scale"), 1.0)
-        scaled = self.scale is None and not numbers.get(("activations", "changed"), 1.0) <= CHANGED
+        scaled = has_unknown_scale(self.scale, numbers.get(("activations", "changed")))
         found = [ActivationStats(name, numbers["activation", name] / scale, scaled=scaled) for name in self.norms]
         return (*found, *map(ActivationStats, self.unknown))
 

@@ -18,6 +18,21 @@ CHANGED = 1e-3
 """Share by which a gradient may differ between the backward pass and the step: sums in another order."""
 
 
+def has_unknown_scale(scale: object | None, changed: float | None) -> bool:
+    """Tell whether a factor that nobody knows, as a loss scale is, may be on the gradients that arrived in a backward pass.
+
+    It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is NaN, a
+    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only sizes:
+    ratios, shares and lag gains are free of the factor.
+
+    Args:
+        scale: the loss scale that was told and is divided out; None: nobody said whether there is one.
+        changed: how far a gradient at the step is from what arrived, see `Sentinel.difference`; None: nothing could be compared.
+
+    """
+    return scale is None and (changed is None or not changed <= CHANGED)
+
+
 def transformed() -> bool:
     """Tell whether what runs now is inside of a functional transform, whose tensors are none of the training's."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -96,7 +96,7 @@ class ActivationStats:
     units: int | None = None
     """Features, or channels."""
     scaled: bool = False
-    """Whether an unknown factor (a loss scale) is on the norm."""
+    """Whether an unknown factor (a loss scale) is on the norm, or cannot be excluded."""
 
 
 HORIZON_GAIN = 1e-3
@@ -190,7 +190,10 @@ class SequenceStats:
     adjoint_residual: float | None = None
     """Largest difference of the recomputed dL/dx_t from autograd's, over its largest entry."""
     scaled: bool = False
-    """Whether an unknown factor (a loss scale) is on the gradients: only their ratios mean something. Lag gains are free of it."""
+    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded: only their ratios mean something.
+
+    Lag gains are free of it.
+    """
     note: str | None = None
     """Why something is missing."""
     need: int | None = None

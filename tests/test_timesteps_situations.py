@@ -16,7 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import gradwatch
-from gradwatch.timesteps import capture
+from gradwatch.activations import Heard
+from gradwatch.timesteps import Trace, capture
+from gradwatch.timesteps.recurrent import Series
 
 T, B, D, H = 12, 3, 4, 5
 FUSED = {"RNN": nn.RNN, "LSTM": nn.LSTM, "GRU": nn.GRU}
@@ -855,6 +857,46 @@ def test_gradients_that_stood_there_before_are_no_scale(zeroed):
                 squared(out).backward()
             optimizer.step()
     assert not any(s.scaled for r in reports[1:] for s in r.snapshot.sequences)
+
+
+@pytest.mark.parametrize("scaler", [None, "not told", "told"])
+def test_of_a_frozen_module_another_tells_whether_a_loss_scale_is_on_its_gradients(kind, scaler):
+    model, tokens = Embedded(kind), torch.randint(11, (B, T))
+    model.reader.rnn.requires_grad_(False)
+    true = sequences(model, backward(tokens))
+    found = true if scaler is None else scaled_sequences(model, tokens, given=scaler == "told")
+
+    assert {s.scaled for s in found.values()} == {scaler == "not told"}
+    ratio = found["reader.rnn", ""].grad_input[-1] / true["reader.rnn", ""].grad_input[-1]
+    assert ratio == pytest.approx(1024 if scaler == "not told" else 1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "changed", "unknown"),
+    [(None, None, True), (None, math.nan, True), (None, 1.0, True), (None, 0.0, False), (2.0, None, False), (2.0, math.nan, False), (2.0, 1.0, False)],
+)
+def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, unknown):
+    told = None if changed is None else torch.tensor(changed)
+    heard = Heard({"rnn": torch.tensor(6.0)}, changed=told, scale=scale)
+    (activation,) = heard.values({key: float(tensor) for key, tensor in heard.tensors().items()})
+    series = [Series("", 2, 1, {"grad_input": torch.ones(2)}), Series("l0", 2, 1, {"grad_hidden": torch.ones(2)})]
+    trace = Trace("rnn", series, checks={} if told is None else {"changed": told}, arrived=True)
+    parts = trace.stats({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()}, scale, 1e-3)
+
+    assert [activation.scaled, *(s.scaled for s in parts)] == [unknown] * 3
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_where_the_gradient_is_nan_a_loss_scale_cannot_be_excluded(scaled):
+    model, x, reports = Reader("LSTM"), data(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]):
+        for _ in range(2):
+            optimizer.zero_grad()
+            (squared(model(x)) * (1024 if scaled else 1) * math.nan).backward()
+            optimizer.step()
+    snapshot = reports[-1].snapshot
+    assert {s.scaled for s in (*snapshot.sequences, *snapshot.activations)} == {True}
 
 
 # --- what cannot be certified ---

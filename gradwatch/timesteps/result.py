@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwatch.arrivals import CHANGED
+from gradwatch.arrivals import has_unknown_scale
 from gradwatch.snapshot import Fact, SequenceStats, memory
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.capture import Seen, Target
@@ -39,6 +39,8 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     reached: int | None = None
     """How many of the newest timesteps lie after the last detached state between its calls; None where none is detached."""
+    arrived: bool = False
+    """Whether a gradient reached it: where none did, no factor is on what is shown."""
     tolerance: float = 0.0
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
@@ -50,17 +52,18 @@ class Trace:
         found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
         return found | {("fact", name): value for name, value in self.facts.items()} | {("check", name): value for name, value in self.checks.items()}
 
-    def stats(self, values: Mapping[tuple[str, str], Sequence[float]], scale: float | None, share: float) -> list[SequenceStats]:
+    def stats(self, values: Mapping[tuple[str, str], Sequence[float]], scale: float | None, share: float, changed: float | None = None) -> list[SequenceStats]:
         """Make the numbers values.
 
         Args:
             values: what `tensors` gave, as numbers.
             scale: the loss scale of the backward pass; None: whether there was one is not known.
             share: of its maximum, below which the lag gain counts as gone.
+            changed: how far a gradient of another module at the step is from what arrived, for a module that trains none; None: not known.
 
         """
         checks = {name: values["check", name][0] for name in self.checks}
-        scaled = scale is None and checks.get("changed", 0.0) > CHANGED
+        scaled = self.arrived and has_unknown_scale(scale, checks.get("changed", changed))
         notes, reached = list(self.notes), self.reached
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
@@ -146,6 +149,7 @@ def _traced(target: Target, generator: torch.Generator) -> Trace:
     mine = [s for s in target.seen if s.number == max(passes)]
     chain = _chain(mine, result.notes) if target.recurrent else mine if mine[0].single else mine[-1:]
     _reached(target, chain, result.notes)
+    result.arrived = any(s.task is not None for s in chain)
     own = _own_lengths(chain[0]) if len(chain) == 1 else None
     whole = Series("", sum(s.layout.steps for s in chain), chain[0].layout.rows, {})
     result.series = [whole]
@@ -153,7 +157,7 @@ def _traced(target: Target, generator: torch.Generator) -> Trace:
         whole.values["grad_input"] = _series(chain, "x", own)
     if target.recurrent:
         _walk(chain, own, result, generator)
-    if "grad_input" not in whole.values and any(s.task is not None for s in chain):
+    if "grad_input" not in whole.values and result.arrived:
         result.notes.append(_NO_GRADIENT)
     if target.recurrent:
         return result

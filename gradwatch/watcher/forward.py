@@ -32,7 +32,7 @@ class Forward:
     def values(self, numbers: Mapping[Key, Sequence[float]]) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...]]:
         """Make values of what was copied."""
         single = {key: values[0] for key, values in numbers.items() if values}
-        sequences, facts = self.sequences.values(numbers)
+        sequences, facts = self.sequences.values(numbers, single.get(("activations", "changed")))
         activations, more = self.seen.values(single, self.heard.values(single))
         return activations, sequences, (*facts, *more)
 

@@ -50,14 +50,20 @@ class Sequences:
         found |= {("gain", name): gain.numbers for name, gain in self.gains.items() if isinstance(gain, ModelGain)}
         return found if self.scale is None else found | {("backward scale",): torch.as_tensor(self.scale, dtype=torch.float64)}
 
-    def values(self, numbers: Mapping[Key, Sequence[float]]) -> tuple[tuple[SequenceStats, ...], tuple[Fact, ...]]:
-        """Make values of them, each with the need that was declared for it."""
+    def values(self, numbers: Mapping[Key, Sequence[float]], changed: float | None) -> tuple[tuple[SequenceStats, ...], tuple[Fact, ...]]:
+        """Make values of them, each with the need that was declared for it.
+
+        Args:
+            numbers: what `tensors` gave, as numbers.
+            changed: how far a gradient of the model at the step is from what arrived in the backward pass; None: not known.
+
+        """
         scale = numbers["backward scale",][0] if self.scale is not None else None
         stats: list[SequenceStats] = []
         facts: list[Fact] = []
         for trace in self.traces:
             mine = {key: numbers[(id(trace), *key)] for key in trace.tensors()}
-            stats += trace.stats(mine, scale, self.share)
+            stats += trace.stats(mine, scale, self.share, changed)
             facts += trace.measured(mine)
         for name, gain in self.gains.items():
             own = SequenceStats("", "model", note=gain) if isinstance(gain, str) else gain.stats(numbers["gain", name], self.share)
