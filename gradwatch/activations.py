@@ -49,7 +49,7 @@ class Heard:
         """Give everything that is to be copied."""
         found: dict[tuple[object, ...], Tensor] = {("activation", name): norm for name, norm in self.norms.items()}
         if found and self.scale is not None:
-            found["activations", "scale"] = torch.as_tensor(self.scale, dtype=torch.float64)
+            found["activations", "scale"] = stats.number(self.scale)
         elif found and self.changed is not None:
             found["activations", "changed"] = self.changed
         return found

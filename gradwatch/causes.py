@@ -176,7 +176,7 @@ class Causes:
         if bias is not None and bias.numel() == output.shape[dim] and output.numel():
             top = output.detach().float().amax(dim=others)
             silent = top <= 0
-            by_bias = (silent & (top - bias.detach().float() > 0)).sum() / silent.sum().clamp(min=1)
+            by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
             self._facts["fact", "silent_by_bias", name] = by_bias
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()

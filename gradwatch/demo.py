@@ -278,11 +278,11 @@ def train(subject: Subject, task: Task, *, logdir: Path, seed: int, steps: int, 
     inputs, targets, loss_of = torch.from_numpy(task.x), torch.from_numpy(task.y), getattr(functional, task.loss)
     torch.manual_seed(seed)
     net, optimizer = subject.build()
-    batches = torch.Generator().manual_seed(seed)
+    batches = torch.Generator(device="cpu").manual_seed(seed)
     # The alerts are shown from the record when all is done: not in the middle of a progress bar.
     with watch(net, optimizer, horizon=task.horizon, logdir=logdir / subject.name, on_alert=lambda _: None) as watcher:
         for _ in range(steps):
-            pick = torch.randint(task.known, (task.batch,), generator=batches)
+            pick = torch.randint(task.known, (task.batch,), generator=batches, device="cpu")
             loss = loss_of(net(inputs[pick]), targets[pick])
             optimizer.zero_grad()
             loss.backward()

@@ -65,6 +65,11 @@ def holders(tensor: Any) -> tuple[int, ...] | None:  # noqa: ANN401  (torch.dist
     return found if len(found) > 1 else None
 
 
+def number(value: float | Tensor) -> Tensor:
+    """Return a number as a float64 tensor: where it is, or else on the CPU, whatever the default device is."""
+    return torch.as_tensor(value, dtype=torch.float64, device=value.device if isinstance(value, Tensor) else "cpu")
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm of each tensor, for tensors on one device.
 
@@ -77,7 +82,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
     """
     if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     device = tensors[0].device
     if device.type == "mps":
         return torch.stack([vector_norm(t, dtype=torch.float32) for t in tensors])
@@ -87,7 +92,7 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     values = _in_groups([_rows(t) if t.numel() > _BIG and t.dtype is not torch.float64 else t for t in tensors] if any_big else tensors)
     if not (_TRUSTED[0] <= min(values) and sum(values) <= _TRUSTED[1]):  # seldom; a NaN fails the second
         values = [v if _TRUSTED[0] <= v <= _TRUSTED[1] else _second_look(t, v) for t, v in zip(tensors, values, strict=True)]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def _in_groups(tensors: Sequence[Tensor]) -> list[float]:
@@ -181,8 +186,9 @@ def small(tensors: Sequence[Tensor], limits: Sequence[float]) -> tuple[Tensor, T
 
     """
     if tensors[0].device.type == "cpu":
-        counts = [_small_on_cpu(t, limit) for t, limit in zip(tensors, limits, strict=True)]
-        return torch.tensor([z for z, _ in counts], dtype=torch.float64), torch.tensor([s for _, s in counts], dtype=torch.float64)
+        found = [_small_on_cpu(t, limit) for t, limit in zip(tensors, limits, strict=True)]
+        counts = torch.tensor(found, dtype=torch.float64, device="cpu")
+        return counts[:, 0], counts[:, 1]
     zeros = torch.stack([t.numel() - torch.count_nonzero(t) for t in tensors])
     below = torch.stack([torch.count_nonzero(t.abs() < limit) for t, limit in zip(tensors, limits, strict=True)])
     return zeros, below - zeros

@@ -65,15 +65,31 @@ def test_a_detector_of_ones_own_takes_five_lines(tmp_path, monkeypatch):
     assert watcher.report.open[0].message.startswith("head: norm ")
 
 
-def test_the_readme_has_exactly_two_commands_for_a_fresh_machine():
+def commands_of_the_readme():
     text = PAGES[0].read_text(encoding="utf-8")
-    commands = [line for line in text.splitlines() if line.startswith("python3 -m venv")]
+    return [line for line in text.splitlines() if line.startswith("python3 -m venv")]
+
+
+def test_the_readme_has_exactly_two_commands_for_a_fresh_machine():
+    commands = commands_of_the_readme()
 
     assert len(commands) == 2
     assert commands[0].endswith("gradwatch demo")
     assert commands[1].endswith("pytest")
     assert all("-c constraints.txt" in c for c in commands)
     assert (ROOT / "constraints.txt").read_text(encoding="utf-8").strip() == "torch==2.13.0"
+
+
+def test_ci_runs_both_commands_one_after_the_other_in_one_clone():
+    program = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    told = re.search(r"^mapfile -t commands < <\((grep .*)\)\nfor command in (.*); do\n(.*?)^done", program, re.MULTILINE | re.DOTALL)
+    assert told is not None
+    chosen = subprocess.run(["bash", "-c", told[1]], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert chosen.stdout.splitlines() == commands_of_the_readme()
+    assert told[2] == '"${commands[@]}"'
+    assert 'bash -euo pipefail -c "$command"\n' in told[3]
+    assert "cd " not in told[3]
 
 
 def test_links_lead_somewhere():

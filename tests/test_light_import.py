@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 import gradwatch
+from gradwatch.snapshot import LayerInfo, ModelInfo, ParameterInfo, Snapshot
 
 LIGHT = [
     "gradwatch",
@@ -27,10 +31,21 @@ LIGHT = [
 ]
 
 
-def loaded(code: str) -> set[str]:
-    """Run code in a fresh process, and give what it has imported."""
+JUDGE = """
+import gradwatch
+run, history = gradwatch.read_run(sys.argv[1]), gradwatch.History()
+for snapshot in run.snapshots:
+    history.add(snapshot)
+print(len(run.snapshots), "snapshots")
+print(*(finding.code for detector in gradwatch.DETECTORS for finding in detector(history)))
+"""
+
+
+def loaded(code: str, *arguments: str | Path) -> set[str]:
+    """Run code in a fresh process, and return the words that it prints and the modules that it has imported."""
     script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+    command = [sys.executable, "-c", script, *arguments]
+    return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -48,7 +63,16 @@ def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():
 
 
 def test_reading_and_judging_a_run_imports_no_torch(tmp_path):
-    assert "torch" not in loaded("import gradwatch\ntry: gradwatch.read_run('.')\nexcept FileNotFoundError: pass\ngradwatch.DETECTORS, gradwatch.History()")
+    model = ModelInfo((LayerInfo("body", "Linear"),), (ParameterInfo("body.weight", "body", (4, 3), "float32", 0, "weight"),))
+    record = gradwatch.Record(tmp_path)
+    for step in range(3):
+        record(gradwatch.Report(Snapshot(step, time.time(), model, norm=(math.nan,), nonfinite=(1.0,))))
+    record.close()
+
+    found = loaded(JUDGE, tmp_path)
+
+    assert found >= {"3", "snapshots", "GW501"}
+    assert "torch" not in found
 
 
 def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():

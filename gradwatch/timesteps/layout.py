@@ -130,8 +130,8 @@ class Packed:
         self._sorted = places
         self._places = places if packed.sorted_indices is None else packed.sorted_indices[places]
         self._every = torch.tensor(every, device=device)
-        self._time = torch.repeat_interleave(torch.arange(self.steps), packed.batch_sizes).to(device)
-        self._row = torch.cat([torch.arange(size) for size in sizes]).to(device)
+        self._time = torch.repeat_interleave(torch.arange(self.steps, device="cpu"), packed.batch_sizes).to(device)
+        self._row = torch.cat([torch.arange(size, device="cpu") for size in sizes]).to(device)
 
     def take(self, tensor: Tensor) -> Tensor:
         """Copy the rows that are looked at, (T, rows, features), zero beyond their ends."""

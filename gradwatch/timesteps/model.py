@@ -67,7 +67,7 @@ class _Call:
     packed: PackedSequence | None = None
     begins: bool = False
     """Whether it begins a sequence of its own, and does not go on with the state of the call before."""
-    blank: Tensor = field(default_factory=lambda: torch.zeros(0))
+    blank: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     """(T, B): whether the input is exactly zero there, as padding is."""
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -293,7 +293,8 @@ class InputTap:
         if isinstance(chosen, PackedSequence):
             lengths = _lengths(chosen.batch_sizes)
             starts = chosen.batch_sizes.cumsum(0) - chosen.batch_sizes
-            return chosen.data[(starts[lengths - 1] + torch.arange(len(lengths))).to(chosen.data.device)], None
+            newest = starts[lengths - 1] + torch.arange(len(lengths), device="cpu")
+            return chosen.data[newest.to(chosen.data.device)], None
         call, rows = sequence.calls[0], sequence.rows
         steps = {sequence.steps}
         if packed is not None:  # it may have been padded to more than its own longest row, as the batch was

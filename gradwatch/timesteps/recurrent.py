@@ -83,12 +83,13 @@ class Call:
         """Draw once more which entries dropout kept between the layers, (T, R, width x directions) each, scaled as dropout scales."""
         if self.random is None:
             return []
-        generator = torch.Generator()
+        generator = torch.Generator(device="cpu")
         generator.set_state(self.random)
         shape = self.layout.inner(self.y.shape[-1])
         keep = 1 - self.spec.dropout
         # What the kernels draw does not depend on the format that it is stored in.
-        drawn = (torch.empty(shape, dtype=torch.uint8).bernoulli_(keep, generator=generator) for _ in range(self.spec.layers - 1))
+        blanks = (torch.empty(shape, dtype=torch.uint8, device="cpu") for _ in range(self.spec.layers - 1))
+        drawn = (blank.bernoulli_(keep, generator=generator) for blank in blanks)
         return [self.layout.from_inner(mask).to(self.y.dtype) / (keep or 1.0) for mask in drawn]
 
 
@@ -167,7 +168,7 @@ def _cotangents(rows: int, width: int, generator: torch.Generator) -> Tensor:
     The mean of ||J^T v||^2 is that for N(0, I/width), the squared Frobenius norm of J over the width. They are orthogonal to one another, as far as the
     width allows, because rows have similar Jacobians: what one has missed another sees, which halves the error where they are many.
     """
-    drawn = torch.randn((width, rows * _COTANGENTS), generator=generator, dtype=torch.float64)
+    drawn = torch.randn((width, rows * _COTANGENTS), generator=generator, dtype=torch.float64, device="cpu")
     found = torch.cat([torch.linalg.qr(block)[0] for block in torch.split(drawn, width, 1)], 1)
     return found.T.reshape(rows, _COTANGENTS, width)
 

@@ -75,7 +75,7 @@ class Reading:
             columns, gradients = self._whole_or_pieces(columns, gradients)
             tensors = [g if _KIND(g) in _PLAIN_KINDS else stats.plain(g) for g in gradients]
         if scale is not None:
-            self.add("scale", [0], torch.as_tensor(scale, dtype=torch.float64))
+            self.add("scale", [0], stats.number(scale))
         for mine, here in by_device(columns, tensors):
             device, norms = here[0].device, stats.norms(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so all are counted, at probes only.
@@ -131,7 +131,7 @@ class Reading:
             return
         self.told = True
         for number, loss in enumerate(losses):  # averaged behind the copy: arithmetic on single numbers is dear on any device
-            tensor = loss if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+            tensor = loss if isinstance(loss, Tensor) else stats.number(loss)
             self.add("loss", [number], tensor if tensor.numel() == 1 else tensor.double().mean())
 
     def as_applied(self, columns: Sequence[int], gradients: Sequence[Tensor], optimizer: object) -> None:

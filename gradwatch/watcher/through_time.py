@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradwatch.arrivals import transformed
 from gradwatch.snapshot import Fact, SequenceStats
+from gradwatch.stats import number
 from gradwatch.timesteps import ModelGain, Recorder, Trace, traces
 from gradwatch.timesteps.arguments import detached
 from gradwatch.watcher.memory import model_gain
@@ -48,7 +49,7 @@ class Sequences:
         """Give everything that is to be copied."""
         found: dict[Key, Tensor] = {(id(t), *key): tensor for t in self.traces for key, tensor in t.tensors().items()}
         found |= {("gain", name): gain.numbers for name, gain in self.gains.items() if isinstance(gain, ModelGain)}
-        return found if self.scale is None else found | {("backward scale",): torch.as_tensor(self.scale, dtype=torch.float64)}
+        return found if self.scale is None else found | {("backward scale",): number(self.scale)}
 
     def values(self, numbers: Mapping[Key, Sequence[float]], changed: float | None) -> tuple[tuple[SequenceStats, ...], tuple[Fact, ...]]:
         """Make values of them, each with the need that was declared for it.
@@ -102,7 +103,7 @@ class ThroughTime:
         self._recorder = Recorder("auto" if timesteps is False else timesteps)
         self._calls = Calls() if horizon is not None else None
         self._compiled = False
-        self._generator = torch.Generator().manual_seed(0)  # a private one: the training's must not move
+        self._generator = torch.Generator(device="cpu").manual_seed(0)  # a private one: the training's must not move
 
     # --- the forward pass, as hooks.Visitor ---
 
