@@ -10,7 +10,7 @@ import statistics
 import time
 
 from gradwatch import DETECTORS, History
-from gradwatch.snapshot import ActivationStats, Fact, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
+from gradwatch.values.snapshot import ActivationStats, Fact, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
 
 LAYERS = (100, 200, 400, 800, 2000)
 STATES = ("sound", "vanishing", "dead", "no gradient", "exploding")

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gradwatch import watch
-from gradwatch.watcher.once import Once
 from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.reading import Reading, undisturbed
+from gradwatch.watcher.warn_once import Once
 
 Step = Callable[[], torch.Tensor]
 

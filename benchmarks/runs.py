@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
-from gradwatch import market
+from gradwatch.demo import market
 
 Tell = Callable[[Tensor], object]
 Batch = Callable[[int], tuple[Tensor, ...]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch.record import BOUND
+from gradwatch.sinks.record import BOUND
 
 _SICK = (400, 100)
 """Of every so many steps, so many are trained with a loss that does not reach the lower layers: alerts begin and clear."""

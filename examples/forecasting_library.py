@@ -11,7 +11,8 @@ import sys
 
 import numpy as np
 
-from gradwatch import Report, market
+from gradwatch import Report
+from gradwatch.demo import market
 
 try:
     import pandas as pd

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from gradwatch import market
+from gradwatch.demo import market
 from gradwatch.lightning import GradientMonitor
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-from gradwatch import market
+from gradwatch.demo import market
 
 UNITS = 32
 NEED = 200  # the regime that decides the label ended 210 bars ago: more than so many of the newest bars matter

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import market
+from gradwatch.demo import market
 
 
 def main() -> None:

@@ -11,26 +11,32 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gradwatch.checks import assert_healthy, assert_horizon, check, horizon
+    from gradwatch.checks.check import assert_healthy, check
+    from gradwatch.checks.horizon import assert_horizon, horizon
     from gradwatch.detectors import DETECTORS
-    from gradwatch.history import Detector, History
-    from gradwatch.record import Record, Run, read_run, read_runs
-    from gradwatch.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink
-    from gradwatch.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, SequenceStats, Snapshot
-    from gradwatch.tensorboard import TensorBoardSink
-    from gradwatch.thresholds import Thresholds
-    from gradwatch.watcher import Watcher, watch
+    from gradwatch.sinks.record import Record, Run, read_run, read_runs
+    from gradwatch.sinks.tensorboard import TensorBoardSink
+    from gradwatch.values.history import Detector, History
+    from gradwatch.values.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink
+    from gradwatch.values.sequences import SequenceStats
+    from gradwatch.values.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
+    from gradwatch.values.thresholds import Thresholds
+    from gradwatch.watcher.watch import watch
+    from gradwatch.watcher.watcher import Watcher
 
 _HOMES = {
-    "checks": ("assert_healthy", "assert_horizon", "check", "horizon"),
+    "checks.check": ("assert_healthy", "check"),
+    "checks.horizon": ("assert_horizon", "horizon"),
     "detectors": ("DETECTORS",),
-    "history": ("Detector", "History"),
-    "record": ("Record", "Run", "read_run", "read_runs"),
-    "report": ("Alert", "Finding", "GradientHealthError", "GradwatchWarning", "Report", "Severity", "Sink"),
-    "snapshot": ("LayerInfo", "ModelInfo", "OptimizerInfo", "ParameterInfo", "SequenceStats", "Snapshot"),
-    "tensorboard": ("TensorBoardSink",),
-    "thresholds": ("Thresholds",),
-    "watcher": ("Watcher", "watch"),
+    "sinks.record": ("Record", "Run", "read_run", "read_runs"),
+    "sinks.tensorboard": ("TensorBoardSink",),
+    "values.history": ("Detector", "History"),
+    "values.report": ("Alert", "Finding", "GradientHealthError", "GradwatchWarning", "Report", "Severity", "Sink"),
+    "values.sequences": ("SequenceStats",),
+    "values.snapshot": ("LayerInfo", "ModelInfo", "OptimizerInfo", "ParameterInfo", "Snapshot"),
+    "values.thresholds": ("Thresholds",),
+    "watcher.watch": ("watch",),
+    "watcher.watcher": ("Watcher",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -61,7 +61,7 @@ def _positive(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from gradwatch.demo import demo
+    from gradwatch.demo.story import demo
 
     demo(options.logdir, seed=options.seed, steps=options.steps, data=options.data)
     return 0
@@ -70,8 +70,8 @@ def _demo(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from rich.rule import Rule
 
-    from gradwatch.console import run_summary
-    from gradwatch.record import read_runs
+    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.terminal.page import run_summary
 
     runs = read_runs(options.path)
     if len(runs) == 1:
@@ -84,9 +84,10 @@ def _report(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from rich.text import Text
 
-    from gradwatch.console import alert_lines, note_lines, verdict
-    from gradwatch.record import read_runs
-    from gradwatch.report import Severity
+    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.terminal.alert_text import alert_lines
+    from gradwatch.sinks.terminal.page import note_lines, verdict
+    from gradwatch.values.report import Severity
 
     runs = read_runs(options.path)
     wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
@@ -99,7 +100,7 @@ def _show(*parts: RenderableType) -> None:
     """Print; a reader that has seen enough (`| head`) and a terminal that lacks a character are no failures."""
     from rich.console import Console
 
-    from gradwatch.console import Harmless
+    from gradwatch.sinks.terminal.page import Harmless
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

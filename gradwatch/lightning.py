@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from gradwatch import console
 from gradwatch.detectors import DETECTORS
-from gradwatch.history import Detector
-from gradwatch.record import Record, claim
-from gradwatch.report import Alert, Report, Severity, Sink
-from gradwatch.tensorboard import TensorBoardSink, scalars
-from gradwatch.thresholds import Thresholds
-from gradwatch.watcher import Cadence, Horizon, Timesteps, Watcher, check_options, own_name
+from gradwatch.sinks.log import log_alert
+from gradwatch.sinks.record import Record
+from gradwatch.sinks.run_directory import claim
+from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
+from gradwatch.values.history import Detector
+from gradwatch.values.report import Alert, Report, Severity, Sink
+from gradwatch.values.thresholds import Thresholds
+from gradwatch.watcher.cadence import Cadence
+from gradwatch.watcher.processes import own_name
+from gradwatch.watcher.through_time import Horizon, Timesteps
+from gradwatch.watcher.watch import check_options
+from gradwatch.watcher.watcher import Watcher
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -170,7 +175,7 @@ class GradientMonitor(_Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the history, the open alerts and the step, as plain as `torch.load(weights_only=True)` wants it."""
+        """Return the history, the open alerts and the step, as plain as `torch.load(weights_only=True)` wants it."""
         return self._watcher.state_dict() if self._watcher is not None else dict(self._state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,7 +193,7 @@ class GradientMonitor(_Callback):
             self._watcher = None
 
     def _on_stop(self, alert: Alert) -> None:
-        console.log_alert(alert)
+        log_alert(alert)
         self._stop_wanted = self._stop_wanted or alert.severity is Severity.ERROR
 
 
@@ -197,7 +202,7 @@ def _step(trainer: Any) -> int:  # noqa: ANN401
 
 
 def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
-    """Give the record in the logger's directory, and a sink for each logger."""
+    """Return the record in the logger's directory, and a sink for each logger."""
     if not trainer.loggers:
         return []
     found: list[Sink] = []

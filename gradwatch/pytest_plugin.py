@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def gradwatch() -> ModuleType:
-    """Give the package, for `gradwatch.assert_healthy(model, batch)`, `gradwatch.assert_horizon(model, batch, at_least=200)` and all the rest."""
+    """Return the package, for `gradwatch.assert_healthy(model, batch)`, `gradwatch.assert_horizon(model, batch, at_least=200)` and all the rest."""
     import gradwatch
 
     return gradwatch

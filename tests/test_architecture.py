@@ -11,44 +11,60 @@ import gradwatch
 
 ROOT = Path(gradwatch.__file__).parent
 
-GROUND = {"snapshot", "columns", "thresholds", "report", "reach", "history", "stats", "layers", "intact", "arrivals", "market"}
-PARTS = {"hooks", "timesteps", "activations", "causes", "detectors", "record", "tensorboard", "console"}
-ENGINE = {"watcher", "checks"}
-FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "demo", "cli"}
-FLOORS = [GROUND, PARTS, ENGINE, FACES]
-ORDER_ON_THE_GROUND = ["snapshot", "columns", "thresholds", "report", "reach", "history"]  # each may import those before it
-SIDEWAYS = {
-    ("layers", "snapshot"),  # what it makes is a value
-    ("checks", "watcher"),  # a check is a watcher that lives for one batch
-}
-FOR_THE_TYPE_CHECKER = {("console", "record")}  # the `Run` that it shows
+GROUND = {"values"}
+HANDS = {"model"}  # on the user's model; it makes values
+PARTS = {"measurement", "timesteps", "detectors", "sinks"}
+ENGINE = {"watcher"}
+CHECKS = {"checks"}
+FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "cli", "demo"}
+FLOORS = [GROUND, HANDS, PARTS, ENGINE, CHECKS, FACES]
 
-TORCH_AT_THE_TOP = {"stats", "layers", "intact", "arrivals", "hooks", "timesteps", "activations", "causes", "watcher", "checks", "lightning"}
+TORCH_AT_THE_TOP = {"model", "measurement", "timesteps", "watcher", "checks", "lightning"}
 TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "pytest_plugin", "__init__"}
-HOMES = {"lightning": "lightning", "pytorch_lightning": "lightning", "pytest": "pytest_plugin", "tensorboard": "tensorboard", "transformers": "huggingface"}
+NUMBERS = {"values", "detectors", "sinks"}
+HOMES = {
+    "lightning": "lightning",
+    "pytorch_lightning": "lightning",
+    "transformers": "huggingface",
+    "pytest": "pytest_plugin",
+    "tensorboard": "sinks.tensorboard",
+}
 
 
 class Import:
-    """One import: of what, by which room, and whether the module's loading runs it."""
+    """One import: of what, by which module, and whether the module's loading runs it."""
 
-    def __init__(self, room: str, target: str, *, top: bool, typing_only: bool) -> None:
-        self.room, self.target, self.top, self.typing_only = room, target, top, typing_only
+    def __init__(self, module: str, target: str, *, top: bool, typing_only: bool) -> None:
+        self.module, self.target, self.top, self.typing_only = module, target, top, typing_only
+
+    @property
+    def wing(self) -> str:
+        return self.module.split(".")[0]
 
     def __repr__(self) -> str:
-        return f"{self.room} -> {self.target}"
+        return f"{self.module} -> {self.target}"
 
 
 def imports(root: Path) -> list[Import]:
     found = []
     for path in sorted(root.rglob("*.py")):
-        room = path.relative_to(root).parts[0].removesuffix(".py")
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node, top, typing_only in _walk(tree, top=True, typing_only=False):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            if isinstance(node, ast.ImportFrom) and node.module == "gradwatch":
-                names = [f"gradwatch.{alias.name}" for alias in node.names]
-            found += [Import(room, name, top=top, typing_only=typing_only) for name in names]
+            found += [Import(module, name, top=top, typing_only=typing_only) for name in _targets(root, node)]
     return found
+
+
+def _targets(root: Path, node: ast.Import | ast.ImportFrom) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    package = node.module or ""
+    if not package.startswith("gradwatch"):
+        return [package]
+    folder = root.joinpath(*package.split(".")[1:])
+    inner = {p.stem for p in folder.glob("*")} if folder.is_dir() else set()
+    return [f"{package}.{alias.name}" if alias.name in inner else package for alias in node.names]
 
 
 def _walk(node: ast.AST, *, top: bool, typing_only: bool):
@@ -63,64 +79,101 @@ def _walk(node: ast.AST, *, top: bool, typing_only: bool):
 ALL = imports(ROOT)
 
 
-def rooms_of(found: list[Import]) -> list[tuple[str, str, Import]]:
-    inner = [(i.room, i.target.split(".")[1], i) for i in found if i.target.startswith("gradwatch.")]
-    return [(a, b, i) for a, b, i in inner if a != b and not b.startswith("__version")]
-
-
-def floor(room: str) -> int:
-    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+def floor(wing: str) -> int:
+    return next(level for level, wings in enumerate(FLOORS) if wing in wings)
 
 
 def violations(found: list[Import]) -> list[str]:
     wrong = []
-    for a, b, i in rooms_of(found):
-        if a == "__init__" and i.typing_only:
-            continue
-        if floor(b) > floor(a):
-            wrong.append(f"{i} goes up")
-        elif floor(a) == floor(b):
-            ground = a in ORDER_ON_THE_GROUND and b in ORDER_ON_THE_GROUND and ORDER_ON_THE_GROUND.index(b) < ORDER_ON_THE_GROUND.index(a)
-            allowed = ground or (a, b) in SIDEWAYS or a in {"cli", "__main__"} or ((a, b) in FOR_THE_TYPE_CHECKER and i.typing_only)
-            if not allowed:
-                wrong.append(f"{i} stays on its floor")
     for i in found:
-        package = i.target.split(".")[0]
-        if package == "torch" and not i.typing_only and i.room not in (TORCH_AT_THE_TOP if i.top else TORCH_AT_THE_TOP | TORCH_INSIDE_FUNCTIONS):
+        package, *inner = i.target.split(".")
+        if package == "gradwatch" and inner and i.wing != inner[0] and not (i.module == "__init__" and i.typing_only):
+            there = inner[0]
+            sideways = floor(there) == floor(i.wing) and i.wing not in {"cli", "__main__"}
+            if floor(there) > floor(i.wing) or sideways:
+                wrong.append(f"{i} goes {'sideways' if sideways else 'up'}")
+            if i.wing in NUMBERS and there not in NUMBERS:
+                wrong.append(f"{i} leads from numbers to tensors")
+        allowed = TORCH_AT_THE_TOP if i.top else TORCH_AT_THE_TOP | TORCH_INSIDE_FUNCTIONS
+        if package == "torch" and not i.typing_only and i.wing not in allowed:
             wrong.append(f"{i} brings torch into the world of numbers")
-        if package in HOMES and not i.typing_only and i.room not in (HOMES[package], *(["lightning"] if package == "lightning" else [])):
-            wrong.append(f"{i} belongs into {HOMES[package]}")
+        home = HOMES.get(package)
+        if home is not None and not i.typing_only and not f"{i.module}.".startswith(f"{home}."):
+            wrong.append(f"{i} belongs into {home}")
     return wrong
 
 
-def test_every_room_has_a_floor():
-    rooms = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
+def circles(found: list[Import]) -> list[str]:
+    """Modules that import each other, directly or on a way round; what only the type checker sees does not count."""
+    below: dict[str, set[str]] = {}
+    for i in found:
+        package, *inner = i.target.split(".")
+        if package == "gradwatch" and inner and i.top and not i.typing_only:
+            below.setdefault(i.module, set()).add(".".join(inner))
+    reached = {module: set(targets) for module, targets in below.items()}
+    for _ in below:
+        for module, targets in reached.items():
+            reached[module] = targets.union(*(reached.get(t, set()) for t in targets))
+    return sorted(module for module, targets in reached.items() if module in targets)
 
-    assert rooms == set().union(*FLOORS)
+
+def test_every_wing_has_a_floor():
+    wings = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in ROOT.rglob("*.py")}
+
+    assert wings == set().union(*FLOORS)
 
 
 def test_imports_go_down_and_parts_do_not_know_each_other_and_torch_stays_in_its_world():
     assert violations(ALL) == []
 
 
+def test_there_are_no_circles():
+    assert circles(ALL) == []
+
+
 @pytest.mark.parametrize(
-    ("room", "target", "top"),
+    ("module", "target", "top"),
     [
-        ("snapshot", "gradwatch.report", True),
-        ("record", "gradwatch.watcher", False),
-        ("record", "gradwatch.tensorboard", True),
-        ("hooks", "gradwatch.detectors", True),
-        ("timesteps", "gradwatch.hooks", True),
-        ("intact", "gradwatch.timesteps", True),
-        ("history", "torch", False),
-        ("console", "torch", True),
-        ("demo", "torch", True),
-        ("watcher", "lightning.pytorch", False),
-        ("console", "tensorboard.compat", False),
+        ("values.snapshot", "gradwatch.sinks.record", True),
+        ("values.history", "torch", False),
+        ("values.history", "gradwatch.model.layers", True),
+        ("model.rerun", "gradwatch.timesteps", True),
+        ("sinks.record", "gradwatch.watcher.watcher", False),
+        ("sinks.record", "gradwatch.detectors", True),
+        ("sinks.terminal.page", "torch", True),
+        ("sinks.terminal.page", "tensorboard.compat", False),
+        ("sinks.log", "gradwatch.model.layers", True),
+        ("detectors.time", "gradwatch.sinks.terminal.page", True),
+        ("detectors.time", "gradwatch.timesteps.series", True),
+        ("timesteps.recorder", "gradwatch.measurement.norms", True),
+        ("measurement.units", "gradwatch.timesteps", True),
+        ("watcher.watcher", "gradwatch.checks.check", True),
+        ("watcher.watcher", "lightning.pytorch", False),
+        ("demo.story", "torch", True),
+        ("demo.story", "gradwatch.lightning", True),
     ],
 )
-def test_the_table_notices_a_wrong_import(room, target, top):
-    assert violations([*ALL, Import(room, target, top=top, typing_only=False)])
+def test_the_table_notices_a_wrong_import(module, target, top):
+    assert violations([*ALL, Import(module, target, top=top, typing_only=False)])
+
+
+def test_the_search_for_circles_finds_one_on_a_way_round():
+    back = [Import("values.sequences", "gradwatch.values.report", top=True, typing_only=False)]
+
+    assert {"values.report", "values.sequences", "values.snapshot"} <= set(circles([*ALL, *back]))
+
+
+def test_no_private_name_is_imported_from_another_module():
+    found = [
+        f"{path.relative_to(ROOT)}: {alias.name}"
+        for path in ROOT.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gradwatch")
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+
+    assert found == []
 
 
 def test_no_room_is_a_grab_bag():

@@ -11,23 +11,18 @@ from pathlib import Path
 import pytest
 
 import gradwatch
-from gradwatch.snapshot import LayerInfo, ModelInfo, ParameterInfo, Snapshot
+from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Snapshot
 
 LIGHT = [
     "gradwatch",
     "gradwatch.pytest_plugin",
     "gradwatch.cli",
-    "gradwatch.snapshot",
-    "gradwatch.thresholds",
-    "gradwatch.report",
-    "gradwatch.reach",
-    "gradwatch.history",
+    *(f"gradwatch.values.{name}" for name in ("snapshot", "sequences", "plain", "layer_columns", "history", "thresholds", "report")),
     "gradwatch.detectors",
-    "gradwatch.record",
-    "gradwatch.tensorboard",
-    "gradwatch.console",
-    "gradwatch.market",
-    "gradwatch.demo",
+    "gradwatch.detectors.alerts",
+    *(f"gradwatch.sinks.{name}" for name in ("log", "record", "run_directory", "tensorboard", "terminal.page", "terminal.errors")),
+    "gradwatch.demo.market",
+    "gradwatch.demo.story",
 ]
 
 
@@ -55,7 +50,7 @@ def test_loading_it_imports_no_torch(module):
 
 def test_this_test_can_fail():
     assert "torch" in loaded("import torch")
-    assert "torch" in loaded("import gradwatch.watcher")
+    assert "torch" in loaded("import gradwatch.watcher.watcher")
 
 
 def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import Thresholds, record
+from gradwatch import Thresholds
 from gradwatch.cli import main
 from gradwatch.lightning import GradientMonitor
-from gradwatch.snapshot import to_json
+from gradwatch.sinks import record, run_directory
+from gradwatch.values.plain import to_json
 
 NET = nn.Linear(2, 1)
 SGD = torch.optim.SGD(NET.parameters(), lr=0.1)
@@ -188,7 +189,7 @@ def test_what_was_refused_leaves_nothing_behind(tmp_path, monkeypatch):
         gradwatch.watch(NET, SGD, logdir=tmp_path)
 
     assert list(tmp_path.iterdir()) == []
-    assert not any(path.is_relative_to(tmp_path.resolve()) for path in record._held)
+    assert not any(path.is_relative_to(tmp_path.resolve()) for path in run_directory._held)
     assert len(SGD._optimizer_step_pre_hooks) == hooks
 
 

@@ -12,8 +12,8 @@ from gradwatch.detectors.nonfinite import explain_nonfinite, nonfinite
 from gradwatch.detectors.stalled import explain_stalled, stalled
 from gradwatch.detectors.time import explain_through_time, through_time
 from gradwatch.detectors.underflow import explain_underflow, underflow
-from gradwatch.history import Detector
-from gradwatch.report import Explanation, Finding
+from gradwatch.values.history import Detector
+from gradwatch.values.report import Explanation, Finding
 
 DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, dead_units, vanishing_depth, exploding, underflow, through_time, stalled)
 """The default detectors. Your own is a function from a `History` to findings; give it in `detectors=`."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.why import said, with_cause
-from gradwatch.history import History
-from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import ActivationStats, Snapshot
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import with_cause
+from gradwatch.values.history import History
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.snapshot import ActivationStats, Snapshot
 
 _OFTEN = 0.3
 """Share of the steps between probes; a rare outlier that wakes a dead layer for a step does not revive it."""
@@ -43,7 +44,7 @@ def dead_units(history: History) -> Iterator[Finding]:
 
 
 def _onset(history: History, probes: Sequence[Snapshot], series: Sequence[float | None], limit: float, newest: ActivationStats) -> int | None:
-    """Give since when most units of a layer are dead; None where they are not for long enough."""
+    """Return since when most units of a layer are dead; None where they are not for long enough."""
     high = [d is not None and d >= limit for d in series]
     if not all(high[-history.thresholds.dead_probes :]) or (newest.dead == 1 and _heard_between(history, newest.module, probes)):
         return None

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gradwatch.detectors.why import flat, said, with_cause
-from gradwatch.history import History
-from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import flat, with_cause
+from gradwatch.values.history import History
+from gradwatch.values.report import Explanation, Finding, Severity
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float
 
 
 def _limits(history: History) -> NDArray[np.float64]:
-    """Give the limit of each layer."""
+    """Return the limit of each layer."""
     import numpy as np
 
     t = history.thresholds

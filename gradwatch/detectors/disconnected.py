@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradwatch.detectors.why import flat, said, with_cause
-from gradwatch.history import KEPT, History
-from gradwatch.report import Explanation, Finding, Severity
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import flat, with_cause
+from gradwatch.values.history import KEPT, History
+from gradwatch.values.report import Explanation, Finding, Severity
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -66,7 +67,7 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
 
 
 def _blocked(history: History) -> set[int]:
-    """Give the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
+    """Return the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
     weights = history.weight_norms() or ()
     opening = {p.layer for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False) if w == 0 and n and p.role != "bias"}
     order = history.order
@@ -77,7 +78,7 @@ def _blocked(history: History) -> set[int]:
 
 
 def _faded(history: History) -> set[int]:
-    """Give the layers towards which those behind them fade: their zeros are underflow, the end of vanishing."""
+    """Return the layers towards which those behind them fade: their zeros are underflow, the end of vanishing."""
     ratios, t = history.ratios(1)[-1].tolist(), history.thresholds
     found, nearest = set(), 1.0
     for i in reversed(history.order):

@@ -7,10 +7,11 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.why import said, with_cause
-from gradwatch.history import EDGE, History
-from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import Snapshot
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import with_cause
+from gradwatch.values.history import EDGE, History
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.snapshot import Snapshot
 
 _LINE, _STRAIGHT = 6, 0.8
 """Layers from which on a line says something, and the correlation from which on it is one."""
@@ -113,7 +114,7 @@ def _depth(history: History) -> Iterator[Finding]:
 
 
 def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
-    """Give how the gradient grows on its way back, along a line fitted through its logarithm, with the first layer and the last; None where it is no line.
+    """Return how the gradient grows on its way back, along a line fitted through its logarithm, with the first layer and the last; None where it is no line.
 
     That leaves out branches, whose gradient is small beside that of the trunk, and single layers of another scale.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gradwatch.history import History
-from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import ParameterInfo, Snapshot
+from gradwatch.values.history import History
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.snapshot import ParameterInfo, Snapshot
 
 
 def nonfinite(history: History) -> Iterator[Finding]:

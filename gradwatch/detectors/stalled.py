@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterator
 
-from gradwatch.history import KEPT, History
-from gradwatch.report import UNKNOWN, Explanation, Finding, Severity
+from gradwatch.values.history import KEPT, History
+from gradwatch.values.report import UNKNOWN, Explanation, Finding, Severity
 
 _SAY_NOTHING = ("GW303", "GW304")
 """Codes that tell of what is meant or not known, and not why a loss stands."""

@@ -8,10 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gradwatch.history import History
-from gradwatch.reach import causes, measured, memory_of, shortest, subject, why_explodes, why_short
-from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import Fact, Memory, ModelInfo, SequenceStats, Snapshot, slope
+from gradwatch.detectors.time_words import causes, measured, why_explodes, why_short
+from gradwatch.values.history import History
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.sequences import Memory, SequenceStats, memory_of, shortest, slope, subject
+from gradwatch.values.snapshot import Fact, ModelInfo, Snapshot
 
 _RUN = 10
 """Lags over which a gain must have grown: fewer are a step, not a law."""
@@ -53,7 +54,7 @@ class _Claim(NamedTuple):
 
 
 def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
-    """Give what is to be judged: the model where its need is declared, and the modules, those without a need for information only.
+    """Return what is to be judged: the model where its need is declared, and the modules, those without a need for information only.
 
     Where the model's own memory could not be measured, that of its shortest module stands in, and is no more than information.
     """
@@ -135,7 +136,7 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
 
 
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
-    """Give the place of what is found of the model as a whole: the sequence module with the shortest memory, or what holds most of the layers.
+    """Return the place of what is found of the model as a whole: the sequence module with the shortest memory, or what holds most of the layers.
 
     One that an alert is open at stays the place, so that two modules of the same memory do not take turns.
     """
@@ -149,7 +150,7 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
 
 
 def _trunk(model: ModelInfo) -> str:
-    """Give the deepest module that contains more than half of the layers."""
+    """Return the deepest module that contains more than half of the layers."""
     names = [layer.name.split(".") for layer in model.layers]
     trunk: list[str] = []
     while True:
@@ -220,7 +221,7 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
 
 
 def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
-    """Give the growth of the gain by lag, or where the module has none, that of the hidden state's gradient.
+    """Return the growth of the gain by lag, or where the module has none, that of the hidden state's gradient.
 
     The gain is free of the loss. The gradient is not: it also grows where the loss falls with time. So it counts no further than it is above what the
     loss feeds in directly, and not for a reverse direction, which ends at the oldest timestep.

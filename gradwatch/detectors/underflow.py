@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
-from gradwatch.history import History
-from gradwatch.report import Explanation, Finding, Severity
-from gradwatch.snapshot import Snapshot
+from gradwatch.values.history import History
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.snapshot import Snapshot
 
 
 def underflow(history: History) -> Iterator[Finding]:
@@ -42,7 +42,7 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
 
 
 def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
-    """Give the share of entries that are 0, and of the others that are too small for the format, over all parameters that got anything at all."""
+    """Return the share of entries that are 0, and of the others that are too small for the format, over all parameters that got anything at all."""
     import numpy as np
 
     norm, zero = np.array(snapshot.norm, dtype=float), np.array(snapshot.zeros, dtype=float)
@@ -113,7 +113,7 @@ def _epsilon(history: History) -> Iterator[Finding]:
 
 
 def _largest(history: History, snapshot: Snapshot) -> float:
-    """Give the largest root mean square over the weights."""
+    """Return the largest root mean square over the weights."""
     import numpy as np
 
     elements = history.elements("weight", "normalization", "scale", "embedding")

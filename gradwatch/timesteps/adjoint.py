@@ -224,7 +224,7 @@ class Walker:
 
 
 def _over(seam: Seam | None, carry: Carry) -> Carry:
-    """Give what comes over a seam of what the call behind it hands back: nothing where it is detached."""
+    """Return what comes over a seam of what the call behind it hands back: nothing where it is detached."""
     return carry if seam is None or seam.joined or carry is None else torch.zeros_like(carry)
 
 
@@ -236,7 +236,7 @@ def _known(carry: Carry, known: Tensor | None) -> Carry:
 
 
 def _difference(total: Tensor, part: Tensor) -> Tensor:
-    """Give the squares of total - part, zero where that is only rounding."""
+    """Return the squares of total - part, zero where that is only rounding."""
     squares = square(total - part)
     return squares * (squares > square(total) * (64 * torch.finfo(total.dtype).eps) ** 2)
 
@@ -284,7 +284,7 @@ def by_lag(squares: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def ends_of(lengths: Sequence[int], device: torch.device) -> dict[int, Tensor]:
-    """Give the rows that end with each timestep."""
+    """Return the rows that end with each timestep."""
     rows: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         rows.setdefault(length - 1, []).append(row)

@@ -35,7 +35,7 @@ class Layout(Protocol):
         ...
 
     def inner(self, features: int) -> tuple[int, ...]:
-        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        """Return the shape that torch's recurrent kernels lay out between two layers."""
         ...
 
     def from_inner(self, tensor: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Padded:
         return torch.cat([square(part) for part in torch.split(laid, piece)]) if len(laid) else laid.new_zeros((0, laid.shape[1])), None
 
     def inner(self, features: int) -> tuple[int, ...]:
-        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        """Return the shape that torch's recurrent kernels lay out between two layers."""
         return self.steps, self._count, features
 
     def from_inner(self, tensor: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Packed:
         return found, self._every
 
     def inner(self, features: int) -> tuple[int, ...]:
-        """Give the shape that torch's recurrent kernels lay out between two layers."""
+        """Return the shape that torch's recurrent kernels lay out between two layers."""
         return len(self._row), features
 
     def from_inner(self, tensor: Tensor) -> Tensor:

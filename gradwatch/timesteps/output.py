@@ -45,7 +45,7 @@ def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -
 
 
 def data_of(value: Tensor | PackedSequence) -> Tensor:
-    """Give the tensor in which the numbers are."""
+    """Return the tensor in which the numbers are."""
     return value.data if isinstance(value, PackedSequence) else value
 
 

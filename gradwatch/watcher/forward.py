@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from gradwatch.activations import Activations, Heard
-from gradwatch.causes import Causes, Seen
-from gradwatch.hooks import Visitor
-from gradwatch.layers import named_modules
-from gradwatch.snapshot import ActivationStats, Fact, SequenceStats
-from gradwatch.watcher.once import Once, said
+from gradwatch.measurement.output_gradients import Activations, Heard
+from gradwatch.measurement.units import Causes, Seen
+from gradwatch.model.forward_hooks import Visitor
+from gradwatch.model.layers import named_modules
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import ActivationStats, Fact
 from gradwatch.watcher.through_time import Key, Sequences, ThroughTime
+from gradwatch.watcher.warn_once import Once, said
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Forward:
     seen: Seen = field(default_factory=Seen)
 
     def tensors(self) -> dict[Key, Tensor]:
-        """Give everything that is to be copied."""
+        """Return everything that is to be copied."""
         return {**self.sequences.tensors(), **self.heard.tensors(), **self.seen.tensors()}
 
     def values(self, numbers: Mapping[Key, Sequence[float]]) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...]]:
@@ -46,7 +47,7 @@ class Visitors:
         self._warn, self._strict = warn, strict
 
     def all(self) -> list[Visitor]:
-        """Give them in the order in which they are called."""
+        """Return them in the order in which they are called."""
         return [self._activations, self._causes, *([self._time] if self._time is not None else [])]
 
     def suspect(self, layers: Collection[str]) -> None:
@@ -54,7 +55,7 @@ class Visitors:
         self._causes.suspects = layers
 
     def take(self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]) -> Forward:
-        """Give what was seen of the forward pass of this step, and of what came back through it.
+        """Return what was seen of the forward pass of this step, and of what came back through it.
 
         Args:
             model: the watched one.

@@ -10,9 +10,10 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from gradwatch import layers
-from gradwatch.hooks import ForwardTrace, StepHooks, Visitor
-from gradwatch.snapshot import Absent, ModelInfo
+from gradwatch.model import layers
+from gradwatch.model.forward_hooks import ForwardTrace, Visitor
+from gradwatch.model.optimizer_hooks import StepHooks
+from gradwatch.values.snapshot import Absent, ModelInfo
 from gradwatch.watcher.reading import Reading
 
 
@@ -79,7 +80,7 @@ class Inventory:
         return not self.trace.compiled
 
     def take_trace(self, slot: Slot) -> frozenset[str] | None:
-        """Give the modules that ran in the forward pass of this step; None if nobody looked."""
+        """Return the modules that ran in the forward pass of this step; None if nobody looked."""
         if not slot.tracing:
             return None
         slot.tracing = False
@@ -95,7 +96,7 @@ class Inventory:
         return frozenset(self.trace.ran)
 
     def _used(self) -> Iterator[str]:
-        """Give the modules in the order of the forward pass, each with those behind it whose weights it uses without calling them.
+        """Return the modules in the order of the forward pass, each with those behind it whose weights it uses without calling them.
 
         Attention does that with its output projection, which would else seem to come last of all.
         """
@@ -112,7 +113,7 @@ class Inventory:
             yield from uncalled.get(name, ())
 
     def parameters(self, slot: Slot) -> list[Tensor]:
-        """Give the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
+        """Return the parameters that the optimizer steps now, in line with `slot.columns`; what is not of the model is left out."""
         model = self.model()
         if model is None:
             raise RuntimeError("the watched model is gone")
@@ -133,7 +134,7 @@ class Inventory:
         return every if len(slot.columns) == len(ids) else [p for p in every if id(p) in self._columns]
 
     def gradients(self, slot: Slot) -> tuple[list[int], list[Tensor]]:
-        """Give the gradients that the optimizer is to step with now, each with its column."""
+        """Return the gradients that the optimizer is to step with now, each with its column."""
         parameters = self.parameters(slot)
         found = [(c, g) for c, p in zip(slot.columns, parameters, strict=True) if (g := p.grad) is not None]
         return [c for c, _ in found], [g for _, g in found]
@@ -159,7 +160,7 @@ class Inventory:
         return reasons
 
     def state_dict(self) -> dict[str, Any]:
-        """Give where each optimizer stands, what is known of parameters without gradient, by name, and the order of layers, as plain values."""
+        """Return where each optimizer stands, what is known of parameters without gradient, by name, and the order of layers, as plain values."""
         names = [p.name for p in self.info.parameters]
         return {
             "counts": [slot.count for slot in self._slots],

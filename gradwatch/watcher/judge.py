@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from gradwatch import console
 from gradwatch.detectors import explain
-from gradwatch.detectors.why import suspects
-from gradwatch.history import Detector, History
-from gradwatch.report import Alert, Finding, GradientHealthError, Report, Severity, Sink, advance, muted
-from gradwatch.snapshot import Snapshot, from_plain, to_plain
-from gradwatch.watcher.once import Once, name_of, said
+from gradwatch.detectors.alerts import advance, muted
+from gradwatch.detectors.suspects import suspects
+from gradwatch.sinks.log import log_end, log_report
+from gradwatch.values.history import Detector, History
+from gradwatch.values.plain import from_plain, to_plain
+from gradwatch.values.report import Alert, Finding, GradientHealthError, Report, Severity, Sink
+from gradwatch.values.snapshot import Snapshot
+from gradwatch.watcher.warn_once import Once, name_of, said
 
 OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
 
@@ -67,15 +69,15 @@ class Judge:
     def end(self) -> None:
         """Say what is still open, unless a function of the user's takes the alerts."""
         if not callable(self._on_alert):
-            console.log_end(self.report)
+            log_end(self.report)
 
     def suspects(self) -> frozenset[str]:
-        """Give the layers of which the next probe is to measure more."""
+        """Return the layers of which the next probe is to measure more."""
         self._note_open()
         return suspects(self.history, self.report.snapshot.model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the history and the open alerts as plain values."""
+        """Return the history and the open alerts as plain values."""
         return {"history": self.history.state_dict(), "alerts": [to_plain(alert) for alert in self.report.open]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,6 +118,6 @@ class Judge:
                 self._on_alert = "warn"
                 self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {said(error)}")
         if not callable(self._on_alert):
-            console.log(report)
+            log_report(report)
         if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
             self.error = GradientHealthError("\n".join(map(str, errors)), errors)

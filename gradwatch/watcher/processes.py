@@ -14,8 +14,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from gradwatch.snapshot import from_json, to_json
-from gradwatch.watcher.once import Once
+from gradwatch.values.plain import from_json, to_json
+from gradwatch.watcher.warn_once import Once
 
 Values = dict[Hashable, dict[int, float]]
 """By quantity and column."""
@@ -188,6 +188,6 @@ class Processes:
 
 
 def own_name(name: str | None) -> str | None:
-    """Give the name under which this process may write: that of rank 0 is the plain one, however late it comes."""
+    """Return the name under which this process may write: that of rank 0 is the plain one, however late it comes."""
     several = dist.is_available() and dist.is_initialized() and dist.get_rank() > 0
     return name if not several else f"rank{dist.get_rank()}" if name is None else f"{name}-rank{dist.get_rank()}"

@@ -13,8 +13,8 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradwatch import stats
-from gradwatch.snapshot import Absent, Column, Fact, ModelInfo, Snapshot, Stage
+from gradwatch.measurement import norms as stats
+from gradwatch.values.snapshot import Absent, Column, Fact, ModelInfo, Snapshot, Stage
 from gradwatch.watcher.forward import Forward
 from gradwatch.watcher.processes import Processes
 
@@ -93,7 +93,7 @@ class Reading:
 
     @staticmethod
     def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
-        """Give the smallest normal number of a gradient that float16 has computed, with the loss scale in it, and that is kept in another format.
+        """Return the smallest normal number of a gradient that float16 has computed, with the loss scale in it, and that is kept in another format.
 
         Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest number of float16.
         """
@@ -283,7 +283,7 @@ def undisturbed() -> contextlib.AbstractContextManager[object]:
 
 
 def by_device(columns: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[Sequence[int], Sequence[Tensor]]]:
-    """Give the columns and tensors of each device."""
+    """Return the columns and tensors of each device."""
     if len(set(map(_DEVICE, tensors))) == 1:  # nearly always
         return [(columns, tensors)]
     found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}

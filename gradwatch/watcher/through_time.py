@@ -1,12 +1,11 @@
-"""The gradients through time of a step: what recorders have seen of it, and the memory of the model where a need is declared."""
+"""The gradients through time of a step: what recorders have seen of it, and the horizon of the model where a need is declared."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradwatch.arrivals import transformed
-from gradwatch.snapshot import Fact, SequenceStats
-from gradwatch.stats import number
-from gradwatch.timesteps import ModelGain, Recorder, Trace, traces
-from gradwatch.timesteps.arguments import detached
-from gradwatch.watcher.memory import model_gain
-from gradwatch.watcher.once import Once, said
+from gradwatch.measurement.norms import number
+from gradwatch.timesteps.model_calls import Calls
+from gradwatch.timesteps.model_gain import ModelGain
+from gradwatch.timesteps.model_pass import model_gain
+from gradwatch.timesteps.recorder import Recorder
+from gradwatch.timesteps.series import Trace, traces
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import Fact
+from gradwatch.watcher.warn_once import Once, said
 
 _log = logging.getLogger("gradwatch")
 
@@ -46,7 +47,7 @@ class Sequences:
     """Of its maximum, below which a lag gain counts as gone."""
 
     def tensors(self) -> dict[Key, Tensor]:
-        """Give everything that is to be copied."""
+        """Return everything that is to be copied."""
         found: dict[Key, Tensor] = {(id(t), *key): tensor for t in self.traces for key, tensor in t.tensors().items()}
         found |= {("gain", name): gain.numbers for name, gain in self.gains.items() if isinstance(gain, ModelGain)}
         return found if self.scale is None else found | {("backward scale",): number(self.scale)}
@@ -196,73 +197,3 @@ class ThroughTime:
                 raise
             self._warn("timesteps", f"a sequence module could not be looked at: {said(error)}")
             _log.debug("a sequence module", exc_info=error)
-
-
-@dataclass
-class Made:
-    """A call that can be made once more. It keeps neither the module nor a graph."""
-
-    module: Callable[[], nn.Module | None]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    casts: Sequence[tuple[str, torch.dtype]]
-    """By device, to what autocast casts; only where it does."""
-
-    def autocast(self) -> contextlib.ExitStack:
-        """Compute in the formats in which the call did."""
-        stack = contextlib.ExitStack()
-        for device, dtype in self.casts:  # without its cache, in which weights would outlive the coming step
-            stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
-        return stack
-
-
-class Calls:
-    """Keeps the arguments of calls that can be made once more: the outermost that held the first sequence module, and those of chosen modules."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.made: dict[str, Made] = {}
-        """By name of the chosen module; "" for the outermost call."""
-        self._wanted: Mapping[int, str] = {}
-        self._targets: frozenset[int] = frozenset()
-        self._outer: Callable[[], nn.Module | None] = lambda: None
-        self._held = False
-
-    def arm(self, wanted: Mapping[int, str], targets: frozenset[int]) -> None:
-        """Look for the chosen modules, and for a call that holds one of `targets`, by `id`; any, where there are none."""
-        self.clear()
-        self._wanted, self._targets = wanted, targets
-
-    def entered(self, module: nn.Module) -> None:
-        """Note where a call begins."""
-        if torch._C._current_graph_task_id() != -1 or transformed():
-            return
-        if torch.is_grad_enabled() and self._outer() is None:
-            self._outer, self._held = weakref.ref(module), not self._targets
-        self._held = self._held or id(module) in self._targets  # also without gradients, as reentrant checkpoints run it
-
-    def left(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Keep the arguments of a call that is wanted."""
-        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or transformed():
-            return
-        if id(module) in self._wanted:
-            self.made[self._wanted[id(module)]] = _made(module, args, kwargs)
-        if self._outer() is module:
-            self._outer = lambda: None
-            if self._held:
-                self.made[""] = _made(module, args, kwargs)
-
-    def forget(self) -> None:
-        """Let go of the calls, and look on."""
-        self.made = {}
-        self._outer = lambda: None
-
-    def clear(self) -> None:
-        """Let go of everything, and look no more."""
-        self.forget()
-        self._wanted, self._targets = {}, frozenset()
-
-
-def _made(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Made:
-    casts = [(device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    return Made(weakref.ref(module), detached(args), detached(dict(kwargs)), casts)

@@ -16,23 +16,23 @@ from typing import Any, ParamSpec, Self
 
 from torch import Tensor, nn
 
-from gradwatch import console
-from gradwatch.history import Detector, History
-from gradwatch.hooks import StepHooks, unwrap
-from gradwatch.record import Record
-from gradwatch.report import Report, Sink
-from gradwatch.snapshot import SequenceStats, Snapshot, Stage
-from gradwatch.tensorboard import TensorBoardSink
-from gradwatch.thresholds import Thresholds
-from gradwatch.watcher import scale
+from gradwatch.measurement import loss_scale as scale
+from gradwatch.model.optimizer_hooks import StepHooks, unwrap
+from gradwatch.sinks.record import Record
+from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.values.history import Detector, History
+from gradwatch.values.report import Report, Sink
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import Snapshot, Stage
+from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.forward import Forward, Visitors
 from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
-from gradwatch.watcher.once import Once, said
 from gradwatch.watcher.processes import Processes
 from gradwatch.watcher.reading import Reading, undisturbed
 from gradwatch.watcher.through_time import Horizon, ThroughTime, Timesteps
+from gradwatch.watcher.warn_once import Once, said
 
 _log = logging.getLogger("gradwatch")
 P = ParamSpec("P")
@@ -218,19 +218,23 @@ class Watcher:
         self.close()
 
     def __repr__(self) -> str:
-        """Give the table of layers as text."""
-        return console.text(self.report, sequences=self._last_sequences())
+        """Return the table of layers as text."""
+        from gradwatch.sinks.terminal.page import text  # with rich, which no training needs
+
+        return text(self.report, sequences=self._last_sequences())
 
     def _repr_html_(self) -> str:
-        return console.html(self.report, sequences=self._last_sequences())
+        from gradwatch.sinks.terminal.page import html
+
+        return html(self.report, sequences=self._last_sequences())
 
     def _last_sequences(self) -> tuple[SequenceStats, ...]:
-        """Give what the last probe saw of time; between probes the report has nothing of it."""
+        """Return what the last probe saw of time; between probes the report has nothing of it."""
         probes = self._judge.history.sequences(1)
         return (probes[-1].sequences or ()) if probes else ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the history, the open alerts and the step as dicts, lists, numbers and strings."""
+        """Return the history, the open alerts and the step as dicts, lists, numbers and strings."""
         return {
             "format": 1,
             **self._inventory.state_dict(),
@@ -398,7 +402,7 @@ class Watcher:
             return reading
 
     def _forward(self, slot: Slot) -> Forward:
-        """Give what was seen of the forward pass of this step, and of what came back through it."""
+        """Return what was seen of the forward pass of this step, and of what came back through it."""
         model = self._inventory.model()
         if not slot.tracing or model is None:
             return Forward()

@@ -1,0 +1,1 @@
+"""One batch, before anything is trained: check, horizon, and the assertions made of them."""

@@ -1,0 +1,1 @@
+"""`gradwatch demo`: sick networks beside healthy ones."""

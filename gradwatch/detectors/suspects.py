@@ -1,0 +1,30 @@
+"""The layers of which the next probe is to measure more."""
+
+from __future__ import annotations
+
+from gradwatch.detectors.causes import newest_activations, steepest
+from gradwatch.values.history import History
+from gradwatch.values.snapshot import ModelInfo
+
+_MOST, _MOST_AT_FIRST = 32, 256
+"""Layers of which a probe measures more."""
+
+
+def suspects(history: History, model: ModelInfo) -> frozenset[str]:
+    """Return the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those behind them.
+
+    At the first look all are: what explodes at once is gone before a second one.
+    """
+    if not history.begun or history.count < 2:
+        return frozenset(layer.name for layer in model.layers[:_MOST_AT_FIRST])
+    t = history.thresholds
+    order = [model.layers[i].name for i in model.forward_order]
+    ratios = history.ratios(1)[-1]
+    chosen = {layer.name for layer, ratio in zip(model.layers, ratios, strict=True) if ratio < t.vanishing_ratio}
+    silent = {p.layer for p, norm in zip(model.parameters, history.snapshot.norm, strict=True) if norm == 0 and p.role != "bias"}
+    cut = {p.layer for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False) if reason == "disconnected"}
+    dead = {a.module for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
+    named = {str(place) for code, place, *_ in history.open for place in ([place] if place else steepest(history))}
+    chosen |= silent | cut | dead | named
+    behind = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
+    return frozenset([name for name in order if name in chosen | behind][:_MOST])

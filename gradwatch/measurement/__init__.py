@@ -1,0 +1,1 @@
+"""One step's tensors -> a snapshot."""

@@ -1,0 +1,150 @@
+"""Modules and parameters -> names, kinds, roles and order, as a `ModelInfo`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradwatch.values.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Role
+
+_WRAPPERS = frozenset({"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+    nn.LocalResponseNorm,
+)
+_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})  # also where they run from their sources
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# What divides the gradient by a running measure of its own size. Optimizers of others are known by their state, below.
+_ADAPTIVE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adafactor", "Muon", "Lion", "LAMB")
+_ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
+
+
+def clean(name: str) -> str:
+    """Remove the names that wrappers (torch.compile, Fabric, FSDP, checkpointing) put into a module's or parameter's name."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module under its clean name, the model itself as ""; what stands twice stands under its first name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        found[clean(name)] = module  # a wrapper comes before what it wraps, and shares its name
+    below = [name for name in found if name]
+    if below and all(name == "module" or name.startswith("module.") for name in below):  # DistributedDataParallel and its like
+        found = {name.removeprefix("module").removeprefix("."): module for name, module in found.items()}
+    return found
+
+
+def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return shape and ranks, by `id`, of the parameters of which `FullyShardedDataParallel` keeps a piece of this process, which looks whole.
+
+    There are no ranks where the wrapper is outside of the model, and does not tell.
+    """
+    wrapper: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)  # imported by whoever uses it
+    found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        id(p): (tuple(p.shape), ()) for p in model.parameters() if getattr(p, "_fsdp_flattened", False)
+    }
+    for module in model.modules() if wrapper is not None else ():
+        handle = module._handle if isinstance(module, wrapper) else None
+        if handle is None:
+            continue
+        ranks, flat = tuple(torch.distributed.get_process_group_ranks(handle.process_group)), handle.flat_param
+        shapes = {id(flat): flat._unpadded_unsharded_size} | dict(zip(map(id, flat._params or ()), flat._shapes, strict=False))
+        for key, shape in shapes.items():
+            if handle.uses_sharded_strategy:
+                found[key] = (tuple(shape), ranks)
+            else:
+                found.pop(key, None)
+    return found
+
+
+def describe(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int], shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+) -> tuple[ModelInfo, dict[int, int]]:
+    """Describe the model as it is now.
+
+    Args:
+        model: the watched model.
+        optimizers: those that step its parameters; what they step outside of the model is left out.
+        order: position of each layer that was seen to run, by name.
+        shapes: of parameters of which only a piece is here, by `id`.
+
+    Returns:
+        The description, and the column of each parameter by its `id`, good as long as nobody replaces parameters.
+
+    """
+    stepped = {id(p): index for index, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
+    modules = named_modules(model)
+    layers: list[LayerInfo] = []
+    parameters: list[ParameterInfo] = []
+    columns: dict[int, int] = {}
+    for layer, module in modules.items():
+        own = [(name, p) for name, p in module._parameters.items() if p is not None and id(p) not in columns]
+        if not own:
+            continue
+        layers.append(LayerInfo(layer, type(module).__name__, order.get(layer), _location(modules, layer)))
+        for name, parameter in own:
+            if id(parameter) in columns:
+                continue
+            columns[id(parameter)] = len(parameters)
+            shape = shapes.get(id(parameter), () if nn.parameter.is_lazy(parameter) else tuple(parameter.shape))
+            parameters.append(
+                ParameterInfo(
+                    name=f"{layer}.{name}" if layer else name,
+                    layer=layer,
+                    shape=shape,
+                    dtype=str(parameter.dtype).removeprefix("torch."),
+                    optimizer=stepped.get(id(parameter)),
+                    role=_role(module, name, len(shape)),
+                )
+            )
+    return ModelInfo(tuple(layers), tuple(parameters), tuple(map(_optimizer, optimizers))), columns
+
+
+def _role(module: nn.Module, name: str, dimensions: int) -> Role:
+    if name.startswith("bias") or name.endswith("_bias"):  # torch's own way of naming, for RNNs and attention too
+        return "bias"
+    if isinstance(module, _NORMALIZATIONS):
+        return "normalization"
+    if isinstance(module, _EMBEDDINGS):
+        return "embedding"
+    return "weight" if dimensions > 1 else "scale"
+
+
+def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
+    """Return file and line of the nearest class around the layer that is not a library's: the first of its methods that is its own."""
+    for name in ancestry(layer):
+        kind = type(modules[name]) if name in modules else None
+        if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
+            methods = (inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None)  # under its decorators
+            code = next((m.__code__ for m in methods if inspect.isfunction(m)), None)
+            if code is not None and _INSTALLED.isdisjoint(Path(code.co_filename).parts):
+                return f"{code.co_filename}:{code.co_firstlineno}"
+    return None
+
+
+def ancestry(name: str) -> Iterable[str]:
+    """Return a module's name, and those of the modules that it is in, up to the model's own, which is ""."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerInfo:
+    kind = type(optimizer).__name__
+    names = {base.__name__ for base in type(optimizer).__mro__}
+    kept = {key for state in list(getattr(optimizer, "state", {}).values())[:1] if isinstance(state, Mapping) for key in state}
+    eps = (getattr(optimizer, "defaults", None) or {}).get("eps")
+    return OptimizerInfo(kind, bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE), float(eps) if isinstance(eps, int | float) else None)

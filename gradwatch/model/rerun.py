@@ -1,0 +1,212 @@
+"""Runs a model and leaves it as it was: its state, its gradients, the random states, and without its hooks if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import random
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as home
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Put back, at the end, everything that a pass through the model may have changed; within, no tensor has a gradient.
+
+    That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list; parameters, buffers and tensors that modules
+    keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit; random generators that they keep; gradients; and the random states of
+    torch (of other devices only if they were drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an
+    object of another kind is not known here, nor what it does outside of Python. It takes the memory of a copy of all these tensors.
+
+    Raises:
+        ValueError: parameters have no shape yet; nothing could take their coming back.
+        RuntimeError: something could not be put back; the text says what.
+
+    """
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("the parameters of model must have their shapes: lazy modules get them when a batch has gone through once")
+    state = _State(model)
+    generators = _generators()
+    before = [g.get_state() for g in generators]
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    try:
+        for held in state.tensors:
+            if held.gradient is not None:
+                held.tensor.grad = None
+        yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        for generator, drawn in zip(generators, before, strict=True):
+            if not torch.equal(generator.get_state(), drawn):
+                generator.set_state(drawn)
+        state.restore()
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Keep the hooks of the model's modules, and global ones, from running, but for torch's own: weight_norm, spectral_norm and pruning compute in theirs.
+
+    The tables are exchanged and not emptied, so that a hook that is removed meanwhile stays removed.
+    """
+    tables = [(vars(module), name, table) for module in model.modules() for name in _HOOKS if (table := vars(module).get(name))]
+    tables += [(vars(home), f"_global{name}", table) for name in _HOOKS if (table := getattr(home, f"_global{name}"))]
+    try:
+        for owner, name, table in tables:
+            owner[name] = OrderedDict((key, hook) for key, hook in table.items() if _of_torch(hook))
+        yield
+    finally:
+        for owner, name, table in tables:
+            owner[name] = table
+
+
+def _of_torch(hook: Any) -> bool:  # noqa: ANN401  (any callable)
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    # An object with __call__ may be of a class derived from torch's, as one's own way of pruning is.
+    kinds = (hook, *type(hook).__mro__) if not isinstance(hook, nn.Module | types.MethodType) else (hook,)
+    return any(str(getattr(kind, "__module__", "")).startswith("torch.") for kind in kinds)
+
+
+class _Held(NamedTuple):
+    """A tensor as it was."""
+
+    tensor: Tensor
+    place: Tensor
+    """Shares its memory: somebody may give it other memory by `.data = `."""
+    copy: Tensor
+    requires_grad: bool
+    gradient: Tensor | None
+
+
+class _State:
+    """What modules hold, and how to put it back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Copy it."""
+        self.tensors: list[_Held] = []
+        self._containers: list[tuple[Any, list[Any]]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._scripted: list[tuple[torch.jit.ScriptModule, dict[str, Any]]] = []
+        seen: set[int] = set()
+        waiting: list[Any] = [model]
+        while waiting:
+            value = waiting.pop()
+            if value is None or isinstance(value, bool | int | float | str | type) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            waiting += self._take(value)
+
+    def _take(self, value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a module keeps)
+        """Remember one thing, and give what is in it."""
+        if isinstance(value, Tensor):
+            copied = value.detach().clone()
+            # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that waits for its backward pass would stumble.
+            self.tensors.append(_Held(value, value.data, copied, value.requires_grad, value.grad if value.is_leaf else None))
+        elif isinstance(value, torch.jit.ScriptModule):
+            kept = {name: getattr(value, name) for name in value._concrete_type.get_attributes()}
+            self._scripted.append((value, kept))
+            return [*value.parameters(), *value.buffers(), *kept.values(), *value.children()]
+        elif isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")):
+            return self._take(vars(value))
+        elif isinstance(value, dict):
+            self._containers.append((value, _content(value)))
+            return list(value.values())
+        elif isinstance(value, list | set | deque):
+            self._containers.append((value, _content(value)))
+            return list(value)
+        elif isinstance(value, tuple):
+            return value
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._generators.append((value.setstate, value.getstate()))
+        elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.random.Generator):
+            self._generators.append((functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state))
+        return ()
+
+    def restore(self) -> None:
+        """Put it back."""
+        for container, content in self._containers:
+            if not _same(_content(container), content):
+                _refill(container, content)
+        for module, kept in self._scripted:
+            for name, value in kept.items():
+                setattr(module, name, value)
+        failed = []
+        for held in self.tensors:
+            try:
+                _put_back(held)
+            except RuntimeError as error:
+                failed.append(f"{tuple(held.copy.shape)}: {error}")
+        for put, state in self._generators:
+            put(state)
+        if failed:
+            raise RuntimeError(f"{len(failed)} tensors of the model could not be put back as they were, the first of shape {failed[0]}")
+
+
+def _content(container: Any) -> list[Any]:  # noqa: ANN401  (a dict, list, set or deque)
+    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, content: list[Any]) -> None:  # noqa: ANN401
+    container.clear()
+    if isinstance(container, dict):
+        container.update(zip(content[::2], content[1::2], strict=True))
+    else:
+        (container.update if isinstance(container, set) else container.extend)(content)
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _put_back(held: _Held) -> None:
+    tensor, place, copy = held.tensor, held.place, held.copy
+    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__"):  # sparse, or made of several: it has no memory of its own
+        with torch.no_grad():
+            tensor.copy_(copy)
+    else:
+        if tensor.data_ptr() != place.data_ptr() or tensor.shape != place.shape or tensor.stride() != place.stride():
+            tensor.data = place
+        # On other devices comparing would wait for them. What overlaps itself nobody can have written to.
+        if not (place.device.type == "cpu" and _equal(place, copy)):
+            place.copy_(copy)
+    if tensor.is_leaf:
+        if tensor.requires_grad != held.requires_grad:
+            tensor.requires_grad_(held.requires_grad)
+        if tensor.grad is not held.gradient:
+            tensor.grad = held.gradient
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same bits: NaN is NaN, and 0.0 is not -0.0."""
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    bits = _BITS.get(one.element_size())
+    if bits is None or one.is_quantized:
+        return False
+    return torch.equal(one.view(bits), other.view(bits))
+
+
+def _generators() -> list[torch.Generator]:
+    """Return torch's own generators, of all devices that have begun."""
+    found = [torch.default_generator]
+    for device in ("cuda", "xpu"):
+        found += list(getattr(getattr(torch, device, None), "default_generators", ()))
+    if torch.backends.mps.is_available():
+        found.append(torch.mps._get_default_mps_generator())
+    return found

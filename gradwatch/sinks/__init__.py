@@ -1,0 +1,1 @@
+"""Reports -> logs, files and people."""

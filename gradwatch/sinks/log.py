@@ -1,0 +1,44 @@
+"""Alerts -> the logger `gradwatch`."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING
+
+from gradwatch.values.report import Alert, Report, Severity
+
+if TYPE_CHECKING:
+    pass
+
+
+_log = logging.getLogger("gradwatch")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
+
+
+def log_report(report: Report) -> None:
+    """Send the alerts that began or cleared to the logger `gradwatch`."""
+    for alert in report.began:
+        log_alert(alert)
+    for alert in report.cleared:
+        _log.info("%s %s at %s cleared at step %d", alert.finding.code, alert.finding.kind, alert.finding.place or "the whole model", alert.cleared)
+
+
+def log_alert(alert: Alert) -> None:
+    """Send one alert to the logger `gradwatch`, at the level of its severity."""
+    _log.log(_LEVELS[alert.severity], "%s", printable(str(alert)))
+
+
+def log_end(report: Report) -> None:
+    """Send what is still open at the end to the logger `gradwatch`, worst first, in one line; nothing where nothing is."""
+    still = sorted(report.open, key=lambda alert: alert.severity, reverse=True)
+    if still:
+        said = "; ".join(f"{a.finding.code} {a.finding.kind} at {a.finding.place or 'the whole model'} since step {a.finding.onset}" for a in still)
+        line = f"at the end {len(still)} alert{'s are' if len(still) > 1 else ' is'} open: {said}"
+        _log.log(_LEVELS[still[0].severity], "%s", printable(line))
+
+
+def printable(text: str) -> str:
+    """Return the text with what a terminal would obey in it, for instance in the names of a foreign record, made visible."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -1,0 +1,287 @@
+"""The run's own record, one JSON object a line: written and read here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from gradwatch.values.plain import from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+from gradwatch.values.report import Alert, Report, Severity
+from gradwatch.values.snapshot import ModelInfo, Snapshot
+
+if sys.platform != "win32":
+    pass
+
+from gradwatch.sinks.run_directory import release
+
+FORMAT = 1
+NAME = "record.jsonl"
+BOUND = 64 * 2**20
+"""Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
+steps of a model with 100 parameter tensors."""
+
+_LONGEST = 16 * 2**20
+"""Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
+_MOST = 200_000
+"""Snapshots that are read into memory; past them every second of the older ones is dropped, as it is where a record is written. No record of the usual bound has so many."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a record holds."""
+
+    models: tuple[ModelInfo, ...]
+    snapshots: tuple[Snapshot, ...]
+    alerts: tuple[Alert, ...]
+    """Every alert of the run as it was last, in the order in which they began."""
+    path: str = ""
+    thinned: int = 0
+    """How many snapshots were dropped to keep the bound."""
+    broken: int = 0
+    """How many lines could not be read."""
+    truncated: bool = False
+    """Whether one of them is the last, and only half there, as a process leaves it that was killed."""
+
+    @property
+    def ruined(self) -> bool:
+        """Whether there is nothing to judge, or more is lost than the last line."""
+        return not self.snapshots or self.broken > self.truncated
+
+    def worst(self) -> Severity | None:
+        """Return the gravest severity of any alert, open or cleared; None if there was none."""
+        return max((a.severity for a in self.alerts), default=None)
+
+
+class Record:
+    """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND, claimed: bool = False) -> None:
+        """Write into `directory`; a record that is there already is replaced.
+
+        Args:
+            directory: the folder to write into.
+            bound: bytes that the record may take.
+            claimed: whether `claim` gave the directory to this record, which then lets go of it when it is closed; any other is
+                left as it is.
+
+        Raises:
+            TypeError, ValueError: `bound` is not a whole number above 0.
+
+        """
+        if isinstance(bound, bool) or not isinstance(bound, int):
+            raise TypeError(f"bound must be a whole number of bytes, got {bound!r}")
+        if bound < 1:
+            raise ValueError(f"bound must be at least 1 byte, got {bound}")
+        self._path = Path(directory) / NAME
+        self._bound = self._limit = bound
+        self._claimed = claimed
+        self._file: TextIO | None = None
+        self._size = 0
+        self._thinned = 0
+        self._resumed = False
+        self._model: ModelInfo | None = None
+        self._models = 0
+        self._open: dict[tuple[object, ...], Alert] = {}
+
+    def __call__(self, report: Report) -> None:
+        """Append what the report adds.
+
+        Raises:
+            OSError: it cannot be written, or somebody has deleted it.
+
+        """
+        file = self._file or self._begin()
+        if os.fstat(file.fileno()).st_nlink == 0 and not self._path.exists():  # what is written now nobody will ever read
+            raise FileNotFoundError(f"{self._path} was deleted while it was written")
+        snapshot = report.snapshot
+        if self._model is not snapshot.model:
+            self._model, self._models = snapshot.model, self._models + 1
+            self._write({"model": to_plain(snapshot.model)})
+        self._write({"snapshot": snapshot_to_plain(snapshot, self._models - 1)})
+        for alert in report.cleared:
+            self._open.pop(_key(alert), None)
+            self._write({"alert": to_plain(alert)})
+        for alert in report.open:
+            known = self._open.get(_key(alert))
+            if known is None or known.severity is not alert.severity:
+                self._write({"alert": to_plain(alert)})
+            self._open[_key(alert)] = alert
+        file.flush()
+        if self._size > self._limit:
+            self._thin()
+
+    def resume(self) -> None:
+        """Append to the record that is there, instead of replacing it."""
+        self._resumed = True
+
+    def close(self) -> None:
+        """Write the alerts that are open as they are now, and close the file."""
+        try:
+            for alert in self._open.values():
+                self._write({"alert": to_plain(alert)})
+            if self._size > self._limit:
+                self._thin()
+        finally:
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
+            if self._claimed:
+                self._claimed = False  # from now on it may be another's
+                release(self._path.parent)
+
+    def _begin(self) -> TextIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._resumed and self._path.exists() and self._whole_lines():
+            run = _read(self._path)
+            self._models, self._thinned, self._size = len(run.models), run.thinned, self._path.stat().st_size
+            self._file = self._path.open("a", encoding="utf-8")
+        else:
+            self._file = self._path.open("w", encoding="utf-8")
+            self._write({"format": FORMAT})
+        return self._file
+
+    def _whole_lines(self) -> bool:
+        """Take off the half line that a killed process left, because it would spoil the next one; tell whether anything is left."""
+        with self._path.open("rb+") as file:
+            return file.truncate(file.read().rfind(b"\n") + 1) > 0
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            text = to_json(line) + "\n"
+            self._file.write(text)
+            self._size += len(text)
+
+    def _thin(self) -> None:
+        """Drop every second snapshot of the older three quarters, into a new file that takes the place of the old one."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
+        drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
+        self._thinned += len(drop)
+        drop |= _fold_alerts(lines)
+        kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]
+        fresh = self._path.with_suffix(".new")
+        try:
+            fresh.write_text("".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8")
+            fresh.replace(self._path)
+        except OSError:
+            fresh.unlink(missing_ok=True)
+            raise
+        self._size = self._path.stat().st_size
+        # Where alerts alone fill the bound, the record outgrows it: better than to write it anew at every step.
+        self._limit = max(self._bound, self._size * 4 // 3)
+        self._file = self._path.open("a", encoding="utf-8")
+
+
+def _fold_alerts(lines: list[str]) -> set[int]:
+    """Put the newest word on each alert where the first one stands; give the numbers of the lines that then say nothing new."""
+    first: dict[tuple[object, ...], int] = {}
+    later = set()
+    for number, line in enumerate(lines):
+        if line.startswith('{"alert"'):
+            alert = from_plain(Alert, from_json(line)["alert"])
+            place = first.setdefault((*_key(alert), alert.began), number)
+            if place != number:
+                lines[place] = line
+                later.add(number)
+    return later
+
+
+def read_run(path: str | os.PathLike[str]) -> Run:
+    """Read the record of a run.
+
+    Args:
+        path: the record, its folder, or a log directory with one run in or below it.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: there are several runs (use `read_runs`), or this is not a record of this format.
+
+    """
+    runs = read_runs(path)
+    if len(runs) > 1:
+        raise ValueError(f"{path} holds {len(runs)} runs, and one is wanted: {', '.join(runs)}")
+    return next(iter(runs.values()))
+
+
+def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
+    """Read every record in or below `path`, each under the name of its folder as seen from there.
+
+    Raises:
+        FileNotFoundError: there is no record.
+        ValueError: a file is not a record of this format.
+
+    """
+    top = Path(path)
+    found = [top] if top.is_file() else sorted(p for p in top.rglob(NAME) if p.is_file())  # to open a pipe would wait for ever
+    if not found:
+        raise FileNotFoundError(f"no {NAME} in or below {top}: was it written by gradwatch.watch(..., logdir=...)?")
+    return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file) for file in found}
+
+
+@dataclass
+class _Draft:
+    models: list[ModelInfo] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
+
+
+def _read(file: Path) -> Run:
+    draft, thinned, broken, truncated = _Draft(), 0, 0, False
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        for number, line in enumerate(_lines(stream)):
+            try:
+                content = from_json(line)
+                if number == 0:
+                    thinned = _begun(content)
+                _take(draft, content)
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
+                if number == 0:
+                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
+            if len(draft.snapshots) > _MOST:
+                thinned += len(draft.snapshots[1 : _MOST * 3 // 4 : 2])
+                del draft.snapshots[1 : _MOST * 3 // 4 : 2]
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
+    return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated)
+
+
+def _lines(stream: TextIO) -> Iterator[str]:
+    """Return the lines of a file, of one that is too long its beginning."""
+    while line := stream.readline(_LONGEST):
+        end = line
+        while len(end) == _LONGEST and not end.endswith("\n"):
+            end = stream.readline(_LONGEST)
+        yield line if end is line else line[:80] + "\n"
+
+
+def _begun(content: dict[str, Any]) -> int:
+    """Check the first line, and give the number of snapshots that were dropped."""
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}")
+    return int(content.get("thinned", 0))
+
+
+def _take(draft: _Draft, content: dict[str, Any]) -> None:
+    if not isinstance(content, dict):
+        raise TypeError(f"expected an object, got {content!r:.80}")
+    if "model" in content:
+        draft.models.append(from_plain(ModelInfo, content["model"]))
+    elif "snapshot" in content:
+        plain = content["snapshot"]
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
+    elif "alert" in content:
+        alert = from_plain(Alert, content["alert"])
+        draft.alerts[(*_key(alert), alert.began)] = alert
+
+
+def _key(alert: Alert) -> tuple[object, ...]:
+    return alert.finding.key

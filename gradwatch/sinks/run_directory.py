@@ -1,0 +1,89 @@
+"""The directory of a run: claimed by one live watcher, and let go of."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if sys.platform != "win32":
+    import fcntl
+
+
+_FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+_held: dict[Path, int | None] = {}
+"""Directories of the live watchers of this process, each with what locks it."""
+
+
+def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callable[[], object] = gc.collect) -> Path:
+    """Return the directory for a run below `logdir`, `gradwatch` or `gradwatch-<name>`, with `-2`, ... if a live watcher, of any process, holds it.
+
+    Args:
+        logdir: the folder that it is to be in.
+        name: tells several apart.
+        free: makes watchers that nobody uses let go of theirs; called where this process holds the directory.
+
+    Raises:
+        TypeError, ValueError: `logdir` is no path.
+        NotADirectoryError: it is a file, or is to be in one.
+
+    """
+    if not isinstance(logdir, str | os.PathLike):
+        raise TypeError(f"logdir must be a path, got {logdir!r:.80}")
+    if not os.fspath(logdir) or "\0" in os.fspath(logdir):
+        raise ValueError(f"logdir must be a path, got {os.fspath(logdir)!r:.80}")
+    top = Path(logdir).resolve()
+    if (file := next((p for p in (top, *top.parents) if p.exists()), top)).is_file():
+        raise NotADirectoryError(
+            f"logdir must be a folder, got the file {file}" if file == top else f"logdir must be a folder, and cannot be in the file {file}, got {top}"
+        )
+    first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"
+    if top / first in _held:
+        free()
+    names = itertools.chain([first], (f"{first}-{k}" for k in itertools.count(2)))
+    return next(top / n for n in names if _lock(top / n))
+
+
+def release(directory: Path) -> None:
+    """Let go of a directory that was claimed."""
+    handle = _held.pop(directory, None)
+    if handle is not None:
+        if sys.platform != "win32":
+            with contextlib.suppress(OSError):  # where it could not be locked
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough: a forked child has the handle too
+        os.close(handle)
+    with contextlib.suppress(OSError):  # what has been written keeps it
+        directory.rmdir()
+
+
+def _lock(directory: Path) -> bool:
+    """Hold a directory, which is made, until `release` or the end of this process; False where somebody holds it.
+
+    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with their process.
+    What cannot be made or locked is held within this process only: it is the record that will say why.
+    """
+    if directory in _held:
+        return False
+    handle = None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":
+            handle = os.open(directory / ".lock", os.O_CREAT | os.O_EXCL | os.O_TEMPORARY)
+        else:
+            handle = os.open(directory, os.O_RDONLY)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, FileExistsError):
+        if handle is not None:
+            os.close(handle)
+        return not directory.is_dir()  # a file of that name is nobody's
+    except OSError:
+        pass
+    _held[directory] = handle
+    return True

@@ -1,0 +1,211 @@
+"""Levels by step -> heatmaps."""
+
+from __future__ import annotations
+
+import io
+import math
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from gradwatch.sinks.tensorboard.scalars import FLOOR
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+_COLUMNS = 240
+"""Steps that a heatmap shows; when there are more, every second is dropped."""
+_ROWS = 256
+"""Rows of a heatmap of lags; when there are more lags, each row is of several."""
+_DEEPEST = -12.0
+"""log10 of the share of the maximum below which all lags have the same colour, so that what matters has most of the colours."""
+
+Content = TypeVar("Content")
+
+
+class _Columns(Generic[Content]):
+    """The columns of a picture: bounded, and due to be drawn ever more rarely as the run goes on."""
+
+    def __init__(self, first: int, then: int) -> None:
+        """Draw after `first` columns, and then after `then` more or a quarter more, whichever is later."""
+        self.kept: list[tuple[int, Content]] = []
+        """Steps, and what they show."""
+        self.fresh = True
+        """Whether what was drawn last shows all."""
+        self._stride = 1
+        self._count = 0
+        self._next, self._then = first, then
+
+    def add(self, step: int, content: Content) -> None:
+        if self._count % self._stride == 0:
+            self.kept.append((step, content))
+            if len(self.kept) > _COLUMNS:
+                self.kept, self._stride = self.kept[::2], self._stride * 2
+        self._count += 1
+        self.fresh = False
+
+    def due(self) -> bool:
+        if self._count < self._next or not self.kept:
+            return False
+        self._next = max(self._count + self._then, self._count * 5 // 4)
+        self.fresh = True
+        return True
+
+    @property
+    def steps(self) -> list[int]:
+        return [step for step, _ in self.kept]
+
+
+class LayerPicture:
+    """The heatmap of layers by steps."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.columns: _Columns[array[float]] = _Columns(20, 80)
+        """Levels along `_names`."""
+        self._names: list[str] = []
+        self._rows: list[str] = []
+
+    def add(self, step: int, levels: Mapping[str, float], rows: Sequence[str]) -> None:
+        """Add the log10 of the norms of a step, by layer; `rows` are all layers in the order of the forward pass."""
+        if set(rows) != set(self._names):  # another model, and another picture
+            self._names, self.columns.kept = list(rows), []
+        self._rows = list(rows)
+        # What is not finite is not what is not there, which is NaN from here on.
+        self.columns.add(step, array("d", (math.nan if n not in levels else math.inf if math.isnan(levels[n]) else levels[n] for n in self._names)))
+
+    def png(self) -> tuple[int, int, bytes]:
+        """Draw it; see `heatmap`."""
+        import numpy as np
+
+        place = {name: i for i, name in enumerate(self._names)}
+        values = np.array([column for _, column in self.columns.kept]).T[[place[row] for row in self._rows]]
+        return heatmap(values, self._rows, self.columns.steps, title="log10 of the gradient norm")
+
+
+class LagPicture:
+    """The heatmap of lags by steps of one module, with its horizon; it keeps at most half a megabyte."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self.columns: _Columns[tuple[Floats, float]] = _Columns(4, 16)
+        """Levels by rows of `_width` lags, and the horizon in lags, NaN where it is not known."""
+        self._width = 1
+        self._lags = 0
+
+    def add(self, step: int, levels: Sequence[float], horizon: int | None) -> None:
+        """Add the log10 of a gain over its maximum, from lag 0 back."""
+        import numpy as np
+
+        column = np.array([math.inf if math.isnan(level) else level for level in levels])
+        self._lags = max(self._lags, len(column))
+        while len(column) > _ROWS * self._width:
+            self._width *= 2
+            self.columns.kept = [(s, (folded(old, 2), h)) for s, (old, h) in self.columns.kept]
+        self.columns.add(step, (folded(column, self._width), math.nan if horizon is None else float(horizon)))
+
+    def png(self) -> tuple[int, int, bytes]:
+        """Draw it; see `heatmap`."""
+        import numpy as np
+
+        rows = max(len(column) for _, (column, _) in self.columns.kept)
+        values = np.array([np.pad(column, (0, rows - len(column)), constant_values=math.nan) for _, (column, _) in self.columns.kept]).T
+        names = [f"lag {row * self._width}" for row in range(rows)]
+        names[-1] = f"lag {self._lags - 1}"
+        line = [horizon / self._width for _, (_, horizon) in self.columns.kept]
+        return heatmap(values, names, self.columns.steps, title="log10 of the gain by lag; white: horizon", line=line, deepest=_DEEPEST)
+
+
+def folded(column: Floats, width: int) -> Floats:
+    """Return the largest of every `width` entries; of the last ones, of as many as there are."""
+    import numpy as np
+
+    return np.fmax.reduceat(column, np.arange(0, len(column), width))
+
+
+def heatmap(
+    values: Floats, rows: Sequence[str], steps: Sequence[int], *, title: str, line: Sequence[float] | None = None, deepest: float = -math.inf
+) -> tuple[int, int, bytes]:
+    """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
+
+    Args:
+        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what is
+            exactly at `FLOOR` (a norm of exactly 0) black.
+        rows: their names; the first and the last are written.
+        steps: the numbers of the columns; the first, the middle and the last are written.
+        title: written on top.
+        line: drawn in white over each column, so many rows from the top; NaN where there is none.
+        deepest: what is below it has the colour of it.
+
+    Returns:
+        Width and height in pixels, and the PNG.
+
+    """
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=18)
+    width, left, right, top, bottom = 480, 8, 74, 56, 32
+    body = min(max(24 * len(rows), 160), 560) if len(rows) <= 560 else len(rows)  # no row may fall between two pixels
+    inside = width - left - right
+    special = {
+        "black: exactly 0": (values == FLOOR, (0, 0, 0)),
+        "grey: none": (np.isnan(values), (150, 150, 150)),
+        "red: NaN or inf": (np.isinf(values), (220, 0, 0)),
+    }
+    drawn = values[np.isfinite(values) & (values != FLOOR)]
+    low, high = (float(drawn.min()), float(drawn.max())) if drawn.size else (-1.0, 0.0)
+    low = max(min(low, high - 3), deepest)  # a span of at least three decades: noise must not look like a fault
+    pixels = _viridis(np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1))
+    legend = []
+    for name, (where, colour) in special.items():
+        pixels[where] = colour
+        legend += [name] * bool(where.any())
+    picture = Image.new("RGB", (width, top + body + bottom + 24 * bool(legend)), "white")
+    picture.paste(Image.fromarray(pixels).resize((inside, body), Image.Resampling.NEAREST), (left, top))
+    bar = _viridis(np.linspace(1, 0, body)[:, None])
+    picture.paste(Image.fromarray(bar).resize((14, body), Image.Resampling.NEAREST), (width - right + 8, top))
+    pen = ImageDraw.Draw(picture)
+    for k, at in enumerate(line or ()):
+        if not math.isnan(at):
+            x, y = left + inside * k / len(steps), top + min(round(body * at / len(rows)), body - 2)
+            right_end = left + inside * (k + 1) / len(steps)
+            pen.rectangle((x, y - 3, right_end, y + 2), fill="black")  # so that it stands out from any colour
+            pen.rectangle((x, y - 1, right_end, y), fill="white")
+
+    def write(x: float, y: float, text: str, anchor: str) -> None:
+        pen.text((x, y), text, fill="black", font=font, anchor=anchor)
+
+    write(left, 20, title, "ls")
+    write(left, top - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls")
+    digits = int(high - low < 6)
+    for share, level, anchor in ((0.0, high, "la"), (0.5, (low + high) / 2, "lm"), (1.0, low, "ld")):
+        write(width - right + 26, top + share * body, f"{round(level, digits) + 0.0:.{digits}f}", anchor)
+    below = top + body + 22
+    write(left, below, f"step {steps[0]}", "ls")
+    if len(steps) > 2:
+        write(left + inside / 2, below, f"{steps[len(steps) // 2]}", "ms")
+    if len(steps) > 1:
+        write(left + inside, below, f"{steps[-1]}", "rs")
+    write(left, below + 24, ", ".join(legend), "ls")
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=6)
+    return picture.width, picture.height, buffer.getvalue()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"...{name[-17:].lstrip('.')}"
+
+
+def _viridis(values: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Colours by linear interpolation between nine anchors of matplotlib's map of that name (CC0)."""
+    import numpy as np
+
+    anchors = np.array(
+        [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)]
+    )
+    at = np.linspace(0, 1, len(anchors))
+    return np.stack([np.interp(values, at, anchors[:, k]) for k in range(3)], axis=-1).astype(np.uint8)

@@ -1,0 +1,155 @@
+"""Reports -> numbers by tag."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+
+from gradwatch.values.layer_columns import sensitivities
+from gradwatch.values.report import Report, Severity
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
+
+FLOOR = -45.0
+"""log10 at which a size of exactly 0 is drawn: the smallest float32 above 0 is 1.4e-45."""
+GROUPS = 64
+"""Above so many layers the charts are of blocks: their names cut after as many parts as keeps them below."""
+
+
+class Groups:
+    """Which parameters go into which chart."""
+
+    def __init__(self, model: ModelInfo, *, parameters: bool = False, most: int = GROUPS) -> None:
+        """Group by layer (in the order of the forward pass), by block where there are more than `most`, or not at all."""
+        self.model = model
+        self._blocked = not parameters and len(model.layers) > most
+        if parameters:
+            self.members: dict[str, list[int]] = {tag_safe(p.name): [i] for i, p in enumerate(model.parameters)}
+        else:
+            block = _blocks(model.layers, most)
+            top = "model" if "model" not in block.values() else "(model)"
+            self.members = {tag_safe(block[model.layers[i].name] or top): [] for i in model.forward_order}
+            for i, p in enumerate(model.parameters):
+                self.members[tag_safe(block[p.layer] or top)].append(i)
+        self.rows = list(self.members)
+
+    def unblocked(self) -> Groups:
+        """Return the groups of the pictures, which have room for every layer."""
+        return Groups(self.model, most=len(self.model.layers)) if self._blocked else self
+
+    def norms(self, column: Column) -> dict[str, float]:
+        """Return the root of the sum of squares over each group; what has no number is left out."""
+        return {name: math.hypot(*values) for name, members in self.members.items() if (values := [v for i in members if (v := column[i]) is not None])}
+
+
+def scalars(report: Report) -> dict[str, float]:
+    """Return what TensorBoard shows as scalars, by tag: for loggers that know only numbers."""
+    return scalars_of(report, Groups(report.snapshot.model))
+
+
+def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
+    """Return the same, with the layers grouped."""
+    snapshot = report.snapshot
+    norms = groups.norms(snapshot.norm)
+    levels = {name: log10(value) for name, value in norms.items()}
+    found: dict[str, float] = {}
+    if levels:
+        known = [level for level in levels.values() if not math.isnan(level)] or [math.nan]
+        found = {
+            "gradwatch/norm_global": log10(math.hypot(*norms.values())),
+            "gradwatch/norm_min": min(known),
+            "gradwatch/norm_median": statistics.median(known),
+            "gradwatch/norm_max": max(known),
+            "gradwatch/zero_norms": float(sum(n == 0 for n in norms.values())),
+        }
+    found["gradwatch/alerts_open"] = float(sum(alert.severity > Severity.INFO for alert in report.open))
+    if snapshot.loss is not None:
+        found["gradwatch/loss"] = snapshot.loss
+    if snapshot.clip_factor is not None:
+        found["gradwatch/clip_factor"] = snapshot.clip_factor
+    found.update((f"gradwatch_norm/{name}", level) for name, level in levels.items())
+    if snapshot.weight_norm is not None:
+        found.update((f"gradwatch_sensitivity/{name}", log10(value)) for name, value in groups.norms(sensitivities(snapshot)).items())
+    if snapshot.update_ratio is not None:
+        ratios = snapshot.update_ratio
+        for name, members in groups.members.items():
+            moved = [r for i in members if (r := ratios[i]) is not None]
+            if moved:
+                found[f"gradwatch_update/{name}"] = log10(max(moved))
+    found.update(_through_time(snapshot))
+    return found
+
+
+def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
+    """Return the memories, the gain over its maximum at a few lags, and the gradients there."""
+    for name, stats in gains(snapshot).items():
+        memory = stats.memory
+        if memory is not None:
+            yield f"gradwatch/horizon/{name}", float(memory.horizon)
+            if memory.half_life is not None:
+                yield f"gradwatch/half_life/{name}", memory.half_life
+        levels = gain_levels(stats)
+        yield from ((f"gradwatch_time/{name}/lag_{lag:05d}", levels[lag]) for lag in _few(len(levels)))
+    for stats in snapshot.sequences or ():
+        if stats.scaled:  # by a factor that nobody knows: what looks like a fall may be the loss scale
+            continue
+        for part, series in (("input", stats.grad_input), (stats.part, stats.grad_hidden)):
+            if series:
+                tag = f"gradwatch_time_grad/{_name(stats.module)}/{part or 'hidden'}"
+                yield from ((f"{tag}/lag_{lag:05d}", log10(series[-1 - lag])) for lag in _few(len(series)))
+
+
+def _few(length: int) -> Iterator[int]:
+    """Return the lags 0, 1, 2, 4, ... of a sequence."""
+    lag = 0
+    while lag < length:
+        yield lag
+        lag = lag * 2 or 1
+
+
+def gains(snapshot: Snapshot) -> dict[str, SequenceStats]:
+    """Return what has a gain by lag, by the name that it has in tags: "model" is the model itself, its own memory before that of its input."""
+    with_gain = [s for s in snapshot.sequences or () if s.lag_gain and s.part in ("", "model")]
+    return {_name(s.module if s.part != "model" else ""): s for s in sorted(with_gain, key=lambda s: s.part == "model")}
+
+
+def _name(module: str) -> str:
+    # A module that is itself called so must not be taken for the model, and keeps its name whether or not the model is measured.
+    return f"model-{_mark('model')}" if module == "model" else tag_safe(module) or "model"
+
+
+def gain_levels(stats: SequenceStats) -> list[float]:
+    """Return log10 of a gain by lag over its maximum; what is not finite stays what it is."""
+    gain = stats.lag_gain or ()
+    top = max((g for g in gain if math.isfinite(g)), default=0.0)
+    return [log10(g / top) if top > 0 else log10(g) for g in gain]
+
+
+def log10(value: float) -> float:
+    """Return log10 of a size, -45 for exactly 0, and NaN and infinity for themselves."""
+    return math.log10(value) if 0 < value < math.inf else FLOOR if value == 0 else value
+
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_./-]")
+
+
+def tag_safe(name: str) -> str:
+    """Return the name as a tag; one that has to change gets a hash, so that no two become the same."""
+    safe = _UNSAFE.sub("_", name)
+    return name if safe == name else f"{safe}-{_mark(name)}"
+
+
+def _mark(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:4]
+
+
+def _blocks(layers: Sequence[LayerInfo], most: int) -> dict[str, str]:
+    deepest = max((layer.name.count(".") + 1 for layer in layers), default=1)
+    for parts in range(deepest, -1, -1):
+        block = {layer.name: ".".join(layer.name.split(".")[:parts]) for layer in layers}
+        if len(set(block.values())) <= most or parts == 0:
+            break
+    return block

@@ -1,0 +1,125 @@
+"""A sink that writes one Summary a step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gradwatch.sinks.tensorboard import messages as parts
+from gradwatch.sinks.tensorboard.events import EventFile
+from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture
+from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, log10, scalars_of
+from gradwatch.values.report import Report
+
+_BUCKETS = 128
+"""Buckets of a ridge plot of lags: more than TensorBoard draws."""
+
+
+class TensorBoardSink:
+    """A sink that writes into its own event file in a directory, or through a user's SummaryWriter.
+
+    Tags: `gradwatch/norm_global`, `norm_min`, `norm_median`, `norm_max`, `zero_norms`, `alerts_open`, `clip_factor`, `loss`;
+    `gradwatch_norm/<layer>` at measured steps; `gradwatch_sensitivity/<layer>`, `gradwatch_update/<layer>`,
+    `gradwatch_profile/layers` at probes; `gradwatch_heatmap/layers` now and then and at the end; `gradwatch/alerts`.
+    Through time, at probes: `gradwatch/horizon/<module>`, `gradwatch/half_life/<module>` in timesteps; `gradwatch_time/<module>/lag_00064`, the gain by lag
+    over its maximum; `gradwatch_time_grad/<module>/<part>/lag_00064`, the gradients of input and hidden state, left out under a loss scale that is not known;
+    `gradwatch_heatmap/lags/<module>`, `gradwatch_profile/lags/<module>`. The module is "model" where it is the model itself.
+    Norms, sensitivities, updates, gains and gradients are log10; exactly 0 is drawn at -45.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | Any, *, parameters: bool = False) -> None:  # noqa: ANN401  (torch's writer, or another's)
+        """Write to `target`, a directory or a SummaryWriter; with `parameters`, charts are of each parameter, not of each layer."""
+        if isinstance(target, str | os.PathLike):
+            self._events: EventFile | None = EventFile(Path(target))
+            self._write: Callable[[Any], None] = self._events.write
+        elif hasattr(target, "_get_file_writer"):
+            self._events = None
+            self._write = target._get_file_writer().event_writer.add_event
+        else:
+            raise TypeError(f"target must be a directory or a torch.utils.tensorboard.SummaryWriter, got {type(target).__name__}")
+        self._parameters = parameters
+        self._event: Any = None
+        self._tags: list[str] = []
+        self._picture = LayerPicture()
+        self._lags: dict[str, LagPicture] = {}
+        self._groups: Groups | None = None
+        self._rows: Groups | None = None
+        self._last: Report | None = None
+
+    def __call__(self, report: Report) -> None:
+        """Write one Summary."""
+        if self._groups is None or self._rows is None or self._groups.model is not report.snapshot.model:
+            self._groups = Groups(report.snapshot.model, parameters=self._parameters)
+            self._rows = self._groups.unblocked()
+        rows = self._rows
+        self._last = report
+        event = self._fill(scalars_of(report, self._groups))
+        event.wall_time, event.step = report.snapshot.wall_time, report.snapshot.step
+        levels = {name: log10(norm) for name, norm in rows.norms(report.snapshot.norm).items()}
+        self._picture.add(report.snapshot.step, levels, rows.rows)
+        extra = []
+        if report.snapshot.weight_norm is not None and levels:
+            extra.append(parts.profile("gradwatch_profile/layers", [levels.get(row) for row in rows.rows]))
+        if report.began or report.cleared:
+            extra.append(parts.text(report))
+        if self._picture.columns.due():
+            extra.append(parts.image("gradwatch_heatmap/layers", self._picture.png()))
+        extra += self._through_time(report)
+        if extra:
+            from tensorboard.compat.proto.event_pb2 import Event
+
+            full = Event()
+            full.CopyFrom(event)
+            full.summary.value.extend(extra)
+            event = full
+        self._write(event)
+
+    def resume(self) -> None:
+        """Leave the events of an earlier run where they are, because this one goes on with it."""
+        if self._events is not None:
+            self._events.resumed = True
+
+    def _through_time(self, report: Report) -> list[Any]:
+        """Return the ridge of each gain by lag, and the heatmaps that are due."""
+        values = []
+        for name, stats in gains(report.snapshot).items():
+            levels = gain_levels(stats)
+            picture = self._lags.setdefault(name, LagPicture())
+            picture.add(report.snapshot.step, levels, stats.horizon)
+            width = -(-len(levels) // _BUCKETS)
+            values.append(parts.profile(f"gradwatch_profile/lags/{name}", [max(levels[i : i + width]) for i in range(0, len(levels), width)], width))
+            if picture.columns.due():
+                values.append(parts.image(f"gradwatch_heatmap/lags/{name}", picture.png()))
+        return values
+
+    def close(self) -> None:
+        """Draw the heatmaps of the whole run, and close the file if it is ours."""
+        last, self._last = self._last, None
+        try:
+            pictures: dict[str, LayerPicture | LagPicture] = {"layers": self._picture, **{f"lags/{name}": picture for name, picture in self._lags.items()}}
+            stale = {name: picture for name, picture in pictures.items() if not picture.columns.fresh}
+            if last is not None and stale:
+                from tensorboard.compat.proto.event_pb2 import Event
+
+                event = Event(wall_time=time.time(), step=last.snapshot.step)
+                event.summary.value.extend(parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items())
+                self._write(event)
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+    def _fill(self, scalars: Mapping[str, float]) -> Any:  # noqa: ANN401  (a protobuf message)
+        """Put the numbers into an event that is kept from step to step: making the tags anew costs more than all else."""
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        tags = list(scalars)
+        if tags != self._tags or self._event is None:
+            self._tags, self._event = tags, Event()
+            for tag in tags:
+                self._event.summary.value.add(tag=tag)
+        for value, number in zip(self._event.summary.value, scalars.values(), strict=True):
+            value.simple_value = number
+        return self._event

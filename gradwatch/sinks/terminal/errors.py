@@ -1,0 +1,48 @@
+"""What is wrong with a model -> the text of an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.text import Text
+
+from gradwatch.values.report import Alert, Explanation, Report
+from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats
+
+if TYPE_CHECKING:
+    pass
+
+from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.lag_profile import LagProfile
+from gradwatch.sinks.terminal.layer_table import layer_table
+from gradwatch.sinks.terminal.page import WIDTH, plain_text
+
+
+def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
+    """Return the text of an error: what is wrong, why, what to do, and the layers with the least gradient."""
+    count = len(report.snapshot.model.layers)
+    title = f"the gradients of this model are not healthy: {', '.join(sorted({a.finding.kind for a in wrong}))}"
+    shown = f"The {most} layers of {count} with the smallest gradients" if count > most else "The layers"
+    return plain_text(
+        Group(
+            Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)
+        ),
+        WIDTH,
+    )
+
+
+def horizon_error(stats: SequenceStats, words: Explanation) -> str:
+    """Return the text of an error: the horizon that was measured, what a horizon is, why it is so short, what to do, and the gain by lag.
+
+    Args:
+        stats: what was measured; with a `need`.
+        words: what that means.
+
+    """
+    definition = f"horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below {HORIZON_GAIN:g} of its maximum from there on"
+    return plain_text(
+        Group(Text(f"{words.message}\n"), Text(definition), Text(f"why: {words.cause}"), Text(f"try: {words.remedy}"), LagProfile(stats)),
+        WIDTH,
+    )

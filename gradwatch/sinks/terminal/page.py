@@ -1,0 +1,116 @@
+"""Reports and runs -> what people read in a terminal and a notebook."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
+from rich.text import Text
+
+from gradwatch.values.history import History
+from gradwatch.values.report import Report, Severity
+from gradwatch.values.sequences import SequenceStats, reaches
+from gradwatch.values.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from gradwatch.sinks.record import Run
+
+from gradwatch.sinks.log import printable
+from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
+from gradwatch.sinks.terminal.layer_table import layer_table
+
+WIDTH = 100
+_PROFILES = 3
+"""Lag profiles that it draws."""
+
+
+class Harmless:
+    """What a terminal would obey in it, for instance in the names of a foreign record, is made visible."""
+
+    def __init__(self, content: RenderableType) -> None:
+        """Wrap anything that can be printed."""
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Print it."""
+        for segment in console.render(self._content, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = WIDTH) -> str:
+    """Return how far back the model learns, the table of layers and the open alerts as plain text.
+
+    Args:
+        report: what to show.
+        sequences: those of the last probe, for a report of a step between two.
+        width: longest line.
+
+    """
+    return plain_text(_report(report, sequences), width)
+
+
+def plain_text(content: RenderableType, width: int) -> str:
+    """Return what would be printed, without colours."""
+    out = io.StringIO()
+    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(Harmless(content))
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = WIDTH) -> str:
+    """Return the same as HTML, for notebooks."""
+    console = Console(file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="truecolor")
+    console.print(Harmless(_report(report, sequences)))
+    return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
+
+
+def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
+    snapshot = report.snapshot
+    title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
+    return Group(*reach_lines(snapshot.sequences or sequences), Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
+
+
+def run_summary(run: Run, name: str = "") -> RenderableType:
+    """Return what happened in a run: how far back it learns, the verdict, the lag profile, the layers with the least gradient, the alerts."""
+    history = History()
+    newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
+    for snapshot in run.snapshots:
+        history.add(snapshot)
+        newest[snapshot.optimizer] = snapshot, history.ratios(1)[-1].tolist()
+    sequences = next((s.sequences for s in reversed(run.snapshots) if s.sequences), ())
+    lines = reach_lines(sequences, name)
+    parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
+    parts += [LagProfile(stats) for stats, _ in reaches(sequences) if stats.lag_gain is not None][:_PROFILES]
+    for last, ratios in newest.values():
+        known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
+        whose = f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps," if last.optimizer is not None and len(newest) > 1 else ""
+        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
+        parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
+    parts += alert_lines(run.alerts)
+    parts += note_lines(run)
+    return Group(*parts)
+
+
+def note_lines(run: Run) -> list[RenderableType]:
+    """Say what the record lacks."""
+    notes = []
+    if not run.snapshots:
+        notes.append("no step was recorded")
+    if run.thinned:
+        notes.append(f"{run.thinned} of the older snapshots were dropped to keep the record's bound")
+    if run.broken:
+        notes.append(f"{run.broken} lines of the record could not be read")
+    return [Text(f"\nNote: {note}.") for note in notes]
+
+
+def verdict(run: Run, name: str = "") -> str:
+    """Say in one line how the run went."""
+    steps = f"{len(run.snapshots)} measured steps" + (f", {run.snapshots[0].step} to {run.snapshots[-1].step}" if run.snapshots else "")
+    bad = [a for a in run.alerts if a.severity > Severity.INFO]
+    still = sum(a.cleared is None for a in bad)
+    said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
+    return f"{name + ': ' if name else ''}{steps}: {said}"

@@ -1,8 +1,0 @@
-"""Reports -> TensorBoard: scalars, heatmaps, ridge plots, and the text of alerts, one Summary a step."""
-
-from __future__ import annotations
-
-from gradwatch.tensorboard.scalars import scalars
-from gradwatch.tensorboard.sink import TensorBoardSink
-
-__all__ = ["TensorBoardSink", "scalars"]

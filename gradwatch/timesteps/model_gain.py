@@ -1,0 +1,33 @@
+"""The gain by lag of a model as a whole, on its way from the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats, memory
+
+Timesteps = Literal["auto"] | Mapping[str, int | None]
+"""Sequence modules beside the recurrent ones: by name, the dimension of time of their input; None where each call is one timestep."""
+
+
+@dataclass(frozen=True)
+class ModelGain:
+    """The gain by lag of a model on one batch, still on the device."""
+
+    place: str
+    """Name of the module whose input is meant; "" is the model's own."""
+    rows: int
+    numbers: Tensor
+    """Float64: timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
+    note: str | None = None
+
+    def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
+        """Make the `numbers`, copied from the device, a value; below this share of its maximum a gain counts as gone."""
+        length = int(numbers[0])
+        gain = tuple(numbers[1 : 1 + length])
+        found = memory(gain, share)
+        return SequenceStats("", "model", length, self.rows, lag_gain=gain, censored=None if found is None else found.censored, note=self.note)

@@ -1,0 +1,1 @@
+"""What flows: plain values, and the arithmetic on them. Imports nothing of gradwatch but itself."""

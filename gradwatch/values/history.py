@@ -1,0 +1,381 @@
+"""The fold over snapshots that detectors read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.values.layer_columns import Layout
+from gradwatch.values.plain import from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.values.report import Finding
+from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
+from gradwatch.values.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+KEPT = 50
+"""Snapshots and losses that are remembered, per optimizer."""
+EDGE = 5
+"""Losses over whose median the beginning and the end of a run are compared."""
+PROBES = 8
+"""Probes that saw sequences which are remembered, per optimizer: there may be hundreds of measured snapshots between two of them."""
+
+
+@dataclass(slots=True)
+class Track:
+    """What is remembered of one optimizer."""
+
+    snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
+    probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
+    """Those that have `sequences`, however long ago."""
+    sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    best_loss: float | None = None
+    """The lowest median of `EDGE` losses in a row."""
+    first_norms: list[float] = field(default_factory=list)
+    """Finite global norms of the first window, the measure for later ones."""
+    added: int = 0
+    """How many snapshots there were."""
+    skipped: int = 0
+    """Steps in a row that a GradScaler skipped, up to now."""
+
+
+class History:
+    """What detectors may know: the last snapshots of each optimizer, the first and last losses, the best ratios.
+
+    `add` folds a snapshot in; everything else reads, and speaks of the optimizer that took the newest step.
+    Arrays have one row per snapshot, oldest first, and one column per layer of `model.layers`.
+    """
+
+    def __init__(self, thresholds: Thresholds | None = None) -> None:
+        """Begin with nothing seen."""
+        self.thresholds = thresholds or Thresholds()
+        self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
+        """Keys of the alerts that are open, for hysteresis."""
+        self.best_ratio: dict[str, float] = {}
+        """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
+        self._tracks: dict[int | None, Track] = {}
+        self._now: int | None = None
+        self._weight_norms: dict[str, float] = {}
+        self._layout: Layout | None = None
+        self._improved: tuple[bool | None] | None = None
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Fold one snapshot in."""
+        import numpy as np
+
+        self._now = snapshot.optimizer
+        track = self._tracks.setdefault(self._now, Track())
+        if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
+            for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
+                column.clear()
+        track.skipped = track.skipped + 1 if snapshot.skipped else 0
+        if self._layout is None or self._layout.model is not snapshot.model:
+            self._layout = Layout.of(snapshot.model, self._weight_norms)
+        layout = self._layout
+        if snapshot.weight_norm is not None:
+            self._weight_norms.update((p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None)
+            layout.weigh(self._weight_norms)
+        # The gradients of a skipped step are not those of the loss: its row says nothing.
+        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
+        sensitivity = layout.combine(norms)
+        track.snapshots.append(snapshot)
+        if snapshot.sequences is not None:
+            track.probes.append(snapshot)
+        track.sensitivities.append(sensitivity)
+        track.ratios.append(layout.over_later(sensitivity))
+        self._improved = None
+        track.added += 1
+        if track.added % EDGE == 0:
+            self._note_best(track)
+        if snapshot.skipped:
+            return
+        total = snapshot.norm_global
+        if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
+            track.first_norms.append(total)
+        if snapshot.loss is not None:
+            self._add_loss(track, snapshot.loss)
+
+    def _note_best(self, track: Track) -> None:
+        """Note where the ratios of the last snapshots were the best so far.
+
+        One snapshot proves nothing: in a homogeneous network all layers have the same sensitivity at initialization,
+        however little gradient each of their weights gets. So what counts is the median of a few.
+        """
+        import numpy as np
+
+        level = np.median(np.stack(_last(track.ratios, EDGE)), axis=0)
+        for layer, value in zip(track.snapshots[-1].model.layers, level.tolist(), strict=True):
+            if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
+                self.best_ratio[layer.name] = value
+
+    @staticmethod
+    def _add_loss(track: Track, loss: float) -> None:
+        loss = math.inf if math.isnan(loss) else loss  # so that medians know where it stands
+        track.last_losses.append(loss)
+        if len(track.first_losses) < EDGE:
+            track.first_losses.append(loss)
+        level = statistics.median(list(track.last_losses)[-EDGE:])
+        if len(track.last_losses) >= EDGE and (track.best_loss is None or level < track.best_loss):
+            track.best_loss = level
+
+    # --- what detectors read ---
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a snapshot."""
+        return self._now in self._tracks
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The newest snapshot."""
+        return self._track.snapshots[-1]
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model as the newest snapshot describes it."""
+        return self.snapshot.model
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the optimizer of the newest snapshot is Adam-like."""
+        optimizer = self.snapshot.optimizer
+        return optimizer is not None and self.model.optimizers[optimizer].adaptive
+
+    @property
+    def count(self) -> int:
+        """How many snapshots there were, the forgotten ones included."""
+        return self._track.added
+
+    @property
+    def skipped(self) -> int:
+        """Steps in a row that a GradScaler skipped, up to now."""
+        return self._track.skipped
+
+    @property
+    def first_norms(self) -> Sequence[float]:
+        """Global gradient norms of the first window."""
+        return self._track.first_norms
+
+    def window(self, count: int | None = None) -> list[Snapshot]:
+        """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
+        return _last(self._track.snapshots, count)
+
+    def looks(self, count: int | None = None) -> list[Snapshot]:
+        """Return the last `count` of the snapshots that are kept and that have `activations` (default: all), oldest first."""
+        return _last([s for s in self.window() if s.activations is not None], count)
+
+    def weight_norms(self, *, first: bool = False) -> Column | None:
+        """Return the norms of the parameters as they are now, or as far back as is remembered; None where they were not measured."""
+        window = self.window()
+        return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
+
+    def sensitivities(self, count: int) -> Floats:
+        """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none. Shape (<= count, layers)."""
+        import numpy as np
+
+        return np.stack(_last(self._track.sensitivities, count))
+
+    def ratios(self, count: int) -> Floats:
+        """Return each layer's sensitivity over the largest of the layers after it in the forward pass. Shape (<= count, layers)."""
+        import numpy as np
+
+        return np.stack(_last(self._track.ratios, count))
+
+    @property
+    def order(self) -> Sequence[int]:
+        """Numbers of the layers in the order of the forward pass, as `ModelInfo.forward_order`."""
+        return self._shape.forward
+
+    @property
+    def numbers(self) -> Mapping[str, int]:
+        """The number of each layer by its name."""
+        return self._shape.numbers
+
+    @property
+    def inner(self) -> Sequence[str]:
+        """Names of the layers that no other layer lies in, in the order of the forward pass."""
+        return self._shape.inner
+
+    def gains(self, *, first: bool = False) -> Floats:
+        """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; NaN where it has none.
+
+        It is `||W|| / sqrt(rows)`: as it is now, or as far back as is remembered. Shape (layers,).
+        """
+        import numpy as np
+
+        known, shape = self.weight_norms(first=first), self._shape
+        found = np.full(len(self.model.layers), np.nan)
+        if known is not None:
+            found[shape.weighed] = np.array(known, dtype=float)[shape.largest] / shape.rows
+        return found
+
+    def elements(self, *roles: Role) -> Floats:
+        """Return the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
+        import numpy as np
+
+        found: Floats = np.where(np.isin(self._shape.roles, roles), self._shape.elements, 0.0)
+        return found
+
+    def sequences(self, count: int = PROBES) -> list[Snapshot]:
+        """Return the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
+        return _last(self._track.probes, count) if self.begun else []
+
+    def losses(self, count: int) -> list[float]:
+        """Return the last `count` known losses."""
+        return _last(self._track.last_losses, count)
+
+    @property
+    def first_loss(self) -> float | None:
+        """Median of the first five losses; None where the loss is not known."""
+        return statistics.median(self._track.first_losses) if self._track.first_losses else None
+
+    @property
+    def best_loss(self) -> float | None:
+        """The lowest median of five losses in a row; None where the loss is not known."""
+        return self._track.best_loss
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
+        if self._improved is None:  # asked for by several detectors at every snapshot
+            self._improved = (self._has_improved(),)
+        return self._improved[0]
+
+    def _has_improved(self) -> bool | None:
+        track = self._track
+        if track.best_loss is None or len(track.last_losses) < 2 * EDGE:
+            return None
+        first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
+        if not math.isfinite(first) or not math.isfinite(last):
+            return False
+        gain = first - track.best_loss
+        return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+
+    @property
+    def at_best(self) -> bool:
+        """Whether the last losses are the best so far, and below the first: a plateau that is being left."""
+        best, first, last = self.best_loss, self.first_loss, self.losses(EDGE)
+        return best is not None and first is not None and len(last) == EDGE and statistics.median(last) <= best < first
+
+    def sound_once(self, layer: int) -> bool:
+        """Tell whether this layer once had a gradient that was worth something beside those of later layers."""
+        name = self.model.layers[layer].name
+        return self.best_ratio.get(name, 0.0) >= self.thresholds.of(name).vanishing_sound
+
+    def is_open(self, code: str, place: str) -> bool:
+        """Tell whether an alert of this rule is open at this place."""
+        return any(key[0] == code and key[1] == place for key in self.open)
+
+    def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
+        """Group layers that follow one another in the forward pass: one fault is one finding, however many layers it reaches.
+
+        Args:
+            chosen: numbers of the layers to group.
+            among: the layers that count as neighbours; the others are passed over.
+
+        """
+        found: list[list[int]] = []
+        before = False
+        for index in self.order:
+            if index not in among:
+                continue
+            if index in chosen:
+                found[-1].append(index) if before else found.append([index])
+            before = index in chosen
+        return found
+
+    def since(self, holds: Iterable[bool]) -> int:
+        """Return the step at which the newest unbroken run of `holds` (one per snapshot, the newest last) began."""
+        flags = list(holds)
+        run = len(list(itertools.takewhile(bool, reversed(flags))))
+        return self.window(max(run, 1))[0].step
+
+    # --- to go on after a stop ---
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is remembered as dicts, lists, numbers and strings."""
+        models: list[ModelInfo] = []
+        tracks = []
+
+        def plain(snapshot: Snapshot) -> dict[str, Any]:
+            if not any(snapshot.model is m for m in models):
+                models.append(snapshot.model)
+            return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
+
+        for optimizer, track in self._tracks.items():
+            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]  # the others need not stand twice
+            tracks.append(
+                {
+                    "optimizer": optimizer,
+                    "snapshots": [plain(s) for s in track.snapshots],
+                    "probes": [plain(s) for s in older],
+                    "sensitivities": [row.tolist() for row in track.sensitivities],
+                    "ratios": [row.tolist() for row in track.ratios],
+                    "first_losses": list(track.first_losses),
+                    "last_losses": list(track.last_losses),
+                    "best_loss": track.best_loss,
+                    "first_norms": list(track.first_norms),
+                    "added": track.added,
+                    "skipped": track.skipped,
+                }
+            )
+        return {
+            "models": [to_plain(m) for m in models],
+            "tracks": tracks,
+            "now": self._now,
+            "best_ratio": dict(self.best_ratio),
+            "weight_norms": dict(self._weight_norms),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        import numpy as np
+
+        models = [from_plain(ModelInfo, m) for m in state["models"]]
+        self._tracks = {}
+        for plain in state["tracks"]:
+            track = self._tracks[plain["optimizer"]] = Track()
+            track.snapshots.extend(snapshot_from_plain(s, models) for s in plain["snapshots"])
+            track.probes.extend(snapshot_from_plain(s, models) for s in plain.get("probes", ()))
+            track.probes.extend(s for s in track.snapshots if s.sequences is not None)
+            track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
+            track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
+            track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
+            track.last_losses.extend(plain["last_losses"])
+            track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
+        self._now = state["now"]
+        self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
+
+    @property
+    def _track(self) -> Track:
+        return self._tracks[self._now]
+
+    @property
+    def _shape(self) -> Layout:
+        if self._layout is None or self._layout.model is not self.model:  # after a resume
+            self._layout = Layout.of(self.model, self._weight_norms)
+        return self._layout
+
+
+Detector = Callable[[History], Iterable[Finding]]
+"""A pure function of the history: what it finds wrong, now."""
+
+
+def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:
+    return a is b or ([x.name for x in a.layers] == [x.name for x in b.layers] and [p.name for p in a.parameters] == [p.name for p in b.parameters])
+
+
+def _last(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:
+    return list(items) if count is None else list(itertools.islice(items, max(len(items) - count, 0), None))

@@ -1,0 +1,189 @@
+"""Gradients through time as values: how far back something learns, in numbers and in one sentence."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+HORIZON_GAIN = 1e-3
+"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the newest timesteps'."""
+
+
+class Memory(NamedTuple):
+    """How far back a gain by lag reaches, and how it shrinks on the way."""
+
+    horizon: int
+    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n timesteps are within reach."""
+    censored: bool
+    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one may be longer."""
+    decay_rate: float | None
+    """The factor per timestep; None where fewer than two gains are there to tell."""
+    half_life: float | None
+    """Timesteps in which the gain halves, `ln 0.5 / ln decay_rate`; None where it does not shrink."""
+
+
+def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | None:
+    """Return the horizon of a gain by lag and the rate at which it decays.
+
+    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its maximum to the horizon, gains of
+    exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the backward pass.
+
+    Args:
+        lag_gain: gains from lag 0, the newest timestep, back; any unit.
+        share: of the maximum, below which the gain counts as gone.
+
+    Returns:
+        None where there are no gains, or one of them is not finite. Where all are 0 the horizon is 0, and not censored.
+
+    """
+    if not lag_gain or not all(map(math.isfinite, lag_gain)):
+        return None
+    top = max(lag_gain)
+    if top <= 0:
+        return Memory(0, censored=False, decay_rate=None, half_life=None)
+    limit = share * top
+    horizon = next((lag for lag in range(len(lag_gain), 0, -1) if lag_gain[lag - 1] >= limit), 0)
+    peak = lag_gain.index(top)
+    law = slope([(lag, math.log(gain)) for lag, gain in enumerate(lag_gain[peak : horizon + 1], peak) if gain > 0])
+    half_life = math.log(0.5) / law if law is not None and law < 0 else None
+    return Memory(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float | None:
+    """Return the slope of the line that a least-squares fit puts through the points; None below two of them."""
+    if len(points) < 2:
+        return None
+    x, y = (math.fsum(axis) / len(points) for axis in zip(*points, strict=True))
+    return math.fsum((a - x) * (b - y) for a, b in points) / math.fsum((a - x) ** 2 for a, _ in points)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceStats:
+    """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
+
+    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep, back. Norms are Frobenius over the
+    features and over rows of the batch: all of them for `grad_input`, and for the gradients at the states of a cell; else `rows` of them.
+    """
+
+    module: str
+    """Name of the module; "" is the model itself."""
+    part: str = ""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the memory of the model as a whole."""
+    length: int = 0
+    """Timesteps of the longest sequence."""
+    rows: int = 0
+    """Rows of the batch over which the lag gains and the hidden series are taken."""
+    grad_input: tuple[float, ...] | None = None
+    """Norm of dL/dx_t."""
+    grad_hidden: tuple[float, ...] | None = None
+    """Norm of the total dL/dh_t, through the recurrence."""
+    grad_hidden_direct: tuple[float, ...] | None = None
+    """Norm of the part of dL/dh_t that does not come from later timesteps of this layer."""
+    grad_cell: tuple[float, ...] | None = None
+    """Norm of the total dL/dc_t of an LSTM."""
+    carry_ratio: tuple[float, ...] | None = None
+    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the state's gradient at t+1 (Pascanu, 2013)."""
+    lag_gain: tuple[float, ...] | None = None
+    """`||d out_T / d x_{T-lag}||`, root mean square over random cotangents and rows; on parts "" and "model"."""
+    lag_gain_hidden: tuple[float, ...] | None = None
+    """The same from the module's newest output to this layer's h."""
+    lag_gain_cell: tuple[float, ...] | None = None
+    """The same to this layer's c."""
+    censored: bool | None = None
+    """Whether the sequence ends before `lag_gain` falls below `HORIZON_GAIN` of its maximum."""
+    replay_residual: float | None = None
+    """Largest difference of the recomputed hidden states from the module's own, over their largest entry."""
+    adjoint_residual: float | None = None
+    """Largest difference of the recomputed dL/dx_t from autograd's, over its largest entry."""
+    scaled: bool = False
+    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded: only their ratios mean something.
+
+    Lag gains are free of it.
+    """
+    note: str | None = None
+    """Why something is missing."""
+    need: int | None = None
+    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
+    reached: int | None = None
+    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on is detached; `length`
+    where it is the state that was carried into the sequence. None where it is not detached, or that is not known.
+
+    On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
+    """
+
+    @property
+    def memory(self) -> Memory | None:
+        """What `memory` says of `lag_gain`; None where there is none."""
+        return None if self.lag_gain is None else memory(self.lag_gain)
+
+    @property
+    def horizon(self) -> int | None:
+        """How many of the newest timesteps are within reach; `length` where the sequence ends before the gain is gone."""
+        return None if (found := self.memory) is None else found.horizon
+
+    @property
+    def decay_rate(self) -> float | None:
+        """Factor per timestep by which the gain shrinks on the way to the horizon."""
+        return None if (found := self.memory) is None else found.decay_rate
+
+    @property
+    def half_life(self) -> float | None:
+        """Timesteps in which the gain halves; None where it does not shrink."""
+        return None if (found := self.memory) is None else found.half_life
+
+
+_memory = functools.lru_cache(maxsize=64)(memory)
+"""Between two probes the same memories are asked for at every measured step."""
+
+
+def memory_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Memory | None:
+    """Return the memory that a gain by lag tells of; None where there is none, or it is not finite."""
+    return None if stats.lag_gain is None else _memory(stats.lag_gain, share)
+
+
+def subject(stats: SequenceStats) -> str:
+    """Name what was measured."""
+    return stats.module if stats.module and stats.part != "model" else "the model"
+
+
+def reach(who: str, found: Memory, length: int) -> str:
+    """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
+    much = f"at least {length} of {length}" if found.censored else f"the last {found.horizon} of {length}" if found.horizon else f"none of its {length}"
+    return f"{who} learns from {much} timesteps{_pace(found)}"
+
+
+def reaches(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
+    """Return everything whose memory was asked for with the sentence on it: the model itself first, then the modules as they ran.
+
+    Where a memory could not be measured, the sentence says why.
+    """
+    whole = [s for s in sequences if s.part in ("", "model")]
+    for stats in sorted(whole, key=lambda s: s.part != "model"):
+        found = memory_of(stats, share)
+        if found is not None:
+            yield stats, reach(subject(stats), found, stats.length)
+        elif stats.lag_gain is not None:
+            yield stats, f"{subject(stats)}: its gain by lag is not finite"
+        elif stats.note is not None:
+            yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
+
+
+def _pace(found: Memory) -> str:
+    if found.decay_rate is None:
+        return " (the gain does not shrink)" if found.censored and found.horizon > 1 else ""
+    rate = f"{found.decay_rate:.2f}" if 0.1 <= found.decay_rate < 0.985 else f"{found.decay_rate:.4g}" if found.decay_rate > 0.1 else f"{found.decay_rate:.1g}"
+    grows = found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon  # up to a maximum far back
+    if found.half_life is None or rate == "1" or grows:
+        return " (the gain does not shrink)"
+    half_life = f"{found.half_life:.1f}" if found.half_life < 100 else f"{found.half_life:.0f}"
+    return f" (the gain shrinks to {rate} of itself a step, half-life {half_life} steps)"
+
+
+def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
+    """Return the sequence module with the shortest memory, or the first where none was measured; None where there is no such module."""
+    modules = [s for s in sequences if s.part == "" and s.module]
+    known = [(found.horizon, i) for i, s in enumerate(modules) if (found := memory_of(s, share)) is not None]
+    return modules[min(known)[1]] if known else next(iter(modules), None)

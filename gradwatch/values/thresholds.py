@@ -1,0 +1,162 @@
+"""Every number that a verdict rests on, with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from gradwatch.values.sequences import HORIZON_GAIN
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """The numbers behind the verdicts; all are free of units unless they say otherwise.
+
+    Every field is a plain number, so the whole can be written in YAML. `layers` overrides those of `PER_LAYER` for the
+    layers whose name matches a pattern: `Thresholds(layers={"encoder.*": {"vanishing_ratio": 1e-5}})`.
+
+    Raises:
+        TypeError: a value is not a number, or not a whole one where it counts something.
+        ValueError: a number is out of its range, or an override names a field that is not looked up for each layer.
+
+    """
+
+    window: int = 20
+    """Measured snapshots over which a condition must hold. 20 outlasts the noise of single batches and the
+    first steps of a warm-up (research of the labelled runs in benchmarks/)."""
+    share: float = 0.8
+    """Share of the window in which it must hold."""
+    clear_factor: float = 3.0
+    """An open alert clears only once its number is better than the limit by this factor: hysteresis."""
+
+    vanishing_ratio: float = 1e-3
+    """A layer's sensitivity over the largest of the layers after it. AutoTrainer (ICSE 2021) takes the same
+    1e-3 for first over last kernel; the square of 1e-3 is below the noise of a mini-batch gradient."""
+    vanishing_ratio_adaptive: float = 1e-4
+    """The same under Adam-like optimizers, which give small gradients steps of full size."""
+    vanishing_sound: float = 1e-2
+    """A layer whose ratio once reached this was sound; if it fades later, the loss decides."""
+    vanishing_hopeless: float = 1e-6
+    """A ratio below which a loss that has come down is no evidence for a layer that never was sound: float32 keeps
+    seven digits, so such a layer's updates are lost beside the noise of the others'."""
+    vanishing_rising: float = 3.0
+    """Not vanishing while the last third of the window is this much above the first third: it is opening."""
+    flat_sensitivity: float = 1e-4
+    """The largest sensitivity over |loss|: below it, and with a loss that stands still, nothing learns."""
+    norm_below: float | None = None
+    """Absolute norm of a layer's gradient below which it counts as vanished; in the units of the loss, so off."""
+
+    explosion_growth: float = 100.0
+    """Global norm over the median of its own first window."""
+    explosion_update: float = 1.0
+    """A weight that changes by more than itself in one step."""
+    explosion_update_at_once: float = 30.0
+    """A change so large that one is enough."""
+    explosion_loss: float = 20.0
+    """Median of the last losses over the best level before: a jump that lasts."""
+    explosion_hopeless: float = 1e6
+    """Growth through time from which on a loss that has come down is no excuse: float32 keeps seven digits, so beside the oldest timesteps the newest no
+    longer count. The counterpart of `vanishing_hopeless`."""
+    explosion_depth: float = 1e4
+    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A healthy residual network without
+    normalization doubles it in a block; 1e4 are more than thirteen such blocks."""
+    explosion_depth_gap: float = 0.7
+    """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of that layer's scale, not of depth."""
+    norm_above: float | None = None
+    """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
+
+    improved: float = 0.7
+    """The loss has improved when the median of the last 5 is below this share of that of the first 5."""
+    disconnected_steps: int = 10
+    """Measured snapshots without any gradient before a layer that ran counts as disconnected."""
+    dead_units: float = 0.6
+    """Share of a layer's units that are silent for every input. Of a sound ReLU layer up to 0.4 may be (research of the labelled runs); DeepDiagnosis and
+    SageMaker's rule take 0.5 of one batch."""
+    dead_probes: int = 3
+    """Probes in a row at which they must be: 20 steps at the beginning of a run, which outlasts the first updates."""
+    flushed: float = 0.5
+    """Share of the gradient's entries that are exactly 0, where nearly all others are too small for the format."""
+    flushed_small: float = 0.9
+    """Share of the entries that are not 0 which must be below the smallest normal number of the format: zeros of ReLU and embeddings stand beside large ones."""
+    lost_updates: float = 0.5
+    """Share of low-precision weights that have a gradient and that a step leaves as they were."""
+    below_epsilon: float = 1 / 3
+    """Root mean square of the gradient over the optimizer's epsilon; at a third of it steps are a quarter of what they should be."""
+    underflow_probes: int = 2
+    """Probes in a row at which entries must be flushed or updates lost."""
+    stalled_after: int = 200
+    """Measured snapshots before a loss may be said to stand: slow training is no fault."""
+    stalled: float = 0.01
+    """Share of itself by which the loss may move in 50 measured steps and still stand."""
+    skipped_steps: int = 25
+    """Steps in a row that a GradScaler may skip; it halves the scale each time, and 2^25 outlasts float16."""
+    horizon_gain: float = HORIZON_GAIN
+    """Share of its maximum below which the lag gain counts as gone."""
+    horizon_probes: int = 4
+    """Probes in a row at which the memory must be too short. Four separated the labelled runs that never learn from those that open in time."""
+    horizon_rising: float = 1.5
+    """Not too short while the newest of these horizons is this much above the oldest: it is opening. More than the step by which estimates differ."""
+    horizon_share: float = 0.5
+    """Share of the sequence; where nobody has declared a need, a memory of at most that is worth a word, and never more than info."""
+    horizon_met: int = 2
+    """Probes in a row that must reach the need before an open finding clears: hysteresis, in place of a factor, because a need met is met."""
+    explosion_time: float = 1e4
+    """Growth of the gain by lag, along its fitted line up to its maximum. What trains well stays below: a recurrent matrix of 1.08 times the
+    identity, clipped, grows 50 times in 60 timesteps, two LSTM layers with wide open forget gates 700 times in 500; 1.2 times the identity 30,000 times in 60."""
+
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every number."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name == "layers" or (value is None and f.default is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"Thresholds.{f.name} must be a number, got {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"Thresholds.{f.name} must be finite and above 0, got {value!r}")
+            if f.name in _COUNTS and not isinstance(value, int):
+                raise TypeError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
+        for name in ("share", "horizon_gain", "horizon_share", "dead_units", "flushed", "flushed_small", "lost_updates", "explosion_depth_gap"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"Thresholds.{name} must be at most 1, got {getattr(self, name)!r}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {self.layers!r}")
+        for pattern, numbers in self.layers.items():
+            if not isinstance(pattern, str) or not isinstance(numbers, Mapping):
+                raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {pattern!r}: {numbers!r}")
+            unknown = [name for name in numbers if name not in PER_LAYER]
+            if unknown:
+                raise ValueError(
+                    f"Thresholds.layers[{pattern!r}] must name fields that are looked up for each layer ({', '.join(PER_LAYER)}), got {', '.join(unknown)}"
+                )
+            dataclasses.replace(self, layers={}, **numbers)  # type: ignore[arg-type]  # which checks them
+
+    def of(self, layer: str) -> Thresholds:
+        """Return the thresholds that hold for `layer`: the last pattern that matches wins."""
+        mine = {k: v for pattern, numbers in self.layers.items() if fnmatch.fnmatchcase(layer, pattern) for k, v in numbers.items()}
+        return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
+
+
+_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met", "dead_probes", "underflow_probes", "stalled_after")
+PER_LAYER = (
+    "vanishing_ratio",
+    "vanishing_ratio_adaptive",
+    "vanishing_sound",
+    "norm_below",
+    "dead_units",
+    "horizon_gain",
+    "horizon_probes",
+    "horizon_rising",
+    "horizon_share",
+    "horizon_met",
+    "explosion_time",
+)
+"""The fields that a layer may have of its own; the others are of the run as a whole, or of all of its layers together."""

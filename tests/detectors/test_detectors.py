@@ -1,0 +1,426 @@
+"""What each rule finds, and what it must leave alone: trajectories drawn by hand, and small trainings."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradwatch
+from gradwatch import DETECTORS, Finding, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
+from gradwatch.detectors import RULES, explain
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import ActivationStats
+
+
+def model(count, *, adaptive=False, order=None):
+    names = [f"l{i}" for i in range(count)]
+    layers = tuple(LayerInfo(n, "Linear", order=i if order is None else order[i]) for i, n in enumerate(names))
+    parameters = tuple(ParameterInfo(f"{n}.weight", n, (4, 4), "float32", 0, "weight") for n in names)
+    return ModelInfo(layers, parameters, (OptimizerInfo("Adam" if adaptive else "SGD", adaptive, 1e-8),))
+
+
+def fold(info, rows, *, losses=None, thresholds=None, weights=1.0, **columns):
+    """Fold snapshots with these gradient norms, and give the history and what is found at the last."""
+    history = History(thresholds)
+    for step, row in enumerate(rows):
+        loss = None if losses is None else losses[step]
+        weight = tuple(weights for _ in row) if step in (0, 1) else None
+        extra = {name: column[step] for name, column in columns.items()}
+        history.add(Snapshot(step, 0.0, info, optimizer=0, loss=loss, norm=tuple(row), weight_norm=extra.pop("weight_norm", weight), **extra))
+    return history, [f for d in DETECTORS for f in d(history)]
+
+
+def codes(findings):
+    return [(f.code, f.place, f.severity) for f in findings]
+
+
+STILL = [1.0] * 200
+
+
+# --- vanishing through depth ---
+
+
+def test_a_layer_far_below_later_ones_vanishes_and_neighbours_are_one_finding():
+    _, found = fold(model(4), [(1e-6, 1e-5, 0.5, 1.0)] * 20, losses=STILL)
+
+    assert codes(found) == [("GW101", "l0", Severity.WARNING)]
+    assert found[0].evidence["ratio"] == pytest.approx(1e-6)
+    assert found[0].evidence["layers"] == 2
+    assert found[0].evidence["last"] == "l1"
+    assert found[0].onset == 0
+
+
+def test_it_is_patient():
+    assert fold(model(2), [(1e-6, 1.0)] * 19)[1] == []
+    assert fold(model(2), [(1.0, 1.0)] * 5 + [(1e-6, 1.0)] * 15, losses=STILL)[1] == []
+    assert codes(fold(model(2), [(1.0, 1.0)] * 4 + [(1e-6, 1.0)] * 16, losses=STILL)[1]) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_a_layer_that_gets_its_gradient_now_is_not_accused_of_before():
+    assert fold(model(2), [(1e-6, 1.0)] * 19 + [(1.0, 1.0)], losses=STILL)[1] == []
+
+
+@pytest.mark.parametrize(("weight", "because"), [(1.0, None), (1e-5, "weak")])
+def test_weights_are_the_cause_only_where_they_account_for_what_is_missing(weight, because):
+    # Of shape (4, 4), so half of their norm is the gain: 0.5 of one layer explains no factor of 1e-9.
+    (found,) = fold(model(3), [(1e-9, 1.0, 1.0)] * 20, losses=STILL, weights=weight)[1]
+
+    assert found.code == "GW101"
+    assert found.evidence.get("because") == because
+
+
+def test_onset_is_the_step_at_which_it_began_to_fade():
+    _, found = fold(model(2), [(1.0, 1.0)] * 10 + [(1e-6, 1.0)] * 25, losses=STILL)
+
+    assert found[0].onset == 10
+
+
+def test_a_small_first_layer_is_compared_with_the_layers_behind_it_not_before_it():
+    assert fold(model(2), [(1.0, 1e-9)] * 30)[1] == []
+
+
+def test_later_is_by_the_forward_pass_not_by_registration():
+    assert fold(model(2, order=[1, 0]), [(1e-9, 1.0)] * 30)[1] == []
+    assert codes(fold(model(2, order=[1, 0]), [(1.0, 1e-9)] * 30)[1]) == [("GW101", "l1", Severity.WARNING)]
+
+
+def test_adam_like_optimizers_are_allowed_ten_times_less():
+    rows = [(3e-4, 1.0)] * 20
+
+    assert codes(fold(model(2), rows)[1]) == [("GW101", "l0", Severity.WARNING)]
+    assert fold(model(2, adaptive=True), rows)[1] == []
+
+
+def test_a_layer_that_is_opening_is_left_alone():
+    rising = [(1e-4 * 1.2**i, 1.0) for i in range(12)] + [(5e-4, 1.0)] * 8
+
+    assert fold(model(2), rising)[1] == []
+
+
+def test_rising_far_below_the_limit_is_not_opening():
+    assert codes(fold(model(2), [(1e-16 * 1.2**i, 1.0) for i in range(20)])[1]) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_a_layer_that_was_sound_and_fades_while_the_loss_is_at_its_best_has_done_its_work():
+    rows = [(1.0, 1.0)] * 10 + [(1e-6, 1.0)] * 25
+    falling = [1.0 * 0.9**i for i in range(35)]
+
+    assert codes(fold(model(2), rows, losses=falling)[1]) == [("GW101", "l0", Severity.INFO)]
+    assert codes(fold(model(2), rows, losses=None)[1]) == [("GW101", "l0", Severity.INFO)]  # without the loss, who knows
+    assert codes(fold(model(2), rows, losses=STILL)[1]) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_one_sound_snapshot_at_initialization_proves_nothing():
+    # A homogeneous network: at initialization every layer has the same sensitivity.
+    assert codes(fold(model(2), [(1.0, 1.0)] + [(1e-6, 1.0)] * 25)[1]) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_a_loss_that_falls_is_no_excuse_where_next_to_nothing_arrives():
+    falling = [1.0 * 0.9**i for i in range(35)]
+
+    assert codes(fold(model(2), [(1e-4, 1.0)] * 25, losses=falling)[1]) == [("GW101", "l0", Severity.INFO)]
+    assert codes(fold(model(2), [(1e-9, 1.0)] * 25, losses=falling)[1]) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_zeros_at_the_end_of_a_fade_are_vanishing_and_not_a_cut():
+    _, found = fold(model(4), [(0.0, 1e-30, 1e-12, 1.0)] * 25)
+
+    assert codes(found) == [("GW101", "l0", Severity.WARNING)]
+    assert found[0].evidence["layers"] == 3
+
+
+def test_biases_do_not_count():
+    info = model(2)
+    bias = ParameterInfo("l0.bias", "l0", (4,), "float32", 0, "bias")
+    info = ModelInfo(info.layers, (*info.parameters, bias), info.optimizers)
+
+    assert fold(info, [(1.0, 1.0, 1e-12)] * 25)[1] == []
+
+
+def test_a_layer_whose_weights_are_zero_has_no_sensitivity():
+    assert fold(model(2), [(1.0, 1.0)] * 25, weights=0.0)[1] == []
+
+
+def test_the_same_at_any_scale():
+    for scale in (1e-30, 1e-8, 1e4, 1e30):
+        _, found = fold(model(3), [(1e-6 * scale, 0.5 * scale, scale)] * 25, losses=[scale] * 25)
+        assert codes(found) == [("GW101", "l0", Severity.WARNING)]
+
+
+def test_nothing_learns_at_all():
+    _, found = fold(model(2), [(1e-7, 1e-7)] * 25, losses=[1.0] * 25)
+
+    assert codes(found) == [("GW102", "", Severity.WARNING)]
+    assert fold(model(2), [(1e-7, 1e-7)] * 25, losses=[1e-7] * 25)[1] == []  # small only because the loss is
+    assert fold(model(2), [(1e-7, 1e-7)] * 25)[1] == []  # who knows
+
+
+def test_absolute_limits_hold_only_where_somebody_set_them():
+    rows = [(1e-9, 1e-9)] * 25
+
+    assert codes(fold(model(2), rows, thresholds=Thresholds(norm_below=1e-6))[1]) == [("GW103", "l0", Severity.WARNING), ("GW103", "l1", Severity.WARNING)]
+    only = Thresholds(layers={"l1": {"norm_below": 1e-6}})
+    assert codes(fold(model(2), rows, thresholds=only)[1]) == [("GW103", "l1", Severity.WARNING)]
+    assert codes(fold(model(2), [(9.0, 9.0)], thresholds=Thresholds(norm_above=10.0))[1]) == [("GW204", "", Severity.WARNING)]
+
+
+def test_a_layer_may_have_a_limit_of_its_own():
+    rows = [(1e-4, 1.0)] * 25
+
+    assert fold(model(2), rows, thresholds=Thresholds(layers={"l0": {"vanishing_ratio": 1e-5}}))[1] == []
+
+
+# --- exploding ---
+
+
+def test_gradients_that_grow_a_hundredfold_explode_unless_the_loss_is_fine():
+    rows = [(1.0, 1.0)] * 20 + [(200.0, 200.0)] * 5
+
+    assert codes(fold(model(2), rows, losses=STILL)[1]) == [("GW201", "", Severity.WARNING)]
+    assert codes(fold(model(2), rows)[1]) == [("GW201", "", Severity.INFO)]
+    assert fold(model(2), rows, losses=[0.9**i for i in range(25)])[1] == []
+    assert fold(model(2), [(1.0, 1.0)] * 20 + [(200.0, 200.0)], losses=STILL)[1] == []  # one spike is none
+
+
+def test_updates_larger_than_the_weights_explode_at_the_third_or_when_they_are_huge():
+    rows = [(1.0, 1.0)] * 20
+
+    def probes(*ratios):
+        return [None] * (20 - len(ratios)) + [(0.01, r) for r in ratios]
+
+    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(2.0, 2.0, 2.0))[1]) == [("GW202", "l1", Severity.WARNING)]
+    assert fold(model(2), rows, losses=STILL, update_ratio=probes(2.0, 2.0, 0.5))[1] == []
+    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(50.0))[1]) == [("GW202", "l1", Severity.WARNING)]
+    assert fold(model(2), rows, losses=STILL, update_ratio=probes(math.inf))[1] == []  # it began at zero
+
+
+def test_a_loss_that_jumps_and_stays_up_explodes():
+    rows = [(1.0, 1.0)] * 40
+
+    assert codes(fold(model(2), rows, losses=[1.0] * 30 + [50.0] * 10)[1]) == [("GW203", "", Severity.ERROR)]
+    assert fold(model(2), rows, losses=[1.0] * 35 + [50.0] + [1.0] * 4)[1] == []
+    assert fold(model(2), rows, losses=[1.0] * 10 + [0.001] * 20 + [0.1] * 10)[1] == []  # near zero a loss may waver
+
+
+def test_what_grew_before_it_became_infinite_exploded():
+    rows = [(10.0**i, 1.0) for i in range(6)] + [(math.nan, math.nan)]
+
+    assert [f.code for f in fold(model(2), rows)[1]] == ["GW501", "GW205"]
+    assert [f.code for f in fold(model(2), [(1.0, 1.0)] * 6 + [(math.nan, 1.0)])[1]] == ["GW501"]
+
+
+def test_a_weight_that_grew_in_the_one_step_before_the_nan_exploded():
+    info = model(1)
+    columns = {"weight_norm": [(1.0,), (1e6,)]}
+
+    assert [f.code for f in fold(info, [(5.0,), (math.nan,)], **columns)[1]] == ["GW501", "GW205"]
+
+
+# --- non-finite ---
+
+
+def test_a_nan_is_found_at_once_at_the_layer_nearest_to_the_loss():
+    _, found = fold(model(3), [(1.0, 1.0, 1.0), (math.nan, math.inf, 1.0)])
+
+    assert codes(found) == [("GW501", "l1", Severity.ERROR)]
+    assert (found[0].parameter, found[0].onset) == ("l1.weight", 1)
+
+
+def test_a_step_that_the_scaler_skipped_is_no_alarm_until_it_skips_on_and_on():
+    rows = [(math.inf,)] * 26
+    skips = [True] * 26
+
+    assert fold(model(1), rows[:24], skipped=skips[:24])[1] == []
+    assert codes(fold(model(1), rows, skipped=skips)[1]) == [("GW502", "", Severity.ERROR)]
+
+
+# --- disconnected ---
+
+
+def test_a_layer_that_ran_and_got_nothing_ten_times_is_disconnected():
+    rows = [(None, None, 1.0)] * 10
+    absent = [None] + [("disconnected", "disconnected", None)] * 9
+
+    _, found = fold(model(3), rows, absent=absent)
+
+    assert codes(found) == [("GW401", "l0", Severity.ERROR)]
+    assert found[0].evidence["last"] == "l1"
+    assert fold(model(3), rows[:9], absent=absent[:9])[1] == []
+
+
+@pytest.mark.parametrize("reason", ["unused", "frozen"])
+def test_a_layer_that_did_not_run_or_is_frozen_is_not(reason):
+    assert fold(model(2), [(None, 1.0)] * 20, absent=[(reason, None)] * 20)[1] == []
+
+
+def test_a_branch_that_runs_every_other_time_is_not():
+    rows = [(None, 1.0) if i % 2 else (1.0, 1.0) for i in range(20)]
+    absent = [("disconnected", None) if i % 2 else None for i in range(20)]
+
+    assert fold(model(2), rows, absent=absent)[1] == []
+
+
+def test_exact_zeros_behind_which_nothing_fades_are_a_cut():
+    assert codes(fold(model(3), [(0.0, 1.0, 1.0)] * 20)[1]) == [("GW401", "l0", Severity.ERROR)]
+    assert fold(model(3), [(0.0, 1.0, 1.0)] * 19)[1] == []
+
+
+def test_zeros_behind_a_weight_that_is_zero_are_how_lora_begins():
+    weights = [(1.0, 0.0, 1.0)] + [None] * 24
+
+    assert fold(model(3), [(0.0, 1.0, 1.0)] * 25, weight_norm=weights)[1] == []
+
+
+def test_a_model_that_has_converged_to_the_last_bit_is_not_ill():
+    rows = [(1.0, 1.0)] * 10 + [(0.0, 0.0)] * 25
+    falling = [1.0 if i < 5 else 0.0 for i in range(35)]
+
+    assert fold(model(2), rows, losses=falling)[1] == []
+
+
+# --- hysteresis, and words ---
+
+
+@pytest.mark.parametrize(
+    ("code", "place", "rows", "losses"),
+    [
+        ("GW101", "l0", lambda x: [(1e-3 * x, 1.0)] * 20, None),
+        ("GW102", "", lambda x: [(1e-4 * x, 1e-4 * x)] * 25, lambda _: [1.0] * 25),
+        ("GW201", "", lambda x: [(1.0, 1.0)] * 20 + [(100 / x, 100 / x)] * 5, lambda _: STILL),
+        ("GW203", "", lambda _: [(1.0, 1.0)] * 40, lambda x: [1.0] * 30 + [20 / x] * 10),
+    ],
+)
+def test_an_open_alert_clears_only_well_above_its_limit(code, place, rows, losses):
+    def found(times, *opened):
+        history, _ = fold(model(2), rows(times), losses=losses and losses(times))
+        history.open = frozenset((known, at, None, None) for known, at in opened)
+        return [(f.code, f.place) for detector in DETECTORS for f in detector(history)]
+
+    assert found(0.9) == [(code, place)]  # the number is so many times better than the limit
+    assert found(2.0) == []
+    assert found(2.0, (code, place)) == [(code, place)]
+    assert found(2.0, (code, "l1"), ("GW999", place)) == []
+    assert found(3.5, (code, place)) == []
+
+
+def test_every_rule_is_explained_with_its_place_and_a_remedy():
+    samples = {f.code: f for rows, kw in _one_of_each() for f in fold(*rows, **kw)[1]}
+
+    assert set(samples) == set(RULES)
+    for code, finding in samples.items():
+        said = explain(finding)
+        assert said.message, code
+        assert not said.message.endswith("."), code
+        if code not in ("GW103", "GW204"):  # the user's own limits have no cause of ours
+            assert said.cause
+            assert said.remedy, code
+        if finding.place:
+            assert finding.place in f"{said.message} {said.remedy}", code
+
+
+def _one_of_each():
+    two, one = model(2), model(1)
+    yield (two, [(1e-9, 1.0)] * 20), {}
+    yield (two, [(1e-7, 1e-7)] * 25), {"losses": [1.0] * 25}
+    yield (two, [(1e-9, 1e-9)] * 25), {"thresholds": Thresholds(norm_below=1e-6)}
+    yield (two, [(1.0, 1.0)] * 20 + [(200.0, 200.0)] * 5), {"losses": STILL}
+    yield (two, [(1.0, 1.0)] * 20), {"losses": STILL, "update_ratio": [None] * 19 + [(50.0, 0.1)]}
+    yield (two, [(1.0, 1.0)] * 40), {"losses": [1.0] * 30 + [50.0] * 10}
+    yield (two, [(9.0, 9.0)]), {"thresholds": Thresholds(norm_above=10.0)}
+    yield (one, [(1.0,), (1e9,), (math.nan,)]), {}
+    yield (two, [(0.0, 1.0)] * 20), {}
+    yield (two, [(math.nan, 1.0)]), {}
+    yield (one, [(math.inf,)] * 26), {"skipped": [True] * 26}
+    many, adam = model(8), model(2, adaptive=True)
+    growing = tuple(ActivationStats(f"l{i}", 10.0 ** (7 - i)) for i in range(8))
+    yield (many, [(1.0,) * 8] * 20), {"losses": STILL, "activations": [growing] * 20}
+    yield (two, [(1.0, 1.0)] * 3), {"activations": [(ActivationStats("l0", 1.0, dead=0.75, units=4), ActivationStats("l1", 1.0))] * 3}
+    yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
+    yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
+    yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
+    yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
+    fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
+    for stats in (
+        SequenceStats("l0", length=60, lag_gain=fades),
+        SequenceStats("l0", length=60, lag_gain=grows, reached=60),
+        SequenceStats("l0", length=60, need=200, lag_gain=grows),
+    ):
+        yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}
+
+
+def test_zeros_beside_entries_of_full_size_are_not_flushed():
+    assert fold(model(2), [(1e-9, 1e-9)] * 2, zeros=[(0.9, 0.9)] * 2, subnormal=[(0.1, 0.1)] * 2)[1] == []
+
+
+def test_of_what_is_not_finite_the_first_step_tells_the_cause():
+    _, found = fold(model(2), [(1.0, 1.0), (1.0, math.nan), (math.nan, math.nan)], losses=[1.0, 2.0, math.nan])
+    (finding,) = (f for f in found if f.code == "GW501")
+
+    assert (finding.onset, finding.place, finding.evidence["layers"], finding.evidence["loss"]) == (1, "l1", 1.0, 2.0)
+
+
+def test_a_finding_of_ones_own_is_told_by_its_numbers():
+    said = explain(Finding("MY1", "mine", Severity.INFO, "head", evidence={"norm": 1.5e-7, "of": "all"}))
+
+    assert said.message == "head: norm 1.5e-07, of all"
+
+
+# --- detectors do not cost more than they promise to know: they are pure ---
+
+
+def test_detectors_do_not_change_the_history():
+    history, first = fold(model(3), [(0.0, 1e-9, 1.0)] * 30, losses=STILL)
+
+    assert [f for d in DETECTORS for f in d(history)] == first
+
+
+# --- small trainings ---
+
+
+def train(net, *, steps=60, lr=0.05, scale=1.0, loss=True, optimizer=torch.optim.SGD, seed=0, **options):
+    torch.manual_seed(seed)
+    opt = optimizer(net.parameters(), lr=lr / scale if optimizer is torch.optim.SGD else lr)
+    with gradwatch.watch(net, opt, on_alert=lambda _: None, **options) as watcher:
+        alerts = []
+        for _ in range(steps):
+            x = torch.randn(64, 8)
+            value = nn.functional.mse_loss(net(x), x.sum(1, keepdim=True)) * scale
+            if loss:
+                watcher.record(value)
+            opt.zero_grad()
+            value.backward()
+            opt.step()
+            alerts += watcher.report.began
+    return [(a.finding.code, a.finding.place, a.severity, a.began) for a in alerts]
+
+
+def deep(activation, depth=16):
+    torch.manual_seed(1)
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(8, 8), activation())), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("loss", [True, False])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_deep_sigmoid_network_alerts_at_its_first_layer(loss, optimizer):
+    assert train(deep(nn.Sigmoid), loss=loss, optimizer=optimizer, lr=1e-2) == [("GW101", "0", Severity.WARNING, 19)]
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_a_shallow_network_does_not(loss):
+    assert train(deep(nn.Tanh, depth=2), loss=loss, steps=120) == []
+
+
+def test_muting_by_code_and_by_place():
+    assert train(deep(nn.Sigmoid), ignore=["GW101"]) == []
+    assert train(deep(nn.Sigmoid), ignore=["GW101:0"]) == []
+    assert train(deep(nn.Sigmoid), ignore=["GW101:head"]) != []
+
+
+def test_numpy_numbers_do_not_leak_into_findings():
+    _, found = fold(model(3), [(1e-9, 1.0, 1.0)] * 25, losses=STILL)
+
+    assert not any(isinstance(v, np.generic) for f in found for v in f.evidence.values())
