@@ -10,7 +10,15 @@ import statistics
 import time
 
 from gradwatch import DETECTORS, History
-from gradwatch.values.snapshot import ActivationStats, Fact, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
+from gradwatch.values.snapshot import (
+    ActivationStats,
+    Fact,
+    LayerInfo,
+    ModelInfo,
+    OptimizerInfo,
+    ParameterInfo,
+    Snapshot,
+)
 
 LAYERS = (100, 200, 400, 800, 2000)
 STATES = ("sound", "vanishing", "dead", "no gradient", "exploding")
@@ -19,8 +27,16 @@ STATES = ("sound", "vanishing", "dead", "no gradient", "exploding")
 def model(layers: int) -> ModelInfo:
     """Make a description of linear layers, each with a weight and a bias."""
     names = [f"blocks.{i}.linear" for i in range(layers)]
-    parameters = [ParameterInfo(f"{n}.{role}", n, shape, "float32", 0, role) for n in names for role, shape in (("weight", (64, 64)), ("bias", (64,)))]  # type: ignore[arg-type]  # roles
-    return ModelInfo(tuple(LayerInfo(n, "Linear", i) for i, n in enumerate(names)), tuple(parameters), (OptimizerInfo("SGD", adaptive=False),))
+    parameters = [
+        ParameterInfo(f"{n}.{role}", n, shape, "float32", 0, role)
+        for n in names
+        for role, shape in (("weight", (64, 64)), ("bias", (64,)))
+    ]  # type: ignore[arg-type]  # roles
+    return ModelInfo(
+        tuple(LayerInfo(n, "Linear", i) for i, n in enumerate(names)),
+        tuple(parameters),
+        (OptimizerInfo("SGD", adaptive=False),),
+    )
 
 
 def history(layers: int, state: str, seed: int = 0) -> History:
@@ -31,7 +47,13 @@ def history(layers: int, state: str, seed: int = 0) -> History:
         norms: list[float | None] = []
         for i in range(layers):
             depth = {"vanishing": 10.0 ** (-8 * (1 - i / layers)), "exploding": 10.0 ** (step / 10)}.get(state, 1.0)
-            norm = None if state == "no gradient" and i < layers // 2 else 0.0 if state == "dead" and i < layers // 2 else depth * draw.uniform(0.5, 2.0)
+            norm = (
+                None
+                if state == "no gradient" and i < layers // 2
+                else 0.0
+                if state == "dead" and i < layers // 2
+                else depth * draw.uniform(0.5, 2.0)
+            )
             norms += [norm, norm]
         probe = step == 1 or step % 10 == 0 or step == 49
         names = [layer.name for layer in info.layers]
@@ -47,8 +69,15 @@ def history(layers: int, state: str, seed: int = 0) -> History:
                 zeros=(0.1, 0.1) * layers if probe else None,
                 subnormal=(0.0, 0.0) * layers if probe else None,
                 update_ratio=(1e-3 if state != "exploding" else 40.0, 1e-3) * layers if probe else None,
-                absent=tuple(None if n is not None else "disconnected" for n in norms) if state == "no gradient" else None,
-                activations=tuple(ActivationStats(n, 1.0, dead=0.9 if state == "dead" else 0.0, saturated=0.1, units=64) for n in names) if probe else None,
+                absent=tuple(None if n is not None else "disconnected" for n in norms)
+                if state == "no gradient"
+                else None,
+                activations=tuple(
+                    ActivationStats(n, 1.0, dead=0.9 if state == "dead" else 0.0, saturated=0.1, units=64)
+                    for n in names
+                )
+                if probe
+                else None,
                 facts=tuple(Fact(n, "spectral_norm", 2.0) for n in names[:32]) if probe else None,
             )
         )
@@ -65,7 +94,9 @@ def once(told: History) -> tuple[float, int]:
 
 def main() -> None:
     """Print a table."""
-    print("all detectors on one snapshot; median of 60, lower and upper quartile, in ms; control: the same history against itself, in turn")
+    print(
+        "all detectors on one snapshot; median of 60, lower and upper quartile, in ms; control: the same history against itself, in turn"
+    )
     for state in STATES:
         for layers in LAYERS:
             one, two = history(layers, state), history(layers, state)
@@ -77,7 +108,9 @@ def main() -> None:
                     times[which].append(spent * 1e3)
             low, middle, high = statistics.quantiles(times[0], n=4)
             control = middle / statistics.median(times[1])
-            print(f"{state:12} {layers:5} layers  {middle:7.3f}  [{low:.3f}, {high:.3f}]  control {control:.2f}  {findings} findings")
+            print(
+                f"{state:12} {layers:5} layers  {middle:7.3f}  [{low:.3f}, {high:.3f}]  control {control:.2f}  {findings} findings"
+            )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ Step = Callable[[], torch.Tensor]
 ALONE = Processes((), Once(), alone=True)
 
 
-def mlp(layers: int, width: int, batch: int, kind: type[nn.Module] = nn.ReLU, *, vanished: bool = False) -> tuple[nn.Module, Step]:
+def mlp(
+    layers: int, width: int, batch: int, kind: type[nn.Module] = nn.ReLU, *, vanished: bool = False
+) -> tuple[nn.Module, Step]:
     """Build a plain network with He initialization, so that its gradients have the size of a sound network's: two tensors per layer."""
     net = nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(width, width), kind())), nn.Linear(width, 1))
     for module in net:
@@ -45,14 +47,18 @@ class Gpt(nn.Module):
         """Build it."""
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Give the logits of the next token."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
-        return self.head(self.norm(self.blocks(self.tokens(x) + self.places(torch.arange(x.shape[1])), mask=mask, is_causal=True)))
+        return self.head(
+            self.norm(self.blocks(self.tokens(x) + self.places(torch.arange(x.shape[1])), mask=mask, is_causal=True))
+        )
 
 
 def gpt() -> tuple[nn.Module, Step]:
@@ -83,7 +89,11 @@ def lstm() -> tuple[nn.Module, Step]:
 
 def conv(size: int = 32) -> tuple[nn.Module, Step]:
     """Twenty convolutions of 32 channels with BatchNorm, on 32 square images."""
-    blocks = [m for i in range(20) for m in (nn.Conv2d(32 if i else 3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())]
+    blocks = [
+        m
+        for i in range(20)
+        for m in (nn.Conv2d(32 if i else 3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    ]
     net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     x, y = torch.randn(32, 3, size, size), torch.randint(10, (32,))
     return net, lambda: cross_entropy(net(x), y)
@@ -156,7 +166,13 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
         for what in order:
             optimizer.zero_grad()
             loss().backward()
-            reading = clock.around(measure)() if what == "measure" else clock.around(measure)(probe=True) if what == "probe" else clock.around(clip)()
+            reading = (
+                clock.around(measure)()
+                if what == "measure"
+                else clock.around(measure)(probe=True)
+                if what == "probe"
+                else clock.around(clip)()
+            )
             optimizer.step()
             if what == "probe":
                 clock.around(probe_end)(reading)
@@ -177,7 +193,14 @@ def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -
     figures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for label, every, begin in (("every step", 1, 0), ("default, after step 200", None, 200)):
-            watcher = watch(net, optimizer, logdir=f"{folder}/{label}", every_n_steps=every, timesteps=False, on_alert=lambda _: None)
+            watcher = watch(
+                net,
+                optimizer,
+                logdir=f"{folder}/{label}",
+                every_n_steps=every,
+                timesteps=False,
+                on_alert=lambda _: None,
+            )
             for slot in watcher._slots:
                 slot.count = begin
             clock = Clock()
@@ -255,13 +278,19 @@ def idle(rounds: int) -> None:
                     times[what].append((time.thread_time_ns() - began) / 1e3)
                 watcher.record(0.5)
         extra = statistics.median(times["watched"]) - statistics.median(times["bare"])
-        print(f"a step that is not measured, {tensors:6} tensors: {extra:6.1f} us more than the bare {statistics.median(times['bare']):.1f} us", flush=True)
+        print(
+            f"a step that is not measured, {tensors:6} tensors: {extra:6.1f} us more than the bare {statistics.median(times['bare']):.1f} us",
+            flush=True,
+        )
 
 
 def importing() -> None:
     """Give the seconds of `import gradwatch` in a fresh process, and whether torch came along."""
     code = "import time; a = time.perf_counter(); import gradwatch; print(time.perf_counter() - a); import sys; print('torch' in sys.modules)"
-    seconds = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(9)]
+    seconds = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        for _ in range(9)
+    ]
     print(f"import gradwatch: {shown([float(s) for s, _ in seconds], 1e3, ' ms')}, torch imported: {seconds[0][1]}")
 
 
@@ -271,7 +300,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     rounds = 5 if parser.parse_args().quick else 30
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; medians [quartiles] of thread CPU; control: clip_grad_norm_ against itself")
+    print(
+        f"torch {torch.__version__}, one thread; medians [quartiles] of thread CPU; control: clip_grad_norm_ against itself"
+    )
     measuring("mlp 20x32", lambda: mlp(20, 32, 64), rounds * 4)
     measuring("mlp 50x256", lambda: mlp(50, 256, 128), rounds)
     measuring("mlp 249x64", lambda: mlp(249, 64, 16), rounds)

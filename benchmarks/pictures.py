@@ -55,7 +55,9 @@ def measured(steps: int, seed: int) -> list[Curve]:
         stats = trained.memories[-1]
         if stats.lag_gain is None or stats.horizon is None:
             raise RuntimeError(f"no memory of {subject.name} was measured: {stats.note}")
-        reach = f"learns from {'at least' if stats.censored else 'the last'} {stats.horizon} of {stats.length} timesteps"
+        reach = (
+            f"learns from {'at least' if stats.censored else 'the last'} {stats.horizon} of {stats.length} timesteps"
+        )
         says = (name, f"{reach}; {trained.right:.0%} right (a coin: 50%)")
         curves.append(Curve(stats.lag_gain, stats.horizon, bool(stats.censored), colour, says, at))
         print(f"{says[0]}: {says[1]}")
@@ -81,15 +83,21 @@ class Plot:
 
     def write(self, x: float, y: float, text: str, *, size: int = 22, colour: str = INK, anchor: str = "ls") -> None:
         """Write a line of text."""
-        self._pen.text((x * FINER, y * FINER), text, fill=colour, font=ImageFont.load_default(size=size * FINER), anchor=anchor)
+        self._pen.text(
+            (x * FINER, y * FINER), text, fill=colour, font=ImageFont.load_default(size=size * FINER), anchor=anchor
+        )
 
     def line(self, points: list[tuple[float, float]], colour: str, width: float) -> None:
         """Draw a line through the points."""
-        self._pen.line([(x * FINER, y * FINER) for x, y in points], fill=colour, width=round(width * FINER), joint="curve")
+        self._pen.line(
+            [(x * FINER, y * FINER) for x, y in points], fill=colour, width=round(width * FINER), joint="curve"
+        )
 
     def axes(self) -> None:
         """Draw what stands around the curves and behind them."""
-        self._pen.rectangle([FINER * v for v in (self.x(EVENT_LAGS[0]), TOP, self.x(EVENT_LAGS[1]), BOTTOM)], fill=EVENT)
+        self._pen.rectangle(
+            [FINER * v for v in (self.x(EVENT_LAGS[0]), TOP, self.x(EVENT_LAGS[1]), BOTTOM)], fill=EVENT
+        )
         for decade in range(0, DECADES + 1, 3):
             self.line([(LEFT, self.y(decade)), (RIGHT, self.y(decade))], LINE, 1)
             self.write(LEFT - 14, self.y(decade), "1" if decade == 0 else f"1e-{decade}", colour=PALE, anchor="rm")

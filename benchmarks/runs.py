@@ -91,7 +91,9 @@ class Run:
 RUNS: list[Run] = []
 
 
-def healthy(*, horizon: int | None = None, steps: int = 200) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
+def healthy(
+    *, horizon: int | None = None, steps: int = 200
+) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
     """Register a run that nothing is wrong with."""
 
     def register(make: Callable[[], Training]) -> Callable[[], Training]:
@@ -216,7 +218,9 @@ class Net(nn.Module):
         return self._does(self, *(x.to(dtype) if x.is_floating_point() else x for x in inputs))
 
 
-def mlp(*widths: int, act: Callable[[], nn.Module] = nn.ReLU, norm: Callable[[int], nn.Module] | None = None) -> nn.Sequential:
+def mlp(
+    *widths: int, act: Callable[[], nn.Module] = nn.ReLU, norm: Callable[[int], nn.Module] | None = None
+) -> nn.Sequential:
     """Stack linear layers with an activation, and a normalization before it, behind all but the last."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths[:-1]):
@@ -255,7 +259,9 @@ class Causal(nn.Conv1d):
         return super().forward(functional.pad(input, ((self.kernel_size[0] - 1) * self.dilation[0], 0)))
 
 
-def temporal(features: int, channels: int, outputs: int, dilations: Iterable[int], norm: Callable[[int], nn.Module] = nn.Identity) -> Net:
+def temporal(
+    features: int, channels: int, outputs: int, dilations: Iterable[int], norm: Callable[[int], nn.Module] = nn.Identity
+) -> Net:
     """Build a residual temporal convolutional network; the norm stands behind convolutions with a bias."""
     blocks = [nn.Sequential(Causal(channels, channels, 3, dilation=d), norm(channels), nn.ReLU()) for d in dilations]
 
@@ -265,12 +271,21 @@ def temporal(features: int, channels: int, outputs: int, dilations: Iterable[int
             h = h + block(h)
         return n.head(h[:, :, -1])
 
-    return Net(does, inp=nn.Conv1d(features, channels, 1), blocks=nn.ModuleList(blocks), head=nn.Linear(channels, outputs))
+    return Net(
+        does, inp=nn.Conv1d(features, channels, 1), blocks=nn.ModuleList(blocks), head=nn.Linear(channels, outputs)
+    )
 
 
-def residual(width: int, blocks: int, scale: float = 1.0, branch: Callable[[], nn.Module] | None = None) -> nn.Sequential:
+def residual(
+    width: int, blocks: int, scale: float = 1.0, branch: Callable[[], nn.Module] | None = None
+) -> nn.Sequential:
     """Stack residual blocks whose branches count `scale` times."""
-    return nn.Sequential(*(Net(lambda n, x: x + scale * n.branch(x), branch=branch() if branch else mlp(width, width, width)) for _ in range(blocks)))
+    return nn.Sequential(
+        *(
+            Net(lambda n, x: x + scale * n.branch(x), branch=branch() if branch else mlp(width, width, width))
+            for _ in range(blocks)
+        )
+    )
 
 
 # --- tasks; every batch is a function of the seed and of its number ---
@@ -314,7 +329,9 @@ def bumps(seed: int, n: int = 32) -> Batch:
         at = torch.randint(3, (n, 2), generator=g) + torch.stack([y // 2, y % 2], 1) * 4
         r, sign = torch.arange(8), torch.randint(2, (n,), generator=g) * 2.0 - 1
         rows, columns = ((r >= at[:, k : k + 1]) & (r < at[:, k : k + 1] + 2) for k in (0, 1))
-        return 0.3 * torch.randn(n, 1, 8, 8, generator=g) + (rows[:, :, None] & columns[:, None, :])[:, None] * sign[:, None, None, None], y
+        return 0.3 * torch.randn(n, 1, 8, 8, generator=g) + (rows[:, :, None] & columns[:, None, :])[:, None] * sign[
+            :, None, None, None
+        ], y
 
     return batch
 
@@ -414,7 +431,12 @@ def lora_after_pretraining() -> Training:
         if isinstance(layer, nn.Linear):
             up = nn.Linear(4, layer.out_features, bias=False)
             nn.init.zeros_(up.weight)
-            base[k] = Net(lambda n, x: n.base(x) + n.up(n.down(x)), base=layer, down=nn.Linear(layer.in_features, 4, bias=False), up=up)
+            base[k] = Net(
+                lambda n, x: n.base(x) + n.up(n.down(x)),
+                base=layer,
+                down=nn.Linear(layer.in_features, 4, bias=False),
+                up=up,
+            )
     turned = fit(lambda i: (task(i)[0], task(i)[0][:, :1] - task(i)[1]), mse)
     return train(base, AdamW([p for p in base.parameters() if p.requires_grad], 1e-2), turned)
 
@@ -422,7 +444,14 @@ def lora_after_pretraining() -> Training:
 @healthy()
 def rezero_twelve() -> Training:
     """Twelve residual branches with a factor that begins at zero: at first only the factors get a gradient."""
-    blocks = [Net(lambda n, x: x + n.alpha * torch.tanh(n.linear(x)), linear=nn.Linear(24, 24), alpha=nn.Parameter(torch.zeros(()))) for _ in range(12)]
+    blocks = [
+        Net(
+            lambda n, x: x + n.alpha * torch.tanh(n.linear(x)),
+            linear=nn.Linear(24, 24),
+            alpha=nn.Parameter(torch.zeros(())),
+        )
+        for _ in range(12)
+    ]
     net = nn.Sequential(nn.Linear(6, 24), *blocks, nn.Linear(24, 1))
     return train(net, Adam(net.parameters(), 5e-3), fit(waves(3), mse))
 
@@ -443,7 +472,11 @@ def fixup() -> Training:
 @healthy(steps=120)
 def frozen_backbone() -> Training:
     """Train a new head on a trained, frozen backbone in evaluation mode, of which the optimizer does not know."""
-    backbone = he(nn.Sequential(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+    backbone = he(
+        nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+        )
+    )
     net = nn.Sequential(backbone, nn.Linear(48, 4))
     optimizer, before, task = Adam(net.parameters(), 1e-2), fit(bumps(5), xent), bumps(5)
     for i in range(60):
@@ -480,7 +513,11 @@ def experts_by_regime() -> Training:
 @healthy()
 def rare_instruments() -> Training:
     """Embed 400 instruments, most of them rarely traded: sparse gradients of a few rows, and two optimizers."""
-    net = Net(lambda n, signal, which: n.head(n.rows(which) * signal), rows=nn.Embedding(400, 8, sparse=True), head=nn.Linear(8, 1))
+    net = Net(
+        lambda n, signal, which: n.head(n.rows(which) * signal),
+        rows=nn.Embedding(400, 8, sparse=True),
+        head=nn.Linear(8, 1),
+    )
     side, often = torch.randn(400, generator=draw(7, -1)), 1 / torch.arange(1.0, 401.0)
 
     def batch(i: int) -> tuple[Tensor, ...]:
@@ -519,7 +556,12 @@ def panel_attention() -> Training:
         mixed = functional.scaled_dot_product_attention(n.query(h), n.key(h), n.value(h))
         return n.head(torch.cat([h, n.out(mixed)], -1))
 
-    net = Net(does, inp=nn.Linear(4, 16), **{k: nn.Linear(16, 16) for k in ("query", "key", "value", "out")}, head=mlp(32, 32, 1))
+    net = Net(
+        does,
+        inp=nn.Linear(4, 16),
+        **{k: nn.Linear(16, 16) for k in ("query", "key", "value", "out")},
+        head=mlp(32, 32, 1),
+    )
     return train(net, Adam(net.parameters(), 5e-3), fit(panel(9), mse))
 
 
@@ -573,7 +615,9 @@ def deep_relu() -> Training:
 @healthy()
 def sparse_code() -> Training:
     """Keep the code of 48 ReLU units of an autoencoder sparse by a penalty: a quarter of them are active for a sample, each of them for some."""
-    net = Net(lambda n, x: n.decoder(n.code(x)), code=nn.Sequential(nn.Linear(20, 48), nn.ReLU()), decoder=nn.Linear(48, 20))
+    net = Net(
+        lambda n, x: n.decoder(n.code(x)), code=nn.Sequential(nn.Linear(20, 48), nn.ReLU()), decoder=nn.Linear(48, 20)
+    )
     atoms = functional.normalize(torch.randn(24, 20, generator=draw(15, -1)), dim=1)
 
     def loss_of(model: Any, i: int) -> Any:
@@ -588,14 +632,34 @@ def sparse_code() -> Training:
 @healthy()
 def clipped_activations() -> Training:
     """ReLU6 and Hardtanh, which have no slope on either side."""
-    net = he(nn.Sequential(nn.Linear(6, 48), nn.ReLU6(), nn.Linear(48, 48), nn.Hardtanh(), nn.Linear(48, 48), nn.ReLU6(), nn.Linear(48, 1)))
+    net = he(
+        nn.Sequential(
+            nn.Linear(6, 48),
+            nn.ReLU6(),
+            nn.Linear(48, 48),
+            nn.Hardtanh(),
+            nn.Linear(48, 48),
+            nn.ReLU6(),
+            nn.Linear(48, 1),
+        )
+    )
     return train(net, SGD(net.parameters(), 0.02, momentum=0.9), fit(waves(16), mse))
 
 
 @healthy()
 def dropout_seventy() -> Training:
     """Dropout of 0.7 behind every ReLU."""
-    net = he(nn.Sequential(nn.Linear(16, 96), nn.ReLU(), nn.Dropout(0.7), nn.Linear(96, 96), nn.ReLU(), nn.Dropout(0.7), nn.Linear(96, 5)))
+    net = he(
+        nn.Sequential(
+            nn.Linear(16, 96),
+            nn.ReLU(),
+            nn.Dropout(0.7),
+            nn.Linear(96, 96),
+            nn.ReLU(),
+            nn.Dropout(0.7),
+            nn.Linear(96, 5),
+        )
+    )
     return train(net, Adam(net.parameters(), 3e-3), fit(clusters(17), xent))
 
 
@@ -652,8 +716,14 @@ def tcn_volatility() -> Training:
 @healthy(steps=100)
 def wasserstein_returns() -> Training:
     """Train a generator of returns against a critic with a gradient penalty, which is differentiated twice: two optimizers, two losses."""
-    net = Net(lambda n, z: n.generator(z), generator=mlp(4, 32, 32, 2, act=nn.LeakyReLU), critic=mlp(2, 32, 32, 1, act=nn.Softplus))
-    optimizers: list[Optimizer] = [Adam(getattr(net, name).parameters(), 2e-3, betas=(0.0, 0.9)) for name in ("generator", "critic")]
+    net = Net(
+        lambda n, z: n.generator(z),
+        generator=mlp(4, 32, 32, 2, act=nn.LeakyReLU),
+        critic=mlp(2, 32, 32, 1, act=nn.Softplus),
+    )
+    optimizers: list[Optimizer] = [
+        Adam(getattr(net, name).parameters(), 2e-3, betas=(0.0, 0.9)) for name in ("generator", "critic")
+    ]
 
     def penalty(real: Tensor, fake: Tensor, g: torch.Generator) -> Tensor:
         between = (fake + torch.rand(len(real), 1, generator=g) * (real - fake)).requires_grad_()
@@ -747,7 +817,9 @@ def siamese() -> Training:
 def tied_autoencoder() -> Training:
     """Decode with the transposed encoder: one weight, used twice."""
     net = Net(
-        lambda n, x: functional.linear(torch.tanh(n.encoder(x)), n.encoder.weight.t(), n.offset), encoder=nn.Linear(20, 6), offset=nn.Parameter(torch.zeros(20))
+        lambda n, x: functional.linear(torch.tanh(n.encoder(x)), n.encoder.weight.t(), n.offset),
+        encoder=nn.Linear(20, 6),
+        offset=nn.Parameter(torch.zeros(20)),
     )
     mix = torch.randn(4, 20, generator=draw(28, -1))
 
@@ -814,30 +886,55 @@ DEPTH, TIME, EXPLODING, DEAD, CUT, NAN, LOST = (
 @faulty(Label(DEPTH, ("convs.0", "convs.2", "convs.4", "convs.6", "convs.8", "convs.10", "convs.12")), also={LOST})
 def sigmoid_convolutions(*, cured: bool) -> Training:
     """Ten convolutions over order flow with sigmoids between them, as torch makes them."""
-    layers = [m for k in range(10) for m in (nn.Conv1d(12 if k else 4, 12, 3, padding=1), nn.ReLU() if cured else nn.Sigmoid())]
+    layers = [
+        m
+        for k in range(10)
+        for m in (nn.Conv1d(12 if k else 4, 12, 3, padding=1), nn.ReLU() if cured else nn.Sigmoid())
+    ]
     convs = nn.Sequential(*layers)
-    net = Net(lambda n, x: n.head(n.convs(x.transpose(1, 2)).mean(2)), convs=he(convs) if cured else convs, head=nn.Linear(12, 2))
+    net = Net(
+        lambda n, x: n.head(n.convs(x.transpose(1, 2)).mean(2)),
+        convs=he(convs) if cured else convs,
+        head=nn.Linear(12, 2),
+    )
     return train(net, SGD(net.parameters(), 0.02, momentum=0.9), fit(flow(40, 24, (4, 20)), xent))
 
 
-@faulty(Label(DEPTH, ("inp", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5.gate", "blocks.6.gate")), also={LOST})
+@faulty(
+    Label(DEPTH, ("inp", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "blocks.5.gate", "blocks.6.gate")),
+    also={LOST},
+)
 def closed_highway(*, cured: bool) -> Training:
     """Close the gates of a highway network to what should be carried through (bias 5 instead of -2), over weak layers."""
 
     def block() -> Net:
-        made = Net(lambda n, x: x + torch.sigmoid(n.gate(x)) * (torch.tanh(n.layer(x)) - x), layer=nn.Linear(24, 24), gate=nn.Linear(24, 24))
+        made = Net(
+            lambda n, x: x + torch.sigmoid(n.gate(x)) * (torch.tanh(n.layer(x)) - x),
+            layer=nn.Linear(24, 24),
+            gate=nn.Linear(24, 24),
+        )
         nn.init.constant_(made.gate.bias, -2.0 if cured else 5.0)
         nn.init.normal_(made.layer.weight, std=0.05)
         return made
 
-    net = Net(lambda n, x: n.head(n.blocks(n.inp(x))), inp=nn.Linear(6, 24), blocks=nn.Sequential(*(block() for _ in range(10))), head=nn.Linear(24, 1))
+    net = Net(
+        lambda n, x: n.head(n.blocks(n.inp(x))),
+        inp=nn.Linear(6, 24),
+        blocks=nn.Sequential(*(block() for _ in range(10))),
+        head=nn.Linear(24, 1),
+    )
     return train(net, SGD(net.parameters(), 0.02, momentum=0.9), fit(waves(41), mse))
 
 
 @faulty(Label(DEPTH, ("branches",)), also={LOST})
 def branches_that_do_not_count(*, cured: bool) -> Training:
     """Residual branches that are multiplied by 1e-5, which was meant to be learnt and is a constant: all but the trunk stands still."""
-    net = Net(lambda n, x: n.head(n.branches(n.inp(x))), inp=nn.Linear(6, 32), branches=residual(32, 4, 0.3 if cured else 1e-5), head=nn.Linear(32, 1))
+    net = Net(
+        lambda n, x: n.head(n.branches(n.inp(x))),
+        inp=nn.Linear(6, 32),
+        branches=residual(32, 4, 0.3 if cured else 1e-5),
+        head=nn.Linear(32, 1),
+    )
     return train(net, SGD(he(net).parameters(), 0.02, momentum=0.9), fit(waves(42), mse))
 
 
@@ -845,14 +942,19 @@ def branches_that_do_not_count(*, cured: bool) -> Training:
 def deep_relu_by_default(*, cured: bool) -> Training:
     """Twenty-four ReLU layers with torch's own initialization, under which signals shrink at each; healthy is `deep_relu`."""
     net = mlp(16, *[64] * 24, 5)
-    return train(he(net) if cured else net, SGD(net.parameters(), 2e-3, momentum=0.9), fit(clusters(44), xent), clip=5.0)
+    return train(
+        he(net) if cured else net, SGD(net.parameters(), 2e-3, momentum=0.9), fit(clusters(44), xent), clip=5.0
+    )
 
 
 @faulty(Label(DEPTH, ("0", "2", "4"), onset=40))
 def body_decayed_away(*, cured: bool) -> Training:
     """Decay the body by a slip of the pen (1 instead of 1e-4): layers shrink together until none passes anything on."""
     net = mlp(16, 48, 48, 48, 48, 5, act=nn.Tanh)
-    groups = [{"params": net[:-1].parameters(), "weight_decay": 1e-4 if cured else 1.0}, {"params": net[-1].parameters(), "weight_decay": 0.0}]
+    groups = [
+        {"params": net[:-1].parameters(), "weight_decay": 1e-4 if cured else 1.0},
+        {"params": net[-1].parameters(), "weight_decay": 0.0},
+    ]
     return train(net, SGD(groups, 0.05), fit(clusters(45), xent))
 
 
@@ -916,7 +1018,9 @@ def sum_over_assets(*, cured: bool) -> Training:
             h = h + functional.gelu(layer(h.mean(1, keepdim=True) - h if cured else h.sum(1, keepdim=True) - h))
         return n.head(h)
 
-    net = Net(does, inp=nn.Linear(4, 24), layers=nn.ModuleList(nn.Linear(24, 24) for _ in range(4)), head=nn.Linear(24, 1))
+    net = Net(
+        does, inp=nn.Linear(4, 24), layers=nn.ModuleList(nn.Linear(24, 24) for _ in range(4)), head=nn.Linear(24, 1)
+    )
     return train(net, SGD(net.parameters(), 0.01 if cured else 1e-4, momentum=0.9), fit(panel(60), mse))
 
 
@@ -924,7 +1028,9 @@ def sum_over_assets(*, cured: bool) -> Training:
 def typo_in_the_schedule(*, cured: bool) -> Training:
     """Make the learning rate ten times as large from step 80 on, by a typo, where it should fall to a tenth."""
     net = he(mlp(6, 32, 32, 32, 1, act=nn.GELU))
-    return train(net, SGD(net.parameters(), 0.02), fit(waves(61), mse), rate=lambda i: 1 if i < 80 else 0.1 if cured else 10)
+    return train(
+        net, SGD(net.parameters(), 0.02), fit(waves(61), mse), rate=lambda i: 1 if i < 80 else 0.1 if cured else 10
+    )
 
 
 @faulty(Label(EXPLODING), also={NAN, DEAD, TIME, DEPTH, CUT}, steps=60)
@@ -943,7 +1049,10 @@ def growing_state(*, cured: bool) -> Training:
 def functional_relus(*, cured: bool) -> Training:
     """Dead ReLUs that are no modules: the second layer's bias of -15 is never reached."""
     net = Net(
-        lambda n, x: n.head(functional.relu(n.second(functional.relu(n.first(x))))), first=nn.Linear(6, 40), second=nn.Linear(40, 40), head=nn.Linear(40, 1)
+        lambda n, x: n.head(functional.relu(n.second(functional.relu(n.first(x))))),
+        first=nn.Linear(6, 40),
+        second=nn.Linear(40, 40),
+        head=nn.Linear(40, 1),
     )
     he(net)
     if not cured:
@@ -956,10 +1065,17 @@ def dead_behind_batchnorm(*, cured: bool) -> Training:
     """Shift what all residual blocks compute by -8 in their batch norms: the blocks are dead, and training goes round them."""
 
     def branch() -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1))
+        return nn.Sequential(
+            nn.Conv2d(12, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1)
+        )
 
     blocks = residual(12, 2, branch=branch)
-    net = Net(lambda n, x: n.head(n.blocks(n.inp(x)).flatten(1)), inp=nn.Conv2d(1, 12, 3, padding=1, stride=2), blocks=blocks, head=nn.Linear(192, 4))
+    net = Net(
+        lambda n, x: n.head(n.blocks(n.inp(x)).flatten(1)),
+        inp=nn.Conv2d(1, 12, 3, padding=1, stride=2),
+        blocks=blocks,
+        head=nn.Linear(192, 4),
+    )
     he(net)
     if not cured:
         for block in net.blocks:
@@ -973,7 +1089,12 @@ def kicked_dead(*, cured: bool) -> Training:
     task = book(72, noise=0.1)
     net = he(mlp(10, 48, 48, 2))
     optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
-    return train(net, optimizer, fit(lambda i: (task(i)[0] + 2, task(i)[1]), xent), rate=lambda i: 300 if 80 <= i < 88 and not cured else 1)
+    return train(
+        net,
+        optimizer,
+        fit(lambda i: (task(i)[0] + 2, task(i)[1]), xent),
+        rate=lambda i: 300 if 80 <= i < 88 and not cured else 1,
+    )
 
 
 @faulty(Label(DEAD, ("0", "1", "2", "3"), onset=2), also={DEPTH, CUT, EXPLODING})
@@ -1070,7 +1191,9 @@ def halted_stock(*, cured: bool) -> Training:
 @faulty(Label(LOST), also={DEPTH, CUT})
 def half_precision_returns(*, cured: bool) -> Training:
     """Forecast returns of 1e-3 in float16: what comes back from a loss of 1e-6 is below the smallest number there is."""
-    net = Net(lambda n, x: 1e-3 * n.net(x), net=he(mlp(6, 48, 48, 1, act=nn.SiLU))).to(torch.float32 if cured else torch.float16)
+    net = Net(lambda n, x: 1e-3 * n.net(x), net=he(mlp(6, 48, 48, 1, act=nn.SiLU))).to(
+        torch.float32 if cured else torch.float16
+    )
     task = waves(100, 256)
     return train(net, SGD(net.parameters(), 5e4), fit(lambda i: (task(i)[0], 1e-3 * task(i)[1]), mse))
 
@@ -1078,7 +1201,9 @@ def half_precision_returns(*, cured: bool) -> Training:
 @faulty(Label(LOST))
 def bfloat16_fine_steps(*, cured: bool) -> Training:
     """Weights in bfloat16 and Adam with a learning rate of 5e-5: most weights are so much larger that they stay what they are."""
-    net = Net(lambda n, x: n.net(x), net=mlp(16, 96, 96, 5, norm=nn.LayerNorm)).to(torch.float32 if cured else torch.bfloat16)
+    net = Net(lambda n, x: n.net(x), net=mlp(16, 96, 96, 5, norm=nn.LayerNorm)).to(
+        torch.float32 if cured else torch.bfloat16
+    )
     return train(net, Adam(net.parameters(), 5e-5), fit(clusters(101), xent))
 
 
@@ -1087,7 +1212,11 @@ def epsilon_over_returns(*, cured: bool) -> Training:
     """Forecast returns of 3e-5, those of minutes, under Adam as torch makes it: its epsilon of 1e-8 is all that it divides by."""
     net = Net(lambda n, x: 3e-5 * n.net(x), net=he(mlp(6, 32, 32, 1)))
     task = waves(102)
-    return train(net, Adam(net.parameters(), 2e-3, eps=1e-18 if cured else 1e-8), fit(lambda i: (task(i)[0], 3e-5 * task(i)[1]), mse))
+    return train(
+        net,
+        Adam(net.parameters(), 2e-3, eps=1e-18 if cured else 1e-8),
+        fit(lambda i: (task(i)[0], 3e-5 * task(i)[1]), mse),
+    )
 
 
 @faulty(Label(LOST), steps=120)

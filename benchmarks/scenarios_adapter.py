@@ -32,11 +32,21 @@ class Records:
         self.began += report.began
         snapshot = report.snapshot
         if not snapshot.skipped:
-            self.rows.append({p.name: n for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None})
+            self.rows.append(
+                {p.name: n for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None}
+            )
         if snapshot.activations is not None:
-            self.activations.append({a.module: a.grad_norm for a in snapshot.activations if a.grad_norm is not None and not a.scaled})
+            self.activations.append(
+                {a.module: a.grad_norm for a in snapshot.activations if a.grad_norm is not None and not a.scaled}
+            )
         if snapshot.sequences is not None:
-            self.sequences.append({s.module: list(s.grad_hidden) for s in snapshot.sequences if s.grad_hidden is not None and not s.scaled})
+            self.sequences.append(
+                {
+                    s.module: list(s.grad_hidden)
+                    for s in snapshot.sequences
+                    if s.grad_hidden is not None and not s.scaled
+                }
+            )
 
     def step_norms(self) -> dict[int, dict[str, float]]:
         """Give the norms by number of the step."""

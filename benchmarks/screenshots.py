@@ -48,18 +48,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="pictures of a run in TensorBoard")
     parser.add_argument("logdir")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--browser", default=shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"))
+    parser.add_argument(
+        "--browser",
+        default=shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome"),
+    )
     options = parser.parse_args()
     from playwright.sync_api import sync_playwright
 
     options.folder.mkdir(parents=True, exist_ok=True)
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen([sys.executable, "-m", "tensorboard.main", "--logdir", options.logdir, "--port", str(port), "--host", "127.0.0.1"])
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            "--logdir",
+            options.logdir,
+            "--port",
+            str(port),
+            "--host",
+            "127.0.0.1",
+        ]
+    )
     try:
         wait_for(address)
         with sync_playwright() as driver:
-            flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
+            flags = [
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--no-first-run",
+            ]
             browser = driver.chromium.launch(executable_path=options.browser, args=flags)
             page = browser.new_page(viewport={"width": 1500, "height": 1100})
             for name, tab in TABS.items():

@@ -55,7 +55,14 @@ class Training:
         self.watcher = None
         if logdir is not None:
             self.watcher = gradwatch.watch(
-                self.net, self.optimizer, logdir=logdir, every_n_steps=1, probe_every_n_steps=10, horizon=20, sinks=[self.count], on_alert=lambda _: None
+                self.net,
+                self.optimizer,
+                logdir=logdir,
+                every_n_steps=1,
+                probe_every_n_steps=10,
+                horizon=20,
+                sinks=[self.count],
+                on_alert=lambda _: None,
             )
 
     def count(self, report: gradwatch.Report) -> None:
@@ -114,7 +121,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
         watched, bare, other = Training(Path(folder)), Training(None), Training(None)
-        print(f"torch {torch.__version__}, one thread; every step measured, every 10th a probe with horizon=; medians of step time; control: bare / bare")
+        print(
+            f"torch {torch.__version__}, one thread; every step measured, every 10th a probe with horizon=; medians of step time; control: bare / bare"
+        )
         for _ in range(10):
             part = steps // 10
             times: dict[str, list[float]] = {"watched": [], "bare": [], "control": []}
@@ -123,7 +132,8 @@ def main() -> None:
                 # The unwatched ones need not train as long: their time is all that they are for.
                 times[turn] += run.steps(part // 2 if turn == "watched" else min(part // 2, 200))
             sizes = {
-                kind: sum(p.stat().st_size for p in Path(folder).rglob(pattern)) for kind, pattern in (("record", "record.jsonl"), ("events", "*tfevents*"))
+                kind: sum(p.stat().st_size for p in Path(folder).rglob(pattern))
+                for kind, pattern in (("record", "record.jsonl"), ("events", "*tfevents*"))
             }
             w, b, c = (statistics.median(times[k]) * 1e6 for k in ("watched", "bare", "control"))
             print(
@@ -140,7 +150,10 @@ def main() -> None:
             f"after close: {grown[0]:+} open files, {grown[1]:+} threads; the record (at most {BOUND / 2**20:.0f} MiB) reads back: {len(run.snapshots)} snapshots,"
         )
         print(f"{run.thinned} thinned out, {run.broken} broken lines, {len(run.alerts)} alerts")
-        print("events, bytes a step:", ", ".join(f"{kind} {size / watched.number:.0f}" for kind, size in sorted(by_kind(folder).items())))
+        print(
+            "events, bytes a step:",
+            ", ".join(f"{kind} {size / watched.number:.0f}" for kind, size in sorted(by_kind(folder).items())),
+        )
 
 
 if __name__ == "__main__":

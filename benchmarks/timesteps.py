@@ -78,7 +78,15 @@ def ratios(kind: type[nn.RNNBase], steps: int, hidden: int, batch: int, rounds: 
         optimizer, runs[what] = trainer(net, x)
         if what not in ("plain", "control"):
             timesteps = False if what == "parameters" else "auto"
-            watcher = watch(net, optimizer, every_n_steps=1, probe_every_n_steps=1, timesteps=timesteps, detectors=(), on_alert=lambda _: None)
+            watcher = watch(
+                net,
+                optimizer,
+                every_n_steps=1,
+                probe_every_n_steps=1,
+                timesteps=timesteps,
+                detectors=(),
+                on_alert=lambda _: None,
+            )
             if what == "input":
                 input_alone(watcher)
     times: dict[str, list[float]] = {what: [] for what in runs}
@@ -90,7 +98,10 @@ def ratios(kind: type[nn.RNNBase], steps: int, hidden: int, batch: int, rounds: 
             times[what].append(runs[what]())
     base = statistics.median(times["plain"])
     extra = statistics.median(times["parameters"]) - base
-    parts = "   ".join(f"{what} {shown([(t - extra * (what != 'control')) / base for t in times[what]])}" for what in ("input", "all", "control"))
+    parts = "   ".join(
+        f"{what} {shown([(t - extra * (what != 'control')) / base for t in times[what]])}"
+        for what in ("input", "all", "control")
+    )
     print(f"{kind.__name__:4} T={steps:4} H={hidden:3} B={batch:2}  plain {base * 1e3:8.1f} ms   {parts}", flush=True)
 
 
@@ -148,12 +159,16 @@ def memory() -> None:
     """Compare the peak of resident memory of processes that take plain steps and probe steps; a base without a step is taken off both."""
     peak = {
         what: statistics.median(
-            int(subprocess.run([sys.executable, "-c", MEMORY, what], capture_output=True, text=True, check=True).stdout) / 1024 for _ in range(3)
+            int(subprocess.run([sys.executable, "-c", MEMORY, what], capture_output=True, text=True, check=True).stdout)
+            / 1024
+            for _ in range(3)
         )
         for what in ("base", "plain", "probe")
     }
     plain, probe = peak["plain"] - peak["base"], peak["probe"] - peak["base"]
-    print(f"LSTM T=512 H=128 B=64, 8 rows: peak of plain steps {plain:.0f} MiB, of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more")
+    print(
+        f"LSTM T=512 H=128 B=64, 8 rows: peak of plain steps {plain:.0f} MiB, of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more"
+    )
 
 
 def growth(steps: int) -> None:
@@ -181,7 +196,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, one thread; thread CPU of a training step over that of a plain one, medians [quartiles]; control: plain again")
+    print(
+        f"torch {torch.__version__}, one thread; thread CPU of a training step over that of a plain one, medians [quartiles]; control: plain again"
+    )
     for kind, steps, hidden, batch in (
         (nn.LSTM, 64, 32, 8),
         (nn.LSTM, 64, 128, 64),

@@ -25,7 +25,17 @@ from gradwatch import Alert, Severity, watch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 OURS = ("benchmarks.zoo_adapter", "benchmarks.zoo_adapter_without_loss")
-PEERS = ("sagemaker", "norm_abs", "ratio_first_last", "autotrainer_gated", "deepdiagnosis", "traintools", "trainpulse", "gradscope", "update_ratio")
+PEERS = (
+    "sagemaker",
+    "norm_abs",
+    "ratio_first_last",
+    "autotrainer_gated",
+    "deepdiagnosis",
+    "traintools",
+    "trainpulse",
+    "gradscope",
+    "update_ratio",
+)
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
@@ -42,7 +52,11 @@ class Outcome:
         """Alerts of a kind that is neither asked for nor a consequence, or before the fault is there."""
         onset = {label.kind: label.onset for label in self.run.faults}
         first = min(onset.values(), default=0)
-        return [(s, a) for s, a in self.alerts if s < onset.get(a.finding.kind, first) or a.finding.kind not in {*onset, *self.run.also}]
+        return [
+            (s, a)
+            for s, a in self.alerts
+            if s < onset.get(a.finding.kind, first) or a.finding.kind not in {*onset, *self.run.also}
+        ]
 
     def found(self) -> list[tuple[str, int | None, bool | None]]:
         """Give, for each fault, its kind, the delay (None: missed), and whether an alert names one of its places (None: it has none)."""
@@ -100,11 +114,19 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 def own(*, verbose: bool, pattern: str) -> list[str]:
     """Judge our own runs, with and without the loss."""
-    lines = [f"{len(RUNS)} runs of our own ({sum(bool(r.faults) for r in RUNS)} faulty, {sum(not r.faults for r in RUNS)} healthy)"]
+    lines = [
+        f"{len(RUNS)} runs of our own ({sum(bool(r.faults) for r in RUNS)} faulty, {sum(not r.faults for r in RUNS)} healthy)"
+    ]
     for loss in (True, False):
         outcomes = [judged(run, loss=loss) for run in RUNS if re.search(pattern, run.name)]
         lines += [f"{'with' if loss else 'without'} the loss: {(t := table(outcomes))[0]}", t[1]]
-        bad = [o for o in outcomes if o.wrong or (not o.run.faults and o.alerts) or any(delay is None or hit is False for _, delay, hit in o.found())]
+        bad = [
+            o
+            for o in outcomes
+            if o.wrong
+            or (not o.run.faults and o.alerts)
+            or any(delay is None or hit is False for _, delay, hit in o.found())
+        ]
         lines += [str(o) for o in bad] if verbose else []
     return lines
 
@@ -112,7 +134,9 @@ def own(*, verbose: bool, pattern: str) -> list[str]:
 def zoo(*, peers: bool) -> list[str]:
     """Judge the zoo, in a process of its own."""
     adapters = [argument for name in (*OURS, *(PEERS if peers else ())) for argument in ("--adapter", name)]
-    done = subprocess.run([sys.executable, "-m", "zoo.run", "--share", "-v", *adapters], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "zoo.run", "--share", "-v", *adapters], check=True, capture_output=True, text=True
+    )
     return [line for line in done.stdout.splitlines() if not line.startswith("  ") or line.strip().startswith(OURS)]
 
 
@@ -133,7 +157,9 @@ def main() -> None:
     print(text)
     if arguments.write:
         before, _, rest = RESULTS.read_text(encoding="utf-8").partition(BEGIN)
-        RESULTS.write_text(f"{before}{BEGIN}\n\n```text\n{text}\n```\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        RESULTS.write_text(
+            f"{before}{BEGIN}\n\n```text\n{text}\n```\n\n{END}{rest.partition(END)[2]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a forecasting library's own network, watched")
     parser.add_argument("--network", choices=NETWORKS, default="LSTM")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--horizon", type=int, help="how many of the newest bars matter, if you know it: a shorter memory is then an alert")
+    parser.add_argument(
+        "--horizon",
+        type=int,
+        help="how many of the newest bars matter, if you know it: a shorter memory is then an alert",
+    )
     parser.add_argument("--logdir", default="runs/forecasting_library")
     options = parser.parse_args()
 

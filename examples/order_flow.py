@@ -78,7 +78,9 @@ def main() -> None:
     torch.manual_seed(0)
     model = Regime()
     remember(model.lstm, NEED)
-    gradwatch.assert_horizon(model, torch.randn(8, 250, len(market.FLOW_FEATURES)), at_least=NEED)  # before anything is trained
+    gradwatch.assert_horizon(
+        model, torch.randn(8, 250, len(market.FLOW_FEATURES)), at_least=NEED
+    )  # before anything is trained
     print(f"\nWith a forget-gate bias of {math.log(NEED):.1f}:")
     after = train(model, options.steps, f"{options.logdir}/after")
 

@@ -26,7 +26,9 @@ def main() -> None:
     x, y = (torch.from_numpy(a) for a in market.windows(prices))
     known = int(market.KNOWN * len(y))
 
-    model = nn.Sequential(nn.Flatten(), nn.Linear(1000, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(1000, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1), nn.Flatten(0)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     with gradwatch.watch(model, optimizer, logdir=options.logdir) as watcher:

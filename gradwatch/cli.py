@@ -36,11 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradwatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="train a sick network beside a healthy one on real market data, and look at both")
+    demo = commands.add_parser(
+        "demo", help="train a sick network beside a healthy one on real market data, and look at both"
+    )
     demo.add_argument("--logdir", default="runs/demo", help="where the runs are written (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (default: %(default)s)")
-    demo.add_argument("--steps", type=_positive, default=250, help="training steps of each network (default: %(default)s)")
-    demo.add_argument("--data", choices=("auto", "sp500", "synthetic"), default="auto", help="auto: the S&P 500 if it is installed (pip install arch)")
+    demo.add_argument(
+        "--steps", type=_positive, default=250, help="training steps of each network (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--data",
+        choices=("auto", "sp500", "synthetic"),
+        default="auto",
+        help="auto: the S&P 500 if it is installed (pip install arch)",
+    )
     demo.set_defaults(run=_demo)
 
     report = commands.add_parser("report", help="tell what happened in a run: where, since when, why, and what to do")
@@ -92,7 +101,13 @@ def _check(options: argparse.Namespace) -> int:
     runs = read_runs(options.path)
     wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
     several = len(runs) > 1
-    _show(*(part for name, run in runs.items() for part in (Text(verdict(run, name if several else "")), *alert_lines(wrong[name]), *note_lines(run))))
+    _show(
+        *(
+            part
+            for name, run in runs.items()
+            for part in (Text(verdict(run, name if several else "")), *alert_lines(wrong[name]), *note_lines(run))
+        )
+    )
     return 2 if any(run.ruined for run in runs.values()) else int(any(wrong.values()))
 
 

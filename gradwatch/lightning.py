@@ -38,7 +38,11 @@ else:
                 continue
         if not found:
             raise ModuleNotFoundError('gradwatch.lightning needs Lightning: pip install "torch-gradwatch[lightning]"')
-        bases = [c for i, c in enumerate(found) if not any(other is not c and issubclass(other, c) for other in found) and c not in found[:i]]
+        bases = [
+            c
+            for i, c in enumerate(found)
+            if not any(other is not c and issubclass(other, c) for other in found) and c not in found[:i]
+        ]
         return type("_Callback", tuple(bases), {})
 
     _Callback = _both()
@@ -83,7 +87,9 @@ class GradientMonitor(_Callback):
         """Check and keep the options; nothing is attached before the fit."""
         super().__init__()
         if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
-            raise ValueError(f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}')
+            raise ValueError(
+                f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
+            )
         check_options(
             name=name,
             every_n_steps=every_n_steps,
@@ -184,7 +190,9 @@ class GradientMonitor(_Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the live watcher out of pickles and copies, and the methods of the model that Lightning hangs on every callback."""
-        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {"_watcher": None}
+        return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
+            "_watcher": None
+        }
 
     def _close(self) -> None:
         if self._watcher is not None:

@@ -82,7 +82,9 @@ def test_the_readme_has_exactly_two_commands_for_a_fresh_machine():
 
 def test_ci_runs_both_commands_one_after_the_other_in_one_clone():
     program = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    told = re.search(r"^mapfile -t commands < <\((grep .*)\)\nfor command in (.*); do\n(.*?)^done", program, re.MULTILINE | re.DOTALL)
+    told = re.search(
+        r"^mapfile -t commands < <\((grep .*)\)\nfor command in (.*); do\n(.*?)^done", program, re.MULTILINE | re.DOTALL
+    )
     assert told is not None
     chosen = subprocess.run(["bash", "-c", told[1]], cwd=ROOT, capture_output=True, text=True, check=True)
 
@@ -99,8 +101,15 @@ def test_links_lead_somewhere():
 
 
 def test_the_example_of_a_forecasting_library_says_what_it_needs():
-    without = "import runpy, sys; sys.modules['neuralforecast'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", without, ROOT / "examples" / "forecasting_library.py"], capture_output=True, text=True, check=False)
+    without = (
+        "import runpy, sys; sys.modules['neuralforecast'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", without, ROOT / "examples" / "forecasting_library.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
     assert done.returncode == 2
     assert done.stdout == ""

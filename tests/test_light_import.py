@@ -17,10 +17,16 @@ LIGHT = [
     "gradwatch",
     "gradwatch.pytest_plugin",
     "gradwatch.cli",
-    *(f"gradwatch.values.{name}" for name in ("snapshot", "sequences", "plain", "layer_columns", "history", "thresholds", "report")),
+    *(
+        f"gradwatch.values.{name}"
+        for name in ("snapshot", "sequences", "plain", "layer_columns", "history", "thresholds", "report")
+    ),
     "gradwatch.detectors",
     "gradwatch.detectors.alerts",
-    *(f"gradwatch.sinks.{name}" for name in ("log", "record", "run_directory", "tensorboard", "terminal.page", "terminal.errors")),
+    *(
+        f"gradwatch.sinks.{name}"
+        for name in ("log", "record", "run_directory", "tensorboard", "terminal.page", "terminal.errors")
+    ),
     "gradwatch.demo.market",
     "gradwatch.demo.story",
 ]
@@ -58,7 +64,9 @@ def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():
 
 
 def test_reading_and_judging_a_run_imports_no_torch(tmp_path):
-    model = ModelInfo((LayerInfo("body", "Linear"),), (ParameterInfo("body.weight", "body", (4, 3), "float32", 0, "weight"),))
+    model = ModelInfo(
+        (LayerInfo("body", "Linear"),), (ParameterInfo("body.weight", "body", (4, 3), "float32", 0, "weight"),)
+    )
     record = gradwatch.Record(tmp_path)
     for step in range(3):
         record(gradwatch.Report(Snapshot(step, time.time(), model, norm=(math.nan,), nonfinite=(1.0,))))

@@ -55,7 +55,9 @@ def check(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if loss is not None and not callable(loss):
-        raise TypeError(f"loss must be a function from what the model returned to a scalar tensor, or None, got {loss!r:.80}")
+        raise TypeError(
+            f"loss must be a function from what the model returned to a scalar tensor, or None, got {loss!r:.80}"
+        )
     check_verdicts(thresholds, ignore, detectors)
     watcher = Watcher(
         model,
@@ -116,9 +118,13 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
     for tensor in _tensors(output):
         if tensor.requires_grad:
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-            parts.append((real * torch.randn(real.shape, generator=generator, device="cpu").to(real.device, real.dtype)).sum())
+            parts.append(
+                (real * torch.randn(real.shape, generator=generator, device="cpu").to(real.device, real.dtype)).sum()
+            )
     if not parts:
-        raise ValueError(f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}")
+        raise ValueError(
+            f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}"
+        )
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)

@@ -84,7 +84,9 @@ def assert_horizon(
     found, place = _measured(model, batch, output, timesteps)
     stats = dataclasses.replace(found, need=at_least)
     if stats.horizon is None:
-        raise GradientHealthError("how far back the model learns cannot be told: its gain by lag is not finite, because of NaN or infinity on the way back")
+        raise GradientHealthError(
+            "how far back the model learns cannot be told: its gain by lag is not finite, because of NaN or infinity on the way back"
+        )
     if stats.censored and stats.length < at_least:
         raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
     if stats.horizon < at_least:
@@ -93,17 +95,23 @@ def assert_horizon(
             facts = causes(model, *arguments(batch), place)
         module = named_modules(model)[place]
         known = not isinstance(module, nn.Embedding) and (place or isinstance(module, nn.RNNBase | nn.RNNCellBase))
-        words = words_of_horizon(stats, at_least, facts, place=place if known else "", kind=type(module).__name__ if known else "")
+        words = words_of_horizon(
+            stats, at_least, facts, place=place if known else "", kind=type(module).__name__ if known else ""
+        )
         raise GradientHealthError(horizon_error(stats, words))
     return stats
 
 
-def _measured(model: nn.Module, batch: Any, output: Callable[[Any], Any] | None, timesteps: Timesteps) -> tuple[SequenceStats, str]:  # noqa: ANN401
+def _measured(
+    model: nn.Module, batch: Any, output: Callable[[Any], Any] | None, timesteps: Timesteps
+) -> tuple[SequenceStats, str]:  # noqa: ANN401
     """Return the memory of a model, and the name of its sequence module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if output is not None and not callable(output):
-        raise TypeError(f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}")
+        raise TypeError(
+            f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
+        )
     args, kwargs = arguments(batch)
     gain = model_gain(model, args, kwargs, timesteps=timesteps, output=output)
     return gain.stats(gain.numbers.tolist()), gain.place

@@ -143,7 +143,9 @@ def flow_prices(seed: int, bars: int) -> Prices:
     path = np.cumsum(ticks.ravel()).reshape(bars, _TICKS)
     before = np.concatenate([[0.0], path[:-1, -1]])
     level = np.concatenate([before[:, None], path], axis=1)
-    opened, high, low, close = (100.0 * np.exp(values) for values in (before, level.max(axis=1), level.min(axis=1), path[:, -1]))
+    opened, high, low, close = (
+        100.0 * np.exp(values) for values in (before, level.max(axis=1), level.min(axis=1), path[:, -1])
+    )
     volume = 1e6 * np.exp(0.5 * np.log(volatility / 0.01) + 0.2 * random.standard_normal(bars))
     return Prices("synthetic prices", f"random numbers of seed {seed}", "", "", opened, high, low, close, volume)
 

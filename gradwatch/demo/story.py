@@ -69,7 +69,9 @@ class Task:
     horizon: int | None = None
 
 
-def demo(logdir: str | os.PathLike[str], *, seed: int = 0, steps: int = 250, data: str = "auto", out: Console | None = None) -> None:
+def demo(
+    logdir: str | os.PathLike[str], *, seed: int = 0, steps: int = 250, data: str = "auto", out: Console | None = None
+) -> None:
     """Train all networks, show what gradwatch saw of them, and say how to see more.
 
     Args:
@@ -87,7 +89,9 @@ def demo(logdir: str | os.PathLike[str], *, seed: int = 0, steps: int = 250, dat
 
     out = out or Console()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these networks are small: a second thread waits more than it works, and many times as long on a busy machine
+    torch.set_num_threads(
+        1
+    )  # these networks are small: a second thread waits more than it works, and many times as long on a busy machine
     try:
         _tell(Path(logdir), seed=seed, steps=steps, data=data, out=out)
     finally:
@@ -100,8 +104,13 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
     period = f", {prices.first} to {prices.last}" if prices.first else ""
     _say(f"[bold]{prices.name}[/bold]{period} ({prices.source}): {len(prices.close)} bars.", out)
     if data == "auto" and not prices.first:
-        _say('The S&P 500 is not installed (pip install "torch-gradwatch\\[demo]"), so these prices are synthetic.', out)
-    _say(f"Forecast the volatility of the next {AHEAD} bars from windows of {LENGTH} bars x {len(market.FEATURES)} features.\n", out)
+        _say(
+            'The S&P 500 is not installed (pip install "torch-gradwatch\\[demo]"), so these prices are synthetic.', out
+        )
+    _say(
+        f"Forecast the volatility of the next {AHEAD} bars from windows of {LENGTH} bars x {len(market.FEATURES)} features.\n",
+        out,
+    )
     volatility = volatility_task(prices)
     deep = go(DEEP, volatility)
     for trained in deep:
@@ -116,7 +125,10 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
     for trained in flow:
         _show_time(trained, out)
 
-    _say(f"Back to [bold]{prices.name}[/bold]. How many bars matter here nobody has declared, so how far back a network learns is shown and not judged.\n", out)
+    _say(
+        f"Back to [bold]{prices.name}[/bold]. How many bars matter here nobody has declared, so how far back a network learns is shown and not judged.\n",
+        out,
+    )
     stock = go(STOCK, volatility)
     for trained in stock:
         _show_memory(trained, out)
@@ -126,7 +138,9 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
     out.print()
     ill = flow[1].run
     status = int((ill.worst() or Severity.INFO) > Severity.INFO)
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable  # its folder need not be on PATH
+    python = (
+        os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    )  # its folder need not be on PATH
     for command in (
         f"See it in TensorBoard:  {python} -m tensorboard.main --logdir {logdir}",
         f"Read it again:          {python} -m gradwatch report {logdir}/flow-lstm",
@@ -141,7 +155,9 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
 def _prices(data: str, seed: int) -> market.Prices:
     prices = market.sp500() if data != "synthetic" else None
     if prices is None and data == "sp500":
-        raise ValueError('the S&P 500 comes with the package arch, which is not installed: pip install "torch-gradwatch[demo]"')
+        raise ValueError(
+            'the S&P 500 comes with the package arch, which is not installed: pip install "torch-gradwatch[demo]"'
+        )
     return prices or market.flow_prices(seed, 5031)
 
 
@@ -223,17 +239,26 @@ def _recurrent(kind: str, outputs: int, *, remembers: int | None = None) -> tupl
 
 
 DEEP = (
-    Subject("sigmoid", f"{DEPTH} layers with sigmoid activations and PyTorch's default initialization.", partial(_deep, healthy=False)),
+    Subject(
+        "sigmoid",
+        f"{DEPTH} layers with sigmoid activations and PyTorch's default initialization.",
+        partial(_deep, healthy=False),
+    ),
     Subject("relu", f"The same {DEPTH} layers with ReLU and He initialization.", partial(_deep, healthy=True)),
 )
 FLOW = (
     Subject("flow-rnn", "A vanilla RNN as PyTorch makes it.", partial(_recurrent, "RNN", 2)),
     Subject("flow-lstm", "An LSTM as PyTorch makes it.", partial(_recurrent, "LSTM", 2)),
     Subject(
-        "flow-lstm-bias", f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}.", partial(_recurrent, "LSTM", 2, remembers=NEED)
+        "flow-lstm-bias",
+        f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}.",
+        partial(_recurrent, "LSTM", 2, remembers=NEED),
     ),
 )
-STOCK = tuple(Subject(f"prices-{kind.lower()}", f"{kind} as PyTorch makes it.", partial(_recurrent, kind, 1)) for kind in ("RNN", "LSTM", "GRU"))
+STOCK = tuple(
+    Subject(f"prices-{kind.lower()}", f"{kind} as PyTorch makes it.", partial(_recurrent, kind, 1))
+    for kind in ("RNN", "LSTM", "GRU")
+)
 
 
 # --- the training ---
@@ -260,7 +285,9 @@ class Trained:
         return [next(q for q in s.sequences if q.part in ("model", "")) for s in self.run.snapshots if s.sequences]
 
 
-def _train_all(subjects: Sequence[Subject], task: Task, *, logdir: Path, seed: int, steps: int, out: Console) -> list[Trained]:
+def _train_all(
+    subjects: Sequence[Subject], task: Task, *, logdir: Path, seed: int, steps: int, out: Console
+) -> list[Trained]:
     with Progress(console=out, transient=True, disable=not out.is_terminal) as progress:
         bar = progress.add_task("", total=steps * len(subjects))
         done = []
@@ -310,7 +337,10 @@ def _say(text: str, out: Console) -> None:
 def _show_depth(trained: Trained, out: Console) -> None:
     out.rule(trained.subject.name)
     _say(trained.subject.says, out)
-    _say("Loss {:.3f} at the first step, {:.3f} at the end (1 is no better than the mean).\n".format(*trained.losses), out)
+    _say(
+        "Loss {:.3f} at the first step, {:.3f} at the end (1 is no better than the mean).\n".format(*trained.losses),
+        out,
+    )
     out.print(run_summary(trained.run))
     out.print()
 
@@ -344,7 +374,11 @@ def _overview(networks: Sequence[Trained]) -> Table:
         table.add_column(name, justify="right" if name == "loss" else "left")
     for trained in networks:
         bad = [alert for alert in trained.run.alerts if alert.severity > Severity.INFO]
-        reach = "".join(f"{'at least' if m.censored else 'the last'} {m.horizon} of {m.length}" for m in trained.memories[-1:])
-        alerts = Text(" ".join(sorted({alert.finding.code for alert in bad})) or "none", style="yellow" if bad else "green")
+        reach = "".join(
+            f"{'at least' if m.censored else 'the last'} {m.horizon} of {m.length}" for m in trained.memories[-1:]
+        )
+        alerts = Text(
+            " ".join(sorted({alert.finding.code for alert in bad})) or "none", style="yellow" if bad else "green"
+        )
         table.add_row(trained.subject.name, reach, f"{trained.losses[1]:.3f}", alerts)
     return table

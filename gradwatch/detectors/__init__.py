@@ -15,7 +15,16 @@ from gradwatch.detectors.underflow import explain_underflow, underflow
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Explanation, Finding
 
-DETECTORS: tuple[Detector, ...] = (nonfinite, disconnected, dead_units, vanishing_depth, exploding, underflow, through_time, stalled)
+DETECTORS: tuple[Detector, ...] = (
+    nonfinite,
+    disconnected,
+    dead_units,
+    vanishing_depth,
+    exploding,
+    underflow,
+    through_time,
+    stalled,
+)
 """The default detectors. Your own is a function from a `History` to findings; give it in `detectors=`."""
 
 RULES: Mapping[str, Callable[[Finding], Explanation]] = {
@@ -49,5 +58,8 @@ def explain(finding: Finding) -> Explanation:
     rule = RULES.get(finding.code)
     if rule is not None:
         return rule(finding)
-    numbers = ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in finding.evidence.items())
+    numbers = ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in finding.evidence.items()
+    )
     return Explanation(f"{finding.place or 'the whole model'}: {numbers or finding.kind}")

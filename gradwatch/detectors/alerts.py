@@ -15,7 +15,10 @@ _EVENTS = frozenset({"exploding", "dead-units", "non-finite"})
 def muted(finding: Finding, rules: Iterable[str]) -> bool:
     """Tell whether one of `rules` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding."""
     parts = (rule.partition(":") for rule in rules)
-    return any(fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place)) for code, _, place in parts)
+    return any(
+        fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place))
+        for code, _, place in parts
+    )
 
 
 def advance(

@@ -31,14 +31,26 @@ def _dead(evidence: Evidence, _place: str) -> tuple[str, str]:
 
 
 def _weak_weights(evidence: Evidence, _place: str) -> tuple[str, str]:
-    at, function, gain, needed = _at(evidence), str(evidence["function"]), float(evidence["gain"]), float(evidence["needed"])
+    at, function, gain, needed = (
+        _at(evidence),
+        str(evidence["function"]),
+        float(evidence["gain"]),
+        float(evidence["needed"]),
+    )
     count, behind = float(evidence["weak"]), f"the {function} behind it" if function else "its activation"
     where = at if count == 1 else f"{evidence['first']} to {evidence['until']}"
     more = f" ({count:.0f} layers; worst: {at})" if count > 1 else ""
     cause = f"the weights of {where}{more} are too small: gain {gain:.2g}, and {behind} needs {needed:.3g} to hand on the gradient as large as it came"
     if function == "sigmoid":
-        return cause, f"ReLU in place of the sigmoids, with torch.nn.init.kaiming_normal_ on the weights of {where}; or normalization or skip connections"
-    init = "torch.nn.init.xavier_normal_(weight, gain=5/3)" if function == "tanh" else "torch.nn.init.kaiming_normal_(weight, nonlinearity='relu')"
+        return (
+            cause,
+            f"ReLU in place of the sigmoids, with torch.nn.init.kaiming_normal_ on the weights of {where}; or normalization or skip connections",
+        )
+    init = (
+        "torch.nn.init.xavier_normal_(weight, gain=5/3)"
+        if function == "tanh"
+        else "torch.nn.init.kaiming_normal_(weight, nonlinearity='relu')"
+    )
     return cause, f"{init} on the weights of {where}; or normalization or skip connections"
 
 
@@ -47,28 +59,46 @@ def _large_weights(evidence: Evidence, _place: str) -> tuple[str, str]:
     times, gain = float(evidence["times"]), float(evidence["gain"])
     cause = f"the weights of {at} are {times:.3g} times as large as its activation needs: gain {gain:.3g}{_spectral(evidence)}"
     more = f" and {others - 1:.0f} other layers" if others > 1 else ""
-    return cause, f"torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh) on the weights of {at}{more}; or normalization; or clip the gradient norm"
+    return (
+        cause,
+        f"torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh) on the weights of {at}{more}; or normalization; or clip the gradient norm",
+    )
 
 
 def _rate(evidence: Evidence, place: str) -> tuple[str, str]:
     cause = "the learning rate is too large for these gradients: the weights themselves are of the size that their activations need"
-    return cause, f"lower the learning rate of {place} by a factor of {float(evidence['update']):.2g} or more, warm it up, or clip the gradient norm"
+    return (
+        cause,
+        f"lower the learning rate of {place} by a factor of {float(evidence['update']):.2g} or more, warm it up, or clip the gradient norm",
+    )
 
 
 def _rounded(evidence: Evidence, _place: str) -> tuple[str, str]:
-    return f"the gradient is computed in {evidence['format']}, where it is rounded to 0", "scale the loss (torch.amp.GradScaler), or compute in bfloat16"
+    return (
+        f"the gradient is computed in {evidence['format']}, where it is rounded to 0",
+        "scale the loss (torch.amp.GradScaler), or compute in bfloat16",
+    )
 
 
 def _constant(_evidence: Evidence, place: str) -> tuple[str, str]:
-    return f"the input of {place} is the same for every sample", f"look at what feeds {place}: a dead layer, or a constant"
+    return (
+        f"the input of {place} is the same for every sample",
+        f"look at what feeds {place}: a dead layer, or a constant",
+    )
 
 
 def _bias(evidence: Evidence, place: str) -> tuple[str, str]:
-    return f"its bias alone keeps {float(evidence['share']):.0%} of them below zero", f"set the bias of {place} to zero (torch.nn.init.zeros_)"
+    return (
+        f"its bias alone keeps {float(evidence['share']):.0%} of them below zero",
+        f"set the bias of {place} to zero (torch.nn.init.zeros_)",
+    )
 
 
 def _offset(evidence: Evidence, place: str) -> tuple[str, str]:
-    return f"the input of {place} is off-centre: its mean is {float(evidence['offset']):.3g} times its spread", f"standardize the input of {place}"
+    return (
+        f"the input of {place} is off-centre: its mean is {float(evidence['offset']):.3g} times its spread",
+        f"standardize the input of {place}",
+    )
 
 
 def _kick(evidence: Evidence, place: str) -> tuple[str, str]:
@@ -90,11 +120,18 @@ def _saturated(evidence: Evidence, _place: str) -> tuple[str, str]:
         )
     if gain >= LARGE * needed:
         cause += f": its weights have gain {gain:.3g}{spectral}, and {needed:.3g} is enough"
-    return cause, f"torch.nn.init.xavier_normal_(weight) on {at}, normalization in front of its {function}, or a ReLU-like activation with He initialization"
+    return (
+        cause,
+        f"torch.nn.init.xavier_normal_(weight) on {at}, normalization in front of its {function}, or a ReLU-like activation with He initialization",
+    )
 
 
 def _cut(evidence: Evidence, place: str) -> tuple[str, str]:
-    unreached, reached, what = str(evidence["unreached"]) or place, evidence.get("reached"), place or "the model's own parameters"
+    unreached, reached, what = (
+        str(evidence["unreached"]) or place,
+        evidence.get("reached"),
+        place or "the model's own parameters",
+    )
     if reached is None:
         return (
             f"the gradient reaches nothing behind {unreached}: the loss does not use what it gives",

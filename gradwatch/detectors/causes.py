@@ -27,7 +27,11 @@ _KICK = 0.3
 def flat(history: History) -> set[int]:
     """Return the layers at or before one behind which an activation is saturated all over: zeros there are where the gradient faded to, and no cut."""
     known = {a.module for a in newest_activations(history) if (a.saturated or 0.0) >= _MOSTLY_DEAD}
-    last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1) if known else -1
+    last = (
+        max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
+        if known
+        else -1
+    )
     return set(history.order[: last + 1])
 
 
@@ -52,7 +56,10 @@ def _facts(history: History) -> Sequence[Fact]:
 
 
 def _fact(history: History, place: str, name: str) -> float | None:
-    return next((f.value for s in reversed(history.window()) for f in s.facts or () if f.place == place and f.name == name), None)
+    return next(
+        (f.value for s in reversed(history.window()) for f in s.facts or () if f.place == place and f.name == name),
+        None,
+    )
 
 
 def _functions(history: History) -> dict[str, str]:
@@ -103,7 +110,12 @@ def _in_half(history: History) -> bool:
 
 
 def _saturation(history: History, share: float, at: str) -> dict[str, float | str]:
-    found: dict[str, float | str] = {"because": "saturated", "saturated": share, "at": at, "function": _functions(history).get(at, "")}
+    found: dict[str, float | str] = {
+        "because": "saturated",
+        "saturated": share,
+        "at": at,
+        "function": _functions(history).get(at, ""),
+    }
     gain, offset = float(history.gains()[history.numbers[at]]), _fact(history, at, "input_offset")
     if math.isfinite(gain):
         found["gain"] = gain
@@ -120,11 +132,21 @@ def _weak(history: History, layers: Sequence[str], ratio: float) -> dict[str, fl
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
     shares = {name: gain / _NEEDED.get(functions.get(name, ""), 1.0) for name, gain in gains.items()}
     weak = {name: share for name, share in shares.items() if share < _SMALL}
-    if not weak or not 0 < ratio < 1 or sum(math.log(max(share, 1e-30)) for share in weak.values()) > 0.5 * math.log(ratio):
+    if (
+        not weak
+        or not 0 < ratio < 1
+        or sum(math.log(max(share, 1e-30)) for share in weak.values()) > 0.5 * math.log(ratio)
+    ):
         return {}
     worst = min(weak, key=weak.__getitem__)
     function = functions.get(worst, "")
-    found: dict[str, float | str] = {"because": "weak", "at": worst, "gain": gains[worst], "needed": _NEEDED.get(function, 1.0), "function": function}
+    found: dict[str, float | str] = {
+        "because": "weak",
+        "at": worst,
+        "gain": gains[worst],
+        "needed": _NEEDED.get(function, 1.0),
+        "function": function,
+    }
     return {**found, "weak": float(len(weak)), "first": next(iter(weak)), "until": list(weak)[-1]}
 
 
@@ -192,7 +214,12 @@ def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
     at = int(over.argmax()) if len(over) else 0
     if len(over) and over[at] >= LARGE:
         worst = history.model.layers[at].name
-        found: dict[str, float | str] = {"because": "large", "at": worst, "gain": float(gains[at]), "times": float(over[at])}
+        found: dict[str, float | str] = {
+            "because": "large",
+            "at": worst,
+            "gain": float(gains[at]),
+            "times": float(over[at]),
+        }
         if (norm := _fact(history, worst, "spectral_norm")) is not None:
             found["spectral_norm"] = norm
         return {**found, "layers over": float((over >= LARGE).sum())}

@@ -22,13 +22,24 @@ def dead_units(history: History) -> Iterator[Finding]:
     if len(probes) < t.dead_probes:
         return
     numbers = history.numbers
-    measured = {numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers}
-    limits = {i: t.of(a.module).dead_units / (1.5 if history.is_open("GW601", a.module) else 1.0) for i, a in measured.items() if a.dead}
+    measured = {
+        numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers
+    }
+    limits = {
+        i: t.of(a.module).dead_units / (1.5 if history.is_open("GW601", a.module) else 1.0)
+        for i, a in measured.items()
+        if a.dead
+    }
     ill = {i for i, limit in limits.items() if float(measured[i].dead or 0.0) >= limit}
     if not ill:
         return
     series = [{a.module: a.dead for a in s.activations or ()} for s in probes]
-    onsets = {i: onset for i in ill if (onset := _onset(history, probes, [s.get(measured[i].module) for s in series], limits[i], measured[i])) is not None}
+    onsets = {
+        i: onset
+        for i in ill
+        if (onset := _onset(history, probes, [s.get(measured[i].module) for s in series], limits[i], measured[i]))
+        is not None
+    }
     for run in history.runs(onsets, measured):
         place = history.model.layers[run[0]].name
         worst = max(run, key=lambda i: measured[i].dead or 0.0)
@@ -40,13 +51,22 @@ def dead_units(history: History) -> Iterator[Finding]:
             "worst": history.model.layers[worst].name,
             "last": history.model.layers[run[-1]].name,
         }
-        yield with_cause(history, Finding("GW601", "dead-units", Severity.WARNING, place, onset=min(onsets[i] for i in run), evidence=evidence))
+        yield with_cause(
+            history,
+            Finding(
+                "GW601", "dead-units", Severity.WARNING, place, onset=min(onsets[i] for i in run), evidence=evidence
+            ),
+        )
 
 
-def _onset(history: History, probes: Sequence[Snapshot], series: Sequence[float | None], limit: float, newest: ActivationStats) -> int | None:
+def _onset(
+    history: History, probes: Sequence[Snapshot], series: Sequence[float | None], limit: float, newest: ActivationStats
+) -> int | None:
     """Return since when most units of a layer are dead; None where they are not for long enough."""
     high = [d is not None and d >= limit for d in series]
-    if not all(high[-history.thresholds.dead_probes :]) or (newest.dead == 1 and _heard_between(history, newest.module, probes)):
+    if not all(high[-history.thresholds.dead_probes :]) or (
+        newest.dead == 1 and _heard_between(history, newest.module, probes)
+    ):
         return None
     return probes[len(high) - len(list(itertools.takewhile(bool, reversed(high))))].step
 
@@ -57,7 +77,9 @@ def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> 
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]
     between = [any(s.norm[c] for c in columns) for s in window if s.activations is None]
-    return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and sum(between) > _OFTEN * len(between)
+    return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and sum(
+        between
+    ) > _OFTEN * len(between)
 
 
 def explain_dead_units(finding: Finding) -> Explanation:
@@ -66,7 +88,9 @@ def explain_dead_units(finding: Finding) -> Explanation:
     share, units, count = float(evidence["dead"]), float(evidence["units"]), float(evidence["layers"])
     whose = place if count == 1 else f"{evidence['worst']}"
     more = f" (and most of {place} to {evidence['last']}, {count:.0f} layers)" if count > 1 else ""
-    otherwise = f"LeakyReLU behind {place}, a bias of zero, a lower learning rate, or normalization in front of its ReLU"
+    otherwise = (
+        f"LeakyReLU behind {place}, a bias of zero, a lower learning rate, or normalization in front of its ReLU"
+    )
     cause, remedy = said(evidence, finding.place, otherwise)
     return Explanation(
         f"{share * units:.0f} of the {units:.0f} units of {whose} are dead{more}: behind their ReLU they give 0 for every input, since step {finding.onset}",

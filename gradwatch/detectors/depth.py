@@ -22,7 +22,9 @@ def vanishing_depth(history: History) -> Iterator[Finding]:
     if len(history.window(t.window)) < t.window:
         return
     limits = _limits(history)
-    recent = max(round((1 - t.share) * t.window) + 1, 1)  # a layer that is below its limit in none of these cannot have its share
+    recent = max(
+        round((1 - t.share) * t.window) + 1, 1
+    )  # a layer that is below its limit in none of these cannot have its share
     found = list(_vanishing(history, limits)) if (history.ratios(recent) < limits).any() else []
     yield from found or _everywhere(history)
     yield from _absolute(history)
@@ -50,10 +52,17 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
             "last": history.model.layers[run[-1]].name,
             "share": float(low[:, worst].mean()),
         }
-        yield with_cause(history, Finding("GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0], limits), evidence=evidence))
+        yield with_cause(
+            history,
+            Finding(
+                "GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0], limits), evidence=evidence
+            ),
+        )
 
 
-def _fading(history: History, now: NDArray[np.float64], limits: NDArray[np.float64], closed: set[int]) -> NDArray[np.bool_]:
+def _fading(
+    history: History, now: NDArray[np.float64], limits: NDArray[np.float64], closed: set[int]
+) -> NDArray[np.bool_]:
     """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit, or what is behind it is saturated."""
     import numpy as np
 
@@ -93,7 +102,9 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
         return np.asarray((last > factor * first) & (last > limits / 100))
 
 
-def _faults(history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64], closed: set[int]) -> list[list[int]]:
+def _faults(
+    history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64], closed: set[int]
+) -> list[list[int]]:
     """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind."""
     import numpy as np
 
@@ -130,7 +141,11 @@ def _everywhere(history: History) -> Iterator[Finding]:
     t = history.thresholds
     losses = history.losses(t.window)
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
-    if len(losses) < t.window or np.nanmax(history.sensitivities(1), initial=0.0) >= limit * abs(losses[-1]) or history.improved is not False:
+    if (
+        len(losses) < t.window
+        or np.nanmax(history.sensitivities(1), initial=0.0) >= limit * abs(losses[-1])
+        or history.improved is not False
+    ):
         return
     largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
     if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
@@ -138,7 +153,17 @@ def _everywhere(history: History) -> Iterator[Finding]:
     share = largest / np.maximum(np.abs(losses), 1e-300)
     if share.max() > 0 and (share < limit).mean() >= t.share:
         evidence: dict[str, float | str] = {"sensitivity": float(share[-1]), "limit": limit}
-        yield with_cause(history, Finding("GW102", "vanishing-depth", Severity.WARNING, "", onset=history.window(t.window)[0].step, evidence=evidence))
+        yield with_cause(
+            history,
+            Finding(
+                "GW102",
+                "vanishing-depth",
+                Severity.WARNING,
+                "",
+                onset=history.window(t.window)[0].step,
+                evidence=evidence,
+            ),
+        )
 
 
 def _absolute(history: History) -> Iterator[Finding]:
@@ -151,7 +176,12 @@ def _absolute(history: History) -> Iterator[Finding]:
         largest = [max((n for i in columns if (n := s.norm[i]) is not None), default=None) for s in window]
         if limit is not None and all(n is not None and n < limit for n in largest):
             yield Finding(
-                "GW103", "vanishing-depth", Severity.WARNING, layer.name, onset=window[0].step, evidence={"norm": float(largest[-1] or 0.0), "limit": limit}
+                "GW103",
+                "vanishing-depth",
+                Severity.WARNING,
+                layer.name,
+                onset=window[0].step,
+                evidence={"norm": float(largest[-1] or 0.0), "limit": limit},
             )
 
 
@@ -161,7 +191,11 @@ def explain_vanishing_depth(finding: Finding) -> Explanation:
     if finding.code == "GW102":
         return Explanation(
             f"no layer learns: the largest sensitivity is {evidence['sensitivity']:.1g} of the loss since step {finding.onset}, and the loss stands still",
-            *said(evidence, "", "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer"),
+            *said(
+                evidence,
+                "",
+                "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer",
+            ),
         )
     if finding.code == "GW103":
         return Explanation(

@@ -25,7 +25,9 @@ def disconnected(history: History) -> Iterator[Finding]:
             names = [history.model.layers[i].name for i in run]
             onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
             evidence: dict[str, float | str] = {"gradient": gradient, "layers": float(len(run)), "last": names[-1]}
-            yield with_cause(history, Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence))
+            yield with_cause(
+                history, Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence)
+            )
 
 
 def _trained(history: History) -> dict[int, list[int]]:
@@ -60,20 +62,37 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     for s in reversed(window):
         silent = {i for i in silent if s.norm[i] == 0}
     # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
-    cut = {layer for layer, columns in trained.items() if silent.issuperset(columns)} - _blocked(history) - _faded(history) - flat(history)
+    cut = (
+        {layer for layer, columns in trained.items() if silent.issuperset(columns)}
+        - _blocked(history)
+        - _faded(history)
+        - flat(history)
+    )
     # One that was sound may stand idle for a while, as an expert does that nothing is routed to.
     kept = history.window()
-    return {i for i in cut if not history.sound_once(i) or (len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[i]))}
+    return {
+        i
+        for i in cut
+        if not history.sound_once(i) or (len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[i]))
+    }
 
 
 def _blocked(history: History) -> set[int]:
     """Return the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
     weights = history.weight_norms() or ()
-    opening = {p.layer for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False) if w == 0 and n and p.role != "bias"}
+    opening = {
+        p.layer
+        for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False)
+        if w == 0 and n and p.role != "bias"
+    }
     order = history.order
     names = [history.model.layers[i].name for i in order]
     last = max((at for at, name in enumerate(names) if name in opening), default=-1)
-    inside = {i for i, name in zip(order, names, strict=True) if any(not zero or name.startswith(f"{zero}.") for zero in opening)}
+    inside = {
+        i
+        for i, name in zip(order, names, strict=True)
+        if any(not zero or name.startswith(f"{zero}.") for zero in opening)
+    }
     return {*order[: last + 1], *inside}  # a module that holds a gain of its own begins before the layers in it
 
 
@@ -105,5 +124,9 @@ def explain_disconnected(finding: Finding) -> Explanation:
         )
     return Explanation(
         f"the gradient of {what}{through} is exactly zero since step {finding.onset}",
-        *said(evidence, finding.place, f"look at the outputs behind {evidence['last']}: are they all zero, clamped, masked, or saturated"),
+        *said(
+            evidence,
+            finding.place,
+            f"look at the outputs behind {evidence['last']}: are they all zero, clamped, masked, or saturated",
+        ),
     )

@@ -21,7 +21,9 @@ _LARGEST = 700.0
 
 def exploding(history: History) -> Iterator[Finding]:
     """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up. GW205: on to infinity. GW206: by depth."""
-    for finding in itertools.chain(_growth(history), _runaway(history), _updates(history), _loss(history), _depth(history)):
+    for finding in itertools.chain(
+        _growth(history), _runaway(history), _updates(history), _loss(history), _depth(history)
+    ):
         yield with_cause(history, finding)
 
 
@@ -30,14 +32,28 @@ def _growth(history: History) -> Iterator[Finding]:
     window = [s for s in history.window(EDGE) if not s.skipped]
     total = [n for s in window if (n := s.norm_global) is not None and math.isfinite(n)]
     if t.norm_above is not None and total and total[-1] > t.norm_above:
-        yield Finding("GW204", "exploding", Severity.WARNING, "", onset=window[-1].step, evidence={"norm": total[-1], "limit": t.norm_above})
+        yield Finding(
+            "GW204",
+            "exploding",
+            Severity.WARNING,
+            "",
+            onset=window[-1].step,
+            evidence={"norm": total[-1], "limit": t.norm_above},
+        )
     if len(history.first_norms) < t.window or len(total) < EDGE or history.improved or history.at_best:
         return
     base = statistics.median(history.first_norms)
     limit = t.explosion_growth / (t.clear_factor if history.is_open("GW201", "") else 1.0)
     growth = statistics.median(total) / base if base > 0 else 0.0
     if growth >= limit:
-        yield Finding("GW201", "exploding", _unless_unknown(history), "", onset=window[0].step, evidence={"growth": growth, "norm": total[-1], "limit": limit})
+        yield Finding(
+            "GW201",
+            "exploding",
+            _unless_unknown(history),
+            "",
+            onset=window[0].step,
+            evidence={"growth": growth, "norm": total[-1], "limit": limit},
+        )
 
 
 def _runaway(history: History) -> Iterator[Finding]:
@@ -45,19 +61,32 @@ def _runaway(history: History) -> Iterator[Finding]:
     now = history.snapshot
     if now.skipped or all(n is None or math.isfinite(n) for n in now.norm):
         return
-    before = [(s.step, n) for s in history.window() if not s.skipped and (n := s.norm_global) is not None and math.isfinite(n)]
+    before = [
+        (s.step, n) for s in history.window() if not s.skipped and (n := s.norm_global) is not None and math.isfinite(n)
+    ]
     if not before:
         return
     base = statistics.median_low([n for _, n in before[: max(len(before) // 2, 1)]])
     step, last = before[-1]
     growth = last / base if base > 0 else 0.0
     if growth >= history.thresholds.explosion_growth:
-        yield Finding("GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": growth, "what": "global gradient norm"})
+        yield Finding(
+            "GW205",
+            "exploding",
+            Severity.ERROR,
+            "",
+            onset=step,
+            evidence={"growth": growth, "what": "global gradient norm"},
+        )
         return
     weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
-    grown = max((b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b), default=0.0) if weights else 0.0
+    grown = (
+        max((b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b), default=0.0) if weights else 0.0
+    )
     if grown >= history.thresholds.explosion_update_at_once or math.isinf(grown):
-        yield Finding("GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": grown, "what": "norm of a weight"})
+        yield Finding(
+            "GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": grown, "what": "norm of a weight"}
+        )
 
 
 def _updates(history: History) -> Iterator[Finding]:
@@ -77,12 +106,23 @@ def _updates(history: History) -> Iterator[Finding]:
         for p, r in zip(model.parameters, s.update_ratio or (), strict=True):
             if r is not None and p.role == "weight" and math.isfinite(r):
                 ratios.setdefault(numbers[p.layer], []).append(r)
-    wild = {i for i, mine in ratios.items() if sum(r > t.explosion_update for r in mine) >= 3 or max(mine) > t.explosion_update_at_once}
+    wild = {
+        i
+        for i, mine in ratios.items()
+        if sum(r > t.explosion_update for r in mine) >= 3 or max(mine) > t.explosion_update_at_once
+    }
     for run in history.runs(wild, ratios):
         worst = max(run, key=lambda i: max(ratios[i]))
         names = {"worst": model.layers[worst].name, "last": model.layers[run[-1]].name}
-        evidence: dict[str, float | str] = {"update": max(ratios[worst]), "layers": float(len(run)), "limit": t.explosion_update, **names}
-        yield Finding("GW202", "exploding", Severity.WARNING, model.layers[run[0]].name, onset=probes[0].step, evidence=evidence)
+        evidence: dict[str, float | str] = {
+            "update": max(ratios[worst]),
+            "layers": float(len(run)),
+            "limit": t.explosion_update,
+            **names,
+        }
+        yield Finding(
+            "GW202", "exploding", Severity.WARNING, model.layers[run[0]].name, onset=probes[0].step, evidence=evidence
+        )
 
 
 def _loss(history: History) -> Iterator[Finding]:
@@ -93,9 +133,16 @@ def _loss(history: History) -> Iterator[Finding]:
         return
     level = statistics.median(losses)
     limit = t.explosion_loss / (t.clear_factor if history.is_open("GW203", "") else 1.0)
-    if level > max(limit * best, first):  # a loss near 0 may waver by such a factor; it has not exploded while it is below its beginning
+    if level > max(
+        limit * best, first
+    ):  # a loss near 0 may waver by such a factor; it has not exploded while it is below its beginning
         yield Finding(
-            "GW203", "exploding", Severity.ERROR, "", onset=history.window(2 * EDGE)[0].step, evidence={"jump": level / best, "loss": level, "limit": limit}
+            "GW203",
+            "exploding",
+            Severity.ERROR,
+            "",
+            onset=history.window(2 * EDGE)[0].step,
+            evidence={"jump": level / best, "loss": level, "limit": limit},
         )
 
 
@@ -144,10 +191,18 @@ def explain_exploding(finding: Finding) -> Explanation:
     remedy = "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize between the layers"
     if finding.code == "GW202":
         count, worst = float(evidence["layers"]), evidence["worst"]
-        whose = f"{finding.place} to {evidence['last']} ({count:.0f} layers; worst: {worst})" if count > 1 else finding.place
+        whose = (
+            f"{finding.place} to {evidence['last']} ({count:.0f} layers; worst: {worst})"
+            if count > 1
+            else finding.place
+        )
         return Explanation(
             f"a step changes the weights of {whose} by {float(evidence['update']):.3g} times their own size",
-            *said(evidence, finding.place, f"lower the learning rate of {finding.place} by that factor or more, or clip the gradient norm"),
+            *said(
+                evidence,
+                finding.place,
+                f"lower the learning rate of {finding.place} by that factor or more, or clip the gradient norm",
+            ),
         )
     if finding.code == "GW203":
         return Explanation(
@@ -162,10 +217,16 @@ def explain_exploding(finding: Finding) -> Explanation:
     if finding.code == "GW206":
         return Explanation(
             f"the gradient grows {float(evidence['growth']):.2g} times on its way back from {evidence['top']} to {evidence['first']}, layer upon layer, since step {finding.onset}",
-            *said(evidence, "", f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {remedy}"),
+            *said(
+                evidence,
+                "",
+                f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {remedy}",
+            ),
         )
     if finding.code == "GW204":
-        return Explanation(f"the global gradient norm is {float(evidence['norm']):.3g}, above the {float(evidence['limit']):.3g} that you set")
+        return Explanation(
+            f"the global gradient norm is {float(evidence['norm']):.3g}, above the {float(evidence['limit']):.3g} that you set"
+        )
     return Explanation(
         f"the global gradient norm is {float(evidence['growth']):.3g} times that of the first steps, since step {finding.onset}",
         *said(evidence, "", remedy),

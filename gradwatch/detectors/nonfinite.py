@@ -15,7 +15,14 @@ def nonfinite(history: History) -> Iterator[Finding]:
     snapshot = history.snapshot
     limit = history.thresholds.skipped_steps
     if history.skipped >= limit:
-        yield Finding("GW502", "non-finite", Severity.ERROR, "", onset=history.window(limit)[0].step, evidence={"skipped": float(history.skipped)})
+        yield Finding(
+            "GW502",
+            "non-finite",
+            Severity.ERROR,
+            "",
+            onset=history.window(limit)[0].step,
+            evidence={"skipped": float(history.skipped)},
+        )
     if snapshot.skipped:
         return
     if not _bad(snapshot):
@@ -39,7 +46,11 @@ def nonfinite(history: History) -> Iterator[Finding]:
 
 
 def _bad(snapshot: Snapshot) -> list[ParameterInfo]:
-    return [p for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None and not math.isfinite(n)]
+    return [
+        p
+        for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True)
+        if n is not None and not math.isfinite(n)
+    ]
 
 
 def explain_nonfinite(finding: Finding) -> Explanation:

@@ -18,7 +18,12 @@ def stalled(history: History) -> Iterator[Finding]:
     losses = history.losses(KEPT)
     if any(code not in ("GW801", *_SAY_NOTHING) for code, *_ in history.open):
         return
-    if history.improved is not False or history.count < history.thresholds.stalled_after or len(losses) < KEPT or not all(map(math.isfinite, losses)):
+    if (
+        history.improved is not False
+        or history.count < history.thresholds.stalled_after
+        or len(losses) < KEPT
+        or not all(map(math.isfinite, losses))
+    ):
         return
     half = KEPT // 2
     before, after = statistics.median(losses[:half]), statistics.median(losses[half:])

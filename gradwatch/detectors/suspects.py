@@ -21,8 +21,16 @@ def suspects(history: History, model: ModelInfo) -> frozenset[str]:
     order = [model.layers[i].name for i in model.forward_order]
     ratios = history.ratios(1)[-1]
     chosen = {layer.name for layer, ratio in zip(model.layers, ratios, strict=True) if ratio < t.vanishing_ratio}
-    silent = {p.layer for p, norm in zip(model.parameters, history.snapshot.norm, strict=True) if norm == 0 and p.role != "bias"}
-    cut = {p.layer for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False) if reason == "disconnected"}
+    silent = {
+        p.layer
+        for p, norm in zip(model.parameters, history.snapshot.norm, strict=True)
+        if norm == 0 and p.role != "bias"
+    }
+    cut = {
+        p.layer
+        for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False)
+        if reason == "disconnected"
+    }
     dead = {a.module for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
     named = {str(place) for code, place, *_ in history.open for place in ([place] if place else steepest(history))}
     chosen |= silent | cut | dead | named

@@ -34,7 +34,11 @@ def through_time(history: History) -> Iterator[Finding]:
     for claim in claims:
         yield from _judged(history, probes, claim)
     yield from _exploding(history, probes)
-    unmet = {c.place for c in claims if c.need is not None and (verdicts := _verdicts(history, probes, c)) and verdicts[-1].met is False}
+    unmet = {
+        c.place
+        for c in claims
+        if c.need is not None and (verdicts := _verdicts(history, probes, c)) and verdicts[-1].met is False
+    }
     yield from (f for f in _detached(probes) if f.place not in unmet)
 
 
@@ -64,7 +68,14 @@ def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
         place = _place(history, probes, "GW301")
         module = shortest(newest, history.thresholds.horizon_gain)
         if whole.lag_gain is None and module is not None and module.lag_gain is not None:
-            yield _Claim(module.module, "", module.module, whole.need, Severity.INFO, whole.note or "the model's own memory was not measured")
+            yield _Claim(
+                module.module,
+                "",
+                module.module,
+                whole.need,
+                Severity.INFO,
+                whole.note or "the model's own memory was not measured",
+            )
         else:
             yield _Claim(whole.module, "model", place, whole.need, Severity.WARNING)
     for s in newest:
@@ -107,13 +118,28 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
         return
     now = short[-1]
     unbroken = list(itertools.takewhile(lambda v: not v.met, reversed(judged[: judged.index(now) + 1])))
-    evidence = measured(now.stats, now.memory, _facts(probes, now.step), place=claim.place, kind=_kind(history.model, claim.place), need=claim.need)
+    evidence = measured(
+        now.stats,
+        now.memory,
+        _facts(probes, now.step),
+        place=claim.place,
+        kind=_kind(history.model, claim.place),
+        need=claim.need,
+    )
     if claim.because:
         evidence["because"] = claim.because
     cut = _reached(probes[-1]).get(claim.place)
     if cut is not None:
         evidence["detached"] = float(cut)
-    yield Finding("GW301", "vanishing-time", claim.severity, claim.place, lag=now.memory.horizon, onset=unbroken[-1].step, evidence=evidence)
+    yield Finding(
+        "GW301",
+        "vanishing-time",
+        claim.severity,
+        claim.place,
+        lag=now.memory.horizon,
+        onset=unbroken[-1].step,
+        evidence=evidence,
+    )
 
 
 def _met(found: Memory, length: int, need: int | None, share: float) -> bool | None:
@@ -132,7 +158,14 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
         if stats is None or stats.lag_gain is not None:  # a gain that is not finite is another kind
             return
         evidence["because"] = stats.note or "nothing that it could be measured on ran"
-    yield Finding("GW304", "vanishing-time", Severity.INFO, claim.place, onset=(seen[0].step if seen else newest.step), evidence=evidence)
+    yield Finding(
+        "GW304",
+        "vanishing-time",
+        Severity.INFO,
+        claim.place,
+        onset=(seen[0].step if seen else newest.step),
+        evidence=evidence,
+    )
 
 
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
@@ -212,7 +245,9 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
             **causes(newest.facts or (), place=place, kind=_kind(history.model, place)),
         }
         hopeless = growth.factor >= history.thresholds.explosion_hopeless
-        severity = Severity.INFO if history.improved and not hopeless else Severity.WARNING  # clipped, it may train well
+        severity = (
+            Severity.INFO if history.improved and not hopeless else Severity.WARNING
+        )  # clipped, it may train well
         finding = Finding("GW302", "exploding", severity, place, lag=growth.lags, onset=grown[-1][0], evidence=evidence)
         known = found.get(place)
         if known is None or float(known.evidence["growth"]) < growth.factor:
@@ -229,12 +264,20 @@ def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
     if stats.lag_gain is not None:
         return _growth(stats.lag_gain)._replace(what="the gain by lag")
     total, direct = stats.grad_hidden, stats.grad_hidden_direct
-    if not total or not direct or stats.part.endswith("_reverse") or any(s.module == stats.module and s.lag_gain is not None for s in probe.sequences or ()):
+    if (
+        not total
+        or not direct
+        or stats.part.endswith("_reverse")
+        or any(s.module == stats.module and s.lag_gain is not None for s in probe.sequences or ())
+    ):
         return _NONE
     growth = _growth(total[::-1])
     fed = max(direct)
     above = max(total) / fed if fed > 0 else 1.0
-    return growth._replace(factor=growth.factor if math.isinf(growth.factor) else min(growth.factor, above), what="the gradient of the hidden state")
+    return growth._replace(
+        factor=growth.factor if math.isinf(growth.factor) else min(growth.factor, above),
+        what="the gradient of the hidden state",
+    )
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,7 +287,9 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
     start = next((lag for lag, gain in enumerate(finite) if gain > 0), None)
     if start is None:
         return _NONE
-    if len(finite) < len(by_lag):  # on to infinity, if it had grown before: a derivative that does not exist is another kind
+    if len(finite) < len(
+        by_lag
+    ):  # on to infinity, if it had grown before: a derivative that does not exist is another kind
         return _Growth(math.inf, math.inf, len(finite)) if finite[-1] >= _GREW * finite[start] else _NONE
     peak = finite.index(max(finite))
     if peak - start < _RUN:
@@ -261,7 +306,9 @@ def _detached(probes: Sequence[Snapshot]) -> Iterator[Finding]:
         since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023  (consumed here)
         length = max(s.length for s in probes[-1].sequences or () if s.module == place)
         evidence: dict[str, float | str] = {"length": float(length), "reached": float(reached)}
-        yield Finding("GW303", "vanishing-time", Severity.INFO, place, lag=reached, onset=since[-1].step, evidence=evidence)
+        yield Finding(
+            "GW303", "vanishing-time", Severity.INFO, place, lag=reached, onset=since[-1].step, evidence=evidence
+        )
 
 
 def _reached(probe: Snapshot) -> dict[str, int]:
@@ -279,7 +326,11 @@ def explain_through_time(finding: Finding) -> Explanation:
         return why_explodes({**evidence, **({} if finding.onset is None else {"onset": float(finding.onset)})}, place)
     if finding.code == "GW303":
         length, reached = float(evidence["length"]), float(evidence["reached"])
-        where = f"the last {reached:.0f} of {length:.0f} timesteps" if reached < length else f"the {length:.0f} timesteps of its sequences"
+        where = (
+            f"the last {reached:.0f} of {length:.0f} timesteps"
+            if reached < length
+            else f"the {length:.0f} timesteps of its sequences"
+        )
         return Explanation(
             f"the state that {place or 'the model'} carries on is detached: no gradient goes back beyond {where}",
             "truncated backpropagation through time, by detach() or a state kept from an earlier step",

@@ -13,7 +13,13 @@ Evidence = Mapping[str, float | str]
 
 
 def measured(
-    stats: SequenceStats, found: Memory, facts: Iterable[Fact] = (), *, place: str = "", kind: str = "", need: int | None = None
+    stats: SequenceStats,
+    found: Memory,
+    facts: Iterable[Fact] = (),
+    *,
+    place: str = "",
+    kind: str = "",
+    need: int | None = None,
 ) -> dict[str, float | str]:
     """Return the evidence from which `why_short` tells what it means.
 
@@ -26,7 +32,11 @@ def measured(
         need: how many of the newest timesteps matter.
 
     """
-    known: dict[str, float | str] = {"who": subject(stats), "horizon": float(found.horizon), "length": float(stats.length)}
+    known: dict[str, float | str] = {
+        "who": subject(stats),
+        "horizon": float(found.horizon),
+        "length": float(stats.length),
+    }
     if found.censored:
         known["censored"] = 1.0
     if need is not None:
@@ -65,7 +75,9 @@ def why_short(evidence: Evidence, place: str) -> Explanation:
     return Explanation(message, _why_it_fades(evidence), _lengthen(evidence, place))
 
 
-def words_of_horizon(stats: SequenceStats, need: int, facts: Iterable[Fact] = (), *, place: str = "", kind: str = "") -> Explanation:
+def words_of_horizon(
+    stats: SequenceStats, need: int, facts: Iterable[Fact] = (), *, place: str = "", kind: str = ""
+) -> Explanation:
     """Return what a horizon that was measured on one batch means, where the need is longer.
 
     Args:
@@ -101,7 +113,9 @@ def why_explodes(evidence: Evidence, place: str) -> Explanation:
     name = place or "the recurrent module"
     radius = _extreme(evidence, "spectral_radius", max)
     cause = (
-        f"the spectral radius of W_hh is {radius:.2f}, and above 1 it multiplies the gradient at each step" if radius is not None and radius > 1 else _UNKNOWN
+        f"the spectral radius of W_hh is {radius:.2f}, and above 1 it multiplies the gradient at each step"
+        if radius is not None and radius > 1
+        else _UNKNOWN
     )
     remedy = f"scale the recurrent weights of {name} down or initialize them as an orthogonal matrix (torch.nn.init.orthogonal_)"
     if _kind(evidence) not in ("LSTM", "GRU"):
@@ -118,7 +132,10 @@ def _kind(evidence: Evidence) -> str:
     """Return LSTM, GRU, RNN or "": by the class, or by what only one of them has."""
     kind = str(evidence.get("kind", "")).upper()
     marks = {"LSTM": "forget_gate", "GRU": "update_gate", "RNN": "saturation"}
-    return next((name for name in marks if name in kind), next((name for name, mark in marks.items() if any(key.startswith(mark) for key in evidence)), ""))
+    return next(
+        (name for name in marks if name in kind),
+        next((name for name, mark in marks.items() if any(key.startswith(mark) for key in evidence)), ""),
+    )
 
 
 def _extreme(evidence: Evidence, name: str, choose: Callable[[list[float]], float]) -> float | None:
@@ -132,7 +149,9 @@ def _cut(evidence: Evidence) -> str:
     if "detached" not in evidence:
         return ""
     reached = float(evidence["detached"])
-    if float(evidence["horizon"]) < reached >= float(evidence.get("need", 0.0)):  # it fades before, and nothing beyond is needed
+    if (
+        float(evidence["horizon"]) < reached >= float(evidence.get("need", 0.0))
+    ):  # it fades before, and nothing beyond is needed
         return ""
     return f"the state that it carries on is detached: no gradient goes back beyond the last {reached:.0f} timesteps"
 
@@ -161,7 +180,10 @@ def _why_it_shrinks(evidence: Evidence) -> str:
         return _UNKNOWN
     said = []
     if radius is not None:
-        said.append(f"the spectral radius of W_hh is {radius:.2f}" + ("" if radius < 1 else ", but the derivative of the activation takes more than that away"))
+        said.append(
+            f"the spectral radius of W_hh is {radius:.2f}"
+            + ("" if radius < 1 else ", but the derivative of the activation takes more than that away")
+        )
     if saturation is not None and (saturation >= _SATURATED or radius is None):
         said.append(f"{saturation:.0%} of its outputs are saturated")
     return ", and ".join(said)
@@ -179,7 +201,11 @@ def _lengthen(evidence: Evidence, place: str) -> str:
 
 def _cure(evidence: Evidence, place: str, need: float | None) -> str:
     name = place or "the recurrent module"
-    bias = "to the log of the number of timesteps that matter" if need is None else f"to {math.log(need):.1f} (the log of {need:.0f})"
+    bias = (
+        "to the log of the number of timesteps that matter"
+        if need is None
+        else f"to {math.log(need):.1f} (the log of {need:.0f})"
+    )
     cures = {
         "LSTM": f"set the forget-gate bias of {name} {bias}",
         "GRU": f"set the update-gate bias of {name} {bias}",

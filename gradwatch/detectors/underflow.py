@@ -37,7 +37,10 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     if flushed[-1]:
         evidence |= {"zeros": pooled[-1][0], "small": pooled[-1][1]}
     else:
-        evidence |= {"zeros": 1.0, "outside": max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0)}
+        evidence |= {
+            "zeros": 1.0,
+            "outside": max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0),
+        }
     yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
 
 
@@ -46,10 +49,20 @@ def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
     import numpy as np
 
     norm, zero = np.array(snapshot.norm, dtype=float), np.array(snapshot.zeros, dtype=float)
-    tiny = np.nan_to_num(np.array(snapshot.subnormal, dtype=float)) if snapshot.subnormal is not None else np.zeros(len(norm))
-    entries = np.where((np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "scale"), 0.0)
+    tiny = (
+        np.nan_to_num(np.array(snapshot.subnormal, dtype=float))
+        if snapshot.subnormal is not None
+        else np.zeros(len(norm))
+    )
+    entries = np.where(
+        (np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "scale"), 0.0
+    )
     total, zeros = float(entries.sum()), float((entries * np.nan_to_num(zero)).sum())
-    return (zeros / total, float((tiny * entries * (1 - np.nan_to_num(zero))).sum()) / max(total - zeros, 1.0)) if total else (0.0, 0.0)
+    return (
+        (zeros / total, float((tiny * entries * (1 - np.nan_to_num(zero))).sum()) / max(total - zeros, 1.0))
+        if total
+        else (0.0, 0.0)
+    )
 
 
 def _swallowed(snapshot: Snapshot) -> bool:
@@ -78,13 +91,19 @@ def _rounded(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     limit = t.lost_updates / (1.5 if history.is_open("GW702", "") else 1.0)
     shares = [_lost(s) for s in last]
     if statistics.median(shares) >= limit and shares[-1] >= limit:
-        formats = [p.dtype for p, lost in zip(last[-1].model.parameters, last[-1].lost or (), strict=True) if lost is not None]
+        formats = [
+            p.dtype for p, lost in zip(last[-1].model.parameters, last[-1].lost or (), strict=True) if lost is not None
+        ]
         evidence: dict[str, float | str] = {"lost": shares[-1], "format": max(set(formats), key=formats.count)}
         yield Finding("GW702", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
 
 
 def _lost(snapshot: Snapshot) -> float:
-    known = [(p.elements, lost) for p, lost in zip(snapshot.model.parameters, snapshot.lost or (), strict=True) if lost is not None and p.role != "bias"]
+    known = [
+        (p.elements, lost)
+        for p, lost in zip(snapshot.model.parameters, snapshot.lost or (), strict=True)
+        if lost is not None and p.role != "bias"
+    ]
     total = sum(n for n, _ in known)
     return sum(n * lost for n, lost in known) / total if total else 0.0
 
@@ -105,7 +124,9 @@ def _epsilon(history: History) -> Iterator[Finding]:
         return
     # A model that has converged has small gradients too: without a loss, only what never was above counts for more than information.
     first = max(history.first_norms, default=math.inf)
-    elements = sum(p.elements for p, n in zip(history.model.parameters, history.snapshot.norm, strict=True) if n is not None)
+    elements = sum(
+        p.elements for p, n in zip(history.model.parameters, history.snapshot.norm, strict=True) if n is not None
+    )
     always = first / math.sqrt(max(elements, 1)) < limit
     severity = Severity.WARNING if history.improved is False or always else Severity.INFO
     evidence: dict[str, float | str] = {"rms": sizes[-1], "eps": info.eps, "optimizer": info.kind}

@@ -89,9 +89,13 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     if device.type != "cpu":
         return torch.stack(torch._foreach_norm(list(tensors), dtype=torch.float64))
     any_big = max(map(torch.numel, tensors)) > _BIG
-    values = _in_groups([_rows(t) if t.numel() > _BIG and t.dtype is not torch.float64 else t for t in tensors] if any_big else tensors)
+    values = _in_groups(
+        [_rows(t) if t.numel() > _BIG and t.dtype is not torch.float64 else t for t in tensors] if any_big else tensors
+    )
     if not (_TRUSTED[0] <= min(values) and sum(values) <= _TRUSTED[1]):  # seldom; a NaN fails the second
-        values = [v if _TRUSTED[0] <= v <= _TRUSTED[1] else _second_look(t, v) for t, v in zip(tensors, values, strict=True)]
+        values = [
+            v if _TRUSTED[0] <= v <= _TRUSTED[1] else _second_look(t, v) for t, v in zip(tensors, values, strict=True)
+        ]
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
@@ -157,7 +161,13 @@ def _second_look(tensor: Tensor, value: float) -> float:
         scaled = float(vector_norm(_rows(tensor.float() * factor), dtype=torch.float64))
         if _TRUSTED[0] <= scaled <= _TRUSTED[1]:
             return scaled / factor
-    return float(vector_norm(torch.stack([vector_norm(piece, dtype=torch.float64) for piece in torch.split(tensor.reshape(-1), _STACKED)])))
+    return float(
+        vector_norm(
+            torch.stack(
+                [vector_norm(piece, dtype=torch.float64) for piece in torch.split(tensor.reshape(-1), _STACKED)]
+            )
+        )
+    )
 
 
 def _rescaled(tensor: Tensor) -> Tensor:

@@ -102,9 +102,13 @@ class Activations:
         name = self._names.get(id(module))
         if name is None or not torch.is_grad_enabled() or transformed():
             return
-        if torch._C._current_graph_task_id() != -1 and id(module) not in self._without_graph:  # computed once more, by a checkpoint
+        if (
+            torch._C._current_graph_task_id() != -1 and id(module) not in self._without_graph
+        ):  # computed once more, by a checkpoint
             return
-        given = {id(t): t for t in floats(output) if t.grad_fn is not None and not hasattr(t, "placements")}  # of a DTensor there is only a piece
+        given = {
+            id(t): t for t in floats(output) if t.grad_fn is not None and not hasattr(t, "placements")
+        }  # of a DTensor there is only a piece
         for tensor in given.values():
             self._hang(tensor, name)
         if given:
@@ -137,10 +141,20 @@ class Activations:
     def _trains(self) -> bool:
         """Tell whether the backward pass that runs now adds to the gradient of a parameter."""
         model = self._model() if self._model is not None else None
-        nodes = (get_gradient_edge(p).node for p in (model.parameters() if model is not None else ()) if p.requires_grad and p.is_leaf)
+        nodes = (
+            get_gradient_edge(p).node
+            for p in (model.parameters() if model is not None else ())
+            if p.requires_grad and p.is_leaf
+        )
         return any(torch._C._will_engine_execute_node(node) for node in nodes)
 
-    def take(self, modules: Mapping[str, nn.Module], scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]) -> Heard:
+    def take(
+        self,
+        modules: Mapping[str, nn.Module],
+        scale: float | Tensor | None,
+        mine: AbstractSet[int],
+        others: AbstractSet[int],
+    ) -> Heard:
         """Return what this step has brought.
 
         Args:

@@ -23,7 +23,13 @@ _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0",
 """Nodes of activations whose output is exactly 0 where their derivative is."""
 _OUTER = 0.01
 """Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
-_FORMULAS = {"TanhBackward0": "tanh", "SigmoidBackward0": "sigmoid", "ReluBackward0": "relu", "HardtanhBackward0": "hardtanh", "SoftmaxBackward0": "softmax"}
+_FORMULAS = {
+    "TanhBackward0": "tanh",
+    "SigmoidBackward0": "sigmoid",
+    "ReluBackward0": "relu",
+    "HardtanhBackward0": "hardtanh",
+    "SoftmaxBackward0": "softmax",
+}
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
@@ -34,7 +40,14 @@ _ENOUGH = 64.0
 """Entries in a row for which a unit must be silent before it counts as dead."""
 _SURE = 7.0
 """The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3}
+_CONVOLUTIONS = {
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
@@ -73,13 +86,22 @@ class Seen:
         """Return everything that is to be copied."""
         return self.numbers
 
-    def values(self, numbers: Mapping[Key, float], heard: tuple[ActivationStats, ...]) -> tuple[tuple[ActivationStats, ...], tuple[Fact, ...]]:
+    def values(
+        self, numbers: Mapping[Key, float], heard: tuple[ActivationStats, ...]
+    ) -> tuple[tuple[ActivationStats, ...], tuple[Fact, ...]]:
         """Make values of what was copied, put to what was heard of the same modules."""
         known = {stats.module: stats for stats in heard}
         for name, units in self.units.items():
             dead, saturated = numbers.get(("dead", name)), numbers.get(("saturated", name))
-            known[name] = dataclasses.replace(known.get(name, ActivationStats(name)), units=units or None, dead=dead, saturated=saturated)
-        facts = [Fact(str(place), str(what), numbers["fact", what, place]) for kind, what, *rest in self.numbers if kind == "fact" for place in rest]
+            known[name] = dataclasses.replace(
+                known.get(name, ActivationStats(name)), units=units or None, dead=dead, saturated=saturated
+            )
+        facts = [
+            Fact(str(place), str(what), numbers["fact", what, place])
+            for kind, what, *rest in self.numbers
+            if kind == "fact"
+            for place in rest
+        ]
         return tuple(known.values()), (*self.facts, *facts)
 
 
@@ -135,7 +157,9 @@ class Causes:
                 if owner and tensor.dim() > 1:
                     _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
                 self._look(tensor)
-            spread = any(hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values()))  # each operation on them is a collective
+            spread = any(
+                hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values())
+            )  # each operation on them is a collective
             if owner and name in self.suspects and given and given[0].dim() > 1 and not spread:
                 with torch.no_grad():
                     self._question(name, module, floats(inputs), given[0])
@@ -182,9 +206,17 @@ class Causes:
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
             spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
-            self._facts["fact", "input_offset", name] = torch.where(spread > 0, mean / spread, torch.inf)  # infinite where the input is always the same
+            self._facts["fact", "input_offset", name] = torch.where(
+                spread > 0, mean / spread, torch.inf
+            )  # infinite where the input is always the same
 
-    def take(self, modules: Mapping[str, nn.Module], reached: Collection[str], mine: AbstractSet[int], others: AbstractSet[int]) -> Seen:
+    def take(
+        self,
+        modules: Mapping[str, nn.Module],
+        reached: Collection[str],
+        mine: AbstractSet[int],
+        others: AbstractSet[int],
+    ) -> Seen:
         """Return what this step has brought.
 
         Args:
@@ -221,7 +253,11 @@ class Causes:
     def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
         """Return the share of units that have been silent for longer than chance explains."""
         before = self._silent.get(name)
-        silent = torch.full_like(fired, entries) if before is None or before.shape != fired.shape or before.device != fired.device else before + entries
+        silent = (
+            torch.full_like(fired, entries)
+            if before is None or before.shape != fired.shape or before.device != fired.device
+            else before + entries
+        )
         silent = torch.where(fired > 0, torch.zeros_like(silent), silent)
         self._silent[name] = silent
         alive = (fired > 0).sum()

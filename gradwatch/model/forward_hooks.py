@@ -11,7 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks_with_kwargs, register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils.hooks import RemovableHandle
 
 
@@ -81,7 +85,10 @@ class ForwardTrace:
         handles: list[RemovableHandle] = []
         if self.compiled:
             for module in visited.values():
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after, with_kwargs=True)]
+                handles += [
+                    module.register_forward_pre_hook(before),
+                    module.register_forward_hook(after, with_kwargs=True),
+                ]
         else:
             handles.append(register_module_forward_pre_hook(before))
             if visited:
@@ -172,7 +179,9 @@ class _After:
         self._trace = weakref.ref(trace)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *kwargs_and_output: Any) -> None:  # noqa: ANN401  (any module's)
-        if len(kwargs_and_output) < 2:  # taken off by a hook in front of it, as a watcher may be that is collected there: torch calls it all the same
+        if (
+            len(kwargs_and_output) < 2
+        ):  # taken off by a hook in front of it, as a watcher may be that is collected there: torch calls it all the same
             return
         kwargs, output = kwargs_and_output
         trace = self._trace()

@@ -70,7 +70,9 @@ class Sentinel:
         """Put a hook on the smallest trained parameter of the module, unless there is one already."""
         if self._handle is not None:
             return
-        dense = [m for m in module.modules() if not getattr(m, "sparse", False)]  # as an embedding may be, whose gradient has no arithmetic
+        dense = [
+            m for m in module.modules() if not getattr(m, "sparse", False)
+        ]  # as an embedding may be, whose gradient has no arithmetic
         trained = [p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]
         if not trained:
             return
@@ -80,7 +82,12 @@ class Sentinel:
 
         def hook(gradients: Sequence[Tensor | None]) -> None:
             sentinel, arrived = me(), gradients[0]
-            if sentinel is None or arrived is None or arrived.layout is not torch.strided or hasattr(arrived, "placements"):
+            if (
+                sentinel is None
+                or arrived is None
+                or arrived.layout is not torch.strided
+                or hasattr(arrived, "placements")
+            ):
                 return
             if sentinel._passes is not None and not sentinel._passes.get(torch._C._current_graph_task_id()):
                 return

@@ -26,7 +26,22 @@ _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})  # also wher
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 # What divides the gradient by a running measure of its own size. Optimizers of others are known by their state, below.
-_ADAPTIVE = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam", "Adagrad", "Adadelta", "RMSprop", "Rprop", "Adafactor", "Muon", "Lion", "LAMB")
+_ADAPTIVE = (
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "SparseAdam",
+    "Adagrad",
+    "Adadelta",
+    "RMSprop",
+    "Rprop",
+    "Adafactor",
+    "Muon",
+    "Lion",
+    "LAMB",
+)
 _ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
 
 
@@ -41,7 +56,9 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         found[clean(name)] = module  # a wrapper comes before what it wraps, and shares its name
     below = [name for name in found if name]
-    if below and all(name == "module" or name.startswith("module.") for name in below):  # DistributedDataParallel and its like
+    if below and all(
+        name == "module" or name.startswith("module.") for name in below
+    ):  # DistributedDataParallel and its like
         found = {name.removeprefix("module").removeprefix("."): module for name, module in found.items()}
     return found
 
@@ -51,7 +68,9 @@ def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, .
 
     There are no ranks where the wrapper is outside of the model, and does not tell.
     """
-    wrapper: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)  # imported by whoever uses it
+    wrapper: Any = getattr(
+        sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None
+    )  # imported by whoever uses it
     found: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
         id(p): (tuple(p.shape), ()) for p in model.parameters() if getattr(p, "_fsdp_flattened", False)
     }
@@ -60,7 +79,9 @@ def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, .
         if handle is None:
             continue
         ranks, flat = tuple(torch.distributed.get_process_group_ranks(handle.process_group)), handle.flat_param
-        shapes = {id(flat): flat._unpadded_unsharded_size} | dict(zip(map(id, flat._params or ()), flat._shapes, strict=False))
+        shapes = {id(flat): flat._unpadded_unsharded_size} | dict(
+            zip(map(id, flat._params or ()), flat._shapes, strict=False)
+        )
         for key, shape in shapes.items():
             if handle.uses_sharded_strategy:
                 found[key] = (tuple(shape), ranks)
@@ -70,7 +91,10 @@ def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, .
 
 
 def describe(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], order: Mapping[str, int], shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({})
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    order: Mapping[str, int],
+    shapes: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[ModelInfo, dict[int, int]]:
     """Describe the model as it is now.
 
@@ -84,7 +108,12 @@ def describe(
         The description, and the column of each parameter by its `id`, good as long as nobody replaces parameters.
 
     """
-    stepped = {id(p): index for index, optimizer in enumerate(optimizers) for group in optimizer.param_groups for p in group["params"]}
+    stepped = {
+        id(p): index
+        for index, optimizer in enumerate(optimizers)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     modules = named_modules(model)
     layers: list[LayerInfo] = []
     parameters: list[ParameterInfo] = []
@@ -127,7 +156,9 @@ def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
     for name in ancestry(layer):
         kind = type(modules[name]) if name in modules else None
         if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            methods = (inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None)  # under its decorators
+            methods = (
+                inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None
+            )  # under its decorators
             code = next((m.__code__ for m in methods if inspect.isfunction(m)), None)
             if code is not None and _INSTALLED.isdisjoint(Path(code.co_filename).parts):
                 return f"{code.co_filename}:{code.co_firstlineno}"
@@ -145,6 +176,15 @@ def ancestry(name: str) -> Iterable[str]:
 def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerInfo:
     kind = type(optimizer).__name__
     names = {base.__name__ for base in type(optimizer).__mro__}
-    kept = {key for state in list(getattr(optimizer, "state", {}).values())[:1] if isinstance(state, Mapping) for key in state}
+    kept = {
+        key
+        for state in list(getattr(optimizer, "state", {}).values())[:1]
+        if isinstance(state, Mapping)
+        for key in state
+    }
     eps = (getattr(optimizer, "defaults", None) or {}).get("eps")
-    return OptimizerInfo(kind, bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE), float(eps) if isinstance(eps, int | float) else None)
+    return OptimizerInfo(
+        kind,
+        bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
+        float(eps) if isinstance(eps, int | float) else None,
+    )

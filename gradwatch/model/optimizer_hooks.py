@@ -50,7 +50,10 @@ class StepHooks:
         self._seen = False
         self._evaluating = False
         if hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "register_step_post_hook"):
-            before, after = optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
+            before, after = (
+                optimizer.register_step_pre_hook(self._before),
+                optimizer.register_step_post_hook(self._after),
+            )
             self._detach: Callable[[], None] = lambda: (before.remove(), after.remove(), None)[-1]
         else:
             self._detach = _wrap_step(optimizer, self._before, self._after)
@@ -65,7 +68,9 @@ class StepHooks:
         """Whether a closure is being evaluated for a step whose gradients have been looked at already."""
         return self._evaluating and self._seen
 
-    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # noqa: ANN401
+    def _before(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # noqa: ANN401
         # super().step() of a subclass fires the hooks again; a step that raised never came back to count down.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
@@ -148,7 +153,9 @@ def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., 
     optimizer.step = bound
 
     def undo() -> None:
-        if vars(optimizer).get("step") is not bound:  # somebody wrapped it after us: theirs stays, and ours only passes on
+        if (
+            vars(optimizer).get("step") is not bound
+        ):  # somebody wrapped it after us: theirs stays, and ours only passes on
             return
         if own:
             optimizer.step = original

@@ -35,7 +35,9 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
     """
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise ValueError("the parameters of model must have their shapes: lazy modules get them when a batch has gone through once")
+        raise ValueError(
+            "the parameters of model must have their shapes: lazy modules get them when a batch has gone through once"
+        )
     state = _State(model)
     generators = _generators()
     before = [g.get_state() for g in generators]
@@ -62,7 +64,12 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
 
     The tables are exchanged and not emptied, so that a hook that is removed meanwhile stays removed.
     """
-    tables = [(vars(module), name, table) for module in model.modules() for name in _HOOKS if (table := vars(module).get(name))]
+    tables = [
+        (vars(module), name, table)
+        for module in model.modules()
+        for name in _HOOKS
+        if (table := vars(module).get(name))
+    ]
     tables += [(vars(home), f"_global{name}", table) for name in _HOOKS if (table := getattr(home, f"_global{name}"))]
     try:
         for owner, name, table in tables:
@@ -115,12 +122,16 @@ class _State:
         if isinstance(value, Tensor):
             copied = value.detach().clone()
             # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that waits for its backward pass would stumble.
-            self.tensors.append(_Held(value, value.data, copied, value.requires_grad, value.grad if value.is_leaf else None))
+            self.tensors.append(
+                _Held(value, value.data, copied, value.requires_grad, value.grad if value.is_leaf else None)
+            )
         elif isinstance(value, torch.jit.ScriptModule):
             kept = {name: getattr(value, name) for name in value._concrete_type.get_attributes()}
             self._scripted.append((value, kept))
             return [*value.parameters(), *value.buffers(), *kept.values(), *value.children()]
-        elif isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")):
+        elif isinstance(value, nn.Module) or (
+            dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+        ):
             return self._take(vars(value))
         elif isinstance(value, dict):
             self._containers.append((value, _content(value)))
@@ -135,7 +146,9 @@ class _State:
         elif isinstance(value, random.Random):
             self._generators.append((value.setstate, value.getstate()))
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.random.Generator):
-            self._generators.append((functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state))
+            self._generators.append(
+                (functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state)
+            )
         return ()
 
     def restore(self) -> None:
@@ -155,7 +168,9 @@ class _State:
         for put, state in self._generators:
             put(state)
         if failed:
-            raise RuntimeError(f"{len(failed)} tensors of the model could not be put back as they were, the first of shape {failed[0]}")
+            raise RuntimeError(
+                f"{len(failed)} tensors of the model could not be put back as they were, the first of shape {failed[0]}"
+            )
 
 
 def _content(container: Any) -> list[Any]:  # noqa: ANN401  (a dict, list, set or deque)
@@ -176,7 +191,9 @@ def _same(now: list[Any], before: list[Any]) -> bool:
 
 def _put_back(held: _Held) -> None:
     tensor, place, copy = held.tensor, held.place, held.copy
-    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__"):  # sparse, or made of several: it has no memory of its own
+    if tensor.layout is not torch.strided or hasattr(
+        tensor, "__tensor_flatten__"
+    ):  # sparse, or made of several: it has no memory of its own
         with torch.no_grad():
             tensor.copy_(copy)
     else:

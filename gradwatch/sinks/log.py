@@ -22,7 +22,13 @@ def log_report(report: Report) -> None:
     for alert in report.began:
         log_alert(alert)
     for alert in report.cleared:
-        _log.info("%s %s at %s cleared at step %d", alert.finding.code, alert.finding.kind, alert.finding.place or "the whole model", alert.cleared)
+        _log.info(
+            "%s %s at %s cleared at step %d",
+            alert.finding.code,
+            alert.finding.kind,
+            alert.finding.place or "the whole model",
+            alert.cleared,
+        )
 
 
 def log_alert(alert: Alert) -> None:
@@ -34,7 +40,10 @@ def log_end(report: Report) -> None:
     """Send what is still open at the end to the logger `gradwatch`, worst first, in one line; nothing where nothing is."""
     still = sorted(report.open, key=lambda alert: alert.severity, reverse=True)
     if still:
-        said = "; ".join(f"{a.finding.code} {a.finding.kind} at {a.finding.place or 'the whole model'} since step {a.finding.onset}" for a in still)
+        said = "; ".join(
+            f"{a.finding.code} {a.finding.kind} at {a.finding.place or 'the whole model'} since step {a.finding.onset}"
+            for a in still
+        )
         line = f"at the end {len(still)} alert{'s are' if len(still) > 1 else ' is'} open: {said}"
         _log.log(_LEVELS[still[0].severity], "%s", printable(line))
 

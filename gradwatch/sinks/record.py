@@ -95,7 +95,9 @@ class Record:
 
         """
         file = self._file or self._begin()
-        if os.fstat(file.fileno()).st_nlink == 0 and not self._path.exists():  # what is written now nobody will ever read
+        if (
+            os.fstat(file.fileno()).st_nlink == 0 and not self._path.exists()
+        ):  # what is written now nobody will ever read
             raise FileNotFoundError(f"{self._path} was deleted while it was written")
         snapshot = report.snapshot
         if self._model is not snapshot.model:
@@ -169,7 +171,9 @@ class Record:
         kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]
         fresh = self._path.with_suffix(".new")
         try:
-            fresh.write_text("".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8")
+            fresh.write_text(
+                "".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
+            )
             fresh.replace(self._path)
         except OSError:
             fresh.unlink(missing_ok=True)
@@ -220,7 +224,9 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
 
     """
     top = Path(path)
-    found = [top] if top.is_file() else sorted(p for p in top.rglob(NAME) if p.is_file())  # to open a pipe would wait for ever
+    found = (
+        [top] if top.is_file() else sorted(p for p in top.rglob(NAME) if p.is_file())
+    )  # to open a pipe would wait for ever
     if not found:
         raise FileNotFoundError(f"no {NAME} in or below {top}: was it written by gradwatch.watch(..., logdir=...)?")
     return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file) for file in found}
@@ -251,7 +257,9 @@ def _read(file: Path) -> Run:
                 del draft.snapshots[1 : _MOST * 3 // 4 : 2]
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
-    return Run(tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated)
+    return Run(
+        tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
+    )
 
 
 def _lines(stream: TextIO) -> Iterator[str]:

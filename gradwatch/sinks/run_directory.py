@@ -42,7 +42,9 @@ def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callabl
     top = Path(logdir).resolve()
     if (file := next((p for p in (top, *top.parents) if p.exists()), top)).is_file():
         raise NotADirectoryError(
-            f"logdir must be a folder, got the file {file}" if file == top else f"logdir must be a folder, and cannot be in the file {file}, got {top}"
+            f"logdir must be a folder, got the file {file}"
+            if file == top
+            else f"logdir must be a folder, and cannot be in the file {file}, got {top}"
         )
     first = "gradwatch" if name is None else f"gradwatch-{_FORBIDDEN.sub('-', name)}"
     if top / first in _held:

@@ -88,7 +88,9 @@ class Gru(Cell):
         """Go one timestep back; see `Cell.back`."""
         parts = out.view(*out.shape[:-1], 3, -1)
         torch.mul(dh.unsqueeze(-2), self._k[t], out=parts)
-        inner = torch.cat([out[..., : 2 * dh.shape[-1]], parts[..., 2, :] * self._r[t]], -1)  # the reset gate stands inside of n, on the side of h only
+        inner = torch.cat(
+            [out[..., : 2 * dh.shape[-1]], parts[..., 2, :] * self._r[t]], -1
+        )  # the reset gate stands inside of n, on the side of h only
         return torch.addcmul(inner @ self.w_hh, dh, self.kept[t]), None, dc
 
 
@@ -174,12 +176,24 @@ class Walker:
         lstm = self.final_c is not None
         hidden_width = self.final_c.shape[-1] if self.final_c is not None else width
         shape = (steps, streams, rows)
-        squares = {name: self.direct.new_zeros(shape, dtype=torch.float64) for name in ("hidden", "direct", "carried", "state", "cell")}
+        squares = {
+            name: self.direct.new_zeros(shape, dtype=torch.float64)
+            for name in ("hidden", "direct", "carried", "state", "cell")
+        }
         dx = self.direct.new_empty((*shape, self.cell.w_ih.shape[1]))
         carry_h = self.direct.new_zeros((streams, rows, width))
         carry_c = self.direct.new_zeros((streams, rows, hidden_width)) if lstm else None
-        buffers = {name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, width)) for name in ("total", "came")}
-        cells = {name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, hidden_width)) for name in ("total", "came", "alone")} if lstm else {}
+        buffers = {
+            name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, width)) for name in ("total", "came")
+        }
+        cells = (
+            {
+                name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, hidden_width))
+                for name in ("total", "came", "alone")
+            }
+            if lstm
+            else {}
+        )
         da = self.direct.new_empty((min(_CHUNK, steps), streams, rows, gates))
         for stop in range(steps, 0, -_CHUNK):
             start = max(stop - _CHUNK, 0)
@@ -205,7 +219,9 @@ class Walker:
             total, came = buffers["total"][:size], buffers["came"][:size]
             squares["hidden"][start:stop] = square(total)
             squares["direct"][start:stop] = square(self.direct[start:stop])
-            for t in self.seams.keys() & range(start, stop):  # what crossed and was not the next call's is used directly
+            for t in self.seams.keys() & range(
+                start, stop
+            ):  # what crossed and was not the next call's is used directly
                 squares["direct"][t] = _difference(total[t - start], came[t - start])
             squares["carried"][start:stop] = square(came)
             squares["state"][start:stop] = squares["hidden"][start:stop]

@@ -99,12 +99,18 @@ class InputTap:
         named = _named(timesteps)
         unknown = [name for name in named if name and name not in modules]
         if unknown:
-            raise ValueError(f"timesteps must name modules of the model, and it has none called {', '.join(map(repr, unknown))}")
+            raise ValueError(
+                f"timesteps must name modules of the model, and it has none called {', '.join(map(repr, unknown))}"
+            )
         self._own = {"": named.pop("")} if "" in named else {}
         self._named = {id(modules[name]): time for name, time in named.items()}
         self._names = {id(module): name for name, module in modules.items()}
         kinds = (nn.RNNBase, nn.RNNCellBase, nn.Embedding)
-        self.modules = [m for m in modules.values() if (isinstance(m, kinds) or id(m) in self._named) and not isinstance(m, torch.jit.ScriptModule)]
+        self.modules = [
+            m
+            for m in modules.values()
+            if (isinstance(m, kinds) or id(m) in self._named) and not isinstance(m, torch.jit.ScriptModule)
+        ]
         """Those to listen to."""
         self._roots: dict[tuple[int, int], tuple[Tensor, GradientEdge]] = {}
         self._module: nn.Module | None = None
@@ -121,16 +127,23 @@ class InputTap:
 
     # --- the forward pass ---
 
-    def arguments(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def arguments(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return copies of the model's arguments that a derivative can be taken by, and that the model may edit in place."""
-        mine, keywords = tuple(map(differentiable, args)), {name: differentiable(a) for name, a in in_order(model, kwargs).items()}
+        mine, keywords = (
+            tuple(map(differentiable, args)),
+            {name: differentiable(a) for name, a in in_order(model, kwargs).items()},
+        )
         tensors = [t for t in tensors_of([*mine, *keywords.values()]) if t.layout is torch.strided and not t.is_nested]
         self._sizes = {(t.shape[0], t.shape[1]) for t in tensors if t.dim() > 1}
         floating = [t for t in tensors if t.requires_grad]
         if self._own:
             time = self._own[""]
             if time is None:
-                raise ValueError("timesteps of the model's own input must be a dimension, and None is for modules that are called once a timestep")
+                raise ValueError(
+                    "timesteps of the model's own input must be a dimension, and None is for modules that are called once a timestep"
+                )
             fitting = next((t for t in floating if -t.dim() <= time < t.dim()), None)
             if fitting is None:
                 self._waiting.append(time)
@@ -140,7 +153,9 @@ class InputTap:
             self._spare["input"] = self._call(wide, 1, "the model")
         return mine, keywords
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take note of what enters a sequence module; in place of an input without a graph, give it one that has one."""
         recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
         if self._own or not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
@@ -160,11 +175,18 @@ class InputTap:
         several = recurrent or (time is None)
         if not self._closed and (several or not self._calls):
             call = self._call(changed, _time_of(module, value) if recurrent else time, self._names[id(module)])
-            call.begins = bool(self._calls) and not call.single and (call.packed is not None or (call.layout.steps > 1 and _anew(args, kwargs)))
+            call.begins = (
+                bool(self._calls)
+                and not call.single
+                and (call.packed is not None or (call.layout.steps > 1 and _anew(args, kwargs)))
+            )
             self._calls.append(call)
         if changed is value:
             return None
-        return (tuple(changed if i == key else a for i, a in enumerate(args)), {k: changed if k == key else a for k, a in kwargs.items()})
+        return (
+            tuple(changed if i == key else a for i, a in enumerate(args)),
+            {k: changed if k == key else a for k, a in kwargs.items()},
+        )
 
     def after(self, module: nn.Module, _args: object, _kwargs: object, output: Any) -> Any:  # noqa: ANN401  (whatever a module gives)
         """Take note of what the first embedding gives."""
@@ -192,17 +214,38 @@ class InputTap:
         view = None
         # A tensor that is a view counts as the part of its base that it is: what else uses the base (a skip connection beside a transposed input) counts.
         base = tensor._base
-        if base is not None and base.requires_grad and not base.is_leaf and base.dtype is tensor.dtype and _apart(tensor) and _apart(base):
-            root, view = base, _View(tensor.shape, tensor.stride(), int(tensor.storage_offset()) - int(base.storage_offset()))
+        if (
+            base is not None
+            and base.requires_grad
+            and not base.is_leaf
+            and base.dtype is tensor.dtype
+            and _apart(tensor)
+            and _apart(base)
+        ):
+            root, view = (
+                base,
+                _View(tensor.shape, tensor.stride(), int(tensor.storage_offset()) - int(base.storage_offset())),
+            )
         key = (id(root), root._version)
-        if key not in self._roots:  # the edge, because the tensor itself may be edited in place before the model is done
+        if (
+            key not in self._roots
+        ):  # the edge, because the tensor itself may be edited in place before the model is done
             self._roots[key] = root, get_gradient_edge(root)
         if isinstance(value, PackedSequence):
             call = _Call(Packed(value, 1), key, view, tensor.shape, packed=value)
         elif time is None:
-            call = _Call(Padded(torch.Size((1, *tensor.shape)), 0, 1, batched=tensor.dim() > 1), key, view, tensor.shape, single=True, batched=tensor.dim() > 1)
+            call = _Call(
+                Padded(torch.Size((1, *tensor.shape)), 0, 1, batched=tensor.dim() > 1),
+                key,
+                view,
+                tensor.shape,
+                single=True,
+                batched=tensor.dim() > 1,
+            )
         elif not -tensor.dim() <= time < tensor.dim():
-            raise ValueError(f"timesteps of {name} must be a dimension of its input of shape {tuple(tensor.shape)}, got {time}")
+            raise ValueError(
+                f"timesteps of {name} must be a dimension of its input of shape {tuple(tensor.shape)}, got {time}"
+            )
         else:
             time %= tensor.dim()
             batched = tensor.dim() > 2 or time == 1
@@ -238,17 +281,27 @@ class InputTap:
         rows = last.rows
         width = newest.numel() // rows if rows in newest.shape else newest.numel()
         private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
-        cotangent = torch.randn(newest.shape, generator=private, device="cpu", dtype=torch.float32).to(newest.device, newest.dtype) / math.sqrt(max(width, 1))
+        cotangent = torch.randn(newest.shape, generator=private, device="cpu", dtype=torch.float32).to(
+            newest.device, newest.dtype
+        ) / math.sqrt(max(width, 1))
         roots = list(dict.fromkeys(call.root for sequence in sequences for call in sequence.calls))
         try:
-            found = torch.autograd.grad([newest], [self._roots[key][1] for key in roots], [cotangent], allow_unused=True)
+            found = torch.autograd.grad(
+                [newest], [self._roots[key][1] for key in roots], [cotangent], allow_unused=True
+            )
         except RuntimeError as error:
             if "checkpoint" in str(error).lower() and ".grad()" in str(error):
-                raise RuntimeError("reentrant activation checkpointing allows no derivative by an input (use_reentrant=False does)") from error
+                raise RuntimeError(
+                    "reentrant activation checkpointing allows no derivative by an input (use_reentrant=False does)"
+                ) from error
             raise RuntimeError(f"the derivative by the input of {place or 'the model'} failed: {error}") from error
         with torch.no_grad():
-            gradients = {key: _in_place(gradient, self._roots[key][0]) for key, gradient in zip(roots, found, strict=True)}
-            numbers = _by_lag([self._squares(s, gradients, lengths if len(sequences) == 1 else None) for s in sequences])
+            gradients = {
+                key: _in_place(gradient, self._roots[key][0]) for key, gradient in zip(roots, found, strict=True)
+            }
+            numbers = _by_lag(
+                [self._squares(s, gradients, lengths if len(sequences) == 1 else None) for s in sequences]
+            )
         note = None
         if all(gradient is None for gradient in found):
             note = f"the output does not depend on what enters {place or 'the model'}"
@@ -259,10 +312,14 @@ class InputTap:
     def _sequences(self) -> tuple[list[_Sequence], str]:
         calls, module = self._calls, self._module if not self._waiting else self._embedding
         if not calls and self._named and self._module is None:
-            raise ValueError(f"none of the modules that timesteps names ran with gradients: {', '.join(self._names[key] for key in self._named)}")
+            raise ValueError(
+                f"none of the modules that timesteps names ran with gradients: {', '.join(self._names[key] for key in self._named)}"
+            )
         if not calls and not self._waiting:
             kind = next(iter(self._spare), None)
-            calls, module = ([self._spare[kind]], self._embedding if kind == "embedding" else None) if kind else ([], None)
+            calls, module = (
+                ([self._spare[kind]], self._embedding if kind == "embedding" else None) if kind else ([], None)
+            )
         if not calls:
             raise ValueError(
                 "no sequence was found: no recurrent module ran, and the model has no floating-point input of three or more dimensions and no embedding;"
@@ -286,8 +343,15 @@ class InputTap:
         call, rows = sequence.calls[0], sequence.rows
         steps = {sequence.steps}
         if packed is not None:  # it may have been padded to more than its own longest row, as the batch was
-            steps |= {size for pair in self._sizes for size, other in (pair, pair[::-1]) if other == rows and size >= sequence.steps}
-        time = time_in(chosen.shape, steps, rows if call.batched else None, 1 if call.single or packed is not None else call.time)
+            steps |= {
+                size
+                for pair in self._sizes
+                for size, other in (pair, pair[::-1])
+                if other == rows and size >= sequence.steps
+            }
+        time = time_in(
+            chosen.shape, steps, rows if call.batched else None, 1 if call.single or packed is not None else call.time
+        )
         if time is None:
             return chosen, None
         if not call.batched:
@@ -302,7 +366,9 @@ class InputTap:
             ends = ends[packed.unsorted_indices.to(chosen.device)]
         return laid[ends - 1, order], None
 
-    def _squares(self, sequence: _Sequence, gradients: Mapping[tuple[int, int], Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _squares(
+        self, sequence: _Sequence, gradients: Mapping[tuple[int, int], Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the squared norms of the gradient, (T, B), and how long each row is."""
         squares = []
         for call in sequence.calls:
@@ -310,13 +376,17 @@ class InputTap:
             if gradient is None:
                 gradient = call.blank.new_zeros(call.shape, dtype=torch.float32)
             elif call.view is not None:
-                gradient = gradient.as_strided(call.view.shape, call.view.stride, gradient.storage_offset() + call.view.offset)
+                gradient = gradient.as_strided(
+                    call.view.shape, call.view.stride, gradient.storage_offset() + call.view.offset
+                )
             squares.append(call.squares(gradient))
         packed = sequence.calls[0].packed
         if packed is not None:
             return squares[0], _lengths(packed.batch_sizes).to(squares[0].device)
         every = _stacked(squares)
-        return every, _ends(~_stacked([c.blank for c in sequence.calls]) | (every != 0), only_padding=False) if lengths is None else lengths
+        return every, _ends(
+            ~_stacked([c.blank for c in sequence.calls]) | (every != 0), only_padding=False
+        ) if lengths is None else lengths
 
 
 # --- what enters ---
@@ -326,17 +396,25 @@ def _named(timesteps: object) -> dict[str, int | None]:
     if timesteps == "auto":
         return {}
     whole = isinstance(timesteps, Mapping) and all(
-        isinstance(name, str) and (time is None or (isinstance(time, int) and not isinstance(time, bool))) for name, time in timesteps.items()
+        isinstance(name, str) and (time is None or (isinstance(time, int) and not isinstance(time, bool)))
+        for name, time in timesteps.items()
     )
     if not isinstance(timesteps, Mapping) or not whole:
-        raise TypeError(f'timesteps must be "auto" or a mapping from names of modules to their dimensions of time, such as {{"encoder": 1}}, got {timesteps!r}')
+        raise TypeError(
+            f'timesteps must be "auto" or a mapping from names of modules to their dimensions of time, such as {{"encoder": 1}}, got {timesteps!r}'
+        )
     return dict(timesteps)
 
 
-def _input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor | PackedSequence] | None:
+def _input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int | str, Tensor | PackedSequence] | None:
     """Find the first floating-point tensor among the arguments of a module, in the order in which it declares them."""
     every: list[tuple[int | str, Any]] = [*enumerate(args), *in_order(module, kwargs).items()]
-    return next(((key, v) for key, v in every if isinstance(v, Tensor | PackedSequence) and data_of(v).is_floating_point()), None)
+    return next(
+        ((key, v) for key, v in every if isinstance(v, Tensor | PackedSequence) and data_of(v).is_floating_point()),
+        None,
+    )
 
 
 def _time_of(module: nn.Module, value: Tensor | PackedSequence) -> int | None:

@@ -87,7 +87,9 @@ class Padded:
         # In pieces of time that stay in the cache once they are float64.
         laid = tensor.movedim((self._time, self._batch), (0, 1)).flatten(2)
         piece = max(2**16 // max(laid[0].numel(), 1), 1)
-        return torch.cat([square(part) for part in torch.split(laid, piece)]) if len(laid) else laid.new_zeros((0, laid.shape[1])), None
+        return torch.cat([square(part) for part in torch.split(laid, piece)]) if len(laid) else laid.new_zeros(
+            (0, laid.shape[1])
+        ), None
 
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""
@@ -102,7 +104,9 @@ class Padded:
         return self._pick(tensor, -1)
 
     def _pick(self, tensor: Tensor, dimension: int) -> Tensor:
-        return tensor if self.whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
+        return (
+            tensor if self.whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
+        )
 
 
 class Packed:
@@ -124,7 +128,9 @@ class Packed:
         self.whole = self.rows == sizes[0]
         self.lengths: list[int] | None = [every[row] for row in chosen]
         device = packed.data.device
-        self._index = torch.tensor([[offsets[t] + row if t < every[row] else 0 for row in chosen] for t in range(self.steps)], device=device)
+        self._index = torch.tensor(
+            [[offsets[t] + row if t < every[row] else 0 for row in chosen] for t in range(self.steps)], device=device
+        )
         self._there = torch.tensor([[t < every[row] for row in chosen] for t in range(self.steps)], device=device)
         places = torch.tensor(chosen, device=device)
         self._sorted = places

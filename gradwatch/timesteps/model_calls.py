@@ -56,7 +56,9 @@ class Calls:
             return
         if torch.is_grad_enabled() and self._outer() is None:
             self._outer, self._held = weakref.ref(module), not self._targets
-        self._held = self._held or id(module) in self._targets  # also without gradients, as reentrant checkpoints run it
+        self._held = (
+            self._held or id(module) in self._targets
+        )  # also without gradients, as reentrant checkpoints run it
 
     def left(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the arguments of a call that is wanted."""
@@ -81,5 +83,7 @@ class Calls:
 
 
 def _made(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Made:
-    casts = [(device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    casts = [
+        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+    ]
     return Made(weakref.ref(module), detached(args), detached(dict(kwargs)), casts)

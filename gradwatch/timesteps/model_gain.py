@@ -30,4 +30,12 @@ class ModelGain:
         length = int(numbers[0])
         gain = tuple(numbers[1 : 1 + length])
         found = memory(gain, share)
-        return SequenceStats("", "model", length, self.rows, lag_gain=gain, censored=None if found is None else found.censored, note=self.note)
+        return SequenceStats(
+            "",
+            "model",
+            length,
+            self.rows,
+            lag_gain=gain,
+            censored=None if found is None else found.censored,
+            note=self.note,
+        )

@@ -75,7 +75,9 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
     recorder = Recorder("auto")
     recorder.arm({place: module}, compiled=False)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return recorder.entered(module, args) or args, kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -85,13 +87,23 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
         with listening([module], before, after):
             model(*differentiable(args), **differentiable(dict(kwargs)))
         found = traces(recorder.targets.values(), torch.Generator(device="cpu").manual_seed(0))
-    return tuple(f for trace in found for f in trace.measured({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()}))
+    return tuple(
+        f
+        for trace in found
+        for f in trace.measured({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()})
+    )
 
 
 @contextlib.contextmanager
 def _left_alone(model: nn.Module) -> Iterator[list[str]]:
     """Let a model run with gradients, without its hooks, and leave it as it was; give what had to be changed for that, in words."""
-    with as_it_was(model), without_hooks(model), _recurrent_on_cuda(model) as notes, torch.inference_mode(mode=False), torch.enable_grad():
+    with (
+        as_it_was(model),
+        without_hooks(model),
+        _recurrent_on_cuda(model) as notes,
+        torch.inference_mode(mode=False),
+        torch.enable_grad(),
+    ):
         yield notes
 
 
@@ -99,7 +111,9 @@ def _core(model: nn.Module) -> nn.Module:
     """Take a model out of its wrappers, and refuse what cannot be run alone."""
     model = _unwrapped(model)
     reason = next((said for module in model.modules() if (said := _waits(module))), None)
-    if reason is None and any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in model.parameters()):
+    if reason is None and any(
+        hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in model.parameters()
+    ):
         reason = "its parameters are spread over several (DTensor or FSDP)"
     if reason is not None:
         raise RuntimeError(f"the model cannot be run by one process alone: {reason}")
@@ -120,11 +134,19 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _waits(module: nn.Module) -> str | None:
     """Say why a pass through this module would wait for other processes, if it would."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported by whoever uses it
-    if any(isinstance(module, kind) for name in ("FullyShardedDataParallel", "FSDPModule") if (kind := getattr(fsdp, name, None)) is not None):
+    if any(
+        isinstance(module, kind)
+        for name in ("FullyShardedDataParallel", "FSDPModule")
+        if (kind := getattr(fsdp, name, None)) is not None
+    ):
         return "its parameters are spread over several (FSDP)"
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "a part of it is wrapped in DistributedDataParallel"
-    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    several = (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
     if several and isinstance(module, nn.SyncBatchNorm) and module.training:
         return "SyncBatchNorm in training mode averages over several"
     return None
@@ -142,7 +164,9 @@ def _recurrent_on_cuda(model: nn.Module) -> Iterator[list[str]]:
     enabled = torch.backends.cudnn.enabled
     random = [m for m in recurrent if m.training and m.dropout > 0]
     if enabled and random:
-        notes.append("it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself")
+        notes.append(
+            "it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself"
+        )
         for recurrence in random:
             recurrence.dropout = 0.0
         for module in model.modules():

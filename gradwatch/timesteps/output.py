@@ -26,11 +26,15 @@ def chosen_of(returned: Any, output: Callable[[Any], Any] | None, steps: int | N
     if output is not None:
         chosen = output(returned)
         if not isinstance(chosen, Tensor | PackedSequence) or not data_of(chosen).requires_grad:
-            raise ValueError(f"output must give a floating-point tensor that depends on the model's input, got {_shown(chosen)}")
+            raise ValueError(
+                f"output must give a floating-point tensor that depends on the model's input, got {_shown(chosen)}"
+            )
         return chosen
     found = [t for t in _outputs(returned, steps) if data_of(t).requires_grad]
     if not found:
-        raise ValueError(f"the model's output must hold a floating-point tensor that depends on its input, got {_shown(returned)}")
+        raise ValueError(
+            f"the model's output must hold a floating-point tensor that depends on its input, got {_shown(returned)}"
+        )
     return next((t for t in found if data_of(t).dim()), found[0])  # a loss beside predictions sums up all timesteps
 
 

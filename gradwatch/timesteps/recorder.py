@@ -163,7 +163,9 @@ class Recorder:
             # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
             hooked = module._forward_pre_hooks or module._forward_hooks
             trusted = not hooked and ((recurrent and type(module).forward in _STOCK) or self._learned.get(name, False))
-            target = self.targets[id(module)] = Target(name, time, recurrent, frozenset(map(id, module.parameters())), _spread(module), trusted=trusted)
+            target = self.targets[id(module)] = Target(
+                name, time, recurrent, frozenset(map(id, module.parameters())), _spread(module), trusted=trusted
+            )
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
             if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
@@ -186,7 +188,9 @@ class Recorder:
             for seen in target.seen:
                 seen.drop()
             candidate, target.candidate = target.candidate, None
-            if candidate is not None and (module := candidate()) is not None:  # a reentrant checkpoint cuts off what gets no input with a gradient
+            if (
+                candidate is not None and (module := candidate()) is not None
+            ):  # a reentrant checkpoint cuts off what gets no input with a gradient
                 self._learned[target.name] = all(p.grad is not None for p in module.parameters() if p.requires_grad)
             target.seen, target.passes, target.leaves, target.random = [], set(), {}, None
             target.within, target.repeated = None, False
@@ -211,19 +215,29 @@ class Recorder:
         x = first_tensor(inputs[0]) if inputs and isinstance(inputs[0], Tensor | PackedSequence) else None
         if x is None:
             return None
-        target.without_grad = target.without_grad and torch._C._current_graph_task_id() != -1  # else it was a validation
+        target.without_grad = (
+            target.without_grad and torch._C._current_graph_task_id() != -1
+        )  # else it was a validation
         target.version = x._version
         if isinstance(module, nn.RNNBase) and module.dropout and module.training and x.device.type == "cpu":
             target.random = torch.get_rng_state()
         # In a frozen module the output must not begin to require a gradient. What a checkpoint computes once more must save as much as the first time.
-        if x.requires_grad or not target.trusted or not any(p.requires_grad for p in module.parameters()) or _checkpointed():
+        if (
+            x.requires_grad
+            or not target.trusted
+            or not any(p.requires_grad for p in module.parameters())
+            or _checkpointed()
+        ):
             return None
         leaf = x.detach().requires_grad_()
         target.leaves[id(leaf)] = weakref.ref(leaf)
         leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
         value = inputs[0]
         packed = isinstance(value, PackedSequence)
-        return (PackedSequence(leaf, value.batch_sizes, value.sorted_indices, value.unsorted_indices) if packed else leaf, *inputs[1:])
+        return (
+            PackedSequence(leaf, value.batch_sizes, value.sorted_indices, value.unsorted_indices) if packed else leaf,
+            *inputs[1:],
+        )
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
@@ -315,7 +329,11 @@ class Recorder:
         h0, c0 = (state[0], state[1]) if isinstance(state, tuple | list) else (state, None)
         given = _outputs(output, recurrent=True, single=seen.single)
         if seen.single:
-            weights = [w for w in (getattr(module, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")) if w is not None]
+            weights = [
+                w
+                for w in (getattr(module, n) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+                if w is not None
+            ]
         else:
             weights = list(module._flat_weights)  # type: ignore[arg-type]  # as they are in this call, parametrized or not
         y = layout.take(_timed(given["h" if seen.single else "y"], seen))
@@ -365,7 +383,9 @@ class Recorder:
             except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
                 mine.drop()
 
-        if name != "x" and tensor.grad_fn is not None:  # behind the hooks of the user, who may change what goes into the module
+        if (
+            name != "x" and tensor.grad_fn is not None
+        ):  # behind the hooks of the user, who may change what goes into the module
             seen.handles.append(at_output(tensor, hook))
             return
         # A module may keep the tensor as an attribute: saved with it, the hook stays behind, and without a warning.
@@ -377,7 +397,9 @@ class Recorder:
         if name == "x" or seen.single:
             seen.squares[name], seen.lengths = seen.layout.every(gradient)
         if seen.call is not None:
-            seen.call.gradients[name] = seen.layout.take(gradient) if name in ("x", "y") else seen.layout.state(gradient)
+            seen.call.gradients[name] = (
+                seen.layout.take(gradient) if name in ("x", "y") else seen.layout.state(gradient)
+            )
 
 
 def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401

@@ -101,7 +101,11 @@ class Replay:
     def _kernel(self, x: Tensor, h0: Tensor, c0: Tensor, number: int) -> Tensor:
         """Run one layer and direction through torch's own kernel."""
         spec = self._spec
-        run: Any = {"LSTM": torch._VF.lstm, "GRU": torch._VF.gru, "RNN": torch._VF.rnn_relu if spec.relu else torch._VF.rnn_tanh}[spec.kind]
+        run: Any = {
+            "LSTM": torch._VF.lstm,
+            "GRU": torch._VF.gru,
+            "RNN": torch._VF.rnn_relu if spec.relu else torch._VF.rnn_tanh,
+        }[spec.kind]
         state: Any = h0.unsqueeze(0)
         if spec.kind == "LSTM":
             state = (state, c0.unsqueeze(0))

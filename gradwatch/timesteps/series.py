@@ -52,9 +52,19 @@ class Trace:
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Return everything that is to be copied, by part and name."""
         found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
-        return found | {("fact", name): value for name, value in self.facts.items()} | {("check", name): value for name, value in self.checks.items()}
+        return (
+            found
+            | {("fact", name): value for name, value in self.facts.items()}
+            | {("check", name): value for name, value in self.checks.items()}
+        )
 
-    def stats(self, values: Mapping[tuple[str, str], Sequence[float]], scale: float | None, share: float, changed: float | None = None) -> list[SequenceStats]:
+    def stats(
+        self,
+        values: Mapping[tuple[str, str], Sequence[float]],
+        scale: float | None,
+        share: float,
+        changed: float | None = None,
+    ) -> list[SequenceStats]:
         """Make the numbers values.
 
         Args:
@@ -70,7 +80,9 @@ class Trace:
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
             reached = self.series[0].length if reached is None else reached
-        residuals = {name: values["", name][0] for name in ("replay_residual", "adjoint_residual") if ("", name) in values}
+        residuals = {
+            name: values["", name][0] for name in ("replay_residual", "adjoint_residual") if ("", name) in values
+        }
         if not self.alone and residuals.get("adjoint_residual", 0.0) > self.tolerance:
             del residuals["adjoint_residual"]
             notes.append("its input is used elsewhere too, so the gradient of that cannot certify the hidden series")
@@ -107,7 +119,11 @@ class Trace:
 
     def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
         """Return the facts as values."""
-        return [Fact(self.module, name, values["fact", name][0]) for name in self.facts if math.isfinite(values["fact", name][0])]
+        return [
+            Fact(self.module, name, values["fact", name][0])
+            for name in self.facts
+            if math.isfinite(values["fact", name][0])
+        ]
 
     def _trusted(self, residuals: dict[str, float], notes: list[str]) -> bool:
         """Judge the certificates; what they say against the hidden series goes to the notes."""
@@ -143,7 +159,13 @@ def _traced(target: Target, generator: torch.Generator) -> Trace:
     passes = {s.number for s in target.seen if s.task is not None} or {s.number for s in target.seen}
     if target.repeated or not passes:
         if not target.note:
-            result.notes.append(_NOT_FOLLOWED if target.repeated else "it ran without a graph" if target.without_grad else "it did not run in this step")
+            result.notes.append(
+                _NOT_FOLLOWED
+                if target.repeated
+                else "it ran without a graph"
+                if target.without_grad
+                else "it did not run in this step"
+            )
         return result
     changed = target.sentinel.difference()
     if changed is not None:
@@ -163,7 +185,11 @@ def _traced(target: Target, generator: torch.Generator) -> Trace:
         result.notes.append(_NO_GRADIENT)
     if target.recurrent:
         return result
-    states = {name: _series(chain, key, own) for key, name in (("h", "grad_hidden"), ("c", "grad_cell")) if any(key in s.squares for s in chain)}
+    states = {
+        name: _series(chain, key, own)
+        for key, name in (("h", "grad_hidden"), ("c", "grad_cell"))
+        if any(key in s.squares for s in chain)
+    }
     if states:
         result.series.append(Series("l0", whole.length, whole.rows, states))
     return result
@@ -200,12 +226,20 @@ def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: t
     if any(s.derived for s in chain):
         result.notes.append("the hidden series are left out: a gradient of a gradient went through it")
         return
-    freed = any(w.numel() and not w.untyped_storage().size() for call in calls for w in call.weights)  # to read these would end the process
-    if freed or any(w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)):
-        result.notes.append(f"the hidden series are left out: its weights were {'freed' if freed else 'edited'} between the forward pass and the step")
+    freed = any(
+        w.numel() and not w.untyped_storage().size() for call in calls for w in call.weights
+    )  # to read these would end the process
+    if freed or any(
+        w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)
+    ):
+        result.notes.append(
+            f"the hidden series are left out: its weights were {'freed' if freed else 'edited'} between the forward pass and the step"
+        )
         return
     if calls[0].spec.dropout and calls[0].random is None:
-        result.notes.append("what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same")
+        result.notes.append(
+            "what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same"
+        )
         return
     if any(call.changed for call in calls):
         result.notes.append("its state is changed between its calls, so how far back it can see is not known")
@@ -235,7 +269,9 @@ def _of_every_row(chain: Sequence[Seen], calls: Sequence[Call]) -> dict[str, Ten
 
 def _by_call(calls: Sequence[Call]) -> list[Series]:
     """Return what arrived at the states of a cell, a call after the other: of each what autograd says, whatever happens between."""
-    found = {"grad_hidden": "h"} | ({"grad_cell": "c"} if calls[0].total else {})  # of a fused cell, the rest comes through h
+    found = {"grad_hidden": "h"} | (
+        {"grad_cell": "c"} if calls[0].total else {}
+    )  # of a fused cell, the rest comes through h
     values = {name: torch.stack([_size(call, key) for call in calls]) for name, key in found.items()}
     return [Series("l0", len(calls), calls[0].layout.rows, values)]
 
@@ -261,7 +297,9 @@ def _chain(seen: list[Seen], notes: list[str]) -> list[Seen]:
             chains.append([one])
     chosen = next((c for c in reversed(chains) if any(s.task is not None for s in c)), chains[-1])
     if len(chains) > 1:
-        notes.append(f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown")
+        notes.append(
+            f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown"
+        )
     return chosen
 
 
@@ -282,4 +320,6 @@ def _series(chain: Sequence[Seen], name: str, lengths: Tensor | None) -> Tensor:
     if lengths is not None:
         return by_lag(chain[0].squares[name], lengths)[0].flip(0).sqrt()
     like = next(s.squares[name] for s in chain if name in s.squares)
-    return torch.cat([s.squares[name].sum(1) if name in s.squares else like.new_zeros(s.layout.steps) for s in chain]).sqrt()
+    return torch.cat(
+        [s.squares[name].sum(1) if name in s.squares else like.new_zeros(s.layout.steps) for s in chain]
+    ).sqrt()

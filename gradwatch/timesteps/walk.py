@@ -31,7 +31,9 @@ class Series:
     values: dict[str, Tensor]
 
 
-def trace(chain: Sequence[Call], own: Tensor | None, generator: torch.Generator) -> tuple[list[Series], dict[str, Tensor]]:
+def trace(
+    chain: Sequence[Call], own: Tensor | None, generator: torch.Generator
+) -> tuple[list[Series], dict[str, Tensor]]:
     """Walk back through the calls that make one sequence.
 
     Args:
@@ -75,17 +77,25 @@ def trace(chain: Sequence[Call], own: Tensor | None, generator: torch.Generator)
             mine = direct[..., direction * width : (direction + 1) * width]
             if direction:
                 mine = _flip(mine, ran)
-            walk = Walker(forward.cells[number], *_outside(chain[-1], number, mine, lengths), ends, _seams(chain, number, wide)).walk()
+            walk = Walker(
+                forward.cells[number], *_outside(chain[-1], number, mine, lengths), ends, _seams(chain, number, wide)
+            ).walk()
             inputs.append(_flip(walk.dx, ran) if direction else walk.dx)
-            parts.append(_part(walk, f"l{layer}" + "_reverse" * direction, ran if direction else None, aligned, steps, rows))
+            parts.append(
+                _part(walk, f"l{layer}" + "_reverse" * direction, ran if direction else None, aligned, steps, rows)
+            )
         found = parts + found
         below = inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
         direct = below if not layer or not forward.masks else below * forward.masks[layer - 1].unsqueeze(1)
     whole = {"lag_gain": _gain(square(direct[:, 1:]).mean(1), aligned), "replay_residual": forward.residual}
     if all("x" in c.gradients for c in chain):
         known = torch.cat([c.gradients["x"] for c in chain]).to(wide)
-        whole["adjoint_residual"] = (direct[:, 0] - known).abs().max() / known.abs().max().clamp(min=torch.finfo(wide).tiny)
-    elif first.layout.whole and any(c.gradients for c in chain) and not any("x" in c.gradients for c in chain):  # autograd was not asked for it
+        whole["adjoint_residual"] = (direct[:, 0] - known).abs().max() / known.abs().max().clamp(
+            min=torch.finfo(wide).tiny
+        )
+    elif (
+        first.layout.whole and any(c.gradients for c in chain) and not any("x" in c.gradients for c in chain)
+    ):  # autograd was not asked for it
         whole["grad_input"] = by_lag(square(direct[:, 0]), aligned)[0].flip(0).sqrt()
     return [Series("", steps, rows, whole), *found], {**forward.facts, **_facts(first, y)}
 
@@ -116,7 +126,9 @@ def _outside(last: Call, number: int, direct: Tensor, lengths: Sequence[int]) ->
     if "h" in last.gradients:
         at = torch.tensor([n - 1 for n in lengths], device=direct.device)
         direct = direct.index_put(
-            (at, torch.zeros_like(at), torch.arange(rows, device=direct.device)), last.gradients["h"][number].to(direct.dtype), accumulate=True
+            (at, torch.zeros_like(at), torch.arange(rows, device=direct.device)),
+            last.gradients["h"][number].to(direct.dtype),
+            accumulate=True,
         )
     if last.c0 is None:
         return direct, None

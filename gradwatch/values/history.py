@@ -85,7 +85,11 @@ class History:
             self._layout = Layout.of(snapshot.model, self._weight_norms)
         layout = self._layout
         if snapshot.weight_norm is not None:
-            self._weight_norms.update((p.name, w) for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True) if w is not None)
+            self._weight_norms.update(
+                (p.name, w)
+                for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
+                if w is not None
+            )
             layout.weigh(self._weight_norms)
         # The gradients of a skipped step are not those of the loss: its row says nothing.
         norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
@@ -315,7 +319,9 @@ class History:
             return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
 
         for optimizer, track in self._tracks.items():
-            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]  # the others need not stand twice
+            older = [
+                p for p in track.probes if not any(p is s for s in track.snapshots)
+            ]  # the others need not stand twice
             tracks.append(
                 {
                     "optimizer": optimizer,
@@ -374,7 +380,10 @@ Detector = Callable[[History], Iterable[Finding]]
 
 
 def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:
-    return a is b or ([x.name for x in a.layers] == [x.name for x in b.layers] and [p.name for p in a.parameters] == [p.name for p in b.parameters])
+    return a is b or (
+        [x.name for x in a.layers] == [x.name for x in b.layers]
+        and [p.name for p in a.parameters] == [p.name for p in b.parameters]
+    )
 
 
 def _last(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:

@@ -68,12 +68,19 @@ class Layout:
         import numpy as np
 
         index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = sorted((i for i, p in enumerate(model.parameters) if counts(p)), key=lambda i: index[model.parameters[i].layer])
+        counted = sorted(
+            (i for i, p in enumerate(model.parameters) if counts(p)), key=lambda i: index[model.parameters[i].layer]
+        )
         layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
         owners, starts = np.unique(layer_of, return_index=True)
-        sizes, roles = np.array([p.elements for p in model.parameters], dtype=float), np.array([p.role for p in model.parameters], dtype=str)
+        sizes, roles = (
+            np.array([p.elements for p in model.parameters], dtype=float),
+            np.array([p.role for p in model.parameters], dtype=str),
+        )
         order = model.forward_order
-        around = {layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."} | {""}
+        around = {
+            layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."
+        } | {""}
         inner = [name for i in order if (name := model.layers[i].name) not in around]
         at = np.array(order, dtype=np.intp)
         largest: dict[int, int] = {}

@@ -37,7 +37,10 @@ def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, an
 def snapshot_to_plain(snapshot: Snapshot, model: int) -> dict[str, Any]:
     """Return a snapshot as `to_plain` does, with a number in place of the model, which many snapshots share."""
     fields = [(name, default) for name, default in _fields(Snapshot) if name != "model"]
-    return {"model": model, **{name: to_plain(v) for name, default in fields if (v := getattr(snapshot, name)) is not default}}
+    return {
+        "model": model,
+        **{name: to_plain(v) for name, default in fields if (v := getattr(snapshot, name)) is not default},
+    }
 
 
 def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -> Snapshot:
@@ -59,7 +62,9 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -
         snapshot.absent,
     ):
         if column and len(column) != len(snapshot.model.parameters):
-            raise ValueError(f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}")
+            raise ValueError(
+                f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}"
+            )
     return snapshot
 
 
@@ -83,7 +88,9 @@ def to_json(plain: Any) -> str:  # noqa: ANN401  (what `to_plain` gives)
 
 def from_json(line: str) -> Any:  # noqa: ANN401  (what `to_json` took)
     """Read one line of JSON as `to_json` writes it."""
-    return json.loads(line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and d["float"] in _SPELT else d)
+    return json.loads(
+        line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and d["float"] in _SPELT else d
+    )
 
 
 _SPELT = ("nan", "inf", "-inf")
@@ -119,7 +126,12 @@ def _hints(kind: type) -> dict[str, Any]:
 _SCALARS: Mapping[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
 _NUMBERS: frozenset[type] = frozenset({int, float, type(None)})
 _ANY: frozenset[type] = frozenset({int, float, str, bool, type(None)})
-_ENTRIES: Mapping[Any, frozenset[type]] = {int: frozenset({int}), float: _NUMBERS, float | None: _NUMBERS, str: frozenset({str})}
+_ENTRIES: Mapping[Any, frozenset[type]] = {
+    int: frozenset({int}),
+    float: _NUMBERS,
+    float | None: _NUMBERS,
+    str: frozenset({str}),
+}
 
 
 def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401, PLR0911  (one line for each shape of a type)

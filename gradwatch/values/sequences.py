@@ -151,7 +151,13 @@ def subject(stats: SequenceStats) -> str:
 
 def reach(who: str, found: Memory, length: int) -> str:
     """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
-    much = f"at least {length} of {length}" if found.censored else f"the last {found.horizon} of {length}" if found.horizon else f"none of its {length}"
+    much = (
+        f"at least {length} of {length}"
+        if found.censored
+        else f"the last {found.horizon} of {length}"
+        if found.horizon
+        else f"none of its {length}"
+    )
     return f"{who} learns from {much} timesteps{_pace(found)}"
 
 
@@ -174,8 +180,16 @@ def reaches(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> 
 def _pace(found: Memory) -> str:
     if found.decay_rate is None:
         return " (the gain does not shrink)" if found.censored and found.horizon > 1 else ""
-    rate = f"{found.decay_rate:.2f}" if 0.1 <= found.decay_rate < 0.985 else f"{found.decay_rate:.4g}" if found.decay_rate > 0.1 else f"{found.decay_rate:.1g}"
-    grows = found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon  # up to a maximum far back
+    rate = (
+        f"{found.decay_rate:.2f}"
+        if 0.1 <= found.decay_rate < 0.985
+        else f"{found.decay_rate:.4g}"
+        if found.decay_rate > 0.1
+        else f"{found.decay_rate:.1g}"
+    )
+    grows = (
+        found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon
+    )  # up to a maximum far back
     if found.half_life is None or rate == "1" or grows:
         return " (the gain does not shrink)"
     half_life = f"{found.half_life:.1f}" if found.half_life < 100 else f"{found.half_life:.0f}"

@@ -74,7 +74,9 @@ class ModelInfo:
     @property
     def forward_order(self) -> tuple[int, ...]:
         """Numbers of the layers in the order of the forward pass; those that never ran come last."""
-        return tuple(sorted(range(len(self.layers)), key=lambda i: math.inf if (at := self.layers[i].order) is None else at))
+        return tuple(
+            sorted(range(len(self.layers)), key=lambda i: math.inf if (at := self.layers[i].order) is None else at)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,4 +158,7 @@ class Snapshot:
     @property
     def rms(self) -> Column:
         """Norm over the root of the number of entries: the size of a typical entry."""
-        return tuple(None if n is None else n / math.sqrt(max(p.elements, 1)) for n, p in zip(self.norm, self.model.parameters, strict=True))
+        return tuple(
+            None if n is None else n / math.sqrt(max(p.elements, 1))
+            for n, p in zip(self.norm, self.model.parameters, strict=True)
+        )

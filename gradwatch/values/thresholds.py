@@ -121,7 +121,16 @@ class Thresholds:
                 raise ValueError(f"Thresholds.{f.name} must be finite and above 0, got {value!r}")
             if f.name in _COUNTS and not isinstance(value, int):
                 raise TypeError(f"Thresholds.{f.name} must be a whole number, got {value!r}")
-        for name in ("share", "horizon_gain", "horizon_share", "dead_units", "flushed", "flushed_small", "lost_updates", "explosion_depth_gap"):
+        for name in (
+            "share",
+            "horizon_gain",
+            "horizon_share",
+            "dead_units",
+            "flushed",
+            "flushed_small",
+            "lost_updates",
+            "explosion_depth_gap",
+        ):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds.{name} must be at most 1, got {getattr(self, name)!r}")
         self._check_layers()
@@ -131,7 +140,9 @@ class Thresholds:
             raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {self.layers!r}")
         for pattern, numbers in self.layers.items():
             if not isinstance(pattern, str) or not isinstance(numbers, Mapping):
-                raise TypeError(f"Thresholds.layers must map patterns of layers to fields and numbers, got {pattern!r}: {numbers!r}")
+                raise TypeError(
+                    f"Thresholds.layers must map patterns of layers to fields and numbers, got {pattern!r}: {numbers!r}"
+                )
             unknown = [name for name in numbers if name not in PER_LAYER]
             if unknown:
                 raise ValueError(
@@ -141,11 +152,25 @@ class Thresholds:
 
     def of(self, layer: str) -> Thresholds:
         """Return the thresholds that hold for `layer`: the last pattern that matches wins."""
-        mine = {k: v for pattern, numbers in self.layers.items() if fnmatch.fnmatchcase(layer, pattern) for k, v in numbers.items()}
+        mine = {
+            k: v
+            for pattern, numbers in self.layers.items()
+            if fnmatch.fnmatchcase(layer, pattern)
+            for k, v in numbers.items()
+        }
         return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
 
 
-_COUNTS = ("window", "disconnected_steps", "skipped_steps", "horizon_probes", "horizon_met", "dead_probes", "underflow_probes", "stalled_after")
+_COUNTS = (
+    "window",
+    "disconnected_steps",
+    "skipped_steps",
+    "horizon_probes",
+    "horizon_met",
+    "dead_probes",
+    "underflow_probes",
+    "stalled_after",
+)
 PER_LAYER = (
     "vanishing_ratio",
     "vanishing_ratio_adaptive",

@@ -30,7 +30,9 @@ class Forward:
         """Return everything that is to be copied."""
         return {**self.sequences.tensors(), **self.heard.tensors(), **self.seen.tensors()}
 
-    def values(self, numbers: Mapping[Key, Sequence[float]]) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...]]:
+    def values(
+        self, numbers: Mapping[Key, Sequence[float]]
+    ) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...]]:
         """Make values of what was copied."""
         single = {key: values[0] for key, values in numbers.items() if values}
         sequences, facts = self.sequences.values(numbers, single.get(("activations", "changed")))
@@ -54,7 +56,9 @@ class Visitors:
         """Look more closely at these layers, in the forward pass to come."""
         self._causes.suspects = layers
 
-    def take(self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]) -> Forward:
+    def take(
+        self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]
+    ) -> Forward:
         """Return what was seen of the forward pass of this step, and of what came back through it.
 
         Args:

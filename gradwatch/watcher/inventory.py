@@ -62,12 +62,17 @@ class Inventory:
 
     def _describe(self, model: nn.Module) -> ModelInfo:
         flat = layers.flattened(model)
-        optimizers, shapes = [s.optimizer for s in self._slots if s.optimizer is not None], {i: shape for i, (shape, _) in flat.items()}
+        optimizers, shapes = (
+            [s.optimizer for s in self._slots if s.optimizer is not None],
+            {i: shape for i, (shape, _) in flat.items()},
+        )
         info, self._columns = layers.describe(model, optimizers, self.order, shapes)
         self.spread = {self._columns[i]: ranks for i, (_, ranks) in flat.items() if i in self._columns}
         """By column, the ranks that hold pieces of what does not tell that itself, as a DTensor does."""
         known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
-        self.frozen = [c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None]
+        self.frozen = [
+            c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None
+        ]
         """Columns that are frozen and that no optimizer steps, as of the last description."""
         return info
 
@@ -189,8 +194,15 @@ class Inventory:
         for slot, count, kept in zip(self._slots, state["counts"], state["slots"], strict=True):
             if not set(kept["absent"].values()) <= set(get_args(Absent)):
                 raise ValueError(f"absent must be of {get_args(Absent)}, got {kept['absent']!r:.80}")
-            numbers = max(operator.index(count), 0), max(operator.index(kept["stride"]), 1), max(operator.index(kept["turn"]), 0), bool(kept["extra"])
-            read.append((slot, numbers, {columns[name]: reason for name, reason in kept["absent"].items() if name in columns}))
+            numbers = (
+                max(operator.index(count), 0),
+                max(operator.index(kept["stride"]), 1),
+                max(operator.index(kept["turn"]), 0),
+                bool(kept["extra"]),
+            )
+            read.append(
+                (slot, numbers, {columns[name]: reason for name, reason in kept["absent"].items() if name in columns})
+            )
 
         def apply() -> None:
             self.order = order

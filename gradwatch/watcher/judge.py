@@ -50,7 +50,11 @@ class Judge:
         history.add(snapshot)
         began, still, cleared = advance(
             self.report.open,
-            [dataclasses.replace(f, optimizer=snapshot.optimizer) for f in self._findings() if not muted(f, self._ignore)],
+            [
+                dataclasses.replace(f, optimizer=snapshot.optimizer)
+                for f in self._findings()
+                if not muted(f, self._ignore)
+            ],
             [s.step for s in history.window()],
             optimizer=snapshot.optimizer,
             patience=history.thresholds.window,
@@ -106,7 +110,10 @@ class Judge:
                 if self._strict:
                     raise
                 self._detectors.remove(detector)
-                self._warn(f"detector {id(detector)}", f"the detector {name_of(detector)} failed and is switched off: {said(error)}")
+                self._warn(
+                    f"detector {id(detector)}",
+                    f"the detector {name_of(detector)} failed and is switched off: {said(error)}",
+                )
         return findings
 
     def _tell(self, report: Report) -> None:

@@ -81,7 +81,13 @@ class Processes:
         """Whether the others perhaps come after this one."""
 
     def _meet(self) -> None:
-        if self._silent is False or self._store is not None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        if (
+            self._silent is False
+            or self._store is not None
+            or not dist.is_available()
+            or not dist.is_initialized()
+            or dist.get_world_size() == 1
+        ):
             return
         self.rank = dist.get_rank()
         with contextlib.suppress(Exception):  # of MPI there is none
@@ -105,7 +111,11 @@ class Processes:
         """Leave the numbers of the columns of a step for the speaker; None: there are none, the measurement has failed."""
         if self._store is None:
             return
-        mine = None if values is None else {q: {c: values[q][c] for c in columns if c in values[q]} for q in _TOGETHER if q in values}
+        mine = (
+            None
+            if values is None
+            else {q: {c: values[q][c] for c in columns if c in values[q]} for q in _TOGETHER if q in values}
+        )
         self._put(self._message(self.rank, step), to_json(mine))
 
     def _message(self, rank: int, step: Hashable) -> str:
@@ -138,12 +148,20 @@ class Processes:
             return self._alone or "a process could not measure its part of the parameters"
         for quantity, together in _TOGETHER.items():
             for column, its in holders.items():
-                found = [of[quantity][column] for rank in its if column in (of := values if rank == self.rank else theirs[rank]).get(quantity, {})]
+                found = [
+                    of[quantity][column]
+                    for rank in its
+                    if column in (of := values if rank == self.rank else theirs[rank]).get(quantity, {})
+                ]
                 if found:
                     values.setdefault(quantity, {})[column] = together(*found)
                 else:
                     values.get(quantity, {}).pop(column, None)
-        return None if all(holders.values()) else "the gradients of parameters that FSDP flattens are not measured: watch the module that it wraps them in"
+        return (
+            None
+            if all(holders.values())
+            else "the gradients of parameters that FSDP flattens are not measured: watch the module that it wraps them in"
+        )
 
     def _received(self, step: Hashable, ranks: list[int]) -> dict[int, Values] | None:
         keys = [self._message(rank, step) for rank in ranks]
@@ -151,7 +169,9 @@ class Processes:
             if self._met:
                 self._give_up("a process does not measure its part of the parameters any more")
             else:
-                self._give_up("the parameters are spread over several processes, and not all of them watch: call watch() in each")
+                self._give_up(
+                    "the parameters are spread over several processes, and not all of them watch: call watch() in each"
+                )
             return None
         self._met, self._late = True, False
         texts = [self._store.get(key) for key in keys]
@@ -160,7 +180,10 @@ class Processes:
         sent = [from_json(text) for text in texts]
         if None in sent:
             return None
-        return {rank: {q: {int(c): n for c, n in of.items()} for q, of in one.items()} for rank, one in zip(ranks, sent, strict=True)}
+        return {
+            rank: {q: {int(c): n for c, n in of.items()} for q, of in one.items()}
+            for rank, one in zip(ranks, sent, strict=True)
+        }
 
     def _wait(self, messages: list[str], senders: list[str]) -> bool:
         deadline, pause = time.monotonic() + _PATIENCE, 1e-4

@@ -59,7 +59,9 @@ class Reading:
         self._tensors.setdefault(tensor.device, []).append(tensor.reshape(-1))
         self._places.setdefault(tensor.device, []).append((name, columns))
 
-    def gradients(self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool) -> None:
+    def gradients(
+        self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
+    ) -> None:
         """Measure the gradients, and at a probe count their small entries.
 
         Args:
@@ -82,9 +84,15 @@ class Reading:
             bad = _not_finite(norms.tolist()) if device.type == "cpu" else [*range(len(here))] * self.probe
             if bad:
                 self.add("nonfinite", [mine[k] for k in bad], torch.stack([stats.nonfinite(here[k]) for k in bad]))
-            self.add("norm", mine, norms if scale is None else norms / torch.as_tensor(scale, dtype=norms.dtype, device=device))
+            self.add(
+                "norm",
+                mine,
+                norms if scale is None else norms / torch.as_tensor(scale, dtype=norms.dtype, device=device),
+            )
             if self.probe:
-                zeros, tiny = stats.small(here, [self._smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here])
+                zeros, tiny = stats.small(
+                    here, [self._smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here]
+                )
                 stored = torch.tensor([t.numel() for t in here], device=device)
                 self.add("nonzero", mine, stored - zeros)
                 self.add("tiny", mine, tiny)
@@ -119,9 +127,15 @@ class Reading:
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
-        known = [(c, p) for c, p in zip(columns, parameters, strict=True) if p.device.type != "meta" and not nn.parameter.is_lazy(p)]
+        known = [
+            (c, p)
+            for c, p in zip(columns, parameters, strict=True)
+            if p.device.type != "meta" and not nn.parameter.is_lazy(p)
+        ]
         tensors = [stats.piece(p.detach()) if p.dtype in _PLAIN else stats.plain(p) for _, p in known]
-        self.holders |= {c: ranks for c, p in known if hasattr(p, "placements") and (ranks := stats.holders(p)) is not None}
+        self.holders |= {
+            c: ranks for c, p in known if hasattr(p, "placements") and (ranks := stats.holders(p)) is not None
+        }
         for mine, here in by_device([c for c, _ in known], tensors):
             self.add("weight_norm", mine, stats.norms(here))
 
@@ -130,7 +144,9 @@ class Reading:
         if not losses:
             return
         self.told = True
-        for number, loss in enumerate(losses):  # averaged behind the copy: arithmetic on single numbers is dear on any device
+        for number, loss in enumerate(
+            losses
+        ):  # averaged behind the copy: arithmetic on single numbers is dear on any device
             tensor = loss if isinstance(loss, Tensor) else stats.number(loss)
             self.add("loss", [number], tensor if tensor.numel() == 1 else tensor.double().mean())
 
@@ -154,7 +170,9 @@ class Reading:
         if isinstance(found, Tensor):
             self.add("found_inf", [0], found)
 
-    def copy_weights(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]) -> int:
+    def copy_weights(
+        self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]
+    ) -> int:
         """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
 
         `spare` holds the memory of the last probe's copies, where they were small: fresh memory costs more than copying.
@@ -173,14 +191,23 @@ class Reading:
             wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
             size = parameter.numel() * wide.itemsize
             if size > _BUDGET:  # its turn never comes
-                self.notes.append(f"the update of {self.model.parameters[columns[i]].name} is not measured: a copy of it takes more than {_BUDGET >> 20} MiB")
+                self.notes.append(
+                    f"the update of {self.model.parameters[columns[i]].name} is not measured: a copy of it takes more than {_BUDGET >> 20} MiB"
+                )
                 continue
             left -= size
             if left < 0:
-                self.notes.append(f"updates are measured in turns: copies of all parameters take more than {_BUDGET >> 20} MiB")
+                self.notes.append(
+                    f"updates are measured in turns: copies of all parameters take more than {_BUDGET >> 20} MiB"
+                )
                 return int(i)
             memory = spare.pop(columns[i], None)
-            fits = memory is not None and memory.shape == parameter.shape and memory.dtype is wide and memory.device == parameter.device
+            fits = (
+                memory is not None
+                and memory.shape == parameter.shape
+                and memory.dtype is wide
+                and memory.device == parameter.device
+            )
             copy = memory.copy_(parameter) if memory is not None and fits else parameter.to(wide, copy=True)
             self._copies.append((columns[i], parameters[i], copy))
         return 0
@@ -189,15 +216,27 @@ class Reading:
         """Measure how far the parameters have moved from their copies, whose memory goes to `spare` if there is not much of it."""
         copies, self._copies = self._copies, []
         for numbers, olds in by_device(range(len(copies)), [copy for _, _, copy in copies]):
-            torch._foreach_sub_(list(olds), [stats.piece(copies[i][1].detach()) for i in numbers])  # in place: half of the memory and two thirds of the time
+            torch._foreach_sub_(
+                list(olds), [stats.piece(copies[i][1].detach()) for i in numbers]
+            )  # in place: half of the memory and two thirds of the time
             self.add("update", [copies[i][0] for i in numbers], stats.norms(olds))
             for i, moved in zip(numbers, olds, strict=True):
-                if copies[i][1].element_size() < 4 and (gradient := copies[i][1].grad) is not None and gradient.layout is torch.strided:
-                    self.add("lost", [copies[i][0]], torch.count_nonzero((moved == 0) & (stats.piece(gradient) != 0)).double())
+                if (
+                    copies[i][1].element_size() < 4
+                    and (gradient := copies[i][1].grad) is not None
+                    and gradient.layout is torch.strided
+                ):
+                    self.add(
+                        "lost",
+                        [copies[i][0]],
+                        torch.count_nonzero((moved == 0) & (stats.piece(gradient) != 0)).double(),
+                    )
         if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
             spare.update((column, copy) for column, _, copy in copies)
 
-    def snapshot(self, optimizer: int | None, key: str, processes: Processes, *, skipped: bool = False) -> Snapshot | None:
+    def snapshot(
+        self, optimizer: int | None, key: str, processes: Processes, *, skipped: bool = False
+    ) -> Snapshot | None:
         """Copy what was measured, put what other processes measured to it, and make it a snapshot; None where one of those speaks for this one.
 
         Args:
@@ -214,7 +253,9 @@ class Reading:
             return None
         if self.holders and (missing := processes.join(key, values, self.holders)):
             self.notes.append(missing)
-        activations, sequences, facts = self._forward.values({key: list(values.get(key, {}).values()) for key in self._forward.tensors()})
+        activations, sequences, facts = self._forward.values(
+            {key: list(values.get(key, {}).values()) for key in self._forward.tensors()}
+        )
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
         scale = values.get("scale", {}).get(0)
         late = values.get("late_scale", {}).get(0)
@@ -230,7 +271,11 @@ class Reading:
         losses = values.get("loss", {})
         nonzero, tiny = values.get("nonzero", {}), values.get("tiny", {})
         absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
-        elements = {c: max(p.elements * (1 + p.dtype.startswith("complex")), 1) for c in nonzero for p in [self.model.parameters[c]]}
+        elements = {
+            c: max(p.elements * (1 + p.dtype.startswith("complex")), 1)
+            for c in nonzero
+            for p in [self.model.parameters[c]]
+        }
         return Snapshot(
             step=self.step,
             wall_time=time.time(),
@@ -246,8 +291,12 @@ class Reading:
             weight_norm=self._column(weight) if weight else None,
             zeros=self._column({c: 1.0 - n / elements[c] for c, n in nonzero.items()}) if nonzero else None,
             subnormal=self._column({c: n / max(nonzero[c], 1.0) for c, n in tiny.items()}) if tiny else None,
-            update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()}) if "update" in values and not skipped else None,
-            lost=self._column({c: n / max(nonzero.get(c, 0.0), 1.0) for c, n in values["lost"].items()}) if "lost" in values and not skipped else None,
+            update_ratio=self._column({c: _ratio(n, weight[c]) for c, n in values["update"].items()})
+            if "update" in values and not skipped
+            else None,
+            lost=self._column({c: n / max(nonzero.get(c, 0.0), 1.0) for c, n in values["lost"].items()})
+            if "lost" in values and not skipped
+            else None,
             absent=absent if any(absent) else None,
             activations=activations or None,
             sequences=sequences or None,

@@ -52,7 +52,9 @@ class Sequences:
         found |= {("gain", name): gain.numbers for name, gain in self.gains.items() if isinstance(gain, ModelGain)}
         return found if self.scale is None else found | {("backward scale",): number(self.scale)}
 
-    def values(self, numbers: Mapping[Key, Sequence[float]], changed: float | None) -> tuple[tuple[SequenceStats, ...], tuple[Fact, ...]]:
+    def values(
+        self, numbers: Mapping[Key, Sequence[float]], changed: float | None
+    ) -> tuple[tuple[SequenceStats, ...], tuple[Fact, ...]]:
         """Make values of them, each with the need that was declared for it.
 
         Args:
@@ -68,7 +70,11 @@ class Sequences:
             stats += trace.stats(mine, scale, self.share, changed)
             facts += trace.measured(mine)
         for name, gain in self.gains.items():
-            own = SequenceStats("", "model", note=gain) if isinstance(gain, str) else gain.stats(numbers["gain", name], self.share)
+            own = (
+                SequenceStats("", "model", note=gain)
+                if isinstance(gain, str)
+                else gain.stats(numbers["gain", name], self.share)
+            )
             if name:
                 stats = _joined(stats, name, own)
             else:
@@ -76,7 +82,11 @@ class Sequences:
         return tuple(self._needed(stats)), tuple(facts)
 
     def _needed(self, stats: Sequence[SequenceStats]) -> Iterator[SequenceStats]:
-        needs = {("", "model"): self.need} if isinstance(self.need, int) else {(name, ""): need for name, need in (self.need or {}).items()}
+        needs = (
+            {("", "model"): self.need}
+            if isinstance(self.need, int)
+            else {(name, ""): need for name, need in (self.need or {}).items()}
+        )
         for one in stats:
             yield dataclasses.replace(one, need=needs.pop((one.module, one.part), None))
         for (name, part), need in needs.items():
@@ -89,7 +99,14 @@ def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> li
     for one in stats:
         if (one.module, one.part) == (name, ""):
             notes = "; ".join(note for note in (one.note, own.note) if note) or None
-            one = dataclasses.replace(one, lag_gain=own.lag_gain, censored=own.censored, rows=own.rows or one.rows, length=one.length or own.length, note=notes)  # noqa: PLW2901
+            one = dataclasses.replace(
+                one,
+                lag_gain=own.lag_gain,
+                censored=own.censored,
+                rows=own.rows or one.rows,
+                length=one.length or own.length,
+                note=notes,
+            )  # noqa: PLW2901
         found.append(one)
     return found
 
@@ -113,7 +130,9 @@ class ThroughTime:
         self._compiled = compiled
         chosen = self._recorder.arm(modules, compiled=compiled)
         if self._calls is not None and not compiled:
-            wanted = {} if isinstance(self._need, int) else {id(modules[n]): n for n in (self._need or {}) if n in modules}
+            wanted = (
+                {} if isinstance(self._need, int) else {id(modules[n]): n for n in (self._need or {}) if n in modules}
+            )
             self._calls.arm(wanted, frozenset(self._recorder.targets))
             chosen |= {id(m): m for m in modules.values()}
         return chosen
@@ -141,7 +160,9 @@ class ThroughTime:
 
     # --- the step ---
 
-    def work_out(self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]) -> Sequences:
+    def work_out(
+        self, model: nn.Module, scale: float | Tensor | None, mine: AbstractSet[int], others: AbstractSet[int]
+    ) -> Sequences:
         """Work out the gradients through time of this step.
 
         Args:
@@ -178,7 +199,11 @@ class ThroughTime:
             return "its memory is not measured: what was called is gone"
         timesteps: Any = self._timesteps or "auto"
         if name:  # its own input
-            timesteps = {"": self._timesteps[name]} if isinstance(self._timesteps, Mapping) and name in self._timesteps else "auto"
+            timesteps = (
+                {"": self._timesteps[name]}
+                if isinstance(self._timesteps, Mapping) and name in self._timesteps
+                else "auto"
+            )
         try:
             with call.autocast():
                 return model_gain(module, call.args, call.kwargs, timesteps=timesteps, watched=None if name else model)

@@ -106,7 +106,9 @@ def watch(
     _check_names(model, "horizon", horizon)
     optimizers = _optimizers(model, optimizer)
     if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
-        raise TypeError(f"scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None, got {type(scaler).__name__}")
+        raise TypeError(
+            f"scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None, got {type(scaler).__name__}"
+        )
     earlier = _watched.get(model)
     if earlier is not None and (watcher := earlier()) is not None:
         watcher.close()
@@ -115,7 +117,10 @@ def watch(
         if logdir is not None:
             directory = claim(logdir, own_name(name), _close_orphans)
             undo.callback(release, directory)
-            files = [TensorBoardSink(directory), Record(directory, claimed=True)]  # the last to be closed lets go of the directory
+            files = [
+                TensorBoardSink(directory),
+                Record(directory, claimed=True),
+            ]  # the last to be closed lets go of the directory
         watcher = Watcher(
             model,
             optimizers,
@@ -185,11 +190,15 @@ def _check_timesteps(timesteps: object) -> None:
     if timesteps is False or timesteps == "auto":
         return
     if not isinstance(timesteps, Mapping):
-        raise TypeError(f'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got {timesteps!r}')
+        raise TypeError(
+            f'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got {timesteps!r}'
+        )
     for name, time in timesteps.items():
         whole = isinstance(time, int) and not isinstance(time, bool)
         if not isinstance(name, str) or not (time is None or whole):
-            raise TypeError(f"timesteps must map names of modules to a dimension (a whole number) or None, got {name!r}: {time!r}")
+            raise TypeError(
+                f"timesteps must map names of modules to a dimension (a whole number) or None, got {name!r}: {time!r}"
+            )
         if time is not None and time < 0:
             raise ValueError(f"timesteps[{name!r}] must be at least 0, got {time}")
 
@@ -240,8 +249,12 @@ def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
     mine = {id(p) for p in model.parameters()}
     for optimizer in every:
         if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
-            raise TypeError(f"optimizer must have param_groups and step(), as torch.optim.Optimizer has, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"optimizer must have param_groups and step(), as torch.optim.Optimizer has, got {type(optimizer).__name__}"
+            )
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if stepped and not any(id(p) in mine for p in stepped):
-            raise ValueError(f"optimizer must step parameters of the model, and none of the {len(stepped)} of this {type(optimizer).__name__} is one of them")
+            raise ValueError(
+                f"optimizer must step parameters of the model, and none of the {len(stepped)} of this {type(optimizer).__name__} is one of them"
+            )
     return list({id(o): o for o in every}.values())

@@ -103,7 +103,11 @@ class Watcher:
         """Optimizers that have stepped since a loss was recorded, and have had it."""
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        through_time = ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict) if timesteps is not False else None
+        through_time = (
+            ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict)
+            if timesteps is not False
+            else None
+        )
         self._visitors = Visitors(through_time, self._warn, strict=strict)
         self._inventory = Inventory(model, self._slots, self._visitors.all())
         info = self._inventory.info
@@ -158,7 +162,9 @@ class Watcher:
         if loss is not None:
             self.record(loss)
         if step is not None and not isinstance(step, numbers.Integral):
-            self._warn("step", f"the number of a step must be a whole number, got {step!r:.80}; steps are counted instead")
+            self._warn(
+                "step", f"the number of a step must be a whole number, got {step!r:.80}; steps are counted instead"
+            )
             step = None
         self._step(chosen, None if step is None else operator.index(step))
 
@@ -254,7 +260,9 @@ class Watcher:
         counts = state.get("counts")
         if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._slots):
             given = f"format {state.get('format')!r} for {counts!r:.80}"
-            raise ValueError(f"state must be of format 1 with a count of steps for each of {len(self._slots)} optimizers, got {given}")
+            raise ValueError(
+                f"state must be of format 1 with a count of steps for each of {len(self._slots)} optimizers, got {given}"
+            )
         try:
             go_on = self._inventory.reading_state(state)
             self._judge.load_state_dict(state)
@@ -283,7 +291,9 @@ class Watcher:
         if mine.reading is not None:
             mine.reading.applied = True
             if mine.reading.probe:
-                mine.turn = mine.reading.copy_weights(mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare)
+                mine.turn = mine.reading.copy_weights(
+                    mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare
+                )
         self._taken.add(slot)
 
     @_guarded
@@ -335,7 +345,9 @@ class Watcher:
 
     def _flush_skipped(self, chosen: Sequence[Slot]) -> None:
         """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
-        waiting = [s for s in chosen if s.reading is not None and s.reading.stage == "before_clip" and not s.reading.applied]
+        waiting = [
+            s for s in chosen if s.reading is not None and s.reading.stage == "before_clip" and not s.reading.applied
+        ]
         for slot in waiting:
             reading, slot.reading = slot.reading, None
             # Of several optimizers read together, those that did not step were just not their turn.
@@ -375,7 +387,10 @@ class Watcher:
     def _arm(self, slot: Slot) -> None:
         self._visitors.suspect(self._judge.suspects())
         if not self._inventory.look_ahead(slot):
-            self._warn("compiled", "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks")
+            self._warn(
+                "compiled",
+                "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks",
+            )
 
     def _read(self, slot: Slot, stage: Stage) -> Reading:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
@@ -407,15 +422,22 @@ class Watcher:
         if not slot.tracing or model is None:
             return Forward()
         factor = scale.of_backward(self._scaler, slot.optimizer)
-        mine, others = set(map(id, self._inventory.parameters(slot))), {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
+        mine, others = (
+            set(map(id, self._inventory.parameters(slot))),
+            {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)},
+        )
         return self._visitors.take(model, factor, mine, others)
 
     def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
-        snapshot = reading.snapshot(slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped)
+        snapshot = reading.snapshot(
+            slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped
+        )
         slot.owed, self._failures = None, 0
         began = snapshot is not None and bool(self._judge(snapshot).began)
-        if began and not reading.holders and not slot.extra and not self._cadence.probed(slot.count):  # of pieces other processes know nothing of such a probe
+        if (
+            began and not reading.holders and not slot.extra and not self._cadence.probed(slot.count)
+        ):  # of pieces other processes know nothing of such a probe
             slot.extra = True
             self._arm(slot)
         elif slot.tracing:
@@ -443,5 +465,7 @@ def _close(pid: int, files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) 
     if os.getpid() != pid:  # a forked child that ends; the files are its parent's
         return
     for sink in (*files, *(ref() for ref in others)):
-        with contextlib.suppress(Exception):  # what cannot be closed has said so at its last report, or has nothing to lose
+        with contextlib.suppress(
+            Exception
+        ):  # what cannot be closed has said so at its last report, or has nothing to lose
             getattr(sink, "close", lambda: None)()

@@ -46,7 +46,9 @@ def test_the_norms_are_those_of_float64_autograd():
     report = gradwatch.check(model, x, loss=lambda out: functional.mse_loss(out, y))
     double = copy.deepcopy(model).double()
     functional.mse_loss(double(x.double()), y.double()).backward()
-    assert norms(report) == pytest.approx({name: p.grad.norm().item() for name, p in double.named_parameters()}, rel=1e-5)
+    assert norms(report) == pytest.approx(
+        {name: p.grad.norm().item() for name, p in double.named_parameters()}, rel=1e-5
+    )
 
 
 def test_a_vanished_gradient_has_its_true_norm_and_not_zero():
@@ -151,7 +153,9 @@ def test_a_gradient_that_is_zero_from_end_to_end_fails():
 def test_a_model_that_ends_in_a_normalization_passes_where_a_plain_sum_would_read_zero():
     model, x = nn.Sequential(mlp(nn.ReLU, 4), nn.LayerNorm(4)), torch.randn(8, 16)
     plain = norms(gradwatch.check(model, x, loss=torch.Tensor.sum))
-    assert plain["0.0.weight"] < 1e-4  # rounding errors around an exact zero: the sum of what LayerNorm gives is constant
+    assert (
+        plain["0.0.weight"] < 1e-4
+    )  # rounding errors around an exact zero: the sum of what LayerNorm gives is constant
     assert norms(gradwatch.assert_healthy(model, x))["0.0.weight"] > 1e-1
 
 
@@ -183,7 +187,10 @@ class ZeroGain(nn.Module):
 class Block(nn.Module):
     def __init__(self, into, out, stride):
         super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(into, out, 3, stride, 1), nn.BatchNorm2d(out)  # a bias before a normalization: its gradient is 0
+        self.conv1, self.norm1 = (
+            nn.Conv2d(into, out, 3, stride, 1),
+            nn.BatchNorm2d(out),
+        )  # a bias before a normalization: its gradient is 0
         self.conv2, self.norm2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
         self.skip = nn.Identity() if into == out else nn.Conv2d(into, out, 1, stride)
 
@@ -217,7 +224,15 @@ def frozen():
 
 def resnet():
     blocks = nn.Sequential(Block(8, 8, 1), Block(8, 16, 2), Block(16, 16, 1), Block(16, 32, 2))
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        blocks,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 5),
+    )
 
 
 def transformer(*, norm_first):
@@ -226,14 +241,26 @@ def transformer(*, norm_first):
 
 
 def convolutions():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
 
 
 HEALTHY = {
     "lora": (Lora, (8, 16)),
     "zero gain": (ZeroGain, (8, 16)),
     "frozen": (frozen, (8, 16)),
-    "bias before a normalization": (lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)), (8, 16)),
+    "bias before a normalization": (
+        lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)),
+        (8, 16),
+    ),
     "resnet": (resnet, (4, 3, 16, 16)),
     "transformer, norm first": (lambda: transformer(norm_first=True), (2, 10, 32)),
     "transformer, norm last": (lambda: transformer(norm_first=False), (2, 10, 32)),
@@ -357,7 +384,10 @@ def test_a_loss_takes_what_the_model_returned():
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        (lambda out: out, r"loss must give a scalar tensor that depends on the parameters, got a tensor of shape \(8, 4\)$"),
+        (
+            lambda out: out,
+            r"loss must give a scalar tensor that depends on the parameters, got a tensor of shape \(8, 4\)$",
+        ),
         (lambda out: out.detach().sum(), r"got a tensor of shape \(\) without a graph"),
         (lambda out: out.sum().item(), "got float"),
         (lambda _: None, "got NoneType"),
@@ -376,7 +406,9 @@ def test_an_output_without_a_graph_is_refused():
         def forward(self, x):
             return {"classes": super().forward(x).argmax(-1)}
 
-    with pytest.raises(ValueError, match=r"output must hold a floating-point tensor that depends on its parameters, got dict"):
+    with pytest.raises(
+        ValueError, match=r"output must hold a floating-point tensor that depends on its parameters, got dict"
+    ):
         gradwatch.assert_healthy(Cut(16, 4), torch.randn(8, 16))
 
 
@@ -466,7 +498,11 @@ def everything(model):
             values[name, key] = repr(list(value.items())) if isinstance(value, dict) else repr(value)
     for name, p in model.named_parameters():
         objects[name] = id(p), id(p.grad)
-        values[name] = p.detach().numpy().tobytes(), None if p.grad is None else p.grad.numpy().tobytes(), p.requires_grad
+        values[name] = (
+            p.detach().numpy().tobytes(),
+            None if p.grad is None else p.grad.numpy().tobytes(),
+            p.requires_grad,
+        )
     for name, b in model.named_buffers():
         objects[name] = id(b)
         values[name] = b.to_dense().numpy().tobytes()
@@ -498,7 +534,11 @@ def test_the_model_and_all_random_states_are_left_exactly_as_they_were(fail, tra
 
 def test_no_hook_is_left_on_the_model_or_in_torch():
     def tables():
-        return {name: dict(table) for name, table in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(table, dict)}
+        return {
+            name: dict(table)
+            for name, table in vars(nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(table, dict)
+        }
 
     model = mlp(nn.ReLU, 3)
     gc.collect()  # a watcher that an earlier test has dropped
@@ -533,7 +573,9 @@ def test_a_watched_training_goes_on_as_if_nothing_had_been_checked():
                 optimizer.zero_grad()
                 if checked:
                     gradwatch.check(model, torch.ones(8, 16))
-        return [dataclasses.replace(r.snapshot, wall_time=0.0) for r in reports], [p.detach().clone() for p in model.parameters()]
+        return [dataclasses.replace(r.snapshot, wall_time=0.0) for r in reports], [
+            p.detach().clone() for p in model.parameters()
+        ]
 
     plain, weights = train(checked=False)
     seen, same = train(checked=True)
@@ -560,5 +602,9 @@ def test_what_only_a_check_has_run_is_still_unused_to_the_training():
             optimizer.step()
             optimizer.zero_grad()
     last = reports[-1].snapshot
-    assert {p.layer: a for p, a in zip(last.model.parameters, last.absent, strict=True)} == {"body": None, "one": None, "two": "unused"}
+    assert {p.layer: a for p, a in zip(last.model.parameters, last.absent, strict=True)} == {
+        "body": None,
+        "one": None,
+        "two": "unused",
+    }
     assert [layer.order for layer in last.model.layers] == [0, 1, None]

@@ -68,7 +68,11 @@ class Attention(nn.Module):
 
     def __init__(self, hidden=5):
         super().__init__()
-        self.memory, self.score, self.head = nn.LSTM(3, hidden, batch_first=True), nn.Linear(hidden, 1), nn.Linear(hidden, 2)
+        self.memory, self.score, self.head = (
+            nn.LSTM(3, hidden, batch_first=True),
+            nn.Linear(hidden, 1),
+            nn.Linear(hidden, 2),
+        )
 
     def forward(self, x):
         y = self.memory(x)[0]
@@ -93,7 +97,11 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
-        self.into, self.encoder, self.head = nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 2)
+        self.into, self.encoder, self.head = (
+            nn.Linear(3, 8),
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            nn.Linear(8, 2),
+        )
 
     def forward(self, x):
         return self.head(self.encoder(self.into(x)).mean(1))
@@ -118,7 +126,11 @@ def test_the_gain_of_a_recurrent_model_is_that_of_its_jacobian(kind, batch_first
     assert found.note is None
 
 
-@pytest.mark.parametrize("options", [{"num_layers": 2, "bidirectional": True}, {"num_layers": 3, "dropout": 0.0}], ids=["both directions", "layers"])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_layers": 2, "bidirectional": True}, {"num_layers": 3, "dropout": 0.0}],
+    ids=["both directions", "layers"],
+)
 def test_the_gain_of_deeper_networks_too(options):
     model, x = Recurrent(nn.LSTM, batch_first=True, **options), torch.randn(3, 7, 3).double()
     exactly(gradwatch.horizon(model, x), truth(model, x))
@@ -203,7 +215,10 @@ def test_the_gain_of_convolutions_reaches_exactly_as_far_as_their_field_of_view(
 
 
 def test_an_output_with_other_timesteps_is_meant_as_a_whole_and_that_is_said():
-    model, x = nn.Sequential(Convolutions(), nn.Unflatten(1, (20, 2)), nn.Flatten(2)).double(), torch.randn(3, 40, 3).double()
+    model, x = (
+        nn.Sequential(Convolutions(), nn.Unflatten(1, (20, 2)), nn.Flatten(2)).double(),
+        torch.randn(3, 40, 3).double(),
+    )
     found = gradwatch.horizon(model, x)
     assert found.note == "the output of shape (3, 20, 4) has no dimension of 40 timesteps, so that all of it is meant"
     exactly(found, truth(model, x))
@@ -256,13 +271,19 @@ def test_without_a_sequence_module_the_first_embedding_is_the_input(frozen):
 
 
 def test_a_module_that_is_named_has_its_own_dimension_of_time():
-    model, x = nn.Sequential(nn.Linear(3, 3), Convolutions(), nn.Flatten(0, 1), nn.Unflatten(0, (4, 30))).double(), torch.randn(4, 30, 3).double()
+    model, x = (
+        nn.Sequential(nn.Linear(3, 3), Convolutions(), nn.Flatten(0, 1), nn.Unflatten(0, (4, 30))).double(),
+        torch.randn(4, 30, 3).double(),
+    )
     gain = model_gain(model, (x,), {}, timesteps={"1": 1})
     assert gain.place == "1"
     exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model[1](x)[:, -1], model[0](x).detach()))
     inner = model[1].layers[0]
     assert inner.in_channels == 3
-    exactly(gradwatch.horizon(model, x, timesteps={"1.layers.0": -1}), gradwatch.horizon(model, x, timesteps={"1.layers.0": 2}).lag_gain)
+    exactly(
+        gradwatch.horizon(model, x, timesteps={"1.layers.0": -1}),
+        gradwatch.horizon(model, x, timesteps={"1.layers.0": 2}).lag_gain,
+    )
     assert gradwatch.horizon(model, x, timesteps={"1.layers.0": 2}).length == 32  # padded on the left
 
 
@@ -356,7 +377,9 @@ def test_a_loop_and_a_fused_network_agree_even_past_a_skip_connection():
     fused, loop = Both(fused=True).double(), Both(fused=False).double()
     with torch.no_grad():
         for name, value in loop.named_parameters():
-            value.copy_(dict(fused.named_parameters())[name if name in dict(fused.named_parameters()) else f"{name}_l0"])
+            value.copy_(
+                dict(fused.named_parameters())[name if name in dict(fused.named_parameters()) else f"{name}_l0"]
+            )
     x = torch.randn(3, 9, 3).double()
     exactly(gradwatch.horizon(loop, x), list(gradwatch.horizon(fused, x).lag_gain))
 
@@ -462,7 +485,10 @@ def test_of_a_named_module_that_is_used_again_in_depth_the_first_call_counts():
             return self.block(torch.tanh(self.block(x)))[..., -1]
 
     model, x = Twice().double(), torch.randn(4, 9, 3).double()
-    exactly(gradwatch.horizon(model, x.transpose(1, 2), timesteps={"block": 2}), truth(lambda x: model(x.transpose(1, 2)), x))
+    exactly(
+        gradwatch.horizon(model, x.transpose(1, 2), timesteps={"block": 2}),
+        truth(lambda x: model(x.transpose(1, 2)), x),
+    )
 
 
 # --- lengths ---
@@ -491,7 +517,9 @@ class Packing(nn.Module):
         self.gives, self.enforce_sorted = gives, enforce_sorted
 
     def forward(self, x, lengths):
-        packed = pack_padded_sequence(x, lengths, batch_first=self.memory.batch_first, enforce_sorted=self.enforce_sorted)
+        packed = pack_padded_sequence(
+            x, lengths, batch_first=self.memory.batch_first, enforce_sorted=self.enforce_sorted
+        )
         y, h = self.memory(packed)
         if self.gives == "state":
             return self.head(h[-1])
@@ -502,7 +530,9 @@ class Packing(nn.Module):
 
 
 @pytest.mark.parametrize("gives", ["state", "padded", "total", "packed"])
-@pytest.mark.parametrize(("lengths", "enforce_sorted"), [((9, 7, 4, 2), True), ((4, 9, 2, 7), False)], ids=["sorted", "unsorted"])
+@pytest.mark.parametrize(
+    ("lengths", "enforce_sorted"), [((9, 7, 4, 2), True), ((4, 9, 2, 7), False)], ids=["sorted", "unsorted"]
+)
 @pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "time first"])
 def test_packed_rows_are_aligned_at_their_own_ends(batch_first, lengths, enforce_sorted, gives):
     model, rows = Packing(gives, batch_first=batch_first, enforce_sorted=enforce_sorted).double(), ragged(lengths)
@@ -523,7 +553,10 @@ def test_a_packed_batch_may_be_the_models_own_input():
     packed = nn.utils.rnn.pack_sequence(rows, enforce_sorted=False)
     before = packed.data.clone()
     found = gradwatch.horizon(memory, packed)
-    exactly(found, by_row(lambda x: memory(x.transpose(0, 1))[0][-1], sorted(rows, key=len, reverse=True), cotangent((3, 2), 2)))
+    exactly(
+        found,
+        by_row(lambda x: memory(x.transpose(0, 1))[0][-1], sorted(rows, key=len, reverse=True), cotangent((3, 2), 2)),
+    )
     assert torch.equal(packed.data, before)
     assert not packed.data.requires_grad
 
@@ -632,7 +665,10 @@ def test_the_first_floating_point_tensor_of_an_output_is_meant_and_a_scalar_only
             return OUTPUTS[kind](super().forward(series))
 
     model, x = Model(batch_first=True), torch.randn(4, 9, 3).double()
-    exactly(gradwatch.horizon(model, UserDict(series=x, labels=torch.arange(4))), truth(lambda x: Recurrent.forward(model, x), x))
+    exactly(
+        gradwatch.horizon(model, UserDict(series=x, labels=torch.arange(4))),
+        truth(lambda x: Recurrent.forward(model, x), x),
+    )
 
 
 def test_a_batch_may_be_nested_and_stays_what_it_is():
@@ -778,7 +814,9 @@ def test_checkpointing_is_fine_and_the_reentrant_kind_says_why_it_is_not():
             self.words.requires_grad_(False)
 
         def forward(self, ids):
-            return torch.utils.checkpoint.checkpoint(lambda i: self.memory(self.words(i))[0][:, -1], ids, use_reentrant=self.reentrant)
+            return torch.utils.checkpoint.checkpoint(
+                lambda i: self.memory(self.words(i))[0][:, -1], ids, use_reentrant=self.reentrant
+            )
 
     model, ids = Checked(reentrant=False).double(), torch.randint(1, 20, (4, 9))
     exactly(gradwatch.horizon(model, ids), truth(lambda x: model.memory(x)[0][:, -1], model.words(ids)))
@@ -812,7 +850,10 @@ def test_what_is_compiled_runs_as_it_was_written():
         compiled.append(graph)
         return graph.forward
 
-    model, x = torch.compile(Net(lambda m: torch.compile(m, backend=backend)), backend=backend), torch.randn(4, 9, 3).double()
+    model, x = (
+        torch.compile(Net(lambda m: torch.compile(m, backend=backend)), backend=backend),
+        torch.randn(4, 9, 3).double(),
+    )
     try:
         model(x)
         before = len(compiled)
@@ -839,15 +880,39 @@ def test_what_cannot_be_measured_says_why():
     model, x = Recurrent(batch_first=True), torch.randn(4, 9, 3).double()
     for wrong, kind, text in (
         ({"model": lambda x: x}, TypeError, r"model must be a torch\.nn\.Module, got function"),
-        ({"output": "logits"}, TypeError, "output must be a function from what the model returned to a tensor, or None, got 'logits'"),
-        ({"output": lambda out: out.argmax(-1)}, ValueError, r"output must give a floating-point tensor .* got a tensor of shape \(4,\) without a graph"),
-        ({"output": lambda _: 3}, ValueError, "output must give a floating-point tensor that depends on the model's input, got int"),
-        ({"timesteps": {"encoder": 1}}, ValueError, "timesteps must name modules of the model, and it has none called 'encoder'"),
+        (
+            {"output": "logits"},
+            TypeError,
+            "output must be a function from what the model returned to a tensor, or None, got 'logits'",
+        ),
+        (
+            {"output": lambda out: out.argmax(-1)},
+            ValueError,
+            r"output must give a floating-point tensor .* got a tensor of shape \(4,\) without a graph",
+        ),
+        (
+            {"output": lambda _: 3},
+            ValueError,
+            "output must give a floating-point tensor that depends on the model's input, got int",
+        ),
+        (
+            {"timesteps": {"encoder": 1}},
+            ValueError,
+            "timesteps must name modules of the model, and it has none called 'encoder'",
+        ),
         ({"timesteps": {"memory": "1"}}, TypeError, 'timesteps must be "auto" or a mapping from names'),
         ({"timesteps": True}, TypeError, 'timesteps must be "auto" or a mapping from names'),
-        ({"timesteps": {"head": 4}}, ValueError, r"timesteps of head must be a dimension of its input of shape \(4, 2\), got 4"),
+        (
+            {"timesteps": {"head": 4}},
+            ValueError,
+            r"timesteps of head must be a dimension of its input of shape \(4, 2\), got 4",
+        ),
         ({"timesteps": {"": None}}, ValueError, "timesteps of the model's own input must be a dimension"),
-        ({"model": nn.Linear(3, 3), "batch": torch.ones(2, 3)}, ValueError, "no sequence was found: no recurrent module ran"),
+        (
+            {"model": nn.Linear(3, 3), "batch": torch.ones(2, 3)},
+            ValueError,
+            "no sequence was found: no recurrent module ran",
+        ),
         ({"model": nn.LazyLinear(3)}, ValueError, "lazy modules get them when a batch has gone through once"),
     ):
         given = {"model": model, "batch": x, **wrong}
@@ -862,7 +927,9 @@ def test_an_output_without_a_graph_is_refused():
         def forward(self, x):
             return {"classes": super().forward(x).argmax(-1)}
 
-    with pytest.raises(ValueError, match="output must hold a floating-point tensor that depends on its input, got dict"):
+    with pytest.raises(
+        ValueError, match="output must hold a floating-point tensor that depends on its input, got dict"
+    ):
         gradwatch.horizon(Cut(batch_first=True), torch.randn(4, 9, 3).double())
 
 
@@ -907,7 +974,9 @@ def test_what_is_spread_over_processes_is_refused(kind, monkeypatch):
         pass
 
     monkeypatch.setattr(torch.distributed.fsdp, kind, Sharded)
-    with pytest.raises(RuntimeError, match=r"cannot be run by one process alone: its parameters are spread over several \(FSDP\)"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be run by one process alone: its parameters are spread over several \(FSDP\)"
+    ):
         gradwatch.horizon(nn.Sequential(Sharded(batch_first=True)), torch.randn(4, 9, 3).double())
 
 
@@ -940,7 +1009,10 @@ def test_a_model_that_forgets_fails_with_horizon_definition_cause_and_remedy():
     with pytest.raises(gradwatch.GradientHealthError) as caught:
         gradwatch.assert_horizon(model, x, at_least=200)
     said = " ".join(str(caught.value).split())
-    assert f"learns from the last {found.horizon} of 60 timesteps (the gain shrinks to {found.decay_rate:.2f} of itself a step" in said
+    assert (
+        f"learns from the last {found.horizon} of 60 timesteps (the gain shrinks to {found.decay_rate:.2f} of itself a step"
+        in said
+    )
     assert "the need is 200" in said
     assert "0.001 of its maximum" in said
     assert "set the forget-gate bias of memory to 5.3 (the log of 200)" in said

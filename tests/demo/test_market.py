@@ -26,7 +26,11 @@ def test_features_do_not_look_past_their_bar():
     prices = market.flow_prices(seed=1, bars=900)
     cut = 700
     changed = dataclasses.replace(
-        prices, **{k: np.where(np.arange(900) > cut, getattr(prices, k) * 1.5, getattr(prices, k)) for k in ("open", "high", "low", "close", "volume")}
+        prices,
+        **{
+            k: np.where(np.arange(900) > cut, getattr(prices, k) * 1.5, getattr(prices, k))
+            for k in ("open", "high", "low", "close", "volume")
+        },
     )
     x, _ = market.windows(prices)
     y, _ = market.windows(changed)

@@ -16,7 +16,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "order_flow.py"
 
 
 @pytest.mark.slow
-def test_the_report_shows_the_horizon_before_and_after_the_remedy_and_the_loss_that_follows(tmp_path, monkeypatch, capsys):
+def test_the_report_shows_the_horizon_before_and_after_the_remedy_and_the_loss_that_follows(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(sys, "argv", ["order_flow.py", "--logdir", str(tmp_path)])
     begun = time.process_time()
     runpy.run_path(str(EXAMPLE), run_name="__main__")

@@ -21,7 +21,9 @@ ALL = [subject.name for subject in (*DEEP, *FLOW, *STOCK)]
 
 def run(folder, *arguments, **environment):
     command = [sys.executable, "-m", "gradwatch", "demo", "--logdir", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, check=False
+    )
 
 
 @pytest.fixture(scope="module", params=[("sp500", "0"), ("synthetic", "1")], ids="-".join)
@@ -100,7 +102,9 @@ def test_it_ends_with_all_networks_and_the_commands(whole):
     told = dict(re.findall(r"^([\w-]+)  .*(GW\d+|none) *$", ending, re.MULTILINE))
     assert list(told) == list(ALL)
     assert told.pop("flow-lstm-bias") in ("none", "GW301")  # see above
-    assert told == {name: {"sigmoid": "GW101", "flow-rnn": "GW301", "flow-lstm": "GW301"}.get(name, "none") for name in told}
+    assert told == {
+        name: {"sigmoid": "GW101", "flow-rnn": "GW301", "flow-lstm": "GW301"}.get(name, "none") for name in told
+    }
     assert "tensorboard.main --logdir" in ending
     assert "-m gradwatch report" in ending
     assert "(exit status 1)" in ending
@@ -111,7 +115,9 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         demo(tmp_path / name, seed=seed, steps=2, data="synthetic", out=Console(file=io.StringIO()))
         runs = [gradwatch.read_run(tmp_path / name / subject) for subject in ALL]
-        seen.append([repr([(s.loss, s.norm, s.sequences) for s in run.snapshots]) for run in runs])  # repr, because NaN is not equal to itself
+        seen.append(
+            [repr([(s.loss, s.norm, s.sequences) for s in run.snapshots]) for run in runs]
+        )  # repr, because NaN is not equal to itself
 
     assert seen[0] == seen[1]
     assert not any(a == c for a, c in zip(seen[0], seen[2], strict=True))

@@ -82,7 +82,15 @@ def test_severities_are_ordered():
 
 @pytest.mark.parametrize(
     ("rules", "is_muted"),
-    [([], False), (["GW101"], True), (["GW1*"], True), (["GW102"], False), (["GW101:enc*"], True), (["GW101:head"], False), (["*:encoder.0"], True)],
+    [
+        ([], False),
+        (["GW101"], True),
+        (["GW1*"], True),
+        (["GW102"], False),
+        (["GW101:enc*"], True),
+        (["GW101:head"], False),
+        (["*:encoder.0"], True),
+    ],
 )
 def test_muting(rules, is_muted):
     assert muted(find("encoder.0"), rules) is is_muted

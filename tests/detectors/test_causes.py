@@ -34,7 +34,13 @@ def probes(model, inputs, *, lr=0.0, optimizer=None, skip=1, **options):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     found = []
     with gradwatch.watch(
-        model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[lambda r: found.append(r.snapshot)], on_alert=lambda _: None, **options
+        model,
+        optimizer,
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        sinks=[lambda r: found.append(r.snapshot)],
+        on_alert=lambda _: None,
+        **options,
     ):
         for x in (*inputs[:1] * skip, *inputs):
             optimizer.zero_grad()
@@ -44,7 +50,11 @@ def probes(model, inputs, *, lr=0.0, optimizer=None, skip=1, **options):
 
 
 def units(snapshot):
-    return {a.module: (a.units, a.dead, a.saturated) for a in snapshot.activations or () if a.units is not None or a.saturated is not None}
+    return {
+        a.module: (a.units, a.dead, a.saturated)
+        for a in snapshot.activations or ()
+        if a.units is not None or a.saturated is not None
+    }
 
 
 def facts(snapshot, place):
@@ -71,7 +81,10 @@ WAYS = {
     "hardtanh at zero": (lambda m, x: m.head(functional.relu6(m.layer(x))), {}),
     "hardswish": (lambda m, x: m.head(m.act(m.layer(x))), {"act": nn.Hardswish()}),
     "behind a sum": (lambda m, x: m.head(functional.relu(m.layer(x) + x)), {}),
-    "checkpoint": (lambda m, x: m.head(checkpoint(lambda y: m.act(m.layer(y)), x, use_reentrant=False)), {"act": nn.ReLU()}),
+    "checkpoint": (
+        lambda m, x: m.head(checkpoint(lambda y: m.act(m.layer(y)), x, use_reentrant=False)),
+        {"act": nn.ReLU()},
+    ),
 }
 
 
@@ -99,7 +112,9 @@ def test_the_share_of_dead_units_is_that_of_units_that_are_never_above_zero(way)
 def test_units_are_channels_or_features(layer, shape):
     torch.manual_seed(0)
     model = Model(
-        lambda m, x: m.layer(x).relu().flatten(1).mean(1, keepdim=True) * m.scale(x.flatten(1)[:, :1]), layer=silenced(layer(), 5), scale=nn.Linear(1, 1)
+        lambda m, x: m.layer(x).relu().flatten(1).mean(1, keepdim=True) * m.scale(x.flatten(1)[:, :1]),
+        layer=silenced(layer(), 5),
+        scale=nn.Linear(1, 1),
     )
     seen = Model(lambda m, x: m.act(m.inner(x)), inner=nn.Sequential(model.layer, nn.ReLU()), act=nn.Identity())
 
@@ -121,7 +136,13 @@ def test_a_unit_is_not_dead_before_it_was_silent_for_64_entries():
     torch.manual_seed(0)
     model = nn.Sequential(silenced(nn.Linear(8, 8), 6), nn.ReLU(), nn.Linear(8, 1))
 
-    assert [units(s)["0"][1] for s in probes(model, [draw(20, 8, seed=i) for i in range(5)])] == [0.0, 0.0, 0.0, 0.75, 0.75]
+    assert [units(s)["0"][1] for s in probes(model, [draw(20, 8, seed=i) for i in range(5)])] == [
+        0.0,
+        0.0,
+        0.0,
+        0.75,
+        0.75,
+    ]
 
 
 def test_rare_units_are_not_dead():
@@ -130,7 +151,9 @@ def test_rare_units_are_not_dead():
         def forward(self, x):
             return functional.relu(x)
 
-    model = Model(lambda m, x: m.head(m.act(m.layer(x))), layer=nn.Linear(64, 64, bias=False), act=Rare(), head=nn.Linear(64, 1))
+    model = Model(
+        lambda m, x: m.head(m.act(m.layer(x))), layer=nn.Linear(64, 64, bias=False), act=Rare(), head=nn.Linear(64, 1)
+    )
     with torch.no_grad():
         model.layer.weight.copy_(torch.eye(64))
     inputs = [(torch.rand(100, 64, generator=torch.Generator().manual_seed(i)) < 0.01).float() - 0.5 for i in range(12)]
@@ -158,7 +181,9 @@ def test_what_has_no_exact_zeros_has_no_dead_units(activation):
     assert units(probes(model, [draw(100, 8)])[0]) == {}
 
 
-@pytest.mark.parametrize(("function", "edges"), [(torch.tanh, (-0.98, 0.98)), (torch.sigmoid, (0.01, 0.99))], ids=["tanh", "sigmoid"])
+@pytest.mark.parametrize(
+    ("function", "edges"), [(torch.tanh, (-0.98, 0.98)), (torch.sigmoid, (0.01, 0.99))], ids=["tanh", "sigmoid"]
+)
 def test_the_saturated_share_is_that_in_the_outer_hundredth_of_the_range(function, edges):
     torch.manual_seed(0)
     model = Model(lambda m, x: m.head(function(m.layer(x))), layer=nn.Linear(8, 8), head=nn.Linear(8, 1))
@@ -180,13 +205,17 @@ def test_of_layers_in_question_the_input_and_the_bias_are_measured():
     (snapshot,) = probes(model, [x])
 
     known = facts(snapshot, "0")
-    assert known["input_offset"] == pytest.approx(float(x.mean(0).square().mean().sqrt() / x.var(0, correction=0).mean().sqrt()), rel=1e-4)
+    assert known["input_offset"] == pytest.approx(
+        float(x.mean(0).square().mean().sqrt() / x.var(0, correction=0).mean().sqrt()), rel=1e-4
+    )
     with torch.no_grad():
         out = model[0](x)
         silent = out.amax(0) <= 0
         by_bias = silent & ((out - model[0].bias).amax(0) > 0)
     assert known["silent_by_bias"] == pytest.approx(float(by_bias.sum() / silent.sum()))
-    assert known["spectral_norm"] == pytest.approx(float(torch.linalg.matrix_norm(model[0].weight.detach(), 2)), rel=0.05)
+    assert known["spectral_norm"] == pytest.approx(
+        float(torch.linalg.matrix_norm(model[0].weight.detach(), 2)), rel=0.05
+    )
     assert known["activation relu"] == 1.0
 
 
@@ -242,7 +271,9 @@ def test_small_numbers_of_float16_are_seen_in_float32_gradients(scale):
     gradient = layer.weight.grad
     share = float((gradient.abs() < 2.0**-14).sum() / gradient.numel())
     assert snapshot.zeros[column] == pytest.approx(float((gradient == 0).float().mean()))
-    assert snapshot.subnormal[column] * (1 - snapshot.zeros[column]) == pytest.approx(share - snapshot.zeros[column], abs=1e-6)
+    assert snapshot.subnormal[column] * (1 - snapshot.zeros[column]) == pytest.approx(
+        share - snapshot.zeros[column], abs=1e-6
+    )
     assert (share > 0.9) == (scale < 1)
 
 
@@ -251,7 +282,12 @@ def test_two_watchers_of_one_model_measure_the_same():
     model = nn.Sequential(silenced(nn.Linear(8, 8), 6), nn.ReLU(), nn.Linear(8, 1))
     other = []
     with gradwatch.watch(
-        model, torch.optim.SGD(model.parameters(), lr=0.0), every_n_steps=1, probe_every_n_steps=1, sinks=[other.append], on_alert=lambda _: None
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        sinks=[other.append],
+        on_alert=lambda _: None,
     ) as second:
         found = probes(model, [draw(100, 8)] * 2)
         assert second is not None
@@ -261,10 +297,19 @@ def test_two_watchers_of_one_model_measure_the_same():
 
 def test_units_are_told_of_at_the_step_of_the_optimizer_that_steps_their_layer():
     torch.manual_seed(0)
-    model = nn.Sequential(silenced(nn.Linear(8, 8), 6), nn.ReLU(), silenced(nn.Linear(8, 8), 4), nn.ReLU(), nn.Linear(8, 1))
+    model = nn.Sequential(
+        silenced(nn.Linear(8, 8), 6), nn.ReLU(), silenced(nn.Linear(8, 8), 4), nn.ReLU(), nn.Linear(8, 1)
+    )
     optimizers = [torch.optim.SGD(model[0].parameters(), lr=0.0), torch.optim.SGD(model[2:].parameters(), lr=0.0)]
     found = []
-    with gradwatch.watch(model, optimizers, every_n_steps=1, probe_every_n_steps=1, sinks=[lambda r: found.append(r.snapshot)], on_alert=lambda _: None):
+    with gradwatch.watch(
+        model,
+        optimizers,
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        sinks=[lambda r: found.append(r.snapshot)],
+        on_alert=lambda _: None,
+    ):
         for step in range(3):
             model(draw(100, 8, seed=step)).sum().backward()
             for optimizer in optimizers:
@@ -313,4 +358,6 @@ def test_when_a_run_is_closed_one_line_says_what_is_still_open(caplog):
             optimizer.step()
         watcher.close()
 
-    assert [r.getMessage() for r in caplog.records if "at the end" in r.getMessage()] == ["at the end 1 alert is open: GW501 non-finite at 1 since step 0"]
+    assert [r.getMessage() for r in caplog.records if "at the end" in r.getMessage()] == [
+        "at the end 1 alert is open: GW501 non-finite at 1 since step 0"
+    ]

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import DETECTORS, Finding, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
+from gradwatch import (
+    DETECTORS,
+    Finding,
+    History,
+    LayerInfo,
+    ModelInfo,
+    OptimizerInfo,
+    ParameterInfo,
+    Severity,
+    Snapshot,
+    Thresholds,
+)
 from gradwatch.detectors import RULES, explain
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats
@@ -30,7 +41,18 @@ def fold(info, rows, *, losses=None, thresholds=None, weights=1.0, **columns):
         loss = None if losses is None else losses[step]
         weight = tuple(weights for _ in row) if step in (0, 1) else None
         extra = {name: column[step] for name, column in columns.items()}
-        history.add(Snapshot(step, 0.0, info, optimizer=0, loss=loss, norm=tuple(row), weight_norm=extra.pop("weight_norm", weight), **extra))
+        history.add(
+            Snapshot(
+                step,
+                0.0,
+                info,
+                optimizer=0,
+                loss=loss,
+                norm=tuple(row),
+                weight_norm=extra.pop("weight_norm", weight),
+                **extra,
+            )
+        )
     return history, [f for d in DETECTORS for f in d(history)]
 
 
@@ -57,7 +79,9 @@ def test_a_layer_far_below_later_ones_vanishes_and_neighbours_are_one_finding():
 def test_it_is_patient():
     assert fold(model(2), [(1e-6, 1.0)] * 19)[1] == []
     assert fold(model(2), [(1.0, 1.0)] * 5 + [(1e-6, 1.0)] * 15, losses=STILL)[1] == []
-    assert codes(fold(model(2), [(1.0, 1.0)] * 4 + [(1e-6, 1.0)] * 16, losses=STILL)[1]) == [("GW101", "l0", Severity.WARNING)]
+    assert codes(fold(model(2), [(1.0, 1.0)] * 4 + [(1e-6, 1.0)] * 16, losses=STILL)[1]) == [
+        ("GW101", "l0", Severity.WARNING)
+    ]
 
 
 def test_a_layer_that_gets_its_gradient_now_is_not_accused_of_before():
@@ -110,7 +134,9 @@ def test_a_layer_that_was_sound_and_fades_while_the_loss_is_at_its_best_has_done
     falling = [1.0 * 0.9**i for i in range(35)]
 
     assert codes(fold(model(2), rows, losses=falling)[1]) == [("GW101", "l0", Severity.INFO)]
-    assert codes(fold(model(2), rows, losses=None)[1]) == [("GW101", "l0", Severity.INFO)]  # without the loss, who knows
+    assert codes(fold(model(2), rows, losses=None)[1]) == [
+        ("GW101", "l0", Severity.INFO)
+    ]  # without the loss, who knows
     assert codes(fold(model(2), rows, losses=STILL)[1]) == [("GW101", "l0", Severity.WARNING)]
 
 
@@ -162,10 +188,15 @@ def test_nothing_learns_at_all():
 def test_absolute_limits_hold_only_where_somebody_set_them():
     rows = [(1e-9, 1e-9)] * 25
 
-    assert codes(fold(model(2), rows, thresholds=Thresholds(norm_below=1e-6))[1]) == [("GW103", "l0", Severity.WARNING), ("GW103", "l1", Severity.WARNING)]
+    assert codes(fold(model(2), rows, thresholds=Thresholds(norm_below=1e-6))[1]) == [
+        ("GW103", "l0", Severity.WARNING),
+        ("GW103", "l1", Severity.WARNING),
+    ]
     only = Thresholds(layers={"l1": {"norm_below": 1e-6}})
     assert codes(fold(model(2), rows, thresholds=only)[1]) == [("GW103", "l1", Severity.WARNING)]
-    assert codes(fold(model(2), [(9.0, 9.0)], thresholds=Thresholds(norm_above=10.0))[1]) == [("GW204", "", Severity.WARNING)]
+    assert codes(fold(model(2), [(9.0, 9.0)], thresholds=Thresholds(norm_above=10.0))[1]) == [
+        ("GW204", "", Severity.WARNING)
+    ]
 
 
 def test_a_layer_may_have_a_limit_of_its_own():
@@ -192,9 +223,13 @@ def test_updates_larger_than_the_weights_explode_at_the_third_or_when_they_are_h
     def probes(*ratios):
         return [None] * (20 - len(ratios)) + [(0.01, r) for r in ratios]
 
-    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(2.0, 2.0, 2.0))[1]) == [("GW202", "l1", Severity.WARNING)]
+    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(2.0, 2.0, 2.0))[1]) == [
+        ("GW202", "l1", Severity.WARNING)
+    ]
     assert fold(model(2), rows, losses=STILL, update_ratio=probes(2.0, 2.0, 0.5))[1] == []
-    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(50.0))[1]) == [("GW202", "l1", Severity.WARNING)]
+    assert codes(fold(model(2), rows, losses=STILL, update_ratio=probes(50.0))[1]) == [
+        ("GW202", "l1", Severity.WARNING)
+    ]
     assert fold(model(2), rows, losses=STILL, update_ratio=probes(math.inf))[1] == []  # it began at zero
 
 
@@ -338,7 +373,10 @@ def _one_of_each():
     many, adam = model(8), model(2, adaptive=True)
     growing = tuple(ActivationStats(f"l{i}", 10.0 ** (7 - i)) for i in range(8))
     yield (many, [(1.0,) * 8] * 20), {"losses": STILL, "activations": [growing] * 20}
-    yield (two, [(1.0, 1.0)] * 3), {"activations": [(ActivationStats("l0", 1.0, dead=0.75, units=4), ActivationStats("l1", 1.0))] * 3}
+    yield (
+        (two, [(1.0, 1.0)] * 3),
+        {"activations": [(ActivationStats("l0", 1.0, dead=0.75, units=4), ActivationStats("l1", 1.0))] * 3},
+    )
     yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}

@@ -18,7 +18,19 @@ def batch(step, rows=32, shift=0.0):
     return x + shift, x[:, :1] - 0.5 * x[:, 1:2]
 
 
-def alerts(net, optimizer=None, *, steps=45, lr=0.02, shift=0.0, loss_scale=1.0, scaler=None, horizon=None, data=batch, criterion=nn.functional.mse_loss):
+def alerts(
+    net,
+    optimizer=None,
+    *,
+    steps=45,
+    lr=0.02,
+    shift=0.0,
+    loss_scale=1.0,
+    scaler=None,
+    horizon=None,
+    data=batch,
+    criterion=nn.functional.mse_loss,
+):
     """Train, and give the alerts that are open at the end or were, of warning and worse, the newest last."""
     optimizer = optimizer or torch.optim.SGD(net.parameters(), lr=lr)
     known = {}
@@ -26,7 +38,9 @@ def alerts(net, optimizer=None, *, steps=45, lr=0.02, shift=0.0, loss_scale=1.0,
     def note(report):
         known.update({a.finding.key: a for a in (*report.open, *report.cleared) if a.severity > Severity.INFO})
 
-    with gradwatch.watch(net, optimizer, scaler=scaler, horizon=horizon, sinks=[note], on_alert=lambda _: None) as watcher:
+    with gradwatch.watch(
+        net, optimizer, scaler=scaler, horizon=horizon, sinks=[note], on_alert=lambda _: None
+    ) as watcher:
         for step in range(steps):
             optimizer.zero_grad()
             x, y = data(step, shift=shift) if shift else data(step)
@@ -207,7 +221,10 @@ class Cut(nn.Module):
 def test_a_graph_that_is_cut_between_two_modules():
     for how in ("detach", "round"):
         alert = of(alerts(Cut(how)), "GW401")
-        assert alert.cause == "the gradient comes back to head and ends there: encoder gives a graph, and head takes none of it"
+        assert (
+            alert.cause
+            == "the gradient comes back to head and ends there: encoder gives a graph, and head takes none of it"
+        )
         assert "look between encoder and head for detach()" in alert.remedy
 
     assert alerts(Cut("kept")) == []
@@ -303,7 +320,12 @@ def test_a_gradient_that_float16_flushes():
 def test_updates_that_bfloat16_rounds_away():
     def trained(dtype):
         net = chain(nn.ReLU, depth=3, init=he).to(dtype)
-        return alerts(net, lr=1e-3, data=lambda step: tuple(t.to(dtype) for t in batch(step)), criterion=lambda out, y: (out - y.float()).square().mean())
+        return alerts(
+            net,
+            lr=1e-3,
+            data=lambda step: tuple(t.to(dtype) for t in batch(step)),
+            criterion=lambda out, y: (out - y.float()).square().mean(),
+        )
 
     alert = of(trained(torch.bfloat16), "GW702")
 

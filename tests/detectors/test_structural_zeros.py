@@ -110,7 +110,11 @@ class OwnAttention(Net):
     def __init__(self, tokens=4):
         super().__init__()
         self.n = tokens
-        self.a, self.b, self.c = nn.Linear(8 // tokens, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 1)
+        self.a, self.b, self.c = (
+            nn.Linear(8 // tokens, 8),
+            nn.ModuleList(nn.Linear(8, 8) for _ in range(3)),
+            nn.Linear(8, 1),
+        )
 
     def forward(self, x, step):
         h = self.a(x.view(16, self.n, -1))
@@ -127,7 +131,10 @@ class Factors(nn.Module):
     def __init__(self, *, frozen=False):
         super().__init__()
         self.w0 = nn.Parameter(torch.randn(16, 16) / 4, requires_grad=False)
-        self.w1, self.w2 = nn.Parameter(torch.randn(16, 2) / 4), nn.Parameter(torch.zeros(2, 16), requires_grad=not frozen)
+        self.w1, self.w2 = (
+            nn.Parameter(torch.randn(16, 2) / 4),
+            nn.Parameter(torch.zeros(2, 16), requires_grad=not frozen),
+        )
 
     def forward(self, x):
         return x @ self.w0 + x @ self.w1 @ self.w2
@@ -246,7 +253,11 @@ class Experts(Net):
 
     def __init__(self, idle=lambda step: False, *, empty=False, weight=1.0):
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 16), nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2)), nn.Linear(16, 1)
+        self.a, self.b, self.c = (
+            nn.Linear(8, 16),
+            nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2)),
+            nn.Linear(16, 1),
+        )
         self.idle, self.empty, self.weight = idle, empty, weight
 
     def forward(self, x, step):
@@ -269,7 +280,9 @@ class Table(Net):
 
     def forward(self, x, step):
         index = (x[:, :2].abs() * 2).long() + step % 7
-        return self.loss(self.c(self.a(index if self.padding is None else torch.full_like(index, self.padding)).sum(1) + x), x)
+        return self.loss(
+            self.c(self.a(index if self.padding is None else torch.full_like(index, self.padding)).sum(1) + x), x
+        )
 
 
 class Tower(Net):
@@ -277,7 +290,13 @@ class Tower(Net):
 
     def __init__(self, quiet, period=7):
         super().__init__()
-        self.a, self.b, self.c, self.quiet, self.period = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 1), quiet, period
+        self.a, self.b, self.c, self.quiet, self.period = (
+            nn.Linear(8, 16),
+            nn.Linear(16, 4),
+            nn.Linear(4, 1),
+            quiet,
+            period,
+        )
         nn.init.uniform_(self.b.weight, 0.0, 0.2)
 
     def forward(self, x, step):
@@ -297,7 +316,10 @@ HEALTHY = {
     "key-bias-by-hand": (OwnAttention, "b.1.bias"),
     "factor-behind-a-factor-of-zero": (lambda: Chain(Factors()), "b.w1"),
     "last-BatchNorm-at-zero": (lambda: Branches(normalized), "b.0.0.weight"),
-    "last-Linear-at-zero": (lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))), "b.0.0.weight"),
+    "last-Linear-at-zero": (
+        lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))),
+        "b.0.0.weight",
+    ),
     "gate-at-zero": (lambda: Branches(Gate), "b.0.m1.weight"),
     "fixup": (lambda: Branches(fixup), "b.0.1.weight"),
     "frozen": (lambda: Aside("frozen"), "b.weight"),
@@ -317,12 +339,21 @@ HEALTHY = {
 """Each with a parameter that gets nothing, or rounding noise, at some steps; where it is a part of one that gets nothing, there is none to name."""
 
 FAULTY = {
-    "normalization-of-one-value": (lambda: Chain(nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (16, 1)), nn.LayerNorm(1), nn.Flatten())), {"a"}),
+    "normalization-of-one-value": (
+        lambda: Chain(nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (16, 1)), nn.LayerNorm(1), nn.Flatten())),
+        {"a"},
+    ),
     "attention-over-one-token": (lambda: OwnAttention(1), {"b.0"}),
     "factor-behind-a-frozen-factor-of-zero": (lambda: Chain(Factors(frozen=True)), {"b"}),
-    "last-Linear-frozen-at-zero": (lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), frozen=True)), {"b.0.0"}),
+    "last-Linear-frozen-at-zero": (
+        lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), frozen=True)),
+        {"b.0.0"},
+    ),
     "gate-of-constant-zero": (lambda: Branches(lambda: Gate(learned=False)), {"b.0.m1"}),
-    "one-of-three-gates-of-constant-zero": (lambda: Branches(iter([Gate(1.0), Gate(learned=False), Gate(1.0)]).__next__), {"b.1.m1"}),
+    "one-of-three-gates-of-constant-zero": (
+        lambda: Branches(iter([Gate(1.0), Gate(learned=False), Gate(1.0)]).__next__),
+        {"b.1.m1"},
+    ),
     "run-without-grad": (lambda: Aside("no-grad"), {"b"}),
     "run-and-dropped": (lambda: Aside("dropped"), {"b"}),
     "run-and-multiplied-by-zero": (lambda: Aside("times-zero"), {"b"}),
@@ -335,7 +366,9 @@ FAULTY = {
 """Each with the places one of which must be named."""
 
 
-@pytest.mark.parametrize(("optimizer", "told"), [(sgd, True), (sgd, False), (adam, True), pytest.param(adam, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("optimizer", "told"), [(sgd, True), (sgd, False), (adam, True), pytest.param(adam, False, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", HEALTHY)
 def test_a_zero_by_construction_is_no_fault(name, optimizer, told):
     build, part = HEALTHY[name]
@@ -357,13 +390,22 @@ def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told, wait
 
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize(
-    "name", ["unused", "expert-idle-now-and-then", "expert-idle-for-the-first-30-steps", "expert-idle-for-30-steps", "used-every-5th-step"]
+    "name",
+    [
+        "unused",
+        "expert-idle-now-and-then",
+        "expert-idle-for-the-first-30-steps",
+        "expert-idle-for-30-steps",
+        "used-every-5th-step",
+    ],
 )
 def test_a_zero_that_stands_for_no_gradient_is_no_fault(name, told):
     assert train(HEALTHY[name][0], told=told, none=False)[0] == set()
 
 
-@pytest.mark.parametrize(("optimizer", "told"), [(sgd, True), (sgd, False), pytest.param(adam, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("optimizer", "told"), [(sgd, True), (sgd, False), pytest.param(adam, True, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", FAULTY)
 def test_what_looks_the_same_and_is_a_fault_is_found(name, optimizer, told):
     build, places = FAULTY[name]

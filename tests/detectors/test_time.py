@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch import DETECTORS, History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Severity, Snapshot, Thresholds
+from gradwatch import (
+    DETECTORS,
+    History,
+    LayerInfo,
+    ModelInfo,
+    OptimizerInfo,
+    ParameterInfo,
+    Severity,
+    Snapshot,
+    Thresholds,
+)
 from gradwatch.detectors import explain
 from gradwatch.detectors.alerts import advance
 from gradwatch.detectors.time import through_time
@@ -20,7 +30,11 @@ from gradwatch.values.snapshot import Fact
 
 def model(**kinds):
     layers = tuple(LayerInfo(name.replace("__", "."), kind, order) for order, (name, kind) in enumerate(kinds.items()))
-    return ModelInfo(layers, tuple(ParameterInfo(f"{x.name}.w", x.name, (2,), "float32", 0, "weight") for x in layers), (OptimizerInfo("Adam", True, 1e-8),))
+    return ModelInfo(
+        layers,
+        tuple(ParameterInfo(f"{x.name}.w", x.name, (2,), "float32", 0, "weight") for x in layers),
+        (OptimizerInfo("Adam", True, 1e-8),),
+    )
 
 
 RNN = model(rnn="RNN", head="Linear")
@@ -32,7 +46,9 @@ def gain(rate, length=250):
 
 
 def whole(rate, need=200, length=250, **fields):
-    return SequenceStats("", "model", length, lag_gain=None if rate is None else gain(rate, length), need=need, **fields)
+    return SequenceStats(
+        "", "model", length, lag_gain=None if rate is None else gain(rate, length), need=need, **fields
+    )
 
 
 def own(rate, name="rnn", length=250, **fields):
@@ -71,7 +87,12 @@ def test_a_model_that_does_not_reach_its_need_at_four_probes_is_warned_of_at_its
 
     assert codes([finding]) == WARNED
     assert (finding.kind, finding.lag, finding.onset) == ("vanishing-time", 16, 10)
-    assert {k: finding.evidence[k] for k in ("who", "horizon", "length", "need")} == {"who": "the model", "horizon": 16.0, "length": 250.0, "need": 200.0}
+    assert {k: finding.evidence[k] for k in ("who", "horizon", "length", "need")} == {
+        "who": "the model",
+        "horizon": 16.0,
+        "length": 250.0,
+        "need": 200.0,
+    }
     assert finding.evidence["decay_rate"] == pytest.approx(SHORT)
 
 
@@ -130,9 +151,15 @@ def test_an_alert_lives_from_the_fourth_probe_until_the_second_that_reaches_the_
     for step in range(1, 121):
         rate = SHORT if step <= 60 else LONG
         history.open = frozenset(a.finding.key for a in alerts)
-        history.add(Snapshot(step, 0.0, RNN, 0, norm=(1.0, 1.0), sequences=(own(SHORT), whole(rate)) if step % 10 == 0 else None))
+        history.add(
+            Snapshot(
+                step, 0.0, RNN, 0, norm=(1.0, 1.0), sequences=(own(SHORT), whole(rate)) if step % 10 == 0 else None
+            )
+        )
         findings = [dataclasses.replace(f, optimizer=0) for f in through_time(history)]
-        began, alerts, cleared = advance(alerts, findings, [s.step for s in history.window()], optimizer=0, patience=20, explain=explain)
+        began, alerts, cleared = advance(
+            alerts, findings, [s.step for s in history.window()], optimizer=0, patience=20, explain=explain
+        )
         log += [("began", step, a.finding.onset) for a in began] + [("cleared", step) for _ in cleared]
 
     assert log == [("began", 40, 10), ("cleared", 99)]
@@ -146,7 +173,9 @@ def test_of_several_modules_the_place_is_the_one_with_the_shortest_memory_and_st
 
 
 def test_a_sequence_module_without_a_gain_is_still_the_place():
-    assert [f.place for f in found(*[(SequenceStats("decoder", grad_input=(1.0,)), whole(SHORT))] * 4, info=TWO)] == ["decoder"]
+    assert [f.place for f in found(*[(SequenceStats("decoder", grad_input=(1.0,)), whole(SHORT))] * 4, info=TWO)] == [
+        "decoder"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +199,9 @@ def test_a_model_that_could_not_be_measured_is_judged_by_its_module_for_informat
     (finding,) = found(*[(own(SHORT), whole(None, note="the model is wrapped in FSDP"))] * 4)
 
     assert codes([finding]) == [("GW301", "rnn", Severity.INFO)]
-    assert explain(finding).message.endswith("and the need is 200 (judged by this module alone: the model is wrapped in FSDP)")
+    assert explain(finding).message.endswith(
+        "and the need is 200 (judged by this module alone: the model is wrapped in FSDP)"
+    )
     assert found(*[(own(LONG), whole(None, note="the model is wrapped in FSDP"))] * 4) == []
 
 
@@ -178,7 +209,10 @@ def test_where_there_is_no_module_either_that_is_said():
     (finding,) = found((whole(None, note="its forward pass failed"),))
 
     assert codes([finding]) == [("GW304", "", Severity.INFO)]
-    assert explain(finding).message == "whether the model learns from 200 timesteps is not measured: its forward pass failed"
+    assert (
+        explain(finding).message
+        == "whether the model learns from 200 timesteps is not measured: its forward pass failed"
+    )
 
 
 # --- sequences shorter than the need ---
@@ -219,7 +253,9 @@ def test_without_a_need_a_memory_of_at_most_half_of_the_sequence_is_information(
     assert codes(found(*[(own(SHORT, length=32),)] * 4)) == info
     assert found(*[(own(SHORT, length=31),)] * 4) == []
     assert found(*[(own(0.99, length=250),)] * 4) == []
-    assert codes(found(*[(own(SHORT, length=250),)] * 3 + [(own(LONG, length=250),)], opened=[("GW301", "rnn")])) == info
+    assert (
+        codes(found(*[(own(SHORT, length=250),)] * 3 + [(own(LONG, length=250),)], opened=[("GW301", "rnn")])) == info
+    )
 
 
 def test_a_module_with_a_need_of_its_own_that_has_no_gain_says_why():
@@ -240,7 +276,9 @@ def test_a_horizon_by_another_share_is_judged_by_it():
 
     assert found(*probes) == []
     assert [f.lag for f in found(*probes, thresholds=Thresholds(horizon_gain=0.1))] == [22]
-    assert [f.lag for f in found(*[(own(0.9, need=60),)] * 4, thresholds=Thresholds(layers={"rnn": {"horizon_gain": 0.1}}))] == [22]
+    assert [
+        f.lag for f in found(*[(own(0.9, need=60),)] * 4, thresholds=Thresholds(layers={"rnn": {"horizon_gain": 0.1}}))
+    ] == [22]
 
 
 # --- in words ---
@@ -252,10 +290,17 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
     stats = SequenceStats("", "model", length, lag_gain=drawn, need=200)
     (finding,) = found(*[(own(SHORT), dataclasses.replace(stats, lag_gain=tuple(drawn)))] * 4)
     rate = finding.evidence["decay_rate"]
-    said = explain(dataclasses.replace(finding, evidence={**finding.evidence, "decay_rate": 0.64, "half_life": math.log(0.5) / math.log(0.64)})).message
+    said = explain(
+        dataclasses.replace(
+            finding, evidence={**finding.evidence, "decay_rate": 0.64, "half_life": math.log(0.5) / math.log(0.64)}
+        )
+    ).message
 
     assert rate < 0.64  # the cliff is in the fit
-    assert said == "the model learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps), and the need is 200"
+    assert (
+        said
+        == "the model learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps), and the need is 200"
+    )
 
 
 @pytest.mark.parametrize(
@@ -292,7 +337,10 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
     ],
 )
 def test_cause_and_remedy_are_those_of_the_module(kind, facts, cause, remedy):
-    given = [Fact("rnn", name, value) for name, value in facts.items()] + [Fact("other", "forget_gate_l0", 0.1), Fact("other", "saturation_l0", 0.9)]
+    given = [Fact("rnn", name, value) for name, value in facts.items()] + [
+        Fact("other", "forget_gate_l0", 0.1),
+        Fact("other", "saturation_l0", 0.9),
+    ]
     if kind == "Mine":
         given = given[:-2]
     (finding,) = found(*[(own(SHORT), whole(SHORT))] * 4, info=model(rnn=kind, head="Linear"), facts=given)
@@ -305,7 +353,10 @@ def test_cause_and_remedy_are_those_of_the_module(kind, facts, cause, remedy):
 def test_without_a_need_the_remedy_names_no_number():
     (finding,) = found(*[(own(SHORT),)] * 4)
 
-    assert explain(finding).message == "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
+    assert (
+        explain(finding).message
+        == "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
+    )
     assert "to the log of the number of timesteps that matter" in explain(finding).remedy
 
 
@@ -321,7 +372,10 @@ def test_a_detached_state_is_information():
 
     assert codes([finding]) == [("GW303", "rnn", Severity.INFO)]
     assert (finding.onset, finding.lag) == (20, 16)
-    assert explain(finding).message == "the state that rnn carries on is detached: no gradient goes back beyond the last 16 of 64 timesteps"
+    assert (
+        explain(finding).message
+        == "the state that rnn carries on is detached: no gradient goes back beyond the last 16 of 64 timesteps"
+    )
     assert found((cut(16),), (own(LONG),)) == []
 
 
@@ -329,7 +383,10 @@ def test_a_state_kept_from_batch_to_batch_is_information_also_where_the_need_is_
     detached, unjudged = found((cut(64), whole(LONG, length=64)))[::-1]
 
     assert codes([detached, unjudged]) == [("GW303", "rnn", Severity.INFO), ("GW304", "rnn", Severity.INFO)]
-    assert explain(detached).message == "the state that rnn carries on is detached: no gradient goes back beyond the 64 timesteps of its sequences"
+    assert (
+        explain(detached).message
+        == "the state that rnn carries on is detached: no gradient goes back beyond the 64 timesteps of its sequences"
+    )
 
 
 def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
@@ -338,8 +395,14 @@ def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
     (finding,) = found(*[probe] * 4)
 
     assert codes([finding]) == WARNED
-    assert explain(finding).cause == "the state that it carries on is detached: no gradient goes back beyond the last 16 timesteps"
-    assert explain(finding).remedy == "carry the state of rnn on without detach() for 64 timesteps, or feed it windows of that length"
+    assert (
+        explain(finding).cause
+        == "the state that it carries on is detached: no gradient goes back beyond the last 16 timesteps"
+    )
+    assert (
+        explain(finding).remedy
+        == "carry the state of rnn on without detach() for 64 timesteps, or feed it windows of that length"
+    )
     assert found(probe) == []  # nor is it told apart on the way
 
 
@@ -369,14 +432,23 @@ def test_a_state_cut_off_is_told_with_its_place_also_where_no_gradient_was_measu
     said = explain(found(*[(stats,)] * 4)[0])
 
     assert said.cause == "the state that it carries on is detached: no gradient goes back beyond the last 9 timesteps"
-    assert explain(found((dataclasses.replace(stats, need=None),))[0]).message.endswith("no gradient goes back beyond the last 9 of 64 timesteps")
+    assert explain(found((dataclasses.replace(stats, need=None),))[0]).message.endswith(
+        "no gradient goes back beyond the last 9 of 64 timesteps"
+    )
 
 
 def test_a_verdict_does_not_read_a_note():
-    notes = ("the memory of detached_encoder could not be measured: it is detached", "the state that was carried in is detached", None)
+    notes = (
+        "the memory of detached_encoder could not be measured: it is detached",
+        "the state that was carried in is detached",
+        None,
+    )
     for note in notes:
         probe = (own(None, "detached_encoder", need=200, note=note), own(SHORT, "decoder", note=note))
-        assert [f.code for f in found(*[probe] * 4, info=model(detached_encoder="LSTM", decoder="GRU"))] == ["GW304", "GW301"]
+        assert [f.code for f in found(*[probe] * 4, info=model(detached_encoder="LSTM", decoder="GRU"))] == [
+            "GW304",
+            "GW301",
+        ]
         assert "detached" not in next(f for f in found(*[probe] * 4) if f.code == "GW301").evidence
 
 
@@ -513,7 +585,10 @@ def test_a_gradient_that_the_loss_itself_feeds_with_ever_more_does_not_explode()
 def test_the_cause_and_the_cure_of_an_explosion():
     finding = found(*[(own(1.2, length=60),)] * 2, facts=[Fact("rnn", "spectral_radius_l0", 1.31)])[0]
 
-    assert explain(finding).cause == "the spectral radius of W_hh is 1.31, and above 1 it multiplies the gradient at each step"
+    assert (
+        explain(finding).cause
+        == "the spectral radius of W_hh is 1.31, and above 1 it multiplies the gradient at each step"
+    )
     assert explain(finding).remedy.startswith("scale the recurrent weights of rnn down")
     assert "clip the gradient norm" in explain(finding).remedy
 
@@ -528,10 +603,15 @@ def test_no_probe_no_word():
 
 def test_the_unit_of_the_gain_does_not_matter():
     for unit in (1e-150, 1e150):
-        scaled = [dataclasses.replace(s, lag_gain=tuple(unit * g for g in s.lag_gain)) for s in (own(SHORT), whole(SHORT))]
+        scaled = [
+            dataclasses.replace(s, lag_gain=tuple(unit * g for g in s.lag_gain)) for s in (own(SHORT), whole(SHORT))
+        ]
         assert codes(found(*[tuple(scaled)] * 4)) == WARNED
         growing = own(1.2, length=60)
-        assert codes(found(*[(dataclasses.replace(growing, lag_gain=tuple(unit * g for g in growing.lag_gain)),)] * 2)) == EXPLODED
+        assert (
+            codes(found(*[(dataclasses.replace(growing, lag_gain=tuple(unit * g for g in growing.lag_gain)),)] * 2))
+            == EXPLODED
+        )
 
 
 def test_the_detector_is_one_of_the_default_ones_and_changes_nothing():

@@ -39,9 +39,20 @@ def runs(tmp_path_factory):
 
 
 def gradwatch_(*arguments, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING"}}
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING"}
+    }
     command = [sys.executable, "-m", "gradwatch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8", env={**clean, "PYTHONUTF8": "1", **environment})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        env={**clean, "PYTHONUTF8": "1", **environment},
+    )
 
 
 def test_check_is_0_for_a_healthy_run_and_1_for_a_sick_one(runs):
@@ -56,7 +67,10 @@ def test_check_judges_alerts_that_have_cleared_too_and_passes_over_infos(tmp_pat
     finding = gradwatch.Finding("GW501", "non-finite", gradwatch.Severity.ERROR, "head")
     info = gradwatch.Alert(gradwatch.Finding("GW101", "vanishing-depth", gradwatch.Severity.INFO, "body"), 0, 0)
     model = gradwatch.ModelInfo((), ())
-    for name, fields in {"cleared": {"cleared": (gradwatch.Alert(finding, 0, 0, cleared=0),)}, "info": {"open": (info,)}}.items():
+    for name, fields in {
+        "cleared": {"cleared": (gradwatch.Alert(finding, 0, 0, cleared=0),)},
+        "info": {"open": (info,)},
+    }.items():
         record = gradwatch.Record(tmp_path / name)
         record(gradwatch.Report(gradwatch.Snapshot(0, 1e9, model), **fields))
         record.close()
@@ -102,7 +116,10 @@ def test_the_report_shows_the_layers_in_forward_order_with_their_norms(runs):
 
 def test_an_unreadable_run_is_2_and_one_line(tmp_path):
     (tmp_path / "foreign.jsonl").write_text("hello\n")
-    for path, said in ((tmp_path / "nothing", "no record.jsonl in or below"), (tmp_path / "foreign.jsonl", "is not a record of format 1")):
+    for path, said in (
+        (tmp_path / "nothing", "no record.jsonl in or below"),
+        (tmp_path / "foreign.jsonl", "is not a record of format 1"),
+    ):
         for command in ("report", "check"):
             done = gradwatch_(command, path)
             assert done.returncode == 2
@@ -112,7 +129,9 @@ def test_an_unreadable_run_is_2_and_one_line(tmp_path):
             assert done.stderr.count("\n") == 1
 
 
-def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_half_line_of_a_killed_run(runs, tmp_path):
+def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_half_line_of_a_killed_run(
+    runs, tmp_path
+):
     lines = (runs / "well" / "gradwatch" / "record.jsonl").read_text().splitlines(keepends=True)
     spoiled = [*lines[:5], "#" + lines[5], *lines[6:]]
     cases = {
@@ -132,7 +151,10 @@ def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_
     assert gradwatch_("check", tmp_path).returncode == 2  # one of several is enough
 
 
-@pytest.mark.parametrize("arguments", [(), ("nonsense",), ("check",), ("report", "a", "b"), ("check", "--nonsense", "a"), ("demo", "--steps", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("nonsense",), ("check",), ("report", "a", "b"), ("check", "--nonsense", "a"), ("demo", "--steps", "0")],
+)
 def test_wrong_usage_is_2_with_the_usage(arguments):
     done = gradwatch_(*arguments)
     assert done.returncode == 2
@@ -167,7 +189,10 @@ def test_a_run_with_brackets_in_its_name_keeps_them(tmp_path):
 def test_two_optimizers_are_two_tables(tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleDict({"generator": nn.Linear(4, 4), "critic": nn.Linear(4, 1)})
-    optimizers = [torch.optim.SGD(model["generator"].parameters(), lr=0.1), torch.optim.Adam(model["critic"].parameters())]
+    optimizers = [
+        torch.optim.SGD(model["generator"].parameters(), lr=0.1),
+        torch.optim.Adam(model["critic"].parameters()),
+    ]
     with gradwatch.watch(model, optimizers, logdir=tmp_path):
         model["critic"](model["generator"](torch.randn(8, 4))).square().mean().backward()
         for optimizer in optimizers:
@@ -231,12 +256,18 @@ def test_no_line_is_wider_than_the_terminal_and_names_norms_and_codes_stay_whole
     for layer in run.snapshots[-1].model.layers:
         (row,) = (line for line in lines if line[:1] == [layer.name] and any("e-" in cell for cell in line))
         assert not any("…" in cell for cell in row)
-        assert ("GW101" in row) == (layer.name == next(a.finding.place for a in run.alerts if a.finding.code == "GW101"))
+        assert ("GW101" in row) == (
+            layer.name == next(a.finding.place for a in run.alerts if a.finding.code == "GW101")
+        )
 
 
 def test_a_reader_that_has_seen_enough_is_no_failure(runs):
     for command, status in (("check", 1), ("report", 0)):
-        process = subprocess.Popen([sys.executable, "-m", "gradwatch", command, str(runs / "sick")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gradwatch", command, str(runs / "sick")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         process.stdout.close()  # before it has written anything, as `| head -0` may
         error = process.stderr.read()
         process.stderr.close()
@@ -260,4 +291,6 @@ def test_the_command_line_imports_no_torch(runs):
     done = subprocess.run([sys.executable, "-c", code, str(runs / "well")], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "0 False"
     code = "import sys, gradwatch.cli, gradwatch.watcher.watcher; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "True\n"  # it would be seen
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "True\n"
+    )  # it would be seen

@@ -86,7 +86,9 @@ def make(pl, net=None, *, optimizer=sgd, **methods):
 
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
             self.before.append(norms(self))
-            self.clip_gradients(optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm)
+            self.clip_gradients(
+                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+            )
             self.after.append(norms(self))
 
     for name, method in methods.items():
@@ -95,8 +97,20 @@ def make(pl, net=None, *, optimizer=sgd, **methods):
 
 
 def trainer(pl, root, *callbacks, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    fixed = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "default_root_dir": root}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    fixed = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "default_root_dir": root,
+    }
     return pl.Trainer(callbacks=list(callbacks), **{**quiet, **fixed, **options})
 
 
@@ -122,7 +136,9 @@ def total(of):
 
 
 def events(path):
-    accumulator = EventAccumulator(str(path), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0))
+    accumulator = EventAccumulator(
+        str(path), size_guidance=dict.fromkeys(("scalars", "images", "histograms", "tensors"), 0)
+    )
     accumulator.Reload()
     return accumulator
 
@@ -131,14 +147,26 @@ def left_behind(module, optimizers, root):
     """Name all that could be left: hooks anywhere, attributes, claimed folders, open files."""
     found = []
     for home in ("torch.nn.modules.module", "torch.optim.optimizer"):
-        found += [name for name, table in vars(sys.modules[home]).items() if name.startswith("_global_") and isinstance(table, dict) and table]
-    for place in [*module.modules(), *optimizers]:
-        found += [f"{type(place).__name__}.{name}" for name, table in vars(place).items() if name.endswith("_hooks") and table]
         found += [
-            f"{type(place).__name__}.{name}" for name, value in vars(place).items() if type(value).__module__.startswith("gradwatch") and name != "_trainer"
+            name
+            for name, table in vars(sys.modules[home]).items()
+            if name.startswith("_global_") and isinstance(table, dict) and table
+        ]
+    for place in [*module.modules(), *optimizers]:
+        found += [
+            f"{type(place).__name__}.{name}" for name, table in vars(place).items() if name.endswith("_hooks") and table
+        ]
+        found += [
+            f"{type(place).__name__}.{name}"
+            for name, value in vars(place).items()
+            if type(value).__module__.startswith("gradwatch") and name != "_trainer"
         ]
         found += ["step"] if "step" in vars(place) and "gradwatch" in getattr(place.step, "__module__", "") else []
-    found += [name for name, p in module.named_parameters() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    found += [
+        name
+        for name, p in module.named_parameters()
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]
     found += [str(path) for path in gradwatch.sinks.run_directory._held if Path(root) in path.parents]
     gc.collect()
     for thing in gc.get_objects():
@@ -197,10 +225,17 @@ def test_the_x_axis_is_that_of_self_log(pl, tmp_path, accumulate):
     callback, reports = watched()
     module = make(pl)
     logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
-    trainer(pl, tmp_path, callback, logger=logger, max_epochs=2, accumulate_grad_batches=accumulate).fit(module, loader())
+    trainer(pl, tmp_path, callback, logger=logger, max_epochs=2, accumulate_grad_batches=accumulate).fit(
+        module, loader()
+    )
     file = events(tmp_path)
     logged, ours = file.Scalars("train_loss"), file.Scalars("gradwatch/norm_global")
-    assert [e.step for e in ours] == [e.step for e in logged] == [r.snapshot.step for r in reports] == list(range(2 * BATCHES // accumulate))
+    assert (
+        [e.step for e in ours]
+        == [e.step for e in logged]
+        == [r.snapshot.step for r in reports]
+        == list(range(2 * BATCHES // accumulate))
+    )
     assert [e.value for e in ours] == pytest.approx([math.log10(total(b)) for b in module.before], rel=1e-5)
     if accumulate == 1:  # the values belong to the same batches
         assert [e.value for e in logged] == pytest.approx([r.snapshot.loss for r in reports], rel=1e-5)
@@ -222,7 +257,11 @@ def test_validation_between_the_steps_changes_nothing(pl, tmp_path):
     assert_norms(reports, module.before)
     assert [r.snapshot.step for r in reports] == list(range(BATCHES))
     last = reports[-1].snapshot
-    assert {p.layer: a for p, a in zip(last.model.parameters, last.absent, strict=True)} == {"net.body": None, "net.head": None, "net.other": "unused"}
+    assert {p.layer: a for p, a in zip(last.model.parameters, last.absent, strict=True)} == {
+        "net.body": None,
+        "net.head": None,
+        "net.other": "unused",
+    }
     assert {layer.name: layer.order for layer in last.model.layers} == {"net.body": 0, "net.head": 1, "net.other": None}
 
 
@@ -234,7 +273,9 @@ def manual(self, batch, _index):
         self.manual_backward(loss)
         self.clip_gradients(optimizer, gradient_clip_val=0.2, gradient_clip_algorithm="norm")
         names = {id(p): name for name, p in self.named_parameters()}
-        self.before.append({names[id(p)]: p.grad.double().norm().item() for group in optimizer.param_groups for p in group["params"]})
+        self.before.append(
+            {names[id(p)]: p.grad.double().norm().item() for group in optimizer.param_groups for p in group["params"]}
+        )
         self.returned.append(loss.item())
         optimizer.step()
 
@@ -277,11 +318,17 @@ def test_two_manual_optimizers_behind_one_backward_both_have_its_loss(pl, tmp_pa
             optimizer.step()
 
     callback, reports = watched()
-    module = make(pl, training_step=training_step, configure_optimizers=lambda self: [sgd(self.net[0].parameters()), sgd(self.net[2].parameters())])
+    module = make(
+        pl,
+        training_step=training_step,
+        configure_optimizers=lambda self: [sgd(self.net[0].parameters()), sgd(self.net[2].parameters())],
+    )
     module.automatic_optimization = False
     trainer(pl, tmp_path, callback).fit(module, loader())
     assert [r.snapshot.optimizer for r in reports] == [0, 1] * BATCHES
-    assert [r.snapshot.loss for r in reports] == pytest.approx([loss for loss in module.returned for _ in range(2)], rel=1e-6)
+    assert [r.snapshot.loss for r in reports] == pytest.approx(
+        [loss for loss in module.returned for _ in range(2)], rel=1e-6
+    )
 
 
 def test_a_step_of_lbfgs_is_one_snapshot_of_its_first_evaluation(pl, tmp_path):
@@ -398,7 +445,12 @@ def test_training_is_bitwise_that_without_the_callback(pl, tmp_path):
         run = trainer(pl, tmp_path, *callbacks, max_epochs=2, gradient_clip_val=0.4)
         run.fit(module, loader(5))
         state = [t for values in run.optimizers[0].state_dict()["state"].values() for t in values.values()]
-        return [*module.state_dict().values(), *state, torch.get_rng_state(), torch.tensor(module.returned, dtype=torch.float64)]
+        return [
+            *module.state_dict().values(),
+            *state,
+            torch.get_rng_state(),
+            torch.tensor(module.returned, dtype=torch.float64),
+        ]
 
     callback, reports = watched(probe_every_n_steps=1, every_n_steps=1)
     plain, seen = fitted(), fitted(callback)
@@ -417,7 +469,12 @@ def test_a_tensorboard_logger_gets_all_in_its_own_file_and_the_record_lies_besid
     seen = events(file)
     tags = seen.Tags()
     assert "train_loss" in tags["scalars"]
-    assert {"gradwatch/norm_global", "gradwatch_norm/net.0", "gradwatch_sensitivity/net.0", "gradwatch_update/net.0"} <= set(tags["scalars"])
+    assert {
+        "gradwatch/norm_global",
+        "gradwatch_norm/net.0",
+        "gradwatch_sensitivity/net.0",
+        "gradwatch_update/net.0",
+    } <= set(tags["scalars"])
     assert tags["images"] == ["gradwatch_heatmap/layers"]
     assert seen.Images("gradwatch_heatmap/layers")[-1].encoded_image_string.startswith(b"\x89PNG")
     assert tags["histograms"] == ["gradwatch_profile/layers"]
@@ -427,7 +484,12 @@ def test_a_tensorboard_logger_gets_all_in_its_own_file_and_the_record_lies_besid
     assert [s.step for s in run.snapshots] == list(range(24))
     assert [a.finding.code for a in run.alerts] == ["GW101"]
     assert seen.Scalars("gradwatch_norm/net.0")[0].value == pytest.approx(
-        math.log10(math.hypot(*(n for n, p in zip(run.snapshots[0].norm, run.models[0].parameters, strict=True) if p.layer == "net.0"))), rel=1e-5
+        math.log10(
+            math.hypot(
+                *(n for n, p in zip(run.snapshots[0].norm, run.models[0].parameters, strict=True) if p.layer == "net.0")
+            )
+        ),
+        rel=1e-5,
     )
 
 
@@ -438,7 +500,9 @@ def test_a_csv_logger_gets_the_scalars(pl, tmp_path):
     with (tmp_path / "v" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["gradwatch/norm_global"]]
     assert [int(row["step"]) for row in rows] == list(range(BATCHES))
-    assert [float(row["gradwatch/norm_global"]) for row in rows] == pytest.approx([math.log10(total(b)) for b in module.before], rel=1e-6)
+    assert [float(row["gradwatch/norm_global"]) for row in rows] == pytest.approx(
+        [math.log10(total(b)) for b in module.before], rel=1e-6
+    )
     assert len(gradwatch.read_run(tmp_path / "v").snapshots) == BATCHES
 
 
@@ -576,7 +640,9 @@ def plain(value):
 def test_a_checkpoint_holds_plain_state_and_a_new_trainer_goes_on_from_it(pl, tmp_path):
     def fit(name, epochs, resume=None):
         callback, reports = watched(thresholds=Thresholds(window=8), on_alert=lambda _: None)
-        saver = importlib.import_module(f"{pl.__name__}.callbacks").ModelCheckpoint(dirpath=tmp_path / name, save_last=True)
+        saver = importlib.import_module(f"{pl.__name__}.callbacks").ModelCheckpoint(
+            dirpath=tmp_path / name, save_last=True
+        )
         logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="log")
         module = make(pl, sick())
         run = trainer(pl, tmp_path, callback, saver, logger=logger, enable_checkpointing=True, max_epochs=epochs)
@@ -597,16 +663,29 @@ def test_a_checkpoint_holds_plain_state_and_a_new_trainer_goes_on_from_it(pl, tm
 
 def test_two_callbacks_with_different_names_work_side_by_side(pl, tmp_path):
     one, two = watched(name="all"), watched(name="second", every_n_steps=2)
-    saver = importlib.import_module(f"{pl.__name__}.callbacks").ModelCheckpoint(dirpath=tmp_path / "saved", save_last=True)
+    saver = importlib.import_module(f"{pl.__name__}.callbacks").ModelCheckpoint(
+        dirpath=tmp_path / "saved", save_last=True
+    )
     module = make(pl)
-    run = trainer(pl, tmp_path, one[0], two[0], saver, enable_checkpointing=True, logger=pl.loggers.CSVLogger(tmp_path, name="", version="v"))
+    run = trainer(
+        pl,
+        tmp_path,
+        one[0],
+        two[0],
+        saver,
+        enable_checkpointing=True,
+        logger=pl.loggers.CSVLogger(tmp_path, name="", version="v"),
+    )
     run.fit(module, loader())
     assert_norms(one[1], module.before)
     assert_norms(two[1], module.before[::2])
     assert len(gradwatch.read_run(tmp_path / "v" / "gradwatch-all").snapshots) == BATCHES
     assert len(gradwatch.read_run(tmp_path / "v" / "gradwatch-second").snapshots) == BATCHES // 2
     states = torch.load(tmp_path / "saved" / "last.ckpt", weights_only=True)["callbacks"]
-    assert [len(states[c.state_key]["history"]["tracks"][0]["snapshots"]) for c, _ in (one, two)] == [BATCHES, BATCHES // 2]
+    assert [len(states[c.state_key]["history"]["tracks"][0]["snapshots"]) for c, _ in (one, two)] == [
+        BATCHES,
+        BATCHES // 2,
+    ]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
@@ -647,7 +726,9 @@ def nan_at(when):
 
 def test_a_raise_is_for_errors_and_leaves_nothing_behind(pl, tmp_path):
     module = make(pl, training_step=nan_at(3))
-    run = trainer(pl, tmp_path, GradientMonitor(on_alert="raise"), logger=pl.loggers.CSVLogger(tmp_path, name="", version="v"))
+    run = trainer(
+        pl, tmp_path, GradientMonitor(on_alert="raise"), logger=pl.loggers.CSVLogger(tmp_path, name="", version="v")
+    )
     with pytest.raises(GradientHealthError, match="GW501") as caught:
         run.fit(module, loader())
     assert module.ran == 4

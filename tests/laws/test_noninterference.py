@@ -47,7 +47,10 @@ class Checkpointed(nn.Module):
     def __init__(self, *, reentrant):
         super().__init__()
         self.reentrant = reentrant
-        self.first, self.body = nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2))
+        self.first, self.body = (
+            nn.Linear(4, 8),
+            nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 2)),
+        )
 
     def forward(self, x):
         return checkpoint(self.body, self.first(x), use_reentrant=self.reentrant)
@@ -180,7 +183,9 @@ def conv():
 
 
 def transformer():
-    return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True), 2, enable_nested_tensor=False)
+    return nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True), 2, enable_nested_tensor=False
+    )
 
 
 def using(kind, **options):
@@ -192,9 +197,17 @@ CASES = {
     "mlp dropout, sgd": lambda: (mlp(), SGD, plain(5, 4)),
     "conv batchnorm lazy, adamw foreach": lambda: (conv(), using(torch.optim.AdamW, foreach=True), plain(5, 3, 6, 6)),
     "lstm, adam, clipped": lambda: (recurrent(nn.LSTM), ADAM, plain(7, 5, 4, clip=0.1)),
-    "gru of two layers, adam fused": lambda: (recurrent(nn.GRU, num_layers=2, dropout=0.3), using(torch.optim.Adam, fused=True), plain(7, 5, 4)),
+    "gru of two layers, adam fused": lambda: (
+        recurrent(nn.GRU, num_layers=2, dropout=0.3),
+        using(torch.optim.Adam, fused=True),
+        plain(7, 5, 4),
+    ),
     "transformer, adamw fused": lambda: (transformer(), using(torch.optim.AdamW, fused=True), plain(3, 5, 8)),
-    "sparse embedding, sparse adam": lambda: (nn.Embedding(9, 6, sparse=True), using(torch.optim.SparseAdam), on_tokens),
+    "sparse embedding, sparse adam": lambda: (
+        nn.Embedding(9, 6, sparse=True),
+        using(torch.optim.SparseAdam),
+        on_tokens,
+    ),
     "relu in place, sgd nesterov": lambda: (
         nn.Sequential(nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)),
         using(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
@@ -205,7 +218,11 @@ CASES = {
     "weight norm, rmsprop": lambda: (normed(), using(torch.optim.RMSprop), plain(5, 4)),
     "tied weights, adagrad": lambda: (Tied(), using(torch.optim.Adagrad), on_tokens),
     "gradient penalty, adam": lambda: (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), ADAM, penalized),
-    "gradients with a graph, sgd": lambda: (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), SGD, plain(5, 4, create_graph=True)),
+    "gradients with a graph, sgd": lambda: (
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)),
+        SGD,
+        plain(5, 4, create_graph=True),
+    ),
     "bfloat16 autocast, adamw": lambda: (mlp(), using(torch.optim.AdamW), plain(5, 4, autocast=True)),
     "the step inside of autocast, sgd": lambda: (mlp(), SGD, inside_autocast),
     "bfloat16 weights, adam": lambda: (nn.Sequential(mlp(), nn.Linear(2, 2)).bfloat16(), ADAM, on_bfloat16),
@@ -213,8 +230,16 @@ CASES = {
     "scaler, sgd": lambda: (mlp(), SGD, scaled(unscale=False)),
     "scaler unscaled, adam": lambda: (mlp(), ADAM, scaled(unscale=True)),
     "scaler, adam fused": lambda: (mlp(), using(torch.optim.Adam, fused=True), scaled(unscale=False)),
-    "lbfgs": lambda: (nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), using(torch.optim.LBFGS, max_iter=4), by_closure),
-    "lbfgs with a search and dropout": lambda: (mlp(), using(torch.optim.LBFGS, max_iter=4, line_search_fn="strong_wolfe"), by_closure),
+    "lbfgs": lambda: (
+        nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)),
+        using(torch.optim.LBFGS, max_iter=4),
+        by_closure,
+    ),
+    "lbfgs with a search and dropout": lambda: (
+        mlp(),
+        using(torch.optim.LBFGS, max_iter=4, line_search_fn="strong_wolfe"),
+        by_closure,
+    ),
 }
 
 
@@ -223,7 +248,11 @@ def bits(value):
     if isinstance(value, torch.Tensor):
         value = value.detach()
         value = value.coalesce().to_dense() if value.is_sparse else value
-        return (str(value.dtype), tuple(value.shape), bytes(value.contiguous().view(-1).view(torch.uint8).numpy())) if value.numel() else tuple(value.shape)
+        return (
+            (str(value.dtype), tuple(value.shape), bytes(value.contiguous().view(-1).view(torch.uint8).numpy()))
+            if value.numel()
+            else tuple(value.shape)
+        )
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if isinstance(value, dict):
@@ -243,7 +272,15 @@ def trained(case, form, tmp_path):
     reports = []
     look = lambda loss: None
     if form is not None:
-        watcher = watch(model, optimizer, logdir=tmp_path / form, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], on_alert=lambda _: None)
+        watcher = watch(
+            model,
+            optimizer,
+            logdir=tmp_path / form,
+            every_n_steps=1,
+            probe_every_n_steps=1,
+            sinks=[reports.append],
+            on_alert=lambda _: None,
+        )
         look = (lambda loss: watcher.step(loss=loss)) if form == "explicit" else watcher.record
     losses = [step(model, optimizer, look) for _ in range(STEPS)]
     kept = {
@@ -309,7 +346,13 @@ print([mine == theirs for mine, theirs in zip(states(), before)])
 @pytest.mark.slow
 def test_the_first_watcher_of_a_process_draws_no_random_number_also_while_it_imports(tmp_path):
     def run(*arguments):
-        done = subprocess.run([sys.executable, "-c", FIRST, str(tmp_path), *arguments], capture_output=True, text=True, check=False, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "-c", FIRST, str(tmp_path), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -393,12 +436,20 @@ def test_what_is_saved_in_the_armed_window_loads_where_gradwatch_is_not_installe
     script = tmp_path / "load.py"
     script.write_text(textwrap.dedent(LOAD))
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *(str(tmp_path / n) for n in names)], capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, str(script), str(tmp_path), *(str(tmp_path / n) for n in names)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split("\n")
     assert [float(line.split()[1]) for line in lines[:3]] == pytest.approx([truth] * 3)
-    assert lines[3:6] == ["dict", "Adam", "refused gradwatch.values"] or lines[3:6] == ["dict", "Adam", "refused gradwatch"]
+    assert lines[3:6] == ["dict", "Adam", "refused gradwatch.values"] or lines[3:6] == [
+        "dict",
+        "Adam",
+        "refused gradwatch",
+    ]
 
 
 def test_a_copy_made_in_the_armed_window_is_not_watched(net):
@@ -434,9 +485,16 @@ def test_functional_transforms_and_scripting_work_in_the_armed_window(net):
 
 def tables(model):
     """Give everything that hangs on the modules and parameters of a model, and on torch's modules as a whole."""
-    per_module = [(sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if k.endswith("hooks")}) for m in model.modules()]
-    per_parameter = [(sorted(vars(p)), len(p._backward_hooks or ()), len(getattr(p, "_post_accumulate_grad_hooks", None) or ())) for p in model.parameters()]
-    everywhere = {k: len(v) for k, v in vars(torch_modules).items() if k.startswith("_global") and hasattr(v, "__len__")}
+    per_module = [
+        (sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if k.endswith("hooks")}) for m in model.modules()
+    ]
+    per_parameter = [
+        (sorted(vars(p)), len(p._backward_hooks or ()), len(getattr(p, "_post_accumulate_grad_hooks", None) or ()))
+        for p in model.parameters()
+    ]
+    everywhere = {
+        k: len(v) for k, v in vars(torch_modules).items() if k.startswith("_global") and hasattr(v, "__len__")
+    }
     return per_module, per_parameter, everywhere
 
 

@@ -133,22 +133,35 @@ BLOCKS = {
     "dropout": lambda: nn.Dropout(0.4),
     "layer norm": lambda: nn.LayerNorm(WIDTH),
     "batch norm": lambda: Call(nn.BatchNorm1d(WIDTH), lambda m, x: m.inner(x.transpose(1, 2)).transpose(1, 2)),
-    "convolution": lambda: Call(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda m, x: m.inner(x.transpose(1, 2)).transpose(1, 2)),
+    "convolution": lambda: Call(
+        nn.Conv1d(WIDTH, WIDTH, 3, padding=1), lambda m, x: m.inner(x.transpose(1, 2)).transpose(1, 2)
+    ),
     "lstm": lambda: Call(nn.LSTM(WIDTH, WIDTH, batch_first=True), first),
     "two lstms with dropout": lambda: Call(nn.LSTM(WIDTH, WIDTH, 2, batch_first=True, dropout=0.3), first),
     "lstm with projection": lambda: Call(nn.LSTM(WIDTH, 6, batch_first=True, proj_size=WIDTH), first),
     "both directions": lambda: Call(nn.GRU(WIDTH, WIDTH // 2, batch_first=True, bidirectional=True), first),
-    "rnn, time first": lambda: Call(nn.RNN(WIDTH, WIDTH, nonlinearity="relu"), lambda m, x: m.inner(x.transpose(0, 1))[0].transpose(0, 1)),
+    "rnn, time first": lambda: Call(
+        nn.RNN(WIDTH, WIDTH, nonlinearity="relu"), lambda m, x: m.inner(x.transpose(0, 1))[0].transpose(0, 1)
+    ),
     "last state": lambda: Call(nn.LSTM(WIDTH, WIDTH, batch_first=True), lambda m, x: x + m.inner(x)[1][0][-1][:, None]),
     "lstm cells": lambda: Cells(nn.LSTMCell),
     "gru cells": lambda: Cells(nn.GRUCell),
     "rnn cells": lambda: Cells(nn.RNNCell),
     "carried state": Carried,
-    "attention": lambda: Call(nn.MultiheadAttention(WIDTH, 2, batch_first=True, dropout=0.1), lambda m, x: m.inner(x, x, x, need_weights=False)[0]),
+    "attention": lambda: Call(
+        nn.MultiheadAttention(WIDTH, 2, batch_first=True, dropout=0.1),
+        lambda m, x: m.inner(x, x, x, need_weights=False)[0],
+    ),
     "transformer": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, batch_first=True),
-    "checkpoint": lambda: Call(nn.Sequential(linear(), nn.Dropout(0.2), linear()), lambda m, x: checkpoint(m.inner, x, use_reentrant=False)),
-    "reentrant checkpoint": lambda: Call(nn.Sequential(linear(), nn.Dropout(0.2)), lambda m, x: checkpoint(m.inner, x, use_reentrant=True)),
-    "checkpointed lstm": lambda: Call(nn.LSTM(WIDTH, WIDTH, batch_first=True), lambda m, x: checkpoint(m.inner, x, use_reentrant=False)[0]),
+    "checkpoint": lambda: Call(
+        nn.Sequential(linear(), nn.Dropout(0.2), linear()), lambda m, x: checkpoint(m.inner, x, use_reentrant=False)
+    ),
+    "reentrant checkpoint": lambda: Call(
+        nn.Sequential(linear(), nn.Dropout(0.2)), lambda m, x: checkpoint(m.inner, x, use_reentrant=True)
+    ),
+    "checkpointed lstm": lambda: Call(
+        nn.LSTM(WIDTH, WIDTH, batch_first=True), lambda m, x: checkpoint(m.inner, x, use_reentrant=False)[0]
+    ),
     "not used": lambda: Call(linear(), lambda _m, x: x),
     "used by chance": lambda: Call(linear(), lambda m, x: m.inner(x) if random.random() < 0.5 else x),
     "frozen": lambda: linear().requires_grad_(requires_grad=False),
@@ -160,13 +173,18 @@ BLOCKS = {
     "hooks of the user's": lambda: hooked(linear()),
     "gives a tuple": lambda: Call(Call(linear(), lambda m, x: (m.inner(x), None, 3)), first),
     "gives a dict": lambda: Call(Call(linear(), lambda m, x: {"y": m.inner(x)}), lambda m, x: m.inner(x)["y"]),
-    "gives a dataclass": lambda: Call(Call(linear(), lambda m, x: Given(m.inner(x), "x")), lambda m, x: m.inner(x).value),
+    "gives a dataclass": lambda: Call(
+        Call(linear(), lambda m, x: Given(m.inner(x), "x")), lambda m, x: m.inner(x).value
+    ),
     "gives its input": lambda: Call(nn.Identity(), lambda m, x: y * 2 if (y := m.inner(x)) is x else x),
     "a branch without gradients": lambda: Call(linear(), lambda m, x: x + m.inner(x).detach()),
-    "looks at numbers": lambda: Call(linear(), lambda m, x: x * float(m.inner(x.detach()).detach().float().numpy().mean() > 0) + m.inner(x)),
+    "looks at numbers": lambda: Call(
+        linear(), lambda m, x: x * float(m.inner(x.detach()).detach().float().numpy().mean() > 0) + m.inner(x)
+    ),
     "weight used without a call": lambda: Call(linear(), lambda m, x: nn.functional.linear(x, m.inner.weight)),
     "double backward inside": lambda: Call(
-        linear(), lambda m, x: m.inner(x) * torch.autograd.grad(m.inner(x).sum(), m.inner.weight, create_graph=True)[0].mean()
+        linear(),
+        lambda m, x: m.inner(x) * torch.autograd.grad(m.inner(x).sum(), m.inner.weight, create_graph=True)[0].mean(),
     ),
 }
 
@@ -249,7 +267,9 @@ def in_backward(parameters):
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "SGD, many at once": lambda p: torch.optim.SGD(p, lr=0.05, foreach=True, nesterov=True, momentum=0.5, weight_decay=0.1),
+    "SGD, many at once": lambda p: torch.optim.SGD(
+        p, lr=0.05, foreach=True, nesterov=True, momentum=0.5, weight_decay=0.1
+    ),
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
     "Adam, fused": lambda p: torch.optim.Adam(p, lr=1e-2, fused=True),
     "AdamW, one by one": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False, amsgrad=True),
@@ -406,7 +426,11 @@ EVENTS = {
     "collect": lambda *_: gc.collect(0),
 }
 
-BLOCK = st.recursive(st.sampled_from(sorted(BLOCKS)), lambda b: st.tuples(st.sampled_from(sorted(AROUND)), st.lists(b, min_size=1, max_size=2)), max_leaves=3)
+BLOCK = st.recursive(
+    st.sampled_from(sorted(BLOCKS)),
+    lambda b: st.tuples(st.sampled_from(sorted(AROUND)), st.lists(b, min_size=1, max_size=2)),
+    max_leaves=3,
+)
 TRAININGS = st.builds(
     Training,
     blocks=st.lists(BLOCK, min_size=1, max_size=4),
@@ -477,7 +501,11 @@ def bits(tensor):
         return None
     tensor = tensor.detach()
     tensor = (tensor.coalesce().to_dense() if tensor.is_sparse else tensor).contiguous()
-    return str(tensor.dtype), tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return (
+        str(tensor.dtype),
+        tuple(tensor.shape),
+        tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"",
+    )
 
 
 def flat(value):
@@ -492,9 +520,17 @@ def hooks_of(model, optimizers):
     """Count everything that is attached anywhere."""
     owners = [*model.modules(), *model.parameters(), *optimizers]
     found = [
-        (k, len(v)) for home in (torch_modules, torch_optimizers) for k, v in sorted(vars(home).items()) if k.startswith("_global_") and isinstance(v, dict)
+        (k, len(v))
+        for home in (torch_modules, torch_optimizers)
+        for k, v in sorted(vars(home).items())
+        if k.startswith("_global_") and isinstance(v, dict)
     ]
-    found += [(k, len(v)) for owner in owners for k, v in sorted(vars(owner).items()) if k.endswith("_hooks") and hasattr(v, "__len__")]
+    found += [
+        (k, len(v))
+        for owner in owners
+        for k, v in sorted(vars(owner).items())
+        if k.endswith("_hooks") and hasattr(v, "__len__")
+    ]
     found += [len(p._backward_hooks or ()) for p in model.parameters()]
     return found + [sorted(vars(owner)) for owner in owners]
 
@@ -511,7 +547,11 @@ def made(training: Training):
         return model, [], None
     if training.optimizer == "in the backward pass":
         return model, make(parameters), None
-    parts = [parameters[:1], parameters[1:]] if training.two and len(parameters) > 1 and "LBFGS" not in training.optimizer else [parameters]
+    parts = (
+        [parameters[:1], parameters[1:]]
+        if training.two and len(parameters) > 1 and "LBFGS" not in training.optimizer
+        else [parameters]
+    )
     optimizers = [make(part) for part in parts] + ([torch.optim.SparseAdam(rare)] if rare else [])
     scaled = training.precision == "scaler" and training.optimizer not in {*CLOSURES, "duck"}
     return model, optimizers, torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) if scaled else None
@@ -553,7 +593,9 @@ def stepped(training: Training, model, optimizers, scaler):
             scaler.unscale_(o)
     if training.clip is not None:
         dense = [p for p in model.parameters() if p.grad is None or not p.grad.is_sparse]
-        torch.nn.utils.clip_grad_norm_(dense, 0.1) if training.clip == "norm" else torch.nn.utils.clip_grad_value_(dense, 0.01)
+        torch.nn.utils.clip_grad_norm_(dense, 0.1) if training.clip == "norm" else torch.nn.utils.clip_grad_value_(
+            dense, 0.01
+        )
     for o in optimizers if training.optimizer != "in the backward pass" else ():
         scaler.step(o) if scaler is not None else o.step()
     if scaler is not None:
@@ -571,11 +613,15 @@ def run(training: Training, how: Settings | None, folder=None):
     watcher = begin() if how is not None else None
     trace = []
     for number, event in enumerate(training.events):
-        batches = [torch.randn(ROWS, LENGTH, WIDTH, dtype=PRECISIONS[training.precision]) for _ in range(training.accumulate)]
+        batches = [
+            torch.randn(ROWS, LENGTH, WIDTH, dtype=PRECISIONS[training.precision]) for _ in range(training.accumulate)
+        ]
         EVENTS[event](model, optimizers, batches[0])
         if watcher is not None and number == 2:
             watcher = in_the_middle(watcher, how.middle, begin)
-        forth = lambda batches=batches, event=event: backwards(training, model, optimizers, scaler, batches, nan=event == "nan")
+        forth = lambda batches=batches, event=event: backwards(
+            training, model, optimizers, scaler, batches, nan=event == "nan"
+        )
         if training.optimizer in CLOSURES:
             trace += [bits(o.step(forth)) for o in optimizers]
         else:
@@ -635,9 +681,14 @@ BUDGET = float(os.environ.get("GRADWATCH_DRAWS", "0"))
 
 
 def draw(examples, **options):
-    return settings(max_examples=examples, deadline=None, database=None, print_blob=True, suppress_health_check=list(HealthCheck), **options)(
-        given(training=TRAININGS, how=SETTINGS)(both)
-    )
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+        **options,
+    )(given(training=TRAININGS, how=SETTINGS)(both))
 
 
 @pytest.mark.filterwarnings("ignore")

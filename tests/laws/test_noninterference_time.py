@@ -97,7 +97,11 @@ class Hooked(Fused):
 class Packed(nn.Module):
     def __init__(self, kind, *, ordered, **options):
         super().__init__()
-        self.rnn, self.head, self.ordered = kind(IN, H, **options), nn.Linear(H * (1 + options.get("bidirectional", False)), 2), ordered
+        self.rnn, self.head, self.ordered = (
+            kind(IN, H, **options),
+            nn.Linear(H * (1 + options.get("bidirectional", False)), 2),
+            ordered,
+        )
 
     def forward(self, x):
         lengths = [T, T - 1, 4, 2, 1] if self.ordered else [4, T, 1, T - 1, 2]
@@ -201,7 +205,11 @@ class Convolutions(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = [m for d, i in ((1, IN), (2, H)) for m in (nn.Conv1d(i, H, 3, dilation=d, padding=d), nn.BatchNorm1d(H), nn.ReLU(inplace=True))]
+        layers = [
+            m
+            for d, i in ((1, IN), (2, H))
+            for m in (nn.Conv1d(i, H, 3, dilation=d, padding=d), nn.BatchNorm1d(H), nn.ReLU(inplace=True))
+        ]
         self.body, self.head = nn.Sequential(*layers), nn.Linear(H, 2)
 
     def forward(self, x):
@@ -211,7 +219,12 @@ class Convolutions(nn.Module):
 class CheckpointedLayer(nn.Module):
     def __init__(self, *, reentrant):
         super().__init__()
-        self.embed, self.rnn, self.head, self.reentrant = nn.Linear(IN, IN), nn.LSTM(IN, H, 2, dropout=0.3), nn.Linear(H, 2), reentrant
+        self.embed, self.rnn, self.head, self.reentrant = (
+            nn.Linear(IN, IN),
+            nn.LSTM(IN, H, 2, dropout=0.3),
+            nn.Linear(H, 2),
+            reentrant,
+        )
 
     def forward(self, x):
         x = self.embed(x) if self.reentrant else x  # the reentrant kind wants an input that has a gradient
@@ -221,7 +234,12 @@ class CheckpointedLayer(nn.Module):
 class CheckpointedCells(nn.Module):
     def __init__(self, *, reentrant):
         super().__init__()
-        self.embed, self.cell, self.head, self.reentrant = nn.Linear(IN, IN), nn.GRUCell(IN, H), nn.Linear(H, 2), reentrant
+        self.embed, self.cell, self.head, self.reentrant = (
+            nn.Linear(IN, IN),
+            nn.GRUCell(IN, H),
+            nn.Linear(H, 2),
+            reentrant,
+        )
 
     def forward(self, x):
         x = self.embed(x) if self.reentrant else x
@@ -450,34 +468,59 @@ KINDS = {
     "lstm that keeps its state": Kind(Stateful),
     "lstm on words, attention": Kind(Pooled, data=words),
     "gru": Kind(lambda: Fused(nn.GRU), optimizers=sgd),
-    "gru of two layers, dropout": Kind(lambda: Fused(nn.GRU, num_layers=2, dropout=0.4, every=True), optimizers=fused_adamw),
+    "gru of two layers, dropout": Kind(
+        lambda: Fused(nn.GRU, num_layers=2, dropout=0.4, every=True), optimizers=fused_adamw
+    ),
     "rnn tanh": Kind(lambda: Fused(nn.RNN)),
     "rnn relu": Kind(lambda: Fused(nn.RNN, nonlinearity="relu", bias=False)),
     "lstm packed": Kind(lambda: Packed(nn.LSTM, ordered=True)),
-    "lstm packed, unsorted, dropout": Kind(lambda: Packed(nn.LSTM, ordered=False, num_layers=2, dropout=0.4, bidirectional=True)),
+    "lstm packed, unsorted, dropout": Kind(
+        lambda: Packed(nn.LSTM, ordered=False, num_layers=2, dropout=0.4, bidirectional=True)
+    ),
     "gru packed": Kind(lambda: Packed(nn.GRU, ordered=True, num_layers=2, dropout=0.4)),
     "gru packed, unsorted": Kind(lambda: Packed(nn.GRU, ordered=False)),
     "lstm cells": Kind(lambda: Loop(nn.LSTMCell), seen={"cell"}),
     "gru cells": Kind(lambda: Loop(nn.GRUCell), seen={"cell"}),
     "rnn cells": Kind(lambda: Loop(nn.RNNCell), seen={"cell"}, optimizers=sgd),
     "own cells": Kind(lambda: Loop(OwnCell), seen={"cell"}, timesteps=CELL),
-    "a linear layer in a loop": Kind(lambda: Loop(LinearCell), seen={"cell", "cell.linear"}, timesteps=CELL | {"cell.linear": None}),
-    "transformer embedded": Kind(lambda: Encoder(embedded=True), seen={"encoder"}, hidden=False, timesteps={"encoder": 1}),
-    "transformer on the input": Kind(lambda: Encoder(embedded=False), seen={"encoder", ""}, hidden=False, timesteps={"encoder": 1, "": 0}),
+    "a linear layer in a loop": Kind(
+        lambda: Loop(LinearCell), seen={"cell", "cell.linear"}, timesteps=CELL | {"cell.linear": None}
+    ),
+    "transformer embedded": Kind(
+        lambda: Encoder(embedded=True), seen={"encoder"}, hidden=False, timesteps={"encoder": 1}
+    ),
+    "transformer on the input": Kind(
+        lambda: Encoder(embedded=False), seen={"encoder", ""}, hidden=False, timesteps={"encoder": 1, "": 0}
+    ),
     "convolutions in place": Kind(Convolutions, seen={"body"}, hidden=False, timesteps={"body": 2}, optimizers=sgd),
     "checkpoint around the layer": Kind(lambda: CheckpointedLayer(reentrant=False)),
     "checkpoint reentrant around the layer": Kind(lambda: CheckpointedLayer(reentrant=True), refused="reentrant"),
     "checkpoint around each cell": Kind(lambda: CheckpointedCells(reentrant=False), seen={"cell"}),
     "checkpoint reentrant around each cell": Kind(
-        lambda: CheckpointedCells(reentrant=True), seen=set(), hidden=False, said="single timesteps", refused="reentrant"
+        lambda: CheckpointedCells(reentrant=True),
+        seen=set(),
+        hidden=False,
+        said="single timesteps",
+        refused="reentrant",
     ),
     "checkpoint reentrant that cuts off": Kind(
-        lambda: Around(CutOff()), seen=set(), hidden=False, timesteps={"body": 0}, said="train differently", refused="reentrant"
+        lambda: Around(CutOff()),
+        seen=set(),
+        hidden=False,
+        timesteps={"body": 0},
+        said="train differently",
+        refused="reentrant",
     ),
-    "a body that keeps its input": Kind(lambda: Around(Keeping()), seen=set(), hidden=False, timesteps={"body": 0}, said="train differently"),
-    "a body that edits its input": Kind(lambda: Around(Editing()), seen=set(), hidden=False, timesteps={"body": 0}, said="train differently"),
+    "a body that keeps its input": Kind(
+        lambda: Around(Keeping()), seen=set(), hidden=False, timesteps={"body": 0}, said="train differently"
+    ),
+    "a body that edits its input": Kind(
+        lambda: Around(Editing()), seen=set(), hidden=False, timesteps={"body": 0}, said="train differently"
+    ),
     "accumulated gradients": Kind(lambda: Fused(num_layers=2, dropout=0.4), step=lambda: accumulated),
-    "two optimizers and a validation": Kind(lambda: Fused(num_layers=2, dropout=0.4), step=lambda: by_turns, optimizers=two),
+    "two optimizers and a validation": Kind(
+        lambda: Fused(num_layers=2, dropout=0.4), step=lambda: by_turns, optimizers=two
+    ),
     "lbfgs": Kind(lambda: Fused(num_layers=2, dropout=0.4), step=lambda: by_closure, optimizers=lbfgs),
     "gradient penalty": Kind(lambda: Loop(nn.GRUCell), seen={"cell"}, hidden=False, step=lambda: penalized),
     "scaler": Kind(Fused, step=scaled, optimizers=sgd),
@@ -487,7 +530,11 @@ KINDS = {
 def bits(value):
     """Give nested values with every tensor and array as its bytes, so that == is bitwise, for NaN too."""
     if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape), bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b""
+        return (
+            str(value.dtype),
+            tuple(value.shape),
+            bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b"",
+        )
     if isinstance(value, np.ndarray):
         return value.tobytes()
     if isinstance(value, dict):
@@ -497,7 +544,11 @@ def bits(value):
 
 def kept_by(module):
     """Give what a module keeps as attributes of its own: tensors, numbers, names of the rest."""
-    return {k: v if isinstance(v, torch.Tensor | tuple | int | float) else str(type(v)) for k, v in vars(module).items() if not k.startswith("_")}
+    return {
+        k: v if isinstance(v, torch.Tensor | tuple | int | float) else str(type(v))
+        for k, v in vars(module).items()
+        if not k.startswith("_")
+    }
 
 
 def trained(name, low, *, explicit=False, **options):
@@ -509,7 +560,15 @@ def trained(name, low, *, explicit=False, **options):
     reports = []
     watcher = None
     if options:
-        watcher = watch(model, optimizers, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], on_alert=lambda _: None, **options)
+        watcher = watch(
+            model,
+            optimizers,
+            every_n_steps=1,
+            probe_every_n_steps=1,
+            sinks=[reports.append],
+            on_alert=lambda _: None,
+            **options,
+        )
 
     def look(loss, optimizer=None):
         if watcher is not None and explicit:
@@ -557,7 +616,9 @@ def unperturbed(name, low, *, combinations, caplog, **options):
     assert not caplog.records  # nothing failed quietly
 
 
-quiet = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning", "ignore:None of the inputs have requires_grad=True:UserWarning")
+quiet = pytest.mark.filterwarnings(
+    "ignore:LSTM with projections:UserWarning", "ignore:None of the inputs have requires_grad=True:UserWarning"
+)
 NORMAL = [(False, None), (True, NEED)]
 """Of the explicit form and the horizon, what every run of the tests sees."""
 
@@ -581,7 +642,11 @@ def test_not_one_bit_of_training_changes_in_any_combination_with_files_written(n
 class TwoHeads(nn.Module):
     def __init__(self):
         super().__init__()
-        self.rnn, self.one, self.other = nn.GRU(IN, H), nn.Linear(H, 2), nn.Linear(H, 2)  # which saves more where its input has a gradient
+        self.rnn, self.one, self.other = (
+            nn.GRU(IN, H),
+            nn.Linear(H, 2),
+            nn.Linear(H, 2),
+        )  # which saves more where its input has a gradient
 
 
 def test_a_probe_that_begins_between_a_forward_pass_and_the_backward_pass_that_repeats_it_changes_nothing():
@@ -620,7 +685,15 @@ def moments(name, seconds, **options):
     kind = KINDS[name]
     model = kind.model()
     (optimizer,), step = kind.optimizers(model), 0
-    watcher = watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None, timesteps=kind.timesteps, **options)
+    watcher = watch(
+        model,
+        optimizer,
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        on_alert=lambda _: None,
+        timesteps=kind.timesteps,
+        **options,
+    )
     while step < seconds:
         optimizer.zero_grad()
         yield "between two steps", model, watcher
@@ -635,8 +708,18 @@ def moments(name, seconds, **options):
 
 def hooks_of(model):
     """Count what hangs on the modules and parameters of a model, and on all modules."""
-    tables = [t for m in model.modules() for k, t in vars(m).items() if k.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called")) and t]
-    tables += [t for p in [*model.parameters(), *model.buffers()] for t in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) if t]
+    tables = [
+        t
+        for m in model.modules()
+        for k, t in vars(m).items()
+        if k.endswith(("hooks", "hooks_with_kwargs", "hooks_always_called")) and t
+    ]
+    tables += [
+        t
+        for p in [*model.parameters(), *model.buffers()]
+        for t in (p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None))
+        if t
+    ]
     return sum(map(len, tables))
 
 
@@ -644,7 +727,14 @@ def everywhere():
     return {k: len(v) for k, v in vars(torch_modules).items() if k.startswith("_global") and hasattr(v, "__len__")}
 
 
-SAVED = ["lstm that keeps its state", "gru packed", "lstm cells", "own cells", "transformer on the input", "convolutions in place"]
+SAVED = [
+    "lstm that keeps its state",
+    "gru packed",
+    "lstm cells",
+    "own cells",
+    "transformer on the input",
+    "convolutions in place",
+]
 
 
 @pytest.mark.parametrize("horizon", [None, NEED])
@@ -718,7 +808,9 @@ def ours():
     return [
         f
         for f in gc.get_objects()
-        if type(f) is types.FunctionType and f.__module__ == "gradwatch.timesteps.recorder" and f.__qualname__.startswith("Recorder._hang.<locals>")
+        if type(f) is types.FunctionType
+        and f.__module__ == "gradwatch.timesteps.recorder"
+        and f.__qualname__.startswith("Recorder._hang.<locals>")
     ]
 
 
@@ -732,15 +824,28 @@ def scripted(model):
 def mapped(model):
     x = torch.randn(T, 2, 1, IN)
     parameters = {k: v.detach() for k, v in model.named_parameters()}
-    every = torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()), (None, 1))(parameters, x)
+    every = torch.func.vmap(
+        torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x,)).square().sum()), (None, 1)
+    )(parameters, x)
     with torch.inference_mode():
         inferred = model(x[:, 0]).clone()
-    return [torch.func.vmap(model, 1)(x), torch.func.jacrev(model)(x[:, 0]), torch.func.jvp(model, (x[:, 0],), (x[:, 1],))[1], inferred, *every.values()]
+    return [
+        torch.func.vmap(model, 1)(x),
+        torch.func.jacrev(model)(x[:, 0]),
+        torch.func.jvp(model, (x[:, 0],), (x[:, 1],))[1],
+        inferred,
+        *every.values(),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python boolean:torch.jit.TracerWarning")
-@pytest.mark.parametrize(("name", "made", "horizon"), [("lstm many to many", scripted, NEED), ("own cells", mapped, None), ("own cells", mapped, NEED)])
-def test_scripts_traces_and_transforms_made_at_any_moment_are_what_they_are_without_gradwatch(name, made, horizon, caplog):
+@pytest.mark.parametrize(
+    ("name", "made", "horizon"),
+    [("lstm many to many", scripted, NEED), ("own cells", mapped, None), ("own cells", mapped, NEED)],
+)
+def test_scripts_traces_and_transforms_made_at_any_moment_are_what_they_are_without_gradwatch(
+    name, made, horizon, caplog
+):
     for moment, model, _ in moments(name, 3, horizon=horizon):
         seed = torch.get_rng_state()
         results = made(model)
@@ -816,7 +921,13 @@ def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed(tmp
     torch.save(Thresholds(), files[-1])
     script = tmp_path / "load.py"
     script.write_text(LOAD)
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), *map(str, files)], capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *map(str, files)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.split()
     assert lines.pop() == "refused"
@@ -895,7 +1006,15 @@ def growth(name, steps, *, watched=True, settle=60, **options):
     model = kind.model()
     optimizers, step = kind.optimizers(model), kind.step()
     if watched:
-        watcher = watch(model, optimizers, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None, timesteps=kind.timesteps, **options)
+        watcher = watch(
+            model,
+            optimizers,
+            every_n_steps=1,
+            probe_every_n_steps=1,
+            on_alert=lambda _: None,
+            timesteps=kind.timesteps,
+            **options,
+        )
 
     def train(count):
         for _ in range(count):
@@ -933,7 +1052,9 @@ def test_nothing_grows_from_probe_to_probe_even_if_nobody_collects_cycles(name, 
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 def test_nothing_grows_from_probe_to_probe_in_any_kind_of_training(name):
-    assert not grows(name, 70, NEED, settle=170)  # of layers that begin to look ill on the way, more is measured from there on
+    assert not grows(
+        name, 70, NEED, settle=170
+    )  # of layers that begin to look ill on the way, more is measured from there on
 
 
 class Witness(torch.autograd.Function):
@@ -1016,7 +1137,15 @@ def stumbled(where, **options):
     optimizer = Stumbling(model.parameters(), lr=0.1)
     reports, watcher = [], None
     if options:
-        watcher = watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], on_alert=lambda _: None, **options)
+        watcher = watch(
+            model,
+            optimizer,
+            every_n_steps=1,
+            probe_every_n_steps=1,
+            sinks=[reports.append],
+            on_alert=lambda _: None,
+            **options,
+        )
     losses, raised = [], 0
     for k in range(8):
         model.breaks, optimizer.breaks = (where, where == "optimizer") if k in (3, 4) else ("", False)
@@ -1044,7 +1173,9 @@ def test_a_step_that_breaks_off_changes_nothing_leaves_nothing_and_the_next_is_w
     assert len(snapshots) == 6
     last = {s.module: s for s in snapshots[-1].sequences if not s.part}
     assert last.keys() == {"rnn", "cell"}
-    assert all(s.length == T and s.grad_input is not None and s.lag_gain is not None and s.note is None for s in last.values())
+    assert all(
+        s.length == T and s.grad_input is not None and s.lag_gain is not None and s.note is None for s in last.values()
+    )
     if horizon:
         assert next(s for s in snapshots[-1].sequences if s.part == "model").lag_gain
     assert not caplog.records

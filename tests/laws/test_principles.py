@@ -36,7 +36,10 @@ class Training:
 
 
 def mlp(depth, activation=nn.ReLU, width=8):
-    return nn.Sequential(*(m for i in range(depth) for m in (nn.Linear(8 if i == 0 else width, width), activation())), nn.Linear(width, 1))
+    return nn.Sequential(
+        *(m for i in range(depth) for m in (nn.Linear(8 if i == 0 else width, width), activation())),
+        nn.Linear(width, 1),
+    )
 
 
 def he(net):
@@ -93,7 +96,9 @@ TRAININGS = {
     "explodes": Training(lambda: mlp(1, nn.Tanh, width=16), lr=0.02, jump=60.0, steps=24),
     "is-dead": Training(with_a_dead_layer, lr=0.02),
     "forgets": Training(Reader, lr=0.02, shape=(30, 3), options={"horizon": 28, "probe_every_n_steps": 7}),
-    "grows-with-time": Training(functools.partial(Reader, gain=1.5), lr=1e-24, adam=1e-24, shape=(30, 3), options={"probe_every_n_steps": 7}),
+    "grows-with-time": Training(
+        functools.partial(Reader, gain=1.5), lr=1e-24, adam=1e-24, shape=(30, 3), options={"probe_every_n_steps": 7}
+    ),
 }
 EXPECTED = {
     "fades-with-depth": {("GW101", "0", Severity.WARNING)},
@@ -165,7 +170,9 @@ def train(training, way=None, **options):
         for a in report.open:
             verdicts.setdefault((a.finding.code, a.finding.place, a.severity), report.snapshot.step)
 
-    with gradwatch.watch(net, optimizer, sinks=[note], on_alert=lambda _: None, scaler=scaler, **training.options, **options) as watcher:
+    with gradwatch.watch(
+        net, optimizer, sinks=[note], on_alert=lambda _: None, scaler=scaler, **training.options, **options
+    ) as watcher:
         for step, x in enumerate(data):
             y = x.flatten(1)[:, :8].sum(1, keepdim=True) / 4
             for group in optimizer.param_groups:
@@ -174,7 +181,9 @@ def train(training, way=None, **options):
             for rows in torch.arange(ROWS).chunk(way.parts):
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way.dtype is not None):
                     out = net(x[rows])
-                loss = nn.functional.mse_loss(out if way.half else out.float(), y[rows], reduction=way.reduction) * (way.scale / way.parts)
+                loss = nn.functional.mse_loss(out if way.half else out.float(), y[rows], reduction=way.reduction) * (
+                    way.scale / way.parts
+                )
                 if way.told:
                     watcher.record(loss * way.parts)
                 scaler.scale(loss).backward()
@@ -203,7 +212,9 @@ def kinds(alerts):
 
 
 every_training = pytest.mark.parametrize("name", TRAININGS)
-either_optimizer = pytest.mark.parametrize("adam", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sgd", "adam"])
+either_optimizer = pytest.mark.parametrize(
+    "adam", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sgd", "adam"]
+)
 
 
 # --- free of scale ---
@@ -220,7 +231,11 @@ def test_the_trainings_are_what_they_are_called(name, adam):
 
 @every_training
 @pytest.mark.parametrize(
-    ("way", "adam"), [*((way, False) for way in SAME), *(pytest.param(way, True, marks=[] if "scale" in SAME[way] else pytest.mark.slow) for way in SAME)]
+    ("way", "adam"),
+    [
+        *((way, False) for way in SAME),
+        *(pytest.param(way, True, marks=[] if "scale" in SAME[way] else pytest.mark.slow) for way in SAME),
+    ],
 )
 def test_what_changes_nothing_in_training_changes_no_verdict(name, adam, way):
     assert train(TRAININGS[name], Way(adam=adam, **SAME[way]))[1] == reference(name, adam=adam)[1]
@@ -262,7 +277,9 @@ def test_gradients_below_the_epsilon_of_adam_are_underflow():
 
 
 def test_a_tiny_loss_in_pure_float16_is_underflow():
-    slower = dataclasses.replace(TRAININGS["is-healthy"], lr=0.01)  # in float16 no larger rate than 65504 can go with the loss
+    slower = dataclasses.replace(
+        TRAININGS["is-healthy"], lr=0.01
+    )  # in float16 no larger rate than 65504 can go with the loss
 
     assert "underflow" in kinds(train(slower, Way(scale=4e-7, half=True))[0])
     assert kinds(train(slower, Way(half=True))[0]) == set()
@@ -300,7 +317,11 @@ def test_a_fault_alerts_when_it_lasts_and_clears_when_it_has_gone_for_as_long(fi
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
     opened, cleared = [], []
     with gradwatch.watch(
-        net, optimizer, sinks=[lambda r: opened.extend(r.began) or cleared.extend(r.cleared)], on_alert=lambda _: None, probe_every_n_steps=4
+        net,
+        optimizer,
+        sinks=[lambda r: opened.extend(r.began) or cleared.extend(r.cleared)],
+        on_alert=lambda _: None,
+        probe_every_n_steps=4,
     ) as w:
         for step in range(60):
             x = torch.randn(ROWS, 8)
@@ -331,7 +352,9 @@ def test_growth_that_only_the_loss_could_excuse_is_information_without_it():
     assert set(train(explodes, Way(told=False))[1]) == {("GW201", "", Severity.INFO)}
 
 
-@pytest.mark.parametrize(("told", "severity"), [(True, Severity.INFO), (False, Severity.WARNING)], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    ("told", "severity"), [(True, Severity.INFO), (False, Severity.WARNING)], ids=["known", "unknown"]
+)
 def test_a_loss_that_falls_takes_a_warning_back(told, severity):
     faint = Training(functools.partial(Cut, cut=False, share=1e-4), lr=0.05)
 

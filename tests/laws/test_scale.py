@@ -29,7 +29,11 @@ def verdicts(build, *, scale=1.0, reduction="mean", scaler=None, accumulate=1, a
     torch.manual_seed(1)
     batches = torch.randn(steps, 64, 8)
     total = scale * (64 if reduction == "sum" else 1)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2, eps=1e-8 * total) if adam else torch.optim.SGD(net.parameters(), lr=lr / total)
+    optimizer = (
+        torch.optim.Adam(net.parameters(), lr=1e-2, eps=1e-8 * total)
+        if adam
+        else torch.optim.SGD(net.parameters(), lr=lr / total)
+    )
     found = []
     with gradwatch.watch(net, optimizer, on_alert=found.append) as watcher:
         for x in batches:

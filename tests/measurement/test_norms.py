@@ -56,20 +56,35 @@ def test_small_entries_beside_a_large_one_are_not_lost():
     tensor[123_456] = 1.0
     small = float(np.float32(1e-4))
     assert norm(tensor) == pytest.approx(math.sqrt(1 + 1e6 * small * small), rel=1e-6)
-    assert abs(torch.linalg.vector_norm(tensor).item() / norm(tensor) - 1) > 1e-5  # which is why this is not torch's own float32 norm
+    assert (
+        abs(torch.linalg.vector_norm(tensor).item() / norm(tensor) - 1) > 1e-5
+    )  # which is why this is not torch's own float32 norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_the_layout_in_memory_does_not_matter(dtype):
     tensor = entries(300 * 200, dtype, 1.0).view(300, 200)
-    views = (tensor.t(), tensor[:, ::3], tensor[1:, 1:], tensor.view(30, 10, 200).permute(2, 0, 1), tensor.expand(3, 300, 200))
+    views = (
+        tensor.t(),
+        tensor[:, ::3],
+        tensor[1:, 1:],
+        tensor.view(30, 10, 200).permute(2, 0, 1),
+        tensor.expand(3, 300, 200),
+    )
     for view in views:
         assert not view.is_contiguous()
         assert norm(view) == pytest.approx(exact(view), rel=1e-6)
 
 
 def test_nothing_zero_and_a_single_number_have_their_norms():
-    shapes = [torch.zeros(0), torch.zeros(3, 0), torch.tensor(-3.0), torch.zeros(7), torch.zeros(50_000), torch.zeros(5, dtype=torch.float64)]
+    shapes = [
+        torch.zeros(0),
+        torch.zeros(3, 0),
+        torch.tensor(-3.0),
+        torch.zeros(7),
+        torch.zeros(50_000),
+        torch.zeros(5, dtype=torch.float64),
+    ]
     assert stats.norms(shapes).tolist() == [0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
     assert stats.norms([]).shape == (0,)
     assert stats.norms([torch.zeros(0, dtype=torch.float64)]).tolist() == [0.0]
@@ -162,7 +177,20 @@ def test_counts_are_those_of_numpy(dtype):
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-21, 1.0, 1e19, 1e36])
 @pytest.mark.parametrize(
-    "shape", [(63, 300), (300, 63), (64, 64), (40, 64), (300, 512), (20, 1024), (20, 1025), (3, 5, 7, 64), (1, 20_000), (20_000, 1)], ids=str
+    "shape",
+    [
+        (63, 300),
+        (300, 63),
+        (64, 64),
+        (40, 64),
+        (300, 512),
+        (20, 1024),
+        (20, 1025),
+        (3, 5, 7, 64),
+        (1, 20_000),
+        (20_000, 1),
+    ],
+    ids=str,
 )
 def test_many_tensors_of_one_shape_are_told_apart(shape, scale):
     tensors = [entries(shape, torch.float32, scale * (i + 1) / 6, seed=i) for i in range(5)]
@@ -176,14 +204,21 @@ def test_the_roundings_of_equal_entries_do_not_add_up(width):
     # The same rounding in every sum is the worst case of float32: nothing cancels.
     for value in np.geomspace(1, 10, 100, dtype=np.float32).tolist():
         tensor = torch.full((40, width), value)
-        views = [tensor, torch.full((width, 40), value).t(), torch.full((80, width), value)[::2], torch.full((40 * width, 2), value)[:, 0]]
+        views = [
+            tensor,
+            torch.full((width, 40), value).t(),
+            torch.full((80, width), value)[::2],
+            torch.full((40 * width, 2), value)[:, 0],
+        ]
         truth = math.sqrt(40 * width) * float(np.float32(value))
         assert stats.norms(views).tolist() == pytest.approx([truth] * len(views), rel=1e-6)
 
 
 def test_thousands_of_small_tensors_keep_their_order():
     tensors = [torch.full(((1, 3, 500)[i % 3],), float(i)) for i in range(3000)] + [torch.tensor(-7.0)] * 40
-    assert stats.norms(tensors).tolist() == pytest.approx([i * math.sqrt((1, 3, 500)[i % 3]) for i in range(3000)] + [7.0] * 40, rel=1e-6)
+    assert stats.norms(tensors).tolist() == pytest.approx(
+        [i * math.sqrt((1, 3, 500)[i % 3]) for i in range(3000)] + [7.0] * 40, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

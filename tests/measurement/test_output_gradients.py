@@ -20,7 +20,9 @@ from gradwatch.sinks.record import read_run
 def watched(model, optimizer=None, **options):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
     reports = []
-    watcher = gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], **options)
+    watcher = gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], **options
+    )
     return watcher, optimizer, reports
 
 
@@ -43,8 +45,14 @@ def truth(model, loss, names):
     for name in names:
         modules[name].register_forward_hook(hook(name))
     value = loss(twin)
-    found = {name: torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True) for name, tensors in kept.items()}
-    return {name: float(torch.stack([g.norm() for g in gradients if g is not None]).norm()) for name, gradients in found.items()}
+    found = {
+        name: torch.autograd.grad(value, tensors, retain_graph=True, allow_unused=True)
+        for name, tensors in kept.items()
+    }
+    return {
+        name: float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+        for name, gradients in found.items()
+    }
 
 
 def step(optimizer, value):
@@ -117,12 +125,24 @@ X = torch.randn(5, 8, generator=torch.Generator().manual_seed(3))
 
 
 MODELS = {
-    "plain": lambda: (nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)), ["", "0", "1", "2", "3"]),
+    "plain": lambda: (
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3)),
+        ["", "0", "1", "2", "3"],
+    ),
     "in place": lambda: (nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)), ["", "1", "2"]),
     "a layer called twice": lambda: (Twice(), ["", "layer", "through"]),
-    "checkpointed": lambda: (nn.Sequential(nn.Linear(8, 8), Block(reentrant=False), nn.Linear(8, 3)), ["", "0", "1", "1.first", "1.second", "2"]),
-    "checkpointed, reentrant": lambda: (nn.Sequential(nn.Linear(8, 8), Block(reentrant=True), nn.Linear(8, 3)), ["", "0", "1", "2"]),
-    "frozen below": lambda: (nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 3)), ["", "2"]),
+    "checkpointed": lambda: (
+        nn.Sequential(nn.Linear(8, 8), Block(reentrant=False), nn.Linear(8, 3)),
+        ["", "0", "1", "1.first", "1.second", "2"],
+    ),
+    "checkpointed, reentrant": lambda: (
+        nn.Sequential(nn.Linear(8, 8), Block(reentrant=True), nn.Linear(8, 3)),
+        ["", "0", "1", "2"],
+    ),
+    "frozen below": lambda: (
+        nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Tanh(), nn.Linear(8, 3)),
+        ["", "2"],
+    ),
 }
 
 
@@ -172,7 +192,9 @@ def test_of_several_outputs_it_is_the_norm_of_all_together(kind):
         optimizer.step()
     watcher.close()
 
-    assert by_name(reports[-1])[""] == pytest.approx(float(torch.cat([t.grad.flatten() for t in given]).norm()), rel=1e-6)
+    assert by_name(reports[-1])[""] == pytest.approx(
+        float(torch.cat([t.grad.flatten() for t in given]).norm()), rel=1e-6
+    )
 
 
 def test_micro_batches_add_up_as_the_rows_of_one_batch_would():
@@ -224,7 +246,9 @@ def saliency(model):
 
 
 def functional(model):
-    torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x,)).sum()), (None, 0))(dict(model.named_parameters()), X)
+    torch.func.vmap(torch.func.grad(lambda p, x: torch.func.functional_call(model, p, (x,)).sum()), (None, 0))(
+        dict(model.named_parameters()), X
+    )
 
 
 def forward_mode(model):
@@ -235,7 +259,9 @@ def traced(model):
     torch.jit.trace(model, X, check_trace=False)
 
 
-@pytest.mark.parametrize("beside", [validation_without_gradients, loss_that_is_dropped, saliency, functional, forward_mode, traced])
+@pytest.mark.parametrize(
+    "beside", [validation_without_gradients, loss_that_is_dropped, saliency, functional, forward_mode, traced]
+)
 def test_what_runs_beside_the_training_leaves_no_trace_in_it(beside):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))

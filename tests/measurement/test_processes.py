@@ -63,7 +63,9 @@ def column_names() -> list[str]:
     return [name for name, hint in typing.get_type_hints(Snapshot).items() if hint in (Column, Column | None)]
 
 
-def expected(read, taken, weights, moved, kinds: list[tuple[torch.dtype, torch.dtype]]) -> dict[str, list[float | None]]:
+def expected(
+    read, taken, weights, moved, kinds: list[tuple[torch.dtype, torch.dtype]]
+) -> dict[str, list[float | None]]:
     """What a snapshot must say of whole parameters.
 
     Args:
@@ -75,7 +77,10 @@ def expected(read, taken, weights, moved, kinds: list[tuple[torch.dtype, torch.d
 
     """
     entries = [int((g != 0).sum()) for g in read]
-    tiny = [int(((g != 0) & (g.abs() < torch.finfo(kind).smallest_normal)).sum()) for g, (kind, _) in zip(read, kinds, strict=True)]
+    tiny = [
+        int(((g != 0) & (g.abs() < torch.finfo(kind).smallest_normal)).sum())
+        for g, (kind, _) in zip(read, kinds, strict=True)
+    ]
     still = [int(((m == 0) & (g != 0)).sum()) for m, g in zip(moved, taken, strict=True)]
     return {
         "norm": [size(g) for g in read],
@@ -84,7 +89,9 @@ def expected(read, taken, weights, moved, kinds: list[tuple[torch.dtype, torch.d
         "zeros": [float((g == 0).double().mean()) for g in read],
         "subnormal": [t / max(n, 1) for t, n in zip(tiny, entries, strict=True)],
         "update_ratio": [size(m) / size(w) for m, w in zip(moved, weights, strict=True)],
-        "lost": [s / max(n, 1) if kind.itemsize < 4 else None for s, n, (_, kind) in zip(still, entries, kinds, strict=True)],
+        "lost": [
+            s / max(n, 1) if kind.itemsize < 4 else None for s, n, (_, kind) in zip(still, entries, kinds, strict=True)
+        ],
     }
 
 
@@ -96,9 +103,16 @@ class Run:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         self.reports: list[gradwatch.Report] = []
         self.truth: list[dict[str, list[float]]] = []
-        self.watcher = gradwatch.watch(model, self.optimizer, sinks=[self.reports.append] * sinks, **{"every_n_steps": 1, "probe_every_n_steps": 1} | options)
+        self.watcher = gradwatch.watch(
+            model,
+            self.optimizer,
+            sinks=[self.reports.append] * sinks,
+            **{"every_n_steps": 1, "probe_every_n_steps": 1} | options,
+        )
 
-    def step(self, number: int, *, clip: float | None = None, explicit: bool = False, poison: float | None = None) -> None:
+    def step(
+        self, number: int, *, clip: float | None = None, explicit: bool = False, poison: float | None = None
+    ) -> None:
         self.optimizer.zero_grad()
         (self.forward(batch(number)).square().mean() * 10).backward()
         if poison is not None:
@@ -114,7 +128,9 @@ class Run:
         moved = [whole(p) - w for p, w in zip(self.model.parameters(), weights, strict=True)]
         clipped = math.hypot(*(float(g.norm()) for g in after)) / math.hypot(*(float(g.norm()) for g in before))
         kinds = [(p.grad.dtype, p.dtype) for p in self.model.parameters()]
-        self.truth.append(expected(before if explicit else after, after, weights, moved, kinds) | {"clip_factor": [clipped]})
+        self.truth.append(
+            expected(before if explicit else after, after, weights, moved, kinds) | {"clip_factor": [clipped]}
+        )
 
     def take(self) -> None:
         """Step with the gradients that are there."""
@@ -134,13 +150,23 @@ class Run:
 
     def result(self) -> dict[str, object]:
         self.watcher.close()
-        mine = [{c: getattr(r.snapshot, c) for c in column_names()} | {"clip_factor": [r.snapshot.clip_factor]} for r in self.reports]
+        mine = [
+            {c: getattr(r.snapshot, c) for c in column_names()} | {"clip_factor": [r.snapshot.clip_factor]}
+            for r in self.reports
+        ]
         notes = [r.snapshot.notes for r in self.reports]
-        return {"mine": mine, "truth": self.truth, "notes": notes, "weights": [whole(p).flatten().tolist() for p in self.model.parameters()]}
+        return {
+            "mine": mine,
+            "truth": self.truth,
+            "notes": notes,
+            "weights": [whole(p).flatten().tolist() for p in self.model.parameters()],
+        }
 
 
 def mesh(*shape: int):
-    return init_device_mesh("cpu", shape or (dist.get_world_size(),), mesh_dim_names=("copies", "pieces")[-max(len(shape), 1) :])
+    return init_device_mesh(
+        "cpu", shape or (dist.get_world_size(),), mesh_dim_names=("copies", "pieces")[-max(len(shape), 1) :]
+    )
 
 
 def sharded(model: nn.Sequential, where, **options: object) -> nn.Module:
@@ -157,7 +183,9 @@ def train(run: Run, **options: object) -> dict[str, object]:
 
 def ddp(logdir: Path):
     model = mlp()
-    return train(Run(DistributedDataParallel(model), model, logdir=logdir)) | {"folders": sorted(p.name for p in logdir.iterdir())}
+    return train(Run(DistributedDataParallel(model), model, logdir=logdir)) | {
+        "folders": sorted(p.name for p in logdir.iterdir())
+    }
 
 
 def ddp_wrapped(_: Path):
@@ -240,7 +268,12 @@ def raw_quantities(_: Path):
         run.watcher.close()
     finally:
         Reading._take = take
-    return {"mine": mine, "joined": [{q: of for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP} for values in after]}
+    return {
+        "mine": mine,
+        "joined": [
+            {q: of for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP} for values in after
+        ],
+    }
 
 
 def fsdp_clipped(_: Path):
@@ -304,7 +337,9 @@ def fsdp1(strategy: ShardingStrategy):
     def situation(_: Path):
         model = mlp()
         where = mesh(2, 2) if strategy is ShardingStrategy.HYBRID_SHARD else None
-        wrapper = FullyShardedDataParallel(model, sharding_strategy=strategy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=where)
+        wrapper = FullyShardedDataParallel(
+            model, sharding_strategy=strategy, use_orig_params=True, device_id=torch.device("cpu"), device_mesh=where
+        )
         twin = mlp()  # the truth, by DistributedDataParallel
         reference = Run(DistributedDataParallel(twin), twin, sinks=False)
         reports: list[gradwatch.Report] = []
@@ -339,14 +374,24 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def several(wrapper: nn.Module, model: nn.Module, ranks: tuple[int, ...] | None = None, steps: int = STEPS, meanwhile=lambda number, watcher: None):
+def several(
+    wrapper: nn.Module,
+    model: nn.Module,
+    ranks: tuple[int, ...] | None = None,
+    steps: int = STEPS,
+    meanwhile=lambda number, watcher: None,
+):
     """Train, watched in some of the processes only; the collectives are counted too, and the warnings."""
     reports: list[gradwatch.Report] = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         mine = ranks is None or dist.get_rank() in ranks
-        watcher = gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=2, sinks=[reports.append]) if mine else None
+        watcher = (
+            gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=2, sinks=[reports.append])
+            if mine
+            else None
+        )
         began = time.monotonic()
         with Collectives() as communication:
             for number in range(steps):
@@ -502,7 +547,11 @@ def work(rank: int, world: int, folder: str, port: int) -> None:
         logdir = Path(folder) / name
         logdir.mkdir(exist_ok=True)
         try:
-            with contextlib.nullcontext() if name.startswith(("watched", "fsdp1", "one", "a_")) else warnings.catch_warnings():
+            with (
+                contextlib.nullcontext()
+                if name.startswith(("watched", "fsdp1", "one", "a_"))
+                else warnings.catch_warnings()
+            ):
                 warnings.filterwarnings("error", category=gradwatch.GradwatchWarning)
                 results[name] = SITUATIONS[name](logdir)
         except Exception:  # noqa: BLE001  (told by the test of this situation)
@@ -544,7 +593,11 @@ def test_every_number_is_that_of_the_whole_gradient(ranks, name):
         assert set(mine) == set(truth)  # every column
         for quantity, wanted in truth.items():
             for column, (got, true) in enumerate(zip(mine[quantity] or [None] * len(wanted), wanted, strict=True)):
-                if (name, step, column) == ("tensor_parallel", STEPS - 1, 4) and quantity in ("norm", "zeros", "subnormal"):
+                if (name, step, column) == ("tensor_parallel", STEPS - 1, 4) and quantity in (
+                    "norm",
+                    "zeros",
+                    "subnormal",
+                ):
                     assert got is None  # a sum that nobody has taken
                 elif quantity == "nonfinite":  # counted where the norm is not finite
                     assert (got or 0) == true
@@ -553,7 +606,9 @@ def test_every_number_is_that_of_the_whole_gradient(ranks, name):
                 elif true is None:
                     assert got is None
                 else:  # flattened ones are compared with another wrapper's, which rounds otherwise
-                    assert got == pytest.approx(true, rel=1e-5 if name.startswith("fsdp1") else 1e-6, abs=0, nan_ok=True), (quantity, step, column)
+                    assert got == pytest.approx(
+                        true, rel=1e-5 if name.startswith("fsdp1") else 1e-6, abs=0, nan_ok=True
+                    ), (quantity, step, column)
 
 
 def test_where_every_update_is_lost_the_share_is_that_of_the_whole(ranks):
@@ -566,7 +621,16 @@ def root(norms):
     return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
 
 
-TOGETHER = {"norm": root, "applied": root, "weight_norm": root, "update": root, "nonfinite": sum, "nonzero": sum, "tiny": sum, "lost": sum}
+TOGETHER = {
+    "norm": root,
+    "applied": root,
+    "weight_norm": root,
+    "update": root,
+    "nonfinite": sum,
+    "nonzero": sum,
+    "tiny": sum,
+    "lost": sum,
+}
 """How the raw quantity of a whole parameter comes of those of its pieces."""
 
 
@@ -579,7 +643,11 @@ def test_every_raw_quantity_of_a_parameter_comes_together(ranks):
         for quantity in set().union(*pieces):
             for column in set().union(*(p.get(quantity, {}) for p in pieces)):
                 wanted = TOGETHER[quantity]([p[quantity][column] for p in pieces if column in p.get(quantity, {})])
-                assert joined[quantity][column] == pytest.approx(wanted, rel=1e-12, nan_ok=True), (step, quantity, column)
+                assert joined[quantity][column] == pytest.approx(wanted, rel=1e-12, nan_ok=True), (
+                    step,
+                    quantity,
+                    column,
+                )
 
 
 def test_a_poisoned_piece_of_another_process_is_counted(ranks):
@@ -715,6 +783,11 @@ Path(sys.argv[1], f"{trainer.global_rank}.json").write_text(json.dumps(trainer.g
 def test_an_alert_of_rank_0_stops_the_fit_in_every_process(tmp_path):
     (tmp_path / "fit.py").write_text(FIT)
 
-    subprocess.run([sys.executable, tmp_path / "fit.py", tmp_path], check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, tmp_path / "fit.py", tmp_path],
+        check=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [3, 3]

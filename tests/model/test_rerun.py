@@ -91,7 +91,11 @@ class Busy(nn.Module):
 
 def bits(tensor):
     tensor = tensor.detach()
-    return tensor.to_dense().numpy().tobytes() if tensor.layout is not torch.strided else tensor.contiguous().view(-1).numpy().tobytes()
+    return (
+        tensor.to_dense().numpy().tobytes()
+        if tensor.layout is not torch.strided
+        else tensor.contiguous().view(-1).numpy().tobytes()
+    )
 
 
 def described(value, seen):
@@ -191,7 +195,19 @@ def test_the_same_bits_are_put_back_and_not_equal_ones():
     assert (bits(model.zero), bits(model.odd)) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bool,
+        torch.int8,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ],
+)
 def test_tensors_of_every_format_are_put_back(dtype):
     model = nn.Module()
     model.register_buffer("values", torch.ones(3, 2).to(dtype).t())
@@ -259,7 +275,13 @@ def test_what_cannot_be_put_back_is_an_error():
 
     model = nn.Module()
     model.stubborn = torch.zeros(2).as_subclass(Stubborn)
-    with pytest.raises(RuntimeError, match=r"1 tensors of the model could not be put back as they were, the first of shape \(2,\): never"), as_it_was(model):
+    with (
+        pytest.raises(
+            RuntimeError,
+            match=r"1 tensors of the model could not be put back as they were, the first of shape \(2,\): never",
+        ),
+        as_it_was(model),
+    ):
         model.stubborn.add_(1)
 
 
@@ -328,7 +350,12 @@ def hooked(model, called):
 def test_no_hook_is_called_and_all_of_them_stay(failing):
     model, x, called = Net(), torch.randn(4, 30, 3), []
     handles = hooked(model, called)
-    tables = [(t, list(t.items())) for m in model.modules() for name, t in vars(m).items() if name.endswith(("_hooks", "_kwargs", "_called"))]
+    tables = [
+        (t, list(t.items()))
+        for m in model.modules()
+        for name, t in vars(m).items()
+        if name.endswith(("_hooks", "_kwargs", "_called"))
+    ]
     try:
         WAYS["assert_horizon that fails" if failing else "horizon"](model, x)
         assert called == []
@@ -344,10 +371,19 @@ def test_the_derivative_by_a_parameter_calls_no_hook_of_it_even_where_it_is_the_
     class Learned(nn.Module):
         def __init__(self, *, view):
             super().__init__()
-            self.query, self.memory, self.view = nn.Parameter(torch.randn(4, 9, 3)), nn.GRU(3, 4, batch_first=True), view
+            self.query, self.memory, self.view = (
+                nn.Parameter(torch.randn(4, 9, 3)),
+                nn.GRU(3, 4, batch_first=True),
+                view,
+            )
 
         def forward(self, x):
-            return self.memory(self.query.flip(1) if self.view is None else self.query[:, 1:] if self.view else self.query)[0][:, -1] * x
+            return (
+                self.memory(
+                    self.query.flip(1) if self.view is None else self.query[:, 1:] if self.view else self.query
+                )[0][:, -1]
+                * x
+            )
 
     for view in (True, False, None):
         model, called = Learned(view=view), []
@@ -390,7 +426,16 @@ def magnitude(name):
         lambda m: prune.l1_unstructured(m.head, "weight", 0.5),
         lambda m: magnitude("mine").apply(m.head, "weight", amount=0.5),
     ],
-    ids=["weight_norm", "spectral_norm", "weight_norm, recurrent", "weight_norm, new", "spectral_norm, new", "orthogonal", "pruning", "own pruning"],
+    ids=[
+        "weight_norm",
+        "spectral_norm",
+        "weight_norm, recurrent",
+        "weight_norm, new",
+        "spectral_norm, new",
+        "orthogonal",
+        "pruning",
+        "own pruning",
+    ],
 )
 def test_what_torch_computes_in_hooks_of_its_own_is_computed(change, training):
     model, x = Net().double(), torch.randn(4, 9, 3).double()
@@ -427,7 +472,11 @@ def test_a_watcher_of_the_same_model_sees_nothing_of_it():
 
 def test_no_hook_is_left_on_the_model_or_in_torch():
     def everywhere():
-        return [name for name, table in vars(nn.modules.module).items() if name.startswith("_global_") and isinstance(table, dict) and table]
+        return [
+            name
+            for name, table in vars(nn.modules.module).items()
+            if name.startswith("_global_") and isinstance(table, dict) and table
+        ]
 
     gc.collect()  # a watcher that an earlier test has dropped may still look at the next forward pass
     before = everywhere()
@@ -436,7 +485,12 @@ def test_no_hook_is_left_on_the_model_or_in_torch():
         with pytest.raises(ValueError, match="output") if output else torch.enable_grad():
             gradwatch.horizon(model, torch.randn(8, 6, 3), output=output)
     assert everywhere() == before
-    assert all(not table for m in model.modules() for name, table in vars(m).items() if name.endswith(("_hooks", "_kwargs", "_called")))
+    assert all(
+        not table
+        for m in model.modules()
+        for name, table in vars(m).items()
+        if name.endswith(("_hooks", "_kwargs", "_called"))
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -467,7 +521,9 @@ def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from(mo
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(training, monkeypatch):
+def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(
+    training, monkeypatch
+):
     monkeypatch.setattr("gradwatch.timesteps.model_pass._on_cuda", lambda _: True)
     ran = []
 
@@ -484,7 +540,11 @@ def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_
     before = everything(model)
     found = gradwatch.horizon(model, x)
     assert ran == [(True, 0.0, False, True) if training else (False, 0.5, False, False)]
-    assert found.note == ("it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself" if training else None)
+    assert found.note == (
+        "it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself"
+        if training
+        else None
+    )
     assert everything(model) == before
     assert torch.backends.cudnn.enabled
 
@@ -504,7 +564,9 @@ def test_a_model_is_taken_out_of_its_wrapper_for_several_processes_and_a_part_of
     model, x = Net(), torch.randn(4, 9, 3)
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert gradwatch.horizon(wrapped, x) == gradwatch.horizon(model, x)
-    with pytest.raises(RuntimeError, match="cannot be run by one process alone: a part of it is wrapped in DistributedDataParallel"):
+    with pytest.raises(
+        RuntimeError, match="cannot be run by one process alone: a part of it is wrapped in DistributedDataParallel"
+    ):
         gradwatch.horizon(nn.Sequential(wrapped), x)
 
 

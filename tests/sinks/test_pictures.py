@@ -22,7 +22,12 @@ def coloured(picture, colour):
     """Give the columns and rows in which a colour stands."""
     wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
     pixels = picture.convert("RGB").load()
-    return [(x, y) for x in range(picture.width) for y in range(picture.height) if max(abs(a - b) for a, b in zip(pixels[x, y], wanted, strict=True)) < 40]
+    return [
+        (x, y)
+        for x in range(picture.width)
+        for y in range(picture.height)
+        if max(abs(a - b) for a, b in zip(pixels[x, y], wanted, strict=True)) < 40
+    ]
 
 
 def test_a_curve_is_where_its_gains_are_and_ends_at_the_floor_with_its_horizon_marked(pictures):

@@ -71,7 +71,9 @@ def snapshot(step, model=MODEL, **fields):
 
 
 def alert(place="body", began=3, last=5, severity=Severity.WARNING, **fields):
-    finding = Finding("GW101", "vanishing-depth", severity, place, onset=1, evidence={"ratio": 1e-9, "worst": "body"}, optimizer=0)
+    finding = Finding(
+        "GW101", "vanishing-depth", severity, place, onset=1, evidence={"ratio": 1e-9, "worst": "body"}, optimizer=0
+    )
     return Alert(finding, began, last, **fields)
 
 
@@ -103,7 +105,11 @@ def test_every_number_comes_back_exactly(tmp_path):
         update_ratio=(math.inf, 0.0, 1.7976931348623157e308),
         absent=(None, "frozen", "disconnected"),
         activations=(ActivationStats("body", 1e-45, 0.0, None, 4, scaled=True), ActivationStats("head", math.nan)),
-        sequences=(SequenceStats("lstm", "l0", 3, 2, grad_hidden=(math.nan, 0.0, math.inf), lag_gain=(), censored=False, note="é\n\u2028"),),
+        sequences=(
+            SequenceStats(
+                "lstm", "l0", 3, 2, grad_hidden=(math.nan, 0.0, math.inf), lag_gain=(), censored=False, note="é\n\u2028"
+            ),
+        ),
         facts=(Fact("body", "saturation", math.inf),),
         notes=("a", ""),
     )
@@ -114,7 +120,9 @@ def test_every_number_comes_back_exactly(tmp_path):
 
 
 def test_none_stays_none_and_zero_stays_zero(tmp_path):
-    run = written(tmp_path, Report(snapshot(0, norm=(None, 0.0, -0.0), zeros=None, subnormal=(None, None, 0.0), loss=0.0)))
+    run = written(
+        tmp_path, Report(snapshot(0, norm=(None, 0.0, -0.0), zeros=None, subnormal=(None, None, 0.0), loss=0.0))
+    )
     back = run.snapshots[0]
     assert back.norm[0] is None
     assert same(back.norm, (None, 0.0, -0.0))
@@ -126,7 +134,9 @@ def test_none_stays_none_and_zero_stays_zero(tmp_path):
 def test_an_alert_comes_back_as_it_was_last(tmp_path):
     first = alert(last=3, message="m", cause="c", remedy="r")
     later = dataclasses.replace(first, last=7, message="worse")
-    worst = dataclasses.replace(later, finding=dataclasses.replace(first.finding, severity=Severity.ERROR, evidence={"ratio": math.nan}), last=8)
+    worst = dataclasses.replace(
+        later, finding=dataclasses.replace(first.finding, severity=Severity.ERROR, evidence={"ratio": math.nan}), last=8
+    )
     gone = dataclasses.replace(worst, cleared=12)
     cases = {
         "begun": ([Report(snapshot(3), (first,), (first,))], first),
@@ -141,7 +151,12 @@ def test_an_alert_comes_back_as_it_was_last(tmp_path):
 
 def test_an_alert_that_comes_again_is_a_second_one(tmp_path):
     first, second = alert(began=3, cleared=9), alert(began=20)
-    run = written(tmp_path, Report(snapshot(3), (), (alert(began=3),)), Report(snapshot(9), (), (), (first,)), Report(snapshot(20), (), (second,)))
+    run = written(
+        tmp_path,
+        Report(snapshot(3), (), (alert(began=3),)),
+        Report(snapshot(9), (), (), (first,)),
+        Report(snapshot(20), (), (second,)),
+    )
     assert [a.began for a in run.alerts] == [3, 20]
     assert run.worst() is Severity.WARNING
 
@@ -178,7 +193,15 @@ models = st.builds(
     ModelInfo,
     st.lists(st.builds(LayerInfo, text, text, maybe(steps), maybe(text)), max_size=3).map(tuple),
     st.lists(
-        st.builds(ParameterInfo, text, text, st.lists(steps, max_size=3).map(tuple), text, maybe(steps), st.sampled_from(["weight", "bias", "scale"])),
+        st.builds(
+            ParameterInfo,
+            text,
+            text,
+            st.lists(steps, max_size=3).map(tuple),
+            text,
+            maybe(steps),
+            st.sampled_from(["weight", "bias", "scale"]),
+        ),
         max_size=3,
     ).map(tuple),
     st.lists(st.builds(OptimizerInfo, text, st.booleans(), maybe(floats)), max_size=2).map(tuple),
@@ -195,7 +218,12 @@ snapshots = st.builds(
     columns,
     *[maybe(columns)] * 5,
     maybe(st.lists(maybe(st.sampled_from(["frozen", "unused", "disconnected"])), min_size=3, max_size=3).map(tuple)),
-    maybe(st.lists(st.builds(ActivationStats, text, maybe(floats), maybe(floats), maybe(floats), maybe(steps), st.booleans()), max_size=2).map(tuple)),
+    maybe(
+        st.lists(
+            st.builds(ActivationStats, text, maybe(floats), maybe(floats), maybe(floats), maybe(steps), st.booleans()),
+            max_size=2,
+        ).map(tuple)
+    ),
     maybe(st.lists(sequences, max_size=2).map(tuple)),
     maybe(st.lists(st.builds(Fact, text, text, floats), max_size=2).map(tuple)),
     st.lists(text, max_size=2).map(tuple),
@@ -239,7 +267,11 @@ def test_several_runs_are_named_as_seen_from_the_folder(tmp_path):
     for number, name in enumerate(("gradwatch", "gradwatch-critic", "deep/gradwatch")):
         written(tmp_path / name, Report(snapshot(number)))
     runs = read_runs(tmp_path)
-    assert {name: run.snapshots[0].step for name, run in runs.items()} == {"gradwatch": 0, "gradwatch-critic": 1, "deep/gradwatch": 2}
+    assert {name: run.snapshots[0].step for name, run in runs.items()} == {
+        "gradwatch": 0,
+        "gradwatch-critic": 1,
+        "deep/gradwatch": 2,
+    }
     with pytest.raises(ValueError, match=r"holds 3 runs, and one is wanted: .*gradwatch-critic"):
         read_run(tmp_path)
 
@@ -255,7 +287,13 @@ def test_a_truncated_last_line_is_left_out_and_counted(tmp_path):
 
 
 def test_what_is_not_a_record_is_refused_with_its_name(tmp_path):
-    foreign = {"text": "hello\n", "json": '{"a": 1}\n', "list": "[]\n", "later": '{"format": 99}\n', "binary": "\udc80\udcff\x00"}
+    foreign = {
+        "text": "hello\n",
+        "json": '{"a": 1}\n',
+        "list": "[]\n",
+        "later": '{"format": 99}\n',
+        "binary": "\udc80\udcff\x00",
+    }
     for name, content in foreign.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content, encoding="utf-8", errors="surrogateescape")
@@ -369,11 +407,16 @@ class Net(nn.Sequential):
 
     def __init__(self, depth=14, width=6):
         torch.manual_seed(0)
-        super().__init__(*(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Sigmoid())), nn.Linear(width, 1))
+        super().__init__(
+            *(layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Sigmoid())), nn.Linear(width, 1)
+        )
 
 
 def train(watcher, model, optimizer, steps, poison=()):
-    x, y = torch.randn(8, 6, generator=torch.Generator().manual_seed(1)), torch.randn(8, 1, generator=torch.Generator().manual_seed(2))
+    x, y = (
+        torch.randn(8, 6, generator=torch.Generator().manual_seed(1)),
+        torch.randn(8, 1, generator=torch.Generator().manual_seed(2)),
+    )
     for step in range(steps):
         optimizer.zero_grad()
         loss = (model(x) - y).square().mean()
@@ -391,7 +434,12 @@ def train(watcher, model, optimizer, steps, poison=()):
 
 def test_numbers_of_numpy_are_recorded_like_those_of_python(tmp_path):
     def mine(history):
-        evidence = {"narrow": np.float32(1.5), "bad": np.float32("nan"), "whole": np.int64(history.snapshot.step), "many": np.ones(2)}
+        evidence = {
+            "narrow": np.float32(1.5),
+            "bad": np.float32("nan"),
+            "whole": np.int64(history.snapshot.step),
+            "many": np.ones(2),
+        }
         yield Finding("MY1", "mine", Severity.INFO, "0", evidence=evidence)
 
     model = nn.Linear(6, 1)
@@ -420,7 +468,12 @@ def watched(logdir, steps=3, **options):
 
 
 def test_directories_of_live_watchers_are_not_shared(tmp_path):
-    watchers = [watched(tmp_path), watched(tmp_path), watched(tmp_path, name="critic/b"), watched(tmp_path, name="critic/b")]
+    watchers = [
+        watched(tmp_path),
+        watched(tmp_path),
+        watched(tmp_path, name="critic/b"),
+        watched(tmp_path, name="critic/b"),
+    ]
     again = watched(tmp_path / ".." / tmp_path.name)  # the same, spelt otherwise
     for watcher in (*watchers, again):
         watcher.close()
@@ -482,7 +535,9 @@ for line in sys.stdin:
 
 
 def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
 
         def tell(line):
             other.stdin.write(line + "\n")
@@ -493,13 +548,18 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         mine = watched(tmp_path)
         tell("go on")
         mine.close()
-        assert {name: len(run.snapshots) for name, run in read_runs(tmp_path).items()} == {"gradwatch": 5, "gradwatch-2": 3}
+        assert {name: len(run.snapshots) for name, run in read_runs(tmp_path).items()} == {
+            "gradwatch": 5,
+            "gradwatch-2": 3,
+        }
         tell("close")
         watched(tmp_path, steps=4).close()  # it lives, and has let go
         assert len(read_runs(tmp_path)["gradwatch"].snapshots) == 4
         kinds = {path.name.partition(".")[0] for folder in tmp_path.iterdir() for path in folder.iterdir()}
         assert kinds == {"record", "events"}
-    with subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "ready\n"
         held = claim(tmp_path)
         release(held)
@@ -571,7 +631,9 @@ def folded(snapshots, detectors=DETECTORS):
         history.add(one)
         found = [dataclasses.replace(f, optimizer=one.optimizer) for detector in detectors for f in detector(history)]
         recent = [s.step for s in history.window()]
-        _, still, cleared = advance(still, found, recent, optimizer=one.optimizer, patience=history.thresholds.window, explain=explain)
+        _, still, cleared = advance(
+            still, found, recent, optimizer=one.optimizer, patience=history.thresholds.window, explain=explain
+        )
         told.update({(*a.finding.key, a.began): a for a in (*still, *cleared)})
     return list(told.values())
 

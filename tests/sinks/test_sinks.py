@@ -99,7 +99,9 @@ def test_a_sink_that_fails_warns_once_is_switched_off_and_takes_nothing_from_the
     first, failing, last = [], Failing(), []
     weights, messages = warned(sinks=[first.append, failing, last.append], logdir=tmp_path)
     assert equal(weights, unwatched)
-    assert messages == ["gradwatch: the sink Failing failed and is switched off: OSError: [Errno 28] No space left on device"]
+    assert messages == [
+        "gradwatch: the sink Failing failed and is switched off: OSError: [Errno 28] No space left on device"
+    ]
     assert failing.calls == 3
     assert failing.closed == 1
     assert len(first) == len(last) == 12
@@ -144,7 +146,10 @@ def test_a_directory_that_cannot_be_made_is_two_warnings_and_no_more(unwatched):
     last = []
     weights, messages = warned(logdir="/proc/gradwatch", sinks=[last.append])
     assert equal(weights, unwatched)
-    assert sorted(m.split(" failed")[0] for m in messages) == ["gradwatch: the sink Record", "gradwatch: the sink TensorBoardSink"]
+    assert sorted(m.split(" failed")[0] for m in messages) == [
+        "gradwatch: the sink Record",
+        "gradwatch: the sink TensorBoardSink",
+    ]
     assert all("FileNotFoundError" in m for m in messages)
     assert len(last) == 12
 
@@ -168,7 +173,10 @@ def test_a_directory_deleted_during_the_run_is_noticed(unwatched, tmp_path):
 
     weights, messages = warned(logdir=tmp_path, sinks=[delete])
     assert equal(weights, unwatched)
-    assert sorted(m.split(" failed")[0] for m in messages) == ["gradwatch: the sink Record", "gradwatch: the sink TensorBoardSink"]
+    assert sorted(m.split(" failed")[0] for m in messages) == [
+        "gradwatch: the sink Record",
+        "gradwatch: the sink TensorBoardSink",
+    ]
     assert all("was deleted while it was written" in m for m in messages)
     assert len(last) == 12
 
@@ -219,13 +227,18 @@ print(len(reports), hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p i
 
 @pytest.mark.slow
 def test_files_that_cannot_grow_are_switched_off_one_by_one_and_stay_readable(unwatched, tmp_path):
-    done = subprocess.run([sys.executable, "-X", "dev", "-c", LIMITED, str(tmp_path), "2000"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", LIMITED, str(tmp_path), "2000"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     count, digest = done.stdout.split()
     assert count == "12"
     assert digest == hashlib.sha256(b"".join(p.numpy().tobytes() for p in unwatched)).hexdigest()
     assert done.stderr.count("the sink Record failed and is switched off: OSError: [Errno 27] File too large") == 1
-    assert done.stderr.count("the sink TensorBoardSink failed and is switched off: OSError: [Errno 27] File too large") == 1
+    assert (
+        done.stderr.count("the sink TensorBoardSink failed and is switched off: OSError: [Errno 27] File too large")
+        == 1
+    )
     assert "Exception ignored" not in done.stderr
     assert "ResourceWarning" not in done.stderr
     run = read_run(tmp_path)

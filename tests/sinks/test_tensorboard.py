@@ -20,11 +20,24 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
-from gradwatch import Alert, Finding, History, LayerInfo, ModelInfo, ParameterInfo, Report, Severity, Snapshot, TensorBoardSink
+from gradwatch import (
+    Alert,
+    Finding,
+    History,
+    LayerInfo,
+    ModelInfo,
+    ParameterInfo,
+    Report,
+    Severity,
+    Snapshot,
+    TensorBoardSink,
+)
 from gradwatch.sinks.tensorboard.heatmaps import LayerPicture, heatmap
 from gradwatch.sinks.tensorboard.scalars import scalars, tag_safe
 
-SUMMARY = {f"gradwatch/{name}" for name in ("norm_global", "norm_min", "norm_median", "norm_max", "zero_norms", "alerts_open")}
+SUMMARY = {
+    f"gradwatch/{name}" for name in ("norm_global", "norm_min", "norm_median", "norm_max", "zero_norms", "alerts_open")
+}
 
 
 class Deep(nn.Module):
@@ -46,7 +59,9 @@ def train(logdir=None, steps=25, sinks=()):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(8, 6), torch.randn(8, 1)
     reports = []
-    with gradwatch.watch(model, optimizer, logdir=logdir, sinks=[reports.append, *sinks], on_alert=lambda _: None) as watcher:
+    with gradwatch.watch(
+        model, optimizer, logdir=logdir, sinks=[reports.append, *sinks], on_alert=lambda _: None
+    ) as watcher:
         for _ in range(steps):
             optimizer.zero_grad()
             loss = (model(x) - y).square().mean()
@@ -77,7 +92,10 @@ def raw(folder):
 def model_of(*names, kind="Linear"):
     """Describe a model of one weight per layer, in this order."""
     layers = tuple(LayerInfo(name, kind, order) for order, name in enumerate(names))
-    return ModelInfo(layers, tuple(ParameterInfo(f"{name}.weight".lstrip("."), name, (2, 2), "float32", 0, "weight") for name in names))
+    return ModelInfo(
+        layers,
+        tuple(ParameterInfo(f"{name}.weight".lstrip("."), name, (2, 2), "float32", 0, "weight") for name in names),
+    )
 
 
 def report_of(model, norm, step=0, **fields):
@@ -117,7 +135,13 @@ def test_the_tags_of_a_run_are_those_of_the_design_and_no_others(run):
     layers = {layer.name for layer in reports[0].snapshot.model.layers}
     tags = events.Tags()
     scalars = (
-        SUMMARY | {"gradwatch/loss"} | {f"{group}/{layer}" for group in ("gradwatch_norm", "gradwatch_sensitivity", "gradwatch_update") for layer in layers}
+        SUMMARY
+        | {"gradwatch/loss"}
+        | {
+            f"{group}/{layer}"
+            for group in ("gradwatch_norm", "gradwatch_sensitivity", "gradwatch_update")
+            for layer in layers
+        }
     )
     assert set(tags["scalars"]) == scalars
     assert tags["images"] == ["gradwatch_heatmap/layers"]
@@ -164,8 +188,15 @@ def test_the_summary_is_taken_over_the_layers(run):
 
 def test_the_loss_is_as_it_was_told_and_where_it_was(run, tmp_path):
     _, reports, events = run
-    assert [e.value for e in events.Scalars("gradwatch/loss")] == pytest.approx([r.snapshot.loss for r in reports], rel=1e-6)
-    events = write(tmp_path, report_of(model_of("a"), (1.0,), 0), report_of(model_of("a"), (1.0,), 1, loss=0.0), report_of(model_of("a"), (1.0,), 2, loss=-2.5))
+    assert [e.value for e in events.Scalars("gradwatch/loss")] == pytest.approx(
+        [r.snapshot.loss for r in reports], rel=1e-6
+    )
+    events = write(
+        tmp_path,
+        report_of(model_of("a"), (1.0,), 0),
+        report_of(model_of("a"), (1.0,), 1, loss=0.0),
+        report_of(model_of("a"), (1.0,), 2, loss=-2.5),
+    )
     assert [(e.step, e.value) for e in events.Scalars("gradwatch/loss")] == [(1, 0.0), (2, -2.5)]
 
 
@@ -191,14 +222,18 @@ def test_the_sensitivity_that_is_drawn_is_the_one_that_is_judged(gain, tmp_path)
         ParameterInfo("a.second", "a", (4, 4), "float32", 0, "weight"),
         ParameterInfo("a.other", "a", (4,), "float32", 0, role),
     )
-    report = report_of(ModelInfo((LayerInfo("a", "Mine", 0),), parameters), (1e-3, 2e-3, 1.0), weight_norm=(1.0, 3.0, norm))
+    report = report_of(
+        ModelInfo((LayerInfo("a", "Mine", 0),), parameters), (1e-3, 2e-3, 1.0), weight_norm=(1.0, 3.0, norm)
+    )
     history = History()
     history.add(report.snapshot)
     judged = float(history.sensitivities(1)[0, 0])
 
     assert judged == pytest.approx(math.hypot(1e-3, 6e-3))
     assert scalars(report)["gradwatch_sensitivity/a"] == pytest.approx(math.log10(judged), rel=1e-12)
-    assert [e.value for e in write(tmp_path, report).Scalars("gradwatch_sensitivity/a")] == pytest.approx([math.log10(judged)], rel=1e-6)
+    assert [e.value for e in write(tmp_path, report).Scalars("gradwatch_sensitivity/a")] == pytest.approx(
+        [math.log10(judged)], rel=1e-6
+    )
 
 
 def test_what_has_no_sensitivity_to_the_rules_has_none_in_the_charts():
@@ -220,7 +255,13 @@ def test_what_has_no_sensitivity_to_the_rules_has_none_in_the_charts():
 
 def test_an_update_is_the_log10_of_the_largest_in_its_layer(tmp_path):
     layers = (LayerInfo("a", "Linear", 0),)
-    model = ModelInfo(layers, (ParameterInfo("a.weight", "a", (2,), "float32", 0, "weight"), ParameterInfo("a.bias", "a", (2,), "float32", 0, "bias")))
+    model = ModelInfo(
+        layers,
+        (
+            ParameterInfo("a.weight", "a", (2,), "float32", 0, "weight"),
+            ParameterInfo("a.bias", "a", (2,), "float32", 0, "bias"),
+        ),
+    )
     events = write(tmp_path, report_of(model, (1.0, 1.0), update_ratio=(1e-3, 1e-2)))
     assert [e.value for e in events.Scalars("gradwatch_update/a")] == [-2.0]
 
@@ -249,7 +290,11 @@ def test_nan_and_infinity_survive_and_do_not_spoil_the_summary_of_the_others(tmp
         values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
         assert math.isnan(values[f"gradwatch_norm/{'abcd'[int(folder.name)]}"])
         assert math.isnan(values["gradwatch/norm_global"])
-        assert (values["gradwatch/norm_min"], values["gradwatch/norm_median"], values["gradwatch/norm_max"]) == (-3, -2, -1)
+        assert (values["gradwatch/norm_min"], values["gradwatch/norm_median"], values["gradwatch/norm_max"]) == (
+            -3,
+            -2,
+            -1,
+        )
     events = write(tmp_path / "inf", report_of(model, (math.inf, 1e-3, 1e-1, 1e-2)))
     assert events.Scalars("gradwatch_norm/a")[0].value == math.inf
     assert events.Scalars("gradwatch/norm_max")[0].value == math.inf
@@ -317,7 +362,9 @@ def test_the_text_of_a_real_alert_names_layer_cause_and_remedy(run):
     assert alerts
     text = "\n".join(t.tensor_proto.string_val[0].decode() for t in events.Tensors("gradwatch/alerts/text_summary"))
     for alert in alerts:
-        assert all(part in text for part in (alert.finding.code, alert.message, alert.cause, alert.remedy, alert.finding.place))
+        assert all(
+            part in text for part in (alert.finding.code, alert.message, alert.cause, alert.remedy, alert.finding.place)
+        )
 
 
 def test_the_profile_is_one_bucket_a_layer_as_high_as_its_level_above_1e_12(run, tmp_path):
@@ -333,13 +380,17 @@ def test_the_profile_is_one_bucket_a_layer_as_high_as_its_level_above_1e_12(run,
         assert (value.min, value.max) == (-0.5, len(heights) - 0.5)
         assert list(value.bucket_limit) == [i + 0.5 for i in range(len(heights))]
         assert list(value.bucket) == pytest.approx(heights, rel=1e-5)
-    profile = write(tmp_path, report_of(model_of("a", "b", "c"), (0.0, None, 1e-2), weight_norm=(1.0,) * 3)).Histograms("gradwatch_profile/layers")[0]
+    profile = write(tmp_path, report_of(model_of("a", "b", "c"), (0.0, None, 1e-2), weight_norm=(1.0,) * 3)).Histograms(
+        "gradwatch_profile/layers"
+    )[0]
     assert list(profile.histogram_value.bucket) == pytest.approx([0, 0, 10])
 
 
 def test_tags_hold_only_characters_that_every_logger_takes(tmp_path):
     names = ["a b", "a:b", "a_b", "schön", "a/b", "läge [0]", "deep.layer-1"]
-    events = write(tmp_path, report_of(model_of(*names), [10.0**-i for i in range(len(names))], weight_norm=(1.0,) * len(names)))
+    events = write(
+        tmp_path, report_of(model_of(*names), [10.0**-i for i in range(len(names))], weight_norm=(1.0,) * len(names))
+    )
     tags = events.Tags()["scalars"]
     assert all(re.fullmatch(r"[A-Za-z0-9_./-]+", tag) for tag in tags)
     assert {"gradwatch_norm/a_b", "gradwatch_norm/a/b", "gradwatch_norm/deep.layer-1"} <= set(tags)
@@ -383,7 +434,13 @@ def test_the_heatmap_of_a_hundred_layers_has_a_row_for_each(tmp_path):
 
 def test_charts_of_each_parameter_on_request(tmp_path):
     layers = (LayerInfo("a", "Linear", 0),)
-    model = ModelInfo(layers, (ParameterInfo("a.weight", "a", (2,), "float32", 0, "weight"), ParameterInfo("a.bias", "a", (2,), "float32", 0, "bias")))
+    model = ModelInfo(
+        layers,
+        (
+            ParameterInfo("a.weight", "a", (2,), "float32", 0, "weight"),
+            ParameterInfo("a.bias", "a", (2,), "float32", 0, "bias"),
+        ),
+    )
     events = write(tmp_path, report_of(model, (1e-2, 1e-5)), parameters=True)
     norms = {t: events.Scalars(t)[0].value for t in events.Tags()["scalars"] if t.startswith("gradwatch_norm/")}
     assert norms == {"gradwatch_norm/a.weight": pytest.approx(-2), "gradwatch_norm/a.bias": pytest.approx(-5)}
@@ -416,7 +473,9 @@ def test_a_users_writer_in_the_same_logdir_stays_complete_beside_gradwatch(tmp_p
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("loss", 1.0, 0)
         live = read(tmp_path)  # as a TensorBoard that is open all the time
-        train(tmp_path, steps=12, sinks=[lambda r: (writer.add_scalar("loss", 1.0, r.snapshot.step + 1), writer.flush())])
+        train(
+            tmp_path, steps=12, sinks=[lambda r: (writer.add_scalar("loss", 1.0, r.snapshot.step + 1), writer.flush())]
+        )
         writer.add_scalar("loss", 1.0, 13)
     live.Reload()
     assert [e.step for e in live.Scalars("loss")] == list(range(14))
@@ -467,7 +526,11 @@ def test_rows_run_down_and_columns_run_right():
     picture = decode(png)
     assert picture.shape == (height, width, 3)
     body, inside = height - 56 - 32, width - 8 - 74
-    at = {(r, c): picture[56 + body // 4 + r * body // 2, 8 + inside // 4 + c * inside // 2] for r in (0, 1) for c in (0, 1)}
+    at = {
+        (r, c): picture[56 + body // 4 + r * body // 2, 8 + inside // 4 + c * inside // 2]
+        for r in (0, 1)
+        for c in (0, 1)
+    }
     assert list(at[0, 0]) == [253, 231, 37]  # the two ends of viridis
     assert list(at[1, 1]) == [68, 1, 84]
     assert at[0, 0].sum() > at[0, 1].sum() > at[1, 0].sum() > at[1, 1].sum()
@@ -508,7 +571,8 @@ def written(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("levels", "labels"), [((0.9, -2.04), ["0.9", "-0.6", "-2.1"]), ((1.0, -1.0), ["1.0", "-0.5", "-2.0"]), ((1.0, -7.4), ["1", "-3", "-7"])]
+    ("levels", "labels"),
+    [((0.9, -2.04), ["0.9", "-0.6", "-2.1"]), ((1.0, -1.0), ["1.0", "-0.5", "-2.0"]), ((1.0, -7.4), ["1", "-3", "-7"])],
 )
 def test_the_colours_are_labelled_to_a_tenth_where_whole_decades_would_not_tell_them_apart(written, levels, labels):
     heatmap(np.array([levels]).T, ["a", "b"], [0], title="t")

@@ -39,7 +39,11 @@ def write(folder, *reports):
 
 
 def through_time(events):
-    return {t: events.Scalars(t)[0].value for t in events.Tags()["scalars"] if t.startswith(("gradwatch_time", "gradwatch/horizon", "gradwatch/half_life"))}
+    return {
+        t: events.Scalars(t)[0].value
+        for t in events.Tags()["scalars"]
+        if t.startswith(("gradwatch_time", "gradwatch/horizon", "gradwatch/half_life"))
+    }
 
 
 def test_a_memory_is_two_numbers_and_its_gain_at_a_few_lags(tmp_path):
@@ -48,7 +52,9 @@ def test_a_memory_is_two_numbers_and_its_gain_at_a_few_lags(tmp_path):
     found = through_time(write(tmp_path, report(stats)))
 
     lags = {f"gradwatch_time/net.rnn/lag_{lag:05d}": lag * math.log10(0.5) for lag in (0, 1, 2, 4, 8, 16, 32)}
-    assert found == pytest.approx({"gradwatch/horizon/net.rnn": 10.0, "gradwatch/half_life/net.rnn": 1.0, **lags}, rel=1e-6, abs=1e-6)
+    assert found == pytest.approx(
+        {"gradwatch/horizon/net.rnn": 10.0, "gradwatch/half_life/net.rnn": 1.0, **lags}, rel=1e-6, abs=1e-6
+    )
 
 
 def test_there_is_a_point_at_each_probe_and_none_between(tmp_path):
@@ -68,7 +74,10 @@ def test_a_memory_that_does_not_shrink_has_no_half_life(tmp_path):
 
 
 def test_the_model_is_called_model_and_a_module_of_that_name_is_not(tmp_path):
-    whole, module = SequenceStats("", "model", 4, lag_gain=gain(1.0, 4)), SequenceStats("model", length=4, lag_gain=gain(1e-4, 4))
+    whole, module = (
+        SequenceStats("", "model", 4, lag_gain=gain(1.0, 4)),
+        SequenceStats("model", length=4, lag_gain=gain(1e-4, 4)),
+    )
     found = through_time(write(tmp_path, report(module, whole)))
     horizons = {tag: value for tag, value in found.items() if tag.startswith("gradwatch/horizon")}
 
@@ -86,7 +95,9 @@ def test_the_models_own_memory_goes_before_that_of_its_input(tmp_path):
 
 
 def test_tags_are_safe(tmp_path):
-    found = through_time(write(tmp_path, report(SequenceStats("net.a b", length=4, lag_gain=gain(0.5, 4), grad_input=(1.0,) * 4))))
+    found = through_time(
+        write(tmp_path, report(SequenceStats("net.a b", length=4, lag_gain=gain(0.5, 4), grad_input=(1.0,) * 4)))
+    )
 
     assert {tag.split("/")[-2] for tag in found if tag.startswith("gradwatch_time/")} == {tag_safe("net.a b")}
     assert all(set(tag) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-") for tag in found)
@@ -98,7 +109,11 @@ def test_gradients_are_log10_by_lag_from_the_newest_timestep(tmp_path):
     layer = SequenceStats("rnn", "l0_reverse", 9, grad_hidden=(0.0, *series[1:]))
     found = through_time(write(tmp_path, report(module, layer)))
 
-    expected = {f"gradwatch_time_grad/rnn/{part}/lag_{lag:05d}": -1.0 - lag for part in ("input", "l0_reverse") for lag in (0, 1, 2, 4, 8)}
+    expected = {
+        f"gradwatch_time_grad/rnn/{part}/lag_{lag:05d}": -1.0 - lag
+        for part in ("input", "l0_reverse")
+        for lag in (0, 1, 2, 4, 8)
+    }
     expected["gradwatch_time_grad/rnn/l0_reverse/lag_00008"] = -45.0
     assert found == pytest.approx(expected)
 
@@ -113,7 +128,9 @@ def test_under_an_unknown_loss_scale_only_the_ratios_are_drawn(tmp_path):
 
 
 def test_what_is_not_finite_is_shown_as_what_it_is(tmp_path):
-    found = through_time(write(tmp_path, report(SequenceStats("rnn", length=5, lag_gain=(1.0, 100.0, math.inf, 0.0, math.nan)))))
+    found = through_time(
+        write(tmp_path, report(SequenceStats("rnn", length=5, lag_gain=(1.0, 100.0, math.inf, 0.0, math.nan))))
+    )
 
     assert found["gradwatch_time/rnn/lag_00000"] == pytest.approx(-2)
     assert found["gradwatch_time/rnn/lag_00001"] == 0
@@ -125,7 +142,11 @@ def test_what_is_not_finite_is_shown_as_what_it_is(tmp_path):
 def test_nothing_that_arrives_anywhere_is_at_the_floor(tmp_path):
     found = through_time(write(tmp_path, report(SequenceStats("rnn", length=2, lag_gain=(0.0, 0.0)))))
 
-    assert found == {"gradwatch/horizon/rnn": 0, "gradwatch_time/rnn/lag_00000": -45, "gradwatch_time/rnn/lag_00001": -45}
+    assert found == {
+        "gradwatch/horizon/rnn": 0,
+        "gradwatch_time/rnn/lag_00000": -45,
+        "gradwatch_time/rnn/lag_00001": -45,
+    }
 
 
 def test_a_logger_that_knows_only_numbers_gets_them_too():
@@ -149,7 +170,11 @@ def test_the_ridge_plot_has_a_bucket_per_lag(tmp_path):
 def test_the_ridge_plot_of_a_long_sequence_is_bounded_and_loses_no_peak(tmp_path):
     long = [1e-9] * 2000
     long[1234], long[0] = 1e-3, 1.0
-    histogram = write(tmp_path, report(SequenceStats("rnn", length=2000, lag_gain=tuple(long)))).Histograms("gradwatch_profile/lags/rnn")[0].histogram_value
+    histogram = (
+        write(tmp_path, report(SequenceStats("rnn", length=2000, lag_gain=tuple(long))))
+        .Histograms("gradwatch_profile/lags/rnn")[0]
+        .histogram_value
+    )
 
     assert len(histogram.bucket) <= 128
     assert histogram.bucket[1234 // 16] == pytest.approx(9)
@@ -171,7 +196,9 @@ def test_the_heatmaps_of_lags_and_layers_are_drawn_at_the_end(tmp_path):
 
 
 def test_a_long_run_draws_the_lags_on_the_way_ever_more_rarely(tmp_path):
-    events = write(tmp_path, *(report(SequenceStats("rnn", length=8, lag_gain=gain(0.5, 8)), step=s) for s in range(100)))
+    events = write(
+        tmp_path, *(report(SequenceStats("rnn", length=8, lag_gain=gain(0.5, 8)), step=s) for s in range(100))
+    )
     steps = [i.step for i in events.Images("gradwatch_heatmap/lags/rnn")]
 
     assert steps[:2] == [3, 19]

@@ -13,14 +13,26 @@ from rich.console import Console
 from torch import nn
 
 import gradwatch
-from gradwatch import Alert, Finding, GradientHealthError, LayerInfo, ModelInfo, ParameterInfo, Report, Severity, Snapshot
+from gradwatch import (
+    Alert,
+    Finding,
+    GradientHealthError,
+    LayerInfo,
+    ModelInfo,
+    ParameterInfo,
+    Report,
+    Severity,
+    Snapshot,
+)
 from gradwatch.sinks.terminal import page as terminal
 from gradwatch.sinks.terminal.layer_table import layer_norms, layer_table
 
 
 def model_of(*names):
     layers = tuple(LayerInfo(name, "Linear", order) for order, name in enumerate(names))
-    return ModelInfo(layers, tuple(ParameterInfo(f"{name}.weight", name, (2, 2), "float32", 0, "weight") for name in names))
+    return ModelInfo(
+        layers, tuple(ParameterInfo(f"{name}.weight", name, (2, 2), "float32", 0, "weight") for name in names)
+    )
 
 
 def snapshot(*norms, names=None):
@@ -28,7 +40,9 @@ def snapshot(*norms, names=None):
 
 
 def alert(place, severity=Severity.WARNING, code="GW101"):
-    return Alert(Finding(code, "vanishing-depth", severity, place, onset=2), 3, 5, None, "a message", "a cause", "a remedy")
+    return Alert(
+        Finding(code, "vanishing-depth", severity, place, onset=2), 3, 5, None, "a message", "a cause", "a remedy"
+    )
 
 
 def shown(content, width=100):
@@ -84,7 +98,9 @@ def test_an_alert_is_shown_at_its_layer_and_below_with_cause_and_remedy():
     text = terminal.text(Report(snapshot(1e-9, 1.0), open=(alert("l0"), alert("l0", Severity.ERROR, "GW401"))))
     assert row(text, "l0")[-2:] == ["GW101", "GW401"]
     assert "GW" not in " ".join(row(text, "l1"))
-    assert text.index("GW401 vanishing-depth (error) l0") < text.index("GW101 vanishing-depth (warning) l0")  # the gravest first
+    assert text.index("GW401 vanishing-depth (error) l0") < text.index(
+        "GW101 vanishing-depth (warning) l0"
+    )  # the gravest first
     for part in ("a message", "why: a cause", "try: a remedy", "alert began at step 3, last seen at step 5"):
         assert part in text
 
@@ -104,7 +120,9 @@ def test_nan_infinity_zero_and_none_are_four_things():
 
 def test_a_layers_norm_is_that_of_all_its_parameters():
     layers = (LayerInfo("a", "Linear", 0), LayerInfo("b", "Linear", 1))
-    parameters = tuple(ParameterInfo(f"{layer}.{part}", layer, (1,), "float32", 0, "weight") for layer in "ab" for part in ("w", "b"))
+    parameters = tuple(
+        ParameterInfo(f"{layer}.{part}", layer, (1,), "float32", 0, "weight") for layer in "ab" for part in ("w", "b")
+    )
     norms = layer_norms(Snapshot(0, 1e9, ModelInfo(layers, parameters), norm=(3.0, 4.0, None, None)))
     assert norms == {"a": 5.0, "b": None}
 
@@ -144,7 +162,9 @@ def test_a_nan_counts_as_worse_than_any_number_when_the_table_is_cut():
 )
 def test_a_narrow_table_gives_up_bars_kinds_and_shares_but_never_names_norms_and_codes(width, columns):
     names = ["encoder.layers.0", "encoder.layers.1", "head"]
-    table = layer_table(snapshot(1e-9, 1e-3, 1.0, names=names), (alert("encoder.layers.0"),), sensitivity=dict.fromkeys(names, 0.5))
+    table = layer_table(
+        snapshot(1e-9, 1e-3, 1.0, names=names), (alert("encoder.layers.0"),), sensitivity=dict.fromkeys(names, 0.5)
+    )
     lines = [line.rstrip() for line in shown(table, width).splitlines()]
     assert max(map(len, lines)) <= width
     assert re.split(r" {2,}", lines[0]) == columns
@@ -162,7 +182,13 @@ def test_the_text_of_the_error_names_what_is_wrong_why_and_the_worst_ten():
     text, (first, *_) = str(caught.value), caught.value.alerts
     assert text.splitlines()[0].startswith("the gradients of this model are not healthy: vanishing-depth")
     flat = " ".join(text.split())
-    for part in (first.finding.code, first.message, f"why: {first.cause}", f"try: {first.remedy}", "The 10 layers of 24 with the smallest gradients"):
+    for part in (
+        first.finding.code,
+        first.message,
+        f"why: {first.cause}",
+        f"try: {first.remedy}",
+        "The 10 layers of 24 with the smallest gradients",
+    ):
         assert part in flat
     rows = [line.split() for line in text.splitlines() if re.match(r"\d+ +Linear", line)]
     assert len(rows) == 10

@@ -56,13 +56,22 @@ def shown(content, width=100, encoding="utf-8", *, colour=False):
     [
         (gain(0.64), LINE.removeprefix("rnn ")),
         (gain(0.99), WHOLE_LINE.removeprefix("the model ")),
-        (gain(0.9972), "learns from at least 250 of 250 timesteps (the gain shrinks to 0.9972 of itself a step, half-life 247 steps)"),
+        (
+            gain(0.9972),
+            "learns from at least 250 of 250 timesteps (the gain shrinks to 0.9972 of itself a step, half-life 247 steps)",
+        ),
         (gain(0.999999), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
         (gain(1.0), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
         (gain(1.1), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
-        ((*gain(1.1, 240), *(1.1**240 * 0.5**lag for lag in range(10))), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
+        (
+            (*gain(1.1, 240), *(1.1**240 * 0.5**lag for lag in range(10))),
+            "learns from at least 250 of 250 timesteps (the gain does not shrink)",
+        ),
         ((1.0,) * 15 + (0.0,) * 235, "learns from the last 15 of 250 timesteps (the gain does not shrink)"),
-        (gain(0.002), "learns from the last 2 of 250 timesteps (the gain shrinks to 0.002 of itself a step, half-life 0.1 steps)"),
+        (
+            gain(0.002),
+            "learns from the last 2 of 250 timesteps (the gain shrinks to 0.002 of itself a step, half-life 0.1 steps)",
+        ),
         ((0.0,) * 250, "learns from none of its 250 timesteps"),
     ],
 )
@@ -71,7 +80,10 @@ def test_the_line_says_how_far_and_how_fast(lag_gain, said):
 
 
 def test_one_timestep_is_told_without_a_pace():
-    assert reach("rnn", Memory(1, censored=True, decay_rate=None, half_life=None), 1) == "rnn learns from at least 1 of 1 timesteps"
+    assert (
+        reach("rnn", Memory(1, censored=True, decay_rate=None, half_life=None), 1)
+        == "rnn learns from at least 1 of 1 timesteps"
+    )
 
 
 def test_the_models_own_line_comes_first_and_parts_have_none_and_what_is_not_measured_says_why():
@@ -80,11 +92,19 @@ def test_the_models_own_line_comes_first_and_parts_have_none_and_what_is_not_mea
     broken = SequenceStats("bad", length=2, lag_gain=(1.0, math.nan))
     said = [line for _, line in reaches((RNN, part, compiled, silent, broken, WHOLE))]
 
-    assert said == [WHOLE_LINE, LINE, "other: how far back it learns is not measured: it was compiled", "bad: its gain by lag is not finite"]
+    assert said == [
+        WHOLE_LINE,
+        LINE,
+        "other: how far back it learns is not measured: it was compiled",
+        "bad: its gain by lag is not finite",
+    ]
 
 
 def test_the_shortest_is_a_module_and_not_the_model():
-    far, near = SequenceStats("far", length=9, lag_gain=(1.0,) * 9), SequenceStats("near", length=9, lag_gain=(1.0,) + (0.0,) * 8)
+    far, near = (
+        SequenceStats("far", length=9, lag_gain=(1.0,) * 9),
+        SequenceStats("near", length=9, lag_gain=(1.0,) + (0.0,) * 8),
+    )
 
     assert shortest((WHOLE, far, near)) is near
     assert shortest((SequenceStats("a", note="n"), far)) is far
@@ -93,7 +113,10 @@ def test_the_shortest_is_a_module_and_not_the_model():
 
 
 def test_the_repr_begins_with_it_between_probes_too():
-    for text in (terminal.text(Report(snapshot(RNN)), width=200), terminal.text(Report(snapshot()), sequences=(RNN,), width=200)):
+    for text in (
+        terminal.text(Report(snapshot(RNN)), width=200),
+        terminal.text(Report(snapshot()), sequences=(RNN,), width=200),
+    ):
         assert text.splitlines()[:2] == [LINE, "1 of 1 parameters with a gradient at step 1"]
     assert terminal.text(Report(snapshot())).splitlines()[0] == "1 of 1 parameters with a gradient at step 1"
     assert "rnn learns from the last 16 of 250 timesteps" in terminal.html(Report(snapshot(RNN)), width=200)
@@ -208,7 +231,9 @@ def test_the_error_without_facts_says_so_and_gives_a_remedy_all_the_same():
 
     assert "why: cause not measured" in text
     assert "try: in rnn: a longer field of view" in text
-    assert "for an LSTM, set its forget-gate bias to 5.3" in " ".join(error(SequenceStats("", "model", 250, lag_gain=gain(0.64)), 200).split())
+    assert "for an LSTM, set its forget-gate bias to 5.3" in " ".join(
+        error(SequenceStats("", "model", 250, lag_gain=gain(0.64)), 200).split()
+    )
     assert "set the update-gate bias of rnn to 5.3" in " ".join(error(RNN, 200, (), place="rnn", kind="GRU").split())
 
 
@@ -230,8 +255,17 @@ def run(tmp_path):
 
 
 def command(path, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING", "PYTHONUTF8"}}
-    done = subprocess.run([sys.executable, "-m", "gradwatch", "report", str(path)], capture_output=True, check=True, env={**clean, **environment})
+    clean = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING", "PYTHONUTF8"}
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "gradwatch", "report", str(path)],
+        capture_output=True,
+        check=True,
+        env={**clean, **environment},
+    )
     assert done.stderr == b""
     return done.stdout
 

@@ -47,7 +47,16 @@ def sequences(model, run, *, steps=2, optimizer=None, **options):
     """Train; `run(model)` makes the forward and backward pass of a step. Give the sequences of the last step by module and part."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
     reports = []
-    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[], on_alert=_fail, **options):
+    with gradwatch.watch(
+        model,
+        optimizer,
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        sinks=[reports.append],
+        detectors=[],
+        on_alert=_fail,
+        **options,
+    ):
         for _ in range(steps):
             optimizer.zero_grad()
             run(model)
@@ -70,7 +79,10 @@ def same(found, true, *, module=MODULE, layer=LAYER):
             if getattr(true[part], name) is None:
                 assert getattr(found[part], name) is None, (part, name)
             else:
-                assert getattr(found[part], name) == pytest.approx(getattr(true[part], name), nan_ok=True, **CLOSE), (part, name)
+                assert getattr(found[part], name) == pytest.approx(getattr(true[part], name), nan_ok=True, **CLOSE), (
+                    part,
+                    name,
+                )
 
 
 def parts(found, module):
@@ -237,9 +249,13 @@ def test_pieces_and_cells_agree_with_the_whole_in_float32_and_over_many_rows(kin
         for part in ("", "l0"):
             for name in LAYER if part else MODULE:
                 # Of cells, the gradients at their states arrive for every row, and are there for nothing.
-                wanted = (of_every_row if isinstance(model, Loop) and name in ("grad_hidden", "grad_cell") else true)["rnn", part]
+                wanted = (of_every_row if isinstance(model, Loop) and name in ("grad_hidden", "grad_cell") else true)[
+                    "rnn", part
+                ]
                 if getattr(wanted, name) is not None:
-                    assert getattr(found["rnn", part], name) == pytest.approx(getattr(wanted, name), rel=1e-4, abs=0), name
+                    assert getattr(found["rnn", part], name) == pytest.approx(getattr(wanted, name), rel=1e-4, abs=0), (
+                        name
+                    )
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -312,7 +328,10 @@ def test_a_state_carried_from_step_to_step_is_told(kind):
         squared(model.head(y[:, -1])).backward()
 
     found = sequences(model, run)
-    assert found["rnn", ""].note == "the state that was carried in is detached: the gradient ends where this sequence begins"
+    assert (
+        found["rnn", ""].note
+        == "the state that was carried in is detached: the gradient ends where this sequence begins"
+    )
     assert (found["rnn", ""].reached, found["rnn", ""].length) == (T, T)
     leaf = x.clone().requires_grad_()
     squared(model.head(model.rnn(leaf, carried[0])[0][:, -1])).backward()
@@ -365,7 +384,9 @@ def test_a_detached_state_is_found_and_the_record_replayed_finds_the_same(carrie
     where = f"the last 2 of {T} timesteps" if carries == "between calls" else f"the {T} timesteps of its sequences"
     assert alert.message == f"the state that rnn carries on is detached: no gradient goes back beyond {where}"
     record = gradwatch.read_run(tmp_path)
-    assert [(f.code, f.evidence) for f in replayed(record)] == [(a.finding.code, a.finding.evidence) for a in reports[-1].open]
+    assert [(f.code, f.evidence) for f in replayed(record)] == [
+        (a.finding.code, a.finding.evidence) for a in reports[-1].open
+    ]
 
 
 def replayed(run):
@@ -378,7 +399,9 @@ def replayed(run):
 def test_a_record_of_a_detached_state_from_before_that_was_a_field_is_judged_without_it(tmp_path):
     model = InPieces("LSTM", pieces=5, detach=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with gradwatch.watch(model, optimizer, logdir=tmp_path, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None):
+    with gradwatch.watch(
+        model, optimizer, logdir=tmp_path, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None
+    ):
         for _ in range(2):
             backward(data())(model)
             optimizer.step()
@@ -396,7 +419,9 @@ def test_a_record_of_a_detached_state_from_before_that_was_a_field_is_judged_wit
 def test_of_two_sequences_in_one_pass_the_last_is_shown(kind):
     model, first, second = Reader(kind), data(), data(B, T + 3, D)
     found = sequences(model, lambda m: (squared(m(first)) + squared(m(second))).backward())
-    assert found["rnn", ""].note == "it ran over 2 sequences in this pass, each with a state of its own; the last is shown"
+    assert (
+        found["rnn", ""].note == "it ran over 2 sequences in this pass, each with a state of its own; the last is shown"
+    )
     hidden, of_x = truth(model, second, squared)
     assert found["rnn", "l0"].grad_hidden == pytest.approx(hidden, **CLOSE)
     assert found["rnn", ""].grad_input == pytest.approx(size(of_x), **CLOSE)
@@ -409,7 +434,11 @@ def test_of_two_cell_sequences_in_one_pass_the_last_is_shown(kind):
     assert found["rnn", "l0"].grad_hidden == pytest.approx(truth(reader, second, squared)[0], **CLOSE)
 
 
-@pytest.mark.parametrize("between", [lambda h: functional.dropout(h, 0.5), lambda h: 0.5 * h, functional.layer_norm], ids=["dropout", "scaled", "normalized"])
+@pytest.mark.parametrize(
+    "between",
+    [lambda h: functional.dropout(h, 0.5), lambda h: 0.5 * h, functional.layer_norm],
+    ids=["dropout", "scaled", "normalized"],
+)
 def test_a_cell_whose_state_is_changed_between_its_calls_shows_what_autograd_says(kind, between):
     class Changed(Loop):
         def forward(self, x):
@@ -462,7 +491,9 @@ def test_cell_sequences_that_begin_with_the_same_learned_state_stay_apart():
 
 def test_an_encoder_and_a_decoder_hand_over_a_state_and_stay_two(kind):
     torch.manual_seed(2)
-    model = nn.ModuleDict({"encoder": FUSED[kind](D, H, batch_first=True), "decoder": FUSED[kind](D, H, batch_first=True)})
+    model = nn.ModuleDict(
+        {"encoder": FUSED[kind](D, H, batch_first=True), "decoder": FUSED[kind](D, H, batch_first=True)}
+    )
     x = data()
 
     def run(m):
@@ -525,7 +556,9 @@ def test_input_and_state_may_be_keywords(kind):
     found = sequences(model, lambda m: squared(m.head(m.rnn(hx=state, input=x)[0][:, -1])).backward())
     same(parts(found, "rnn"), parts(true, "rnn"))
     assert found["rnn", ""].adjoint_residual is None
-    found = sequences(model, lambda m: squared(m.head(m.rnn(hx=state, input=x.clone().requires_grad_())[0][:, -1])).backward())
+    found = sequences(
+        model, lambda m: squared(m.head(m.rnn(hx=state, input=x.clone().requires_grad_())[0][:, -1])).backward()
+    )
     same(parts(found, "rnn"), parts(true, "rnn"))
 
 
@@ -725,7 +758,9 @@ def test_non_reentrant_checkpoints_around_each_cell_call_change_nothing(kind, gr
             with torch.no_grad():
                 m(data())
         with set_checkpoint_early_stop(not to_the_end):
-            squared(m(x.clone().requires_grad_(gradient), lambda x, state: checkpoint(m.rnn, x, state, use_reentrant=False))).backward()
+            squared(
+                m(x.clone().requires_grad_(gradient), lambda x, state: checkpoint(m.rnn, x, state, use_reentrant=False))
+            ).backward()
 
     found = sequences(loop, run)
     same(parts(found, "rnn"), parts(true, "rnn"))
@@ -795,7 +830,15 @@ def scaled_sequences(model, x, *, optimizer=torch.optim.SGD, unscale=False, clip
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"unscale": True}, {"unscale": True, "clip": 1e-3}, {"explicit": True}, {"explicit": True, "unscale": True, "clip": 1e-3}], ids=str
+    "form",
+    [
+        {},
+        {"unscale": True},
+        {"unscale": True, "clip": 1e-3},
+        {"explicit": True},
+        {"explicit": True, "unscale": True, "clip": 1e-3},
+    ],
+    ids=str,
 )
 def test_a_scale_that_is_known_is_divided_out(kind, form):
     model, x = Reader(kind), data()
@@ -839,7 +882,14 @@ def test_clipping_before_the_step_is_an_unknown_factor(kind, clip):
 
 
 @pytest.mark.parametrize(
-    "zeroed", ["before the forward pass", "before the backward pass", "to zero, before the forward pass", "to zero, before the backward pass", "never"]
+    "zeroed",
+    [
+        "before the forward pass",
+        "before the backward pass",
+        "to zero, before the forward pass",
+        "to zero, before the backward pass",
+        "never",
+    ],
 )
 def test_gradients_that_stood_there_before_are_no_scale(zeroed):
     model, x, reports = Reader(), data(), []
@@ -849,7 +899,9 @@ def test_gradients_that_stood_there_before_are_no_scale(zeroed):
         if zeroed.endswith(when):
             optimizer.zero_grad(set_to_none=not zeroed.startswith("to zero"))
 
-    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]):
+    with gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]
+    ):
         for _ in range(4):
             zero("before the forward pass")
             outputs = model(x), model(2 * x)
@@ -874,7 +926,15 @@ def test_of_a_frozen_module_another_tells_whether_a_loss_scale_is_on_its_gradien
 
 @pytest.mark.parametrize(
     ("scale", "changed", "unknown"),
-    [(None, None, True), (None, math.nan, True), (None, 1.0, True), (None, 0.0, False), (2.0, None, False), (2.0, math.nan, False), (2.0, 1.0, False)],
+    [
+        (None, None, True),
+        (None, math.nan, True),
+        (None, 1.0, True),
+        (None, 0.0, False),
+        (2.0, None, False),
+        (2.0, math.nan, False),
+        (2.0, 1.0, False),
+    ],
 )
 def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, unknown):
     told = None if changed is None else torch.tensor(changed)
@@ -891,7 +951,9 @@ def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, u
 def test_where_the_gradient_is_nan_a_loss_scale_cannot_be_excluded(scaled):
     model, x, reports = Reader("LSTM"), data(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]):
+    with gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]
+    ):
         for _ in range(2):
             optimizer.zero_grad()
             (squared(model(x)) * (1024 if scaled else 1) * math.nan).backward()
@@ -946,7 +1008,9 @@ def test_a_gradient_of_the_input_that_only_the_walk_back_gives_is_left_out_with_
 
 def test_the_walk_back_stands_in_for_the_gradient_of_the_input_only_where_it_looks_at_every_row(kind):
     reader, x = Reader(kind), data(9, T, D)
-    found = sequences(reader, lambda m: squared(m.head(checkpoint(lambda x: m.rnn(x)[0], x, use_reentrant=False)[:, -1])).backward())
+    found = sequences(
+        reader, lambda m: squared(m.head(checkpoint(lambda x: m.rnn(x)[0], x, use_reentrant=False)[:, -1])).backward()
+    )
     assert found["rnn", ""].grad_input is None
     assert found["rnn", ""].note == "its input has no gradient, and could not be given one"
     assert found["rnn", "l0"].grad_hidden is not None
@@ -954,7 +1018,9 @@ def test_the_walk_back_stands_in_for_the_gradient_of_the_input_only_where_it_loo
 
 def test_an_overridden_forward_that_does_the_same_is_certified():
     model, x = Reader(body=Renamed(D, H, batch_first=True)), data()
-    found = sequences(model, backward(x), steps=3)  # the first probe looks whether a leaf in place of the input does harm
+    found = sequences(
+        model, backward(x), steps=3
+    )  # the first probe looks whether a leaf in place of the input does harm
     hidden, of_x = truth(model, x, squared)
     assert found["rnn", "l0"].grad_hidden == pytest.approx(hidden, **CLOSE)
     assert found["rnn", ""].grad_input == pytest.approx(size(of_x), **CLOSE)
@@ -1053,7 +1119,11 @@ def test_an_output_that_is_edited_in_place_is_still_the_modules_own_or_not_shown
         assert "an edit in place" in dropped(found, name)
         return
     assert found[name, ""].adjoint_residual < 1e-12
-    hidden, _ = truth(reader, leaf.detach(), lambda out: squared(3 * out + (reader.head.weight.sum(1) - 2 * reader.head.bias).detach()))
+    hidden, _ = truth(
+        reader,
+        leaf.detach(),
+        lambda out: squared(3 * out + (reader.head.weight.sum(1) - 2 * reader.head.bias).detach()),
+    )
     assert found[name, "l0"].grad_hidden == pytest.approx(hidden, **CLOSE)
 
 
@@ -1166,7 +1236,10 @@ def test_a_module_that_stands_in_two_places_is_one(kind):
 
 
 def test_modules_that_share_their_weights_are_two(kind):
-    model, x = nn.ModuleDict({"a": FUSED[kind](D, D, batch_first=True), "b": FUSED[kind](D, D, batch_first=True)}), data()
+    model, x = (
+        nn.ModuleDict({"a": FUSED[kind](D, D, batch_first=True), "b": FUSED[kind](D, D, batch_first=True)}),
+        data(),
+    )
     for name, weight in list(model["a"].named_parameters()):
         setattr(model["b"], name, weight)
     found = sequences(model, lambda m: squared(m["b"](m["a"](x)[0])[0][:, -1]).backward())
@@ -1192,7 +1265,9 @@ class Body(nn.Module):
 
 
 def convolution():
-    return nn.Sequential(nn.Conv1d(D, D, 3, padding=2, dilation=2), nn.ReLU(inplace=True), nn.BatchNorm1d(D), nn.Conv1d(D, D, 3))
+    return nn.Sequential(
+        nn.Conv1d(D, D, 3, padding=2, dilation=2), nn.ReLU(inplace=True), nn.BatchNorm1d(D), nn.Conv1d(D, D, 3)
+    )
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["x as given", "x from a layer"])
@@ -1200,18 +1275,30 @@ def convolution():
     ("body", "time", "readout"),
     [
         (
-            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False),
+            lambda: nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False
+            ),
             1,
             lambda y: y[:, 0],
         ),
-        (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0), 2, enable_nested_tensor=False), 0, lambda y: y[0]),
+        (
+            lambda: nn.TransformerEncoder(
+                nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0), 2, enable_nested_tensor=False
+            ),
+            0,
+            lambda y: y[0],
+        ),
         (convolution, 2, lambda y: y[:, :, -1]),
     ],
     ids=["encoder", "encoder, time first", "convolution"],
 )
 def test_any_module_has_its_inputs_gradient_by_time(body, time, readout, inside):
     x = data(*{1: (B, T, D), 0: (T, B, D), 2: (B, D, T)}[time])
-    model = nn.Sequential(nn.BatchNorm1d(D) if time == 2 else nn.LayerNorm(D), Body(body(), readout)) if inside else Body(body(), readout)
+    model = (
+        nn.Sequential(nn.BatchNorm1d(D) if time == 2 else nn.LayerNorm(D), Body(body(), readout))
+        if inside
+        else Body(body(), readout)
+    )
     name = "1.body" if inside else "body"
     found = sequences(model, backward(x), steps=3, timesteps={name: time})
     inner = model[1] if inside else model
@@ -1282,11 +1369,17 @@ def test_a_cell_of_ones_own_shows_its_states(how, batch):
     leaf = x.clone().requires_grad_()
     loss = squared(model(leaf))
     keep_c = how != "h"
-    gradients = torch.autograd.grad(loss, [leaf, *(h for h, _ in model.went), *(c for _, c in model.went if keep_c)], allow_unused=True)
+    gradients = torch.autograd.grad(
+        loss, [leaf, *(h for h, _ in model.went), *(c for _, c in model.went if keep_c)], allow_unused=True
+    )
     layer = found["cell", "l0"]
     assert found["cell", ""].grad_input == pytest.approx(size(gradients[0]), **CLOSE)
     assert layer.grad_hidden == pytest.approx(norms(gradients[1 : T + 1]), **CLOSE)
-    assert (layer.grad_cell is None) if not keep_c else layer.grad_cell == pytest.approx(norms(gradients[T + 1 :]), **CLOSE)
+    assert (
+        (layer.grad_cell is None)
+        if not keep_c
+        else layer.grad_cell == pytest.approx(norms(gradients[T + 1 :]), **CLOSE)
+    )
     assert layer.rows == batch
     assert layer.length == T
 
@@ -1320,7 +1413,9 @@ def test_a_batch_in_one_piece_reaches_the_model_as_it_is(how):
 
 def test_a_name_that_the_model_does_not_have_is_refused():
     model = Reader()
-    with pytest.raises(ValueError, match=r"timesteps must name modules of the model \('', 'rnn', 'head'\), got 'encoder'"):
+    with pytest.raises(
+        ValueError, match=r"timesteps must name modules of the model \('', 'rnn', 'head'\), got 'encoder'"
+    ):
         gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1), timesteps={"encoder": 1})
 
 
@@ -1334,7 +1429,9 @@ def test_a_module_of_whole_numbers_has_no_gradient_and_says_so():
 def test_a_dimension_that_is_not_there_is_told():
     model = Body(nn.Linear(D, D), lambda y: y[:, -1])
     found = sequences(model, backward(data()), timesteps={"body": 3})
-    assert found["body", ""].note == "its input has 3 dimensions, and number 3 is said to be that of time (counted from 0)"
+    assert (
+        found["body", ""].note == "its input has 3 dimensions, and number 3 is said to be that of time (counted from 0)"
+    )
 
 
 def test_a_batch_without_rows_is_told(kind):
@@ -1346,7 +1443,9 @@ def test_a_batch_without_rows_is_told(kind):
 def test_the_explicit_form_sees_the_same(kind):
     model, x, reports = Reader(kind), data(), []
     true = sequences(model, backward(x))
-    with gradwatch.watch(model, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]) as watcher:
+    with gradwatch.watch(
+        model, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]
+    ) as watcher:
         for _ in range(2):
             model.zero_grad()
             squared(model(x)).backward()
@@ -1367,7 +1466,9 @@ def test_without_timesteps_nothing_is_seen():
     model, x = Reader(), data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     reports, hooks = [], []
-    with gradwatch.watch(model, optimizer, timesteps=False, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]):
+    with gradwatch.watch(
+        model, optimizer, timesteps=False, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[]
+    ):
         for _ in range(3):
             out = model(x)
             hooks.append((len(torch_modules._global_forward_hooks), len(torch_modules._global_forward_pre_hooks)))
@@ -1400,9 +1501,16 @@ def test_padded_rows_are_aligned_at_their_own_ends_as_packed_ones_are(kind):
 
     true, found = sequences(model, packed), sequences(model, padded)
     # Packed rows are sorted, so they have other cotangents.
-    same(parts(found, "rnn"), parts(true, "rnn"), module=["grad_input"], layer=["grad_hidden", "grad_hidden_direct", "grad_cell", "carry_ratio"])
+    same(
+        parts(found, "rnn"),
+        parts(true, "rnn"),
+        module=["grad_input"],
+        layer=["grad_hidden", "grad_hidden_direct", "grad_cell", "carry_ratio"],
+    )
     one = [truth(model, row.unsqueeze(0), squared) for row in rows]
-    by_lag = [math.sqrt(sum(hidden[-1 - lag] ** 2 for hidden, _ in one if lag < len(hidden))) for lag in reversed(range(T))]
+    by_lag = [
+        math.sqrt(sum(hidden[-1 - lag] ** 2 for hidden, _ in one if lag < len(hidden))) for lag in reversed(range(T))
+    ]
     assert found["rnn", "l0"].grad_hidden == pytest.approx(by_lag, **CLOSE)
     assert found["rnn", ""].length == true["rnn", ""].length == T
 

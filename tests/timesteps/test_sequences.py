@@ -35,7 +35,9 @@ class Pooled(Readout):
 def train(model, steps=3, forward=None, **options):
     """Train a few steps, each a probe, and give the sequences of the last one and the watcher."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    watcher = gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None, **options)
+    watcher = gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=1, on_alert=lambda _: None, **options
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         (forward or model)(torch.randn(8, STEPS, 4)).pow(2).mean().backward()
@@ -118,7 +120,9 @@ def test_what_fails_while_sequences_are_looked_at_warns_once_and_takes_nothing_f
         raise RuntimeError("broken")
 
     monkeypatch.setattr(Recorder, "left", broken)
-    with pytest.warns(gradwatch.GradwatchWarning, match="a sequence module could not be looked at: RuntimeError: broken") as caught:
+    with pytest.warns(
+        gradwatch.GradwatchWarning, match="a sequence module could not be looked at: RuntimeError: broken"
+    ) as caught:
         _, watcher = train(Readout())
 
     assert [str(w.message) for w in caught if w.category is gradwatch.GradwatchWarning] == [
@@ -169,9 +173,16 @@ def test_the_callback_measures_the_memory_of_the_model_in_a_fit(called):
             return torch.optim.SGD(self.parameters(), lr=1e-3)
 
     reports = []
-    monitor = GradientMonitor(every_n_steps=1, probe_every_n_steps=1, horizon=30, sinks=[reports.append], on_alert=lambda _: None)
+    monitor = GradientMonitor(
+        every_n_steps=1, probe_every_n_steps=1, horizon=30, sinks=[reports.append], on_alert=lambda _: None
+    )
     data = DataLoader(TensorDataset(torch.randn(48, STEPS, 4)), batch_size=8)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     Trainer(max_epochs=1, accelerator="cpu", callbacks=[monitor], **options).fit(Net(), data)
 
     found = of(reports[-1].snapshot.sequences, "", "model")

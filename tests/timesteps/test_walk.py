@@ -18,7 +18,16 @@ from gradwatch.values.sequences import memory
 
 INPUTS, HIDDEN, PROJECTED = 3, 4, 2
 LOOKED_AT, COTANGENTS = 8, 3
-SERIES = ("grad_input", "grad_hidden", "grad_hidden_direct", "grad_cell", "carry_ratio", "lag_gain", "lag_gain_hidden", "lag_gain_cell")
+SERIES = (
+    "grad_input",
+    "grad_hidden",
+    "grad_hidden_direct",
+    "grad_cell",
+    "carry_ratio",
+    "lag_gain",
+    "lag_gain_hidden",
+    "lag_gain_cell",
+)
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -76,7 +85,10 @@ def unrolled(module, x, lengths, h0=None, c0=None, masks=()):
         for direction in range(directions):
             suffix = f"l{layer}" + "_reverse" * direction
             w_ih, w_hh = (getattr(module, f"{name}_{suffix}").detach().double() for name in ("weight_ih", "weight_hh"))
-            b_ih, b_hh = (getattr(module, f"{name}_{suffix}").detach().double() if module.bias else 0.0 for name in ("bias_ih", "bias_hh"))
+            b_ih, b_hh = (
+                getattr(module, f"{name}_{suffix}").detach().double() if module.bias else 0.0
+                for name in ("bias_ih", "bias_hh")
+            )
             w_hr = getattr(module, f"weight_hr_{suffix}").detach().double() if module.proj_size else None
             h, c = h0[layer * directions + direction], c0[layer * directions + direction]
             last_h, last_c = list(h), list(c)
@@ -167,7 +179,13 @@ class Truth:
         """Squared norms over the features, by part and place, (T, B)."""
         if value is None or not value.requires_grad:
             return None
-        places = [(part, name, t) for part, track in self.tracks.items() for name in names for t in range(self.steps) if getattr(track, name)]
+        places = [
+            (part, name, t)
+            for part, track in self.tracks.items()
+            for name in names
+            for t in range(self.steps)
+            if getattr(track, name)
+        ]
         tensors = [getattr(self.tracks[part], name)[t] for part, name, t in places]
         found = torch.autograd.grad(value, [self.x, *tensors], retain_graph=True, allow_unused=True)
         squares = {("", "x"): found[0].square().sum(-1) if found[0] is not None else torch.zeros(self.x.shape[:2])}
@@ -197,7 +215,10 @@ class Truth:
 def worst_error(found, true):
     """The largest relative error over the entries; what is exactly zero must be exactly zero."""
     assert len(found) == len(true)
-    errors = [0.0 if f == t or (math.isnan(f) and math.isnan(t)) else abs(f - t) / abs(t) if t else math.inf for f, t in zip(found, true, strict=True)]
+    errors = [
+        0.0 if f == t or (math.isnan(f) and math.isnan(t)) else abs(f - t) / abs(t) if t else math.inf
+        for f, t in zip(found, true, strict=True)
+    ]
     return max(errors, default=0.0)
 
 
@@ -272,11 +293,19 @@ class Net(nn.Module):
         """Take x (T, B, inputs) and lay it out as the case wants."""
         form = self.case.form
         if form == "unbatched":
-            y, last = self.rnn(x[:, 0], None if state is None else tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0])
-            y, last = y.unsqueeze(1), tuple(s.unsqueeze(1) for s in last) if isinstance(last, tuple) else last.unsqueeze(1)
+            y, last = self.rnn(
+                x[:, 0],
+                None if state is None else tuple(s[:, 0] for s in state) if isinstance(state, tuple) else state[:, 0],
+            )
+            y, last = (
+                y.unsqueeze(1),
+                tuple(s.unsqueeze(1) for s in last) if isinstance(last, tuple) else last.unsqueeze(1),
+            )
         elif form in ("packed", "shuffled"):
             given = x.transpose(0, 1) if form == "shuffled" else x
-            packed = pack_padded_sequence(given, torch.tensor(lengths), batch_first=form == "shuffled", enforce_sorted=form == "packed")
+            packed = pack_padded_sequence(
+                given, torch.tensor(lengths), batch_first=form == "shuffled", enforce_sorted=form == "packed"
+            )
             y, last = self.rnn(packed, state)
             y, _ = pad_packed_sequence(y)
         elif form == "batch-first":
@@ -297,11 +326,17 @@ def trained(case, number):
     """Train two steps; give what the second said of the module, and the truth about it."""
     torch.manual_seed(number)
     net = Net(case).to(case.dtype)
-    for weight in net.rnn.parameters():  # torch's default is small, and everything would be nearly linear; without a bound, it must be
+    for weight in (
+        net.rnn.parameters()
+    ):  # torch's default is small, and everything would be nearly linear; without a bound, it must be
         nn.init.normal_(weight, std=0.35 if case.mode == "RNN_RELU" else 0.6)
     if case.form in ("packed", "shuffled"):
         lengths = [case.steps, *(int(n) for n in torch.randint(1, case.steps + 1, (case.batch - 1,)))]
-        lengths = sorted(lengths, reverse=True) if case.form == "packed" else [lengths[k] for k in torch.randperm(case.batch).tolist()]
+        lengths = (
+            sorted(lengths, reverse=True)
+            if case.form == "packed"
+            else [lengths[k] for k in torch.randperm(case.batch).tolist()]
+        )
     else:
         lengths = [case.steps] * case.batch
     x = torch.randn(case.steps, case.batch, INPUTS, dtype=case.dtype)
@@ -340,12 +375,16 @@ def truth_of(net, x, lengths, state, random_state):
     for _ in range((case.layers - 1) * (case.dropout > 0)):
         if packed:  # dropout acts on what is packed
             data = functional.dropout(torch.ones(len(whole.data), width, dtype=case.dtype), case.dropout)
-            mask, _ = pad_packed_sequence(PackedSequence(data, whole.batch_sizes, whole.sorted_indices, whole.unsorted_indices))
+            mask, _ = pad_packed_sequence(
+                PackedSequence(data, whole.batch_sizes, whole.sorted_indices, whole.unsorted_indices)
+            )
         else:
             mask = functional.dropout(torch.ones(case.steps, case.batch, width, dtype=case.dtype), case.dropout)
         masks.append(mask.double())
     exact = x.double().requires_grad_()
-    h0, c0 = (s.double() for s in state) if isinstance(state, tuple) else (None if state is None else state.double(), None)
+    h0, c0 = (
+        (s.double() for s in state) if isinstance(state, tuple) else (None if state is None else state.double(), None)
+    )
     y, h, c, tracks = unrolled(net.rnn, exact, lengths, h0, c0, masks)
     order = whole.sorted_indices.tolist() if packed else list(range(case.batch))
     rows = [order[k] for k in spaced(case.batch)]
@@ -394,7 +433,20 @@ def grid():
         if (mode != "LSTM" and (projected or loss == "c_n")) or (layers == 1 and dropout):
             continue
         steps, batch = next(sizes)
-        yield Case(mode, layers, bidirectional, bias, projected, state, dropout, form, loss, dtype, steps, 1 if form == "unbatched" else batch)
+        yield Case(
+            mode,
+            layers,
+            bidirectional,
+            bias,
+            projected,
+            state,
+            dropout,
+            form,
+            loss,
+            dtype,
+            steps,
+            1 if form == "unbatched" else batch,
+        )
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -446,7 +498,10 @@ def test_bfloat16_is_a_few_percent_off_and_not_more(mode, how, form):
     for part, series in truth.series.items():
         for name, values in series.items():
             if name != "grad_hidden_direct":  # the readout's own, in bfloat16
-                assert getattr(found[part], name) == pytest.approx(values, rel=0.08, abs=0.01 * max(values)), (part, name)
+                assert getattr(found[part], name) == pytest.approx(values, rel=0.08, abs=0.01 * max(values)), (
+                    part,
+                    name,
+                )
     assert found[""].scaled is False
 
 
@@ -466,7 +521,9 @@ def seen(model, run, **options):
     """Train two steps with `run(model)`, which gives a loss; give the sequences of the second by module and part."""
     reports = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[], **options):
+    with gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append], detectors=[], **options
+    ):
         for _ in range(2):
             optimizer.zero_grad()
             run(model).backward()
@@ -495,7 +552,9 @@ def recurrent(module, dtype, **weights):
 @pytest.mark.parametrize(("rho", "horizon"), [(0.5, 10), (0.8, 31), (0.9, None), (1.0, None), (1.05, None)])
 def test_a_linear_network_forgets_by_its_spectral_radius(rho, horizon, dtype):
     generator = torch.Generator().manual_seed(3)
-    rnn = recurrent(nn.RNN(16, 16), dtype, weight_hh_l0=rho * orthogonal(16, generator), weight_ih_l0=orthogonal(16, generator))
+    rnn = recurrent(
+        nn.RNN(16, 16), dtype, weight_hh_l0=rho * orthogonal(16, generator), weight_ih_l0=orthogonal(16, generator)
+    )
     u = torch.randn(5, 16, generator=generator, dtype=torch.float64)
     found = seen(rnn, lambda m: (m(torch.zeros(64, 5, 16, dtype=dtype))[0][-1] * u.to(dtype)).sum())
     whole, layer = found["", ""], found["", "l0"]
@@ -542,9 +601,13 @@ def test_an_lstm_without_recurrence_forgets_by_its_forget_gate_and_its_hidden_gr
     size = float(u.double().norm())
     assert layer.grad_cell == pytest.approx([size * p for p in power(keep)], **close(dtype))
     assert whole.grad_input == pytest.approx([whole.grad_input[-1] * p for p in power(keep)], **close(dtype))
-    assert whole.grad_input[-1] == pytest.approx(0.5 * float((u.double() @ into[2 * hidden : 3 * hidden].double()).norm()), rel=1e-5)  # i g W_g, i = 1/2
+    assert whole.grad_input[-1] == pytest.approx(
+        0.5 * float((u.double() @ into[2 * hidden : 3 * hidden].double()).norm()), rel=1e-5
+    )  # i g W_g, i = 1/2
     assert layer.grad_hidden == layer.grad_hidden_direct == (0.0,) * 64
-    assert layer.lag_gain_cell == pytest.approx([layer.lag_gain_cell[0] * p for p in reversed(power(keep))], **close(dtype))
+    assert layer.lag_gain_cell == pytest.approx(
+        [layer.lag_gain_cell[0] * p for p in reversed(power(keep))], **close(dtype)
+    )
     assert layer.lag_gain_hidden[1:] == (0.0,) * 63
     assert whole.decay_rate == pytest.approx(keep, rel=1e-6)
     assert whole.horizon == min(math.ceil(math.log(1e-3) / math.log(keep)), 64)
@@ -560,8 +623,12 @@ def test_a_gru_without_recurrence_forgets_by_its_update_gate(bias, dtype):
     gru = recurrent(nn.GRU(inputs, hidden, batch_first=True), dtype, bias_hh_l0=biases, weight_ih_l0=into)
     u = torch.randn(3, hidden, dtype=dtype)
     found = seen(gru, lambda m: (m(torch.zeros(3, 64, inputs, dtype=dtype))[1][0] * u).sum())
-    assert found["", "l0"].grad_hidden == pytest.approx([float(u.double().norm()) * p for p in power(keep)], **close(dtype))
-    assert found["", ""].grad_input == pytest.approx([(1 - keep) * g for g in found["", "l0"].grad_hidden], **close(dtype))
+    assert found["", "l0"].grad_hidden == pytest.approx(
+        [float(u.double().norm()) * p for p in power(keep)], **close(dtype)
+    )
+    assert found["", ""].grad_input == pytest.approx(
+        [(1 - keep) * g for g in found["", "l0"].grad_hidden], **close(dtype)
+    )
     assert found["", ""].decay_rate == pytest.approx(keep, rel=1e-6)
     assert found["", ""].horizon == min(math.ceil(math.log(1e-3) / math.log(keep)), 64)
 
@@ -570,10 +637,18 @@ def test_a_scalar_network_at_its_fixed_point_forgets_by_its_slope_there(dtype):
     w, bias, h = 0.9, 0.3, 0.0
     for _ in range(10_000):
         h = math.tanh(w * h + bias)
-    rnn = recurrent(nn.RNN(1, 1), dtype, weight_hh_l0=torch.tensor([[w]]), bias_ih_l0=torch.tensor([bias]), weight_ih_l0=torch.ones(1, 1))
+    rnn = recurrent(
+        nn.RNN(1, 1),
+        dtype,
+        weight_hh_l0=torch.tensor([[w]]),
+        bias_ih_l0=torch.tensor([bias]),
+        weight_ih_l0=torch.ones(1, 1),
+    )
     start = torch.full((1, 2, 1), h, dtype=dtype)
     found = seen(rnn, lambda m: m(torch.zeros(64, 2, 1, dtype=dtype), start)[0][-1].sum())
-    w, bias = (float(torch.tensor(v, dtype=torch.float32)) for v in (w, bias))  # as they are kept; the fixed point moves by 1e-8
+    w, bias = (
+        float(torch.tensor(v, dtype=torch.float32)) for v in (w, bias)
+    )  # as they are kept; the fixed point moves by 1e-8
     rate = w * (1 - h * h)
     limit = {"rel": 1e-4 if dtype is torch.float32 else 1e-5, "abs": 0}
     assert found["", "l0"].grad_hidden == pytest.approx([math.sqrt(2) * p for p in power(rate)], **limit)
@@ -582,14 +657,24 @@ def test_a_scalar_network_at_its_fixed_point_forgets_by_its_slope_there(dtype):
 
 def test_a_loss_at_every_timestep_hides_vanishing_from_the_gradient_but_not_from_the_gain(dtype):
     rho, steps, batch, hidden = 0.7, 50, 4, 3
-    rnn = recurrent(nn.RNN(hidden, hidden), dtype, weight_hh_l0=rho * torch.eye(hidden, dtype=torch.float64), weight_ih_l0=torch.eye(hidden))
+    rnn = recurrent(
+        nn.RNN(hidden, hidden),
+        dtype,
+        weight_hh_l0=rho * torch.eye(hidden, dtype=torch.float64),
+        weight_ih_l0=torch.eye(hidden),
+    )
     u = torch.randn(hidden, dtype=dtype)
     found = seen(rnn, lambda m: (m(torch.zeros(steps, batch, hidden, dtype=dtype))[0] @ u).mean())
     layer = found["", "l0"]
-    law = [float(u.double().norm()) * (1 - rho ** (lag + 1)) / ((1 - rho) * steps * math.sqrt(batch)) for lag in reversed(range(steps))]
+    law = [
+        float(u.double().norm()) * (1 - rho ** (lag + 1)) / ((1 - rho) * steps * math.sqrt(batch))
+        for lag in reversed(range(steps))
+    ]
     assert layer.grad_hidden == pytest.approx(law, **close(dtype))
     assert layer.grad_hidden[0] > layer.grad_hidden[-1]
-    assert layer.grad_hidden_direct == pytest.approx([float(u.double().norm()) / (steps * math.sqrt(batch))] * steps, **close(dtype))
+    assert layer.grad_hidden_direct == pytest.approx(
+        [float(u.double().norm()) / (steps * math.sqrt(batch))] * steps, **close(dtype)
+    )
     assert found["", ""].decay_rate == pytest.approx(rho, rel=1e-6)
     assert found["", ""].horizon == 20  # 0.7^20 = 8e-4
 
@@ -667,7 +752,9 @@ def test_a_random_network_comes_to_forget_by_its_spectral_radius(rho):
     rnn = recurrent(nn.RNN(100, 100), torch.float64, weight_hh_l0=w, weight_ih_l0=torch.eye(100))
     found = seen(rnn, lambda m: m(torch.zeros(400, 8, 100, dtype=torch.float64))[0][-1].sum())
     gains = found["", ""].lag_gain
-    assert (gains[399] / gains[60]) ** (1 / 339) == pytest.approx(rho, rel=2e-3)  # behind what is left of the other eigenvalues
+    assert (gains[399] / gains[60]) ** (1 / 339) == pytest.approx(
+        rho, rel=2e-3
+    )  # behind what is left of the other eigenvalues
 
 
 @pytest.mark.parametrize(("amplitude", "low", "high"), [(0.01, 0.995, 1.001), (0.1, 0.85, 0.99), (1.0, 0.3, 0.7)])
@@ -686,14 +773,18 @@ def test_saturation_makes_a_tanh_network_forget_faster_than_its_spectral_radius(
     gains = found["", "l0"].lag_gain_hidden
     rate = (gains[60] / gains[0]) ** (1 / 60)
     assert low < rate / rho < high
-    assert all(gain <= gains[0] * rho**lag * (1 + 1e-9) for lag, gain in enumerate(gains))  # the largest singular value bounds it
+    assert all(
+        gain <= gains[0] * rho**lag * (1 + 1e-9) for lag, gain in enumerate(gains)
+    )  # the largest singular value bounds it
 
 
 # --- how well eight random cotangents stand for the whole Jacobian ---
 
 
 def stock(name, inputs, generator):
-    module = {"RNN default": nn.RNN, "RNN orthogonal": nn.RNN, "LSTM default": nn.LSTM, "GRU default": nn.GRU}[name](inputs, 64)
+    module = {"RNN default": nn.RNN, "RNN orthogonal": nn.RNN, "LSTM default": nn.LSTM, "GRU default": nn.GRU}[name](
+        inputs, 64
+    )
     if name == "RNN orthogonal":
         with torch.no_grad():
             module.weight_hh_l0.copy_(0.95 * orthogonal(64, generator))

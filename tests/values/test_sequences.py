@@ -121,7 +121,18 @@ def test_stats_know_their_memory_and_none_where_there_is_no_gain():
 
 
 def test_stats_survive_json_to_the_last_bit():
-    stats = SequenceStats("a", "l0", 3, 2, grad_hidden=(0.1, math.inf, 0.3), carry_ratio=(0.1 + 0.2, math.nan), need=200, censored=False, scaled=True, note="n")
+    stats = SequenceStats(
+        "a",
+        "l0",
+        3,
+        2,
+        grad_hidden=(0.1, math.inf, 0.3),
+        carry_ratio=(0.1 + 0.2, math.nan),
+        need=200,
+        censored=False,
+        scaled=True,
+        note="n",
+    )
     back = from_plain(SequenceStats, from_json(to_json(to_plain(stats))))
 
     assert repr(back) == repr(stats)  # NaN is not equal to itself
@@ -160,7 +171,14 @@ def test_each_optimizer_has_its_own_probes():
 def test_another_model_has_no_probes_yet():
     history = History()
     history.add(at(1, probe=True))
-    history.add(at(2, model=ModelInfo(MODEL.layers, (*MODEL.parameters, ParameterInfo("rnn.b", "rnn", (1,), "float32", 0, "bias")))))
+    history.add(
+        at(
+            2,
+            model=ModelInfo(
+                MODEL.layers, (*MODEL.parameters, ParameterInfo("rnn.b", "rnn", (1,), "float32", 0, "bias"))
+            ),
+        )
+    )
 
     assert history.sequences() == []
 
@@ -174,7 +192,9 @@ def test_a_stop_forgets_no_probe_and_keeps_none_twice(steps):
     again.load_state_dict(state)
 
     assert again.sequences() == history.sequences()
-    assert sum("sequences" in s for track in state["tracks"] for column in ("snapshots", "probes") for s in track[column]) == len(history.sequences())
+    assert sum(
+        "sequences" in s for track in state["tracks"] for column in ("snapshots", "probes") for s in track[column]
+    ) == len(history.sequences())
     history.add(at(steps, probe=True))
     again.add(at(steps, probe=True))
     assert again.sequences() == history.sequences()

@@ -27,9 +27,21 @@ from gradwatch.values.thresholds import PER_LAYER
         ({"norm_below": True}, TypeError, "must be a number, got True"),
         ({"vanishing_ratio": math.nan}, ValueError, "Thresholds.vanishing_ratio must be finite and above 0, got nan"),
         ({"norm_above": math.inf}, ValueError, "Thresholds.norm_above must be finite and above 0, got inf"),
-        ({"layers": {"a": {"norm_below": math.nan}}}, ValueError, "Thresholds.norm_below must be finite and above 0, got nan"),
-        ({"layers": {"encoder.*": {"vanish": 1.0}}}, ValueError, r"Thresholds.layers\['encoder.\*'\] must name .* \(vanishing_ratio, .*\), got vanish"),
-        ({"layers": {"a": {"norm_below": 1.0, "window": 7}}}, ValueError, r"must name fields that are looked up for each layer \(.*norm_below.*\), got window"),
+        (
+            {"layers": {"a": {"norm_below": math.nan}}},
+            ValueError,
+            "Thresholds.norm_below must be finite and above 0, got nan",
+        ),
+        (
+            {"layers": {"encoder.*": {"vanish": 1.0}}},
+            ValueError,
+            r"Thresholds.layers\['encoder.\*'\] must name .* \(vanishing_ratio, .*\), got vanish",
+        ),
+        (
+            {"layers": {"a": {"norm_below": 1.0, "window": 7}}},
+            ValueError,
+            r"must name fields that are looked up for each layer \(.*norm_below.*\), got window",
+        ),
         ({"layers": {"encoder.*": {"vanishing_ratio": 0}}}, ValueError, "must be finite and above 0"),
     ],
 )
@@ -39,7 +51,9 @@ def test_a_wrong_number_gets_an_error_that_says_what_is_allowed(given, error, sa
 
 
 def test_the_last_pattern_that_matches_a_layer_wins():
-    t = Thresholds(layers={"encoder.*": {"vanishing_ratio": 1e-5, "horizon_met": 7}, "encoder.0": {"vanishing_ratio": 1e-6}})
+    t = Thresholds(
+        layers={"encoder.*": {"vanishing_ratio": 1e-5, "horizon_met": 7}, "encoder.0": {"vanishing_ratio": 1e-6}}
+    )
 
     assert t.of("encoder.0").vanishing_ratio == 1e-6
     assert t.of("encoder.0").horizon_met == 7
@@ -67,7 +81,9 @@ def test_what_may_be_said_of_a_layer_is_what_is_looked_up_for_it():
     thresholds = Seen(norm_below=1e-9, layers={"nobody": {"norm_below": 1e-9}})
     layers = tuple(LayerInfo(name, "LSTM", i) for i, name in enumerate(("rnn", "dead", "head")))
     model = ModelInfo(
-        layers, tuple(ParameterInfo(f"{layer.name}.weight", layer.name, (4, 4), "float32", 0, "weight") for layer in layers), (OptimizerInfo("SGD", False),)
+        layers,
+        tuple(ParameterInfo(f"{layer.name}.weight", layer.name, (4, 4), "float32", 0, "weight") for layer in layers),
+        (OptimizerInfo("SGD", False),),
     )
     history = History(thresholds)
     for step in range(60):

@@ -28,7 +28,11 @@ NOT_MEASURED = "it is not measured: torch.compile is in use, and compiled code c
 class Fused(nn.Module):
     def __init__(self, kind=nn.LSTM):
         super().__init__()
-        self.embed, self.rnn, self.head = nn.Linear(IN, IN), kind(IN, H), nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, 2))
+        self.embed, self.rnn, self.head = (
+            nn.Linear(IN, IN),
+            kind(IN, H),
+            nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, 2)),
+        )
 
     def forward(self, x):
         return self.head(self.rnn(self.embed(x))[0][-1])
@@ -124,7 +128,15 @@ def trained(kind, way, backend, sizes, *, late=False, every=1, **options):
     if not late:
         run = compile_it()
     if options:
-        watcher = watch(model, optimizer, every_n_steps=1, probe_every_n_steps=every, sinks=[reports.append], on_alert=lambda _: None, **options)
+        watcher = watch(
+            model,
+            optimizer,
+            every_n_steps=1,
+            probe_every_n_steps=every,
+            sinks=[reports.append],
+            on_alert=lambda _: None,
+            **options,
+        )
     if late:
         run = compile_it()
     losses, counts = [], []
@@ -147,7 +159,9 @@ def compare(kind, way, backend, sizes, caplog, **options):
     alone, expected, _ = trained(kind, way, backend, sizes)
     for late, every in ((False, 1), (True, 3)):
         caplog.clear()
-        watched, counts, snapshots = trained(kind, way, backend, sizes, late=late, every=every, timesteps=timesteps, **options)
+        watched, counts, snapshots = trained(
+            kind, way, backend, sizes, late=late, every=every, timesteps=timesteps, **options
+        )
         assert all(map(torch.equal, watched, alone))
         assert counts == expected
         assert len(snapshots) == len(sizes)
@@ -284,11 +298,15 @@ for name in sys.argv[2:]:
 
 
 def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs) for m in model.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize("way", ["model", "in place", "children"])
-def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed_and_is_not_watched(way, tmp_path, monkeypatch):
+def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed_and_is_not_watched(
+    way, tmp_path, monkeypatch
+):
     (tmp_path / "compiled_net_of_a_user.py").write_text(NET)
     monkeypatch.syspath_prepend(str(tmp_path))
     import compiled_net_of_a_user
@@ -330,7 +348,13 @@ def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed_and
     if files:
         script = tmp_path / "load.py"
         script.write_text(LOAD)
-        done = subprocess.run([sys.executable, str(script), str(tmp_path), *map(str, files)], capture_output=True, text=True, check=False, timeout=200)
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), *map(str, files)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr
         assert list(map(float, done.stdout.split())) == pytest.approx(truths)
 
@@ -344,6 +368,8 @@ def test_state_dicts_and_optimizers_are_saved_within_a_probe():
         for _ in range(3):
             run(torch.randn(T, 3, IN)).sum().backward()
             saved = io.BytesIO()
-            torch.save({"compiled": run.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+            torch.save(
+                {"compiled": run.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}, saved
+            )
             assert b"gradwatch" not in saved.getvalue()
             optimizer.step()

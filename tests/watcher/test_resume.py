@@ -20,7 +20,9 @@ STEPS = 90
 def setting(logdir, optimizers=1):
     torch.manual_seed(0)
     model = nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Sigmoid())), nn.Linear(6, 1))
-    parts = [list(model.parameters())] if optimizers == 1 else [list(model[:4].parameters()), list(model[4:].parameters())]
+    parts = (
+        [list(model.parameters())] if optimizers == 1 else [list(model[:4].parameters()), list(model[4:].parameters())]
+    )
     steppers = [torch.optim.Adam(part, lr=1e-2) for part in parts]
     watcher = gradwatch.watch(model, steppers, logdir=logdir, probe_every_n_steps=7, on_alert=lambda _: None)
     return model, steppers, watcher
@@ -112,9 +114,14 @@ def test_a_run_that_is_taken_up_in_another_process_says_what_it_would_have_said(
     assert any(a.cleared is not None for a in whole.alerts)
     assert told(resumed)[1] == told(whole)[1]
     for mine, theirs in zip(told(resumed)[0], told(whole)[0], strict=True):
-        again = mine.weight_norm if mine.step == at else theirs.weight_norm  # what is new to a process is weighed at once
+        again = (
+            mine.weight_norm if mine.step == at else theirs.weight_norm
+        )  # what is new to a process is weighed at once
         assert mine == dataclasses.replace(theirs, weight_norm=again)
-    axes = [{tag: [step for step, _ in values] for tag, values in scalars(folder).items() if "sensitivity" not in tag} for folder in (one, two)]
+    axes = [
+        {tag: [step for step, _ in values] for tag, values in scalars(folder).items() if "sensitivity" not in tag}
+        for folder in (one, two)
+    ]
     assert axes[0] == axes[1]
 
 
@@ -134,7 +141,9 @@ class Aside(nn.Module):
 
 def reports_of(model, optimizer, steps, state=None):
     reports = []
-    with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=30, sinks=[reports.append], on_alert=lambda _: None) as watcher:
+    with gradwatch.watch(
+        model, optimizer, every_n_steps=1, probe_every_n_steps=30, sinks=[reports.append], on_alert=lambda _: None
+    ) as watcher:
         if state is not None:
             watcher.load_state_dict(state)
         for number in steps:
@@ -169,7 +178,9 @@ def test_a_probe_that_is_the_first_step_of_a_resumed_run_sees_the_forward_pass()
         torch.manual_seed(0)
         model = nn.LSTM(3, 4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        with gradwatch.watch(model, optimizer, probe_every_n_steps=5, horizon=6, sinks=[reports.append], on_alert=lambda _: None) as watcher:
+        with gradwatch.watch(
+            model, optimizer, probe_every_n_steps=5, horizon=6, sinks=[reports.append], on_alert=lambda _: None
+        ) as watcher:
             if state is not None:
                 watcher.load_state_dict(state)
             for _ in range(steps):
@@ -190,7 +201,9 @@ def test_numbers_of_steps_that_are_told_in_strides_go_on_after_a_resume():
         torch.manual_seed(0)
         model = nn.Linear(3, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        with gradwatch.watch(model, optimizer, probe_every_n_steps=8, sinks=[reports.append], on_alert=lambda _: None) as watcher:
+        with gradwatch.watch(
+            model, optimizer, probe_every_n_steps=8, sinks=[reports.append], on_alert=lambda _: None
+        ) as watcher:
             if state is not None:
                 watcher.load_state_dict(state)
             for number in numbers:

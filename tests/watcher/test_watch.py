@@ -35,7 +35,10 @@ def tall(*, dtype=torch.float32):
 
 def batches(count, *, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(5, 4, generator=generator).to(dtype), torch.randn(5, 3, generator=generator).to(dtype)) for _ in range(count)]
+    return [
+        (torch.randn(5, 4, generator=generator).to(dtype), torch.randn(5, 3, generator=generator).to(dtype))
+        for _ in range(count)
+    ]
 
 
 def loss_of(model, batch):
@@ -65,7 +68,9 @@ def total(values):
 @pytest.fixture(autouse=True)
 def _nothing_stays():
     yield
-    if torch_modules._global_forward_pre_hooks:  # a watcher that was dropped without close, inside of its optimizer's cycle
+    if (
+        torch_modules._global_forward_pre_hooks
+    ):  # a watcher that was dropped without close, inside of its optimizer's cycle
         gc.collect()
     assert not torch_modules._global_forward_pre_hooks
 
@@ -108,7 +113,9 @@ def test_the_hook_form_gives_each_step_as_the_optimizer_takes_it(dtype):
         optimizer.step()
     same(watched.norms(), truth)
     assert [s.step for s in watched.snapshots] == list(range(12))
-    assert {(s.stage, s.optimizer, s.skipped, s.scale, s.clip_factor, s.loss) for s in watched.snapshots} == {("applied", 0, False, None, None, None)}
+    assert {(s.stage, s.optimizer, s.skipped, s.scale, s.clip_factor, s.loss) for s in watched.snapshots} == {
+        ("applied", 0, False, None, None, None)
+    }
 
 
 def test_numbers_are_exact_where_the_step_is_inside_of_autocast():
@@ -125,7 +132,12 @@ def test_numbers_are_exact_where_the_step_is_inside_of_autocast():
             before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
             norms_now = by_hand(model)
             optimizer.step()
-        truth.append((norms_now, {n: norm64(p.detach().double() - before[n]) / norm64(before[n]) for n, p in model.named_parameters()}))
+        truth.append(
+            (
+                norms_now,
+                {n: norm64(p.detach().double() - before[n]) / norm64(before[n]) for n, p in model.named_parameters()},
+            )
+        )
     same(watched.norms(), [t[0] for t in truth])
     same([column(s, s.update_ratio) for s in watched.snapshots], [t[1] for t in truth])
 
@@ -177,7 +189,9 @@ def test_clipping_is_seen_by_the_explicit_form_and_done_for_the_hook_form(limit)
         same(watched.norms(), before if explicit else after)
         assert {s.stage for s in watched.snapshots} == {"before_clip" if explicit else "applied"}
         factors = [total(a) / total(b) for a, b in zip(after, before, strict=True)]
-        assert [s.clip_factor for s in watched.snapshots] == (pytest.approx(factors, rel=1e-6) if explicit else [None] * 3)
+        assert [s.clip_factor for s in watched.snapshots] == (
+            pytest.approx(factors, rel=1e-6) if explicit else [None] * 3
+        )
         assert (max(factors) < 0.01) is (limit < 1)
 
 
@@ -199,7 +213,9 @@ def test_accumulated_gradients_are_read_once_and_the_losses_averaged(explicit):
     optimizer = torch.optim.Adam(model.parameters())
     watched = Watched(model, optimizer)
     truth, losses = [], []
-    for group in itertools.batched(batches(6), 3) if hasattr(itertools, "batched") else [batches(6)[:3], batches(6)[3:]]:
+    for group in (
+        itertools.batched(batches(6), 3) if hasattr(itertools, "batched") else [batches(6)[:3], batches(6)[3:]]
+    ):
         optimizer.zero_grad()
         for batch in group:
             loss = loss_of(model, batch)
@@ -346,7 +362,17 @@ def test_zero_grad_in_all_its_forms_leaves_zero_zero_and_none_none(set_to_none, 
 # --- loss scaling ---
 
 
-def scaled_loop(optimizer_type, *, steps, overflow=(), hold_scaler=False, explicit=None, probe=None, unscale=False, **optimizer_options):
+def scaled_loop(
+    optimizer_type,
+    *,
+    steps,
+    overflow=(),
+    hold_scaler=False,
+    explicit=None,
+    probe=None,
+    unscale=False,
+    **optimizer_options,
+):
     """Train under a CPU GradScaler; give what was watched, the unscaled truth of each step, and the weights' updates."""
     model = tall()
     optimizer = optimizer_type(model.parameters(), lr=0.01, **optimizer_options)
@@ -382,7 +408,9 @@ def test_an_unfused_scaler_has_divided_when_the_hook_form_reads_and_a_skipped_st
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_the_explicit_form_divides_by_the_scale_of_the_scaler_it_was_given(fused, unscale):
-    watched, truth = scaled_loop(torch.optim.Adam, steps=6, hold_scaler=True, explicit="before unscale", unscale=unscale, fused=fused)
+    watched, truth = scaled_loop(
+        torch.optim.Adam, steps=6, hold_scaler=True, explicit="before unscale", unscale=unscale, fused=fused
+    )
     same(watched.norms(), [n for n, _ in truth])
     assert [s.scale for s in watched.snapshots] == [scale for _, scale in truth]
     assert len({scale for _, scale in truth}) > 1
@@ -391,7 +419,9 @@ def test_the_explicit_form_divides_by_the_scale_of_the_scaler_it_was_given(fused
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_explicit_form_does_not_divide_again_after_unscale(fused):
-    watched, truth = scaled_loop(torch.optim.Adam, steps=6, hold_scaler=True, explicit="after unscale", unscale=True, fused=fused)
+    watched, truth = scaled_loop(
+        torch.optim.Adam, steps=6, hold_scaler=True, explicit="after unscale", unscale=True, fused=fused
+    )
     same(watched.norms(), [n for n, _ in truth])
     assert [s.scale for s in watched.snapshots] == [None] * 6
     assert [s.clip_factor for s in watched.snapshots] == pytest.approx([1.0] * 6)
@@ -428,7 +458,9 @@ def test_an_alert_about_skipped_steps_is_raised_when_asked_for_and_close_still_c
         model = tall()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu")
-        watcher = gradwatch.watch(model, optimizer, scaler=scaler, on_alert="raise", thresholds=gradwatch.Thresholds(skipped_steps=3))
+        watcher = gradwatch.watch(
+            model, optimizer, scaler=scaler, on_alert="raise", thresholds=gradwatch.Thresholds(skipped_steps=3)
+        )
         for _ in range(3):
             overflow(watcher, optimizer, model, scaler)
         with pytest.raises(gradwatch.GradientHealthError, match="skipped 3 steps"):
@@ -500,7 +532,9 @@ def chain_of(kind):
 @pytest.mark.parametrize("kind", ["none", "own", "inherited", "chain", "forgiving"])
 @pytest.mark.parametrize("trouble", [None, "before", "inside", "after"])
 @pytest.mark.parametrize("explicit", [False, True])
-def test_a_step_counts_once_through_any_chain_of_classes_also_after_one_that_raised(bases_ready, kind, trouble, explicit):
+def test_a_step_counts_once_through_any_chain_of_classes_also_after_one_that_raised(
+    bases_ready, kind, trouble, explicit
+):
     model = tall()
     made = chain_of(kind)
     if bases_ready:
@@ -521,7 +555,9 @@ def test_a_step_counts_once_through_any_chain_of_classes_also_after_one_that_rai
             optimizer.step()
         except RuntimeError:
             raised = True
-        assert raised is (optimizer.trouble is not None and kind != "forgiving" and (kind != "none" or trouble == "inside"))
+        assert raised is (
+            optimizer.trouble is not None and kind != "forgiving" and (kind != "none" or trouble == "inside")
+        )
         if not raised:
             truth.append(hand)
     same(watched.norms(), truth)
@@ -742,12 +778,22 @@ def test_updates_of_narrow_weights_are_measured_in_float32(dtype):
 
 
 def test_the_update_of_a_weight_that_was_zero_is_infinite_and_of_one_that_stays_zero():
-    model = nn.ParameterDict({"opens": nn.Parameter(torch.zeros(3)), "stays": nn.Parameter(torch.zeros(3)), "still": nn.Parameter(torch.ones(3))})
+    model = nn.ParameterDict(
+        {
+            "opens": nn.Parameter(torch.zeros(3)),
+            "stays": nn.Parameter(torch.zeros(3)),
+            "still": nn.Parameter(torch.ones(3)),
+        }
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     (model["opens"].sum() + 0 * model["stays"].sum() + 0 * model["still"].sum()).backward()
     optimizer.step()
-    assert column(watched.snapshots[0], watched.snapshots[0].update_ratio) == {"opens": math.inf, "stays": 0.0, "still": 0.0}
+    assert column(watched.snapshots[0], watched.snapshots[0].update_ratio) == {
+        "opens": math.inf,
+        "stays": 0.0,
+        "still": 0.0,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -811,7 +857,9 @@ def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch)
     measured = [column(s, s.update_ratio) for s in watched.snapshots]
     assert [sorted(m) for m in measured] == [["0", "1"], ["2", "3"], ["0", "4"], ["1", "2"], ["3", "4"]]
     assert {v for m in measured for v in m.values()} == {0.25}
-    assert watched.snapshots[0].notes == ("updates are measured in turns: copies of all parameters take more than 0 MiB",)
+    assert watched.snapshots[0].notes == (
+        "updates are measured in turns: copies of all parameters take more than 0 MiB",
+    )
 
 
 def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
@@ -828,7 +876,9 @@ def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
 
 
 def test_a_sequence_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so(monkeypatch):
-    monkeypatch.setattr(capture, "BUDGET", 3 * (10 * 6 * capture._LIVE * 4))  # of three rows of ten timesteps of six units
+    monkeypatch.setattr(
+        capture, "BUDGET", 3 * (10 * 6 * capture._LIVE * 4)
+    )  # of three rows of ten timesteps of six units
     net = nn.LSTM(4, 6, batch_first=True)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     watched = Watched(net, optimizer, probe_every_n_steps=1)
@@ -983,7 +1033,12 @@ def test_a_group_added_later_is_measured_from_then_on():
         truth.append({k: v for k, v in by_hand(model).items() if step >= 2 or k.startswith("2")})
         optimizer.step()
     same(watched.norms(), truth)
-    assert [{p.name: p.optimizer for p in s.model.parameters}["0.weight"] for s in watched.snapshots] == [None, None, 0, 0]
+    assert [{p.name: p.optimizer for p in s.model.parameters}["0.weight"] for s in watched.snapshots] == [
+        None,
+        None,
+        0,
+        0,
+    ]
 
 
 def test_a_layer_that_was_replaced_is_measured_under_its_old_name_and_new_shape():
@@ -1100,7 +1155,10 @@ class Network(nn.Module):
             return self.head(self.network.encoder(x))
 
     line = inspect.getsourcelines(Mine.forward)[1]
-    mine, theirs = ({layer.name: layer.location for layer in describe(model, [], {})[0].layers} for model in (Mine(), library.Network()))
+    mine, theirs = (
+        {layer.name: layer.location for layer in describe(model, [], {})[0].layers}
+        for model in (Mine(), library.Network())
+    )
 
     assert mine == {"network.encoder": f"{__file__}:{line}", "head": f"{__file__}:{line}"}
     assert theirs == {"encoder": None}
@@ -1211,7 +1269,9 @@ def test_after_an_alert_has_begun_the_next_step_is_a_probe_even_between_two_of_t
         if history.snapshot.step >= 18:
             yield Finding("X2", "found", Severity.INFO, "")
 
-    watched = Watched(model, optimizer, every_n_steps=6, probe_every_n_steps=12, detectors=[found], on_alert=lambda _: None)
+    watched = Watched(
+        model, optimizer, every_n_steps=6, probe_every_n_steps=12, detectors=[found], on_alert=lambda _: None
+    )
     train(model, optimizer, 31)
 
     assert [s.step for s in watched.snapshots] == [0, 6, 7, 12, 18, 19, 24, 30]
@@ -1222,18 +1282,34 @@ def test_after_an_alert_has_begun_the_next_step_is_a_probe_even_between_two_of_t
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"timesteps": True}, TypeError, 'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got True'),
+        (
+            {"timesteps": True},
+            TypeError,
+            'timesteps must be "auto", False, or a mapping from names of modules to their dimension of time, got True',
+        ),
         ({"timesteps": "all"}, TypeError, "got 'all'"),
-        ({"timesteps": {"0": 1.5}}, TypeError, r"timesteps must map names of modules to a dimension \(a whole number\) or None, got '0': 1.5"),
+        (
+            {"timesteps": {"0": 1.5}},
+            TypeError,
+            r"timesteps must map names of modules to a dimension \(a whole number\) or None, got '0': 1.5",
+        ),
         ({"timesteps": {"0": -1}}, ValueError, r"timesteps\['0'\] must be at least 0, got -1"),
         ({"timesteps": {"rnn": 1}}, ValueError, r"timesteps must name modules of the model \('', '0', .*got 'rnn'"),
         ({"horizon": 0}, ValueError, "horizon must be at least 1, got 0"),
         ({"horizon": 2.5}, TypeError, "horizon must be a whole number or None, got 2.5"),
         ({"horizon": {}}, ValueError, "horizon must name at least one module, got an empty mapping"),
         ({"horizon": {"0": 0}}, ValueError, r"horizon\['0'\] must be at least 1, got 0"),
-        ({"horizon": {"0": None}}, TypeError, "horizon must map names of modules to numbers of timesteps, got '0': None"),
+        (
+            {"horizon": {"0": None}},
+            TypeError,
+            "horizon must map names of modules to numbers of timesteps, got '0': None",
+        ),
         ({"horizon": {"rnn": 5}}, ValueError, "horizon must name modules of the model .*got 'rnn'"),
-        ({"horizon": 5, "timesteps": False}, ValueError, "horizon needs gradients through time, and timesteps is False"),
+        (
+            {"horizon": 5, "timesteps": False},
+            ValueError,
+            "horizon needs gradients through time, and timesteps is False",
+        ),
     ],
 )
 def test_what_is_said_of_time_is_refused_where_it_cannot_be(options, error, says):
@@ -1257,7 +1333,15 @@ def test_the_loss_is_the_mean_of_what_was_recorded_for_the_step_and_dropped_wher
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     watched = Watched(model, optimizer, every_n_steps=2)
-    for losses in ([1.5], [100.0], [torch.tensor(2.0, requires_grad=True), 4.0], [], [], [torch.tensor(50.0)], [torch.tensor([3.0, 5.0], dtype=torch.float64)]):
+    for losses in (
+        [1.5],
+        [100.0],
+        [torch.tensor(2.0, requires_grad=True), 4.0],
+        [],
+        [],
+        [torch.tensor(50.0)],
+        [torch.tensor([3.0, 5.0], dtype=torch.float64)],
+    ):
         for loss in losses:
             watched.watcher.record(loss)
         train(model, optimizer, 1)
@@ -1313,7 +1397,9 @@ def test_a_generator_and_a_discriminator_that_record_their_own_losses_have_their
             loss_of(model, batch).backward()
             watched.watcher.record(sign * (step + 1))
             optimizer.step()
-    assert losses_of(watched) == [(i, sign * (step + 1)) for step in range(3) for i, sign in ((1, -1.0), (1, -2.0), (0, 1.0))]
+    assert losses_of(watched) == [
+        (i, sign * (step + 1)) for step in range(3) for i, sign in ((1, -1.0), (1, -2.0), (0, 1.0))
+    ]
 
 
 @pytest.mark.parametrize("tells", [False, True])
@@ -1350,7 +1436,9 @@ def test_a_loss_that_is_none_warns_once_and_is_left_out():
         watched.watcher.record(loss)
         train(model, optimizer, 1)
 
-    with pytest.warns(gradwatch.GradwatchWarning, match="the loss must be a number or a tensor, got None, and is left out"):
+    with pytest.warns(
+        gradwatch.GradwatchWarning, match="the loss must be a number or a tensor, got None, and is left out"
+    ):
         told(None)
     told("low")  # a second warning would be an error
     told(2.0)
@@ -1397,7 +1485,10 @@ def test_what_cannot_be_watched_is_refused_with_what_is_allowed():
         gradwatch.watch(model, on_alert="stop")
     with pytest.raises(TypeError, match=r"ignore must be a list of texts.*got 'GW101'"):
         gradwatch.watch(model, ignore="GW101")
-    with pytest.raises(TypeError, match=r"scaler must have is_enabled\(\) and get_scale\(\), as torch.amp.GradScaler has, or be None, got str"):
+    with pytest.raises(
+        TypeError,
+        match=r"scaler must have is_enabled\(\) and get_scale\(\), as torch.amp.GradScaler has, or be None, got str",
+    ):
         gradwatch.watch(model, scaler="no")
     watcher = gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="optimizer must be one of the 1 that are watched"):
@@ -1435,7 +1526,11 @@ def test_watching_again_closes_the_first_watcher():
 def test_closing_removes_every_hook_and_a_second_time_does_nothing():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = {name: len(table) for name, table in vars(torch_modules).items() if name.startswith("_global_") and hasattr(table, "__len__")}
+    before = {
+        name: len(table)
+        for name, table in vars(torch_modules).items()
+        if name.startswith("_global_") and hasattr(table, "__len__")
+    }
     attributes = set(vars(optimizer))
     watched = Watched(model, optimizer)
     train(model, optimizer, 1)  # step 1 is a probe: the forward hook is on
@@ -1519,7 +1614,9 @@ def test_a_measurement_that_fails_warns_once_and_leaves_out_only_its_step():
     model = tall()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     watched = Watched(model, optimizer)
-    with pytest.warns(gradwatch.GradwatchWarning, match="a measurement failed and is left out: RuntimeError: do not look at me") as caught:
+    with pytest.warns(
+        gradwatch.GradwatchWarning, match="a measurement failed and is left out: RuntimeError: do not look at me"
+    ) as caught:
         trouble(model, optimizer, [False, True, False, True, True, False])
     assert len(caught) == 1
     assert [s.step for s in watched.snapshots] == [0, 2, 5]
@@ -1557,9 +1654,13 @@ def test_a_sink_or_detector_that_fails_is_switched_off_and_takes_nothing_from_th
         calls.append(given)
         raise OSError("disk full")
 
-    others = {"sinks": [broken, reports.append]} if what == "sinks" else {"sinks": [reports.append], "detectors": [broken]}
+    others = (
+        {"sinks": [broken, reports.append]} if what == "sinks" else {"sinks": [reports.append], "detectors": [broken]}
+    )
     gradwatch.watch(model, optimizer, **others)
-    with pytest.warns(gradwatch.GradwatchWarning, match="broken failed and is switched off: OSError: disk full") as caught:
+    with pytest.warns(
+        gradwatch.GradwatchWarning, match="broken failed and is switched off: OSError: disk full"
+    ) as caught:
         train(model, optimizer, 3)
     assert (len(caught), len(calls), len(reports)) == (1, 1, 3)
 
@@ -1597,7 +1698,10 @@ def test_a_function_for_alerts_that_fails_is_replaced_by_the_logger(caplog):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     gradwatch.watch(model, optimizer, on_alert=lambda _: 1 / 0)
     (model(torch.ones(1, 1)).sum() * math.inf).backward()
-    with pytest.warns(gradwatch.GradwatchWarning, match="on_alert failed"), caplog.at_level(logging.WARNING, "gradwatch"):
+    with (
+        pytest.warns(gradwatch.GradwatchWarning, match="on_alert failed"),
+        caplog.at_level(logging.WARNING, "gradwatch"),
+    ):
         optimizer.step()
     assert "GW501" in caplog.text
 

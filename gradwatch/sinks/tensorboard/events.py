@@ -44,9 +44,14 @@ class EventFile:
 
         self._directory.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
-            for old in self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"):  # an earlier run, whose record is replaced too
+            for old in self._directory.glob(
+                f"events.out.tfevents.*{_SUFFIX}"
+            ):  # an earlier run, whose record is replaced too
                 old.unlink()
-        file = (self._directory.absolute() / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}.{next(_files)}{_SUFFIX}").open("wb")
+        file = (
+            self._directory.absolute()
+            / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}.{next(_files)}{_SUFFIX}"
+        ).open("wb")
         _frame(file, Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
         return file
 

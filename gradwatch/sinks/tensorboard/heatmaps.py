@@ -75,7 +75,16 @@ class LayerPicture:
             self._names, self.columns.kept = list(rows), []
         self._rows = list(rows)
         # What is not finite is not what is not there, which is NaN from here on.
-        self.columns.add(step, array("d", (math.nan if n not in levels else math.inf if math.isnan(levels[n]) else levels[n] for n in self._names)))
+        self.columns.add(
+            step,
+            array(
+                "d",
+                (
+                    math.nan if n not in levels else math.inf if math.isnan(levels[n]) else levels[n]
+                    for n in self._names
+                ),
+            ),
+        )
 
     def png(self) -> tuple[int, int, bytes]:
         """Draw it; see `heatmap`."""
@@ -112,11 +121,20 @@ class LagPicture:
         import numpy as np
 
         rows = max(len(column) for _, (column, _) in self.columns.kept)
-        values = np.array([np.pad(column, (0, rows - len(column)), constant_values=math.nan) for _, (column, _) in self.columns.kept]).T
+        values = np.array(
+            [np.pad(column, (0, rows - len(column)), constant_values=math.nan) for _, (column, _) in self.columns.kept]
+        ).T
         names = [f"lag {row * self._width}" for row in range(rows)]
         names[-1] = f"lag {self._lags - 1}"
         line = [horizon / self._width for _, (_, horizon) in self.columns.kept]
-        return heatmap(values, names, self.columns.steps, title="log10 of the gain by lag; white: horizon", line=line, deepest=_DEEPEST)
+        return heatmap(
+            values,
+            names,
+            self.columns.steps,
+            title="log10 of the gain by lag; white: horizon",
+            line=line,
+            deepest=_DEEPEST,
+        )
 
 
 def folded(column: Floats, width: int) -> Floats:
@@ -127,7 +145,13 @@ def folded(column: Floats, width: int) -> Floats:
 
 
 def heatmap(
-    values: Floats, rows: Sequence[str], steps: Sequence[int], *, title: str, line: Sequence[float] | None = None, deepest: float = -math.inf
+    values: Floats,
+    rows: Sequence[str],
+    steps: Sequence[int],
+    *,
+    title: str,
+    line: Sequence[float] | None = None,
+    deepest: float = -math.inf,
 ) -> tuple[int, int, bytes]:
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
 
@@ -205,7 +229,17 @@ def _viridis(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     import numpy as np
 
     anchors = np.array(
-        [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)]
+        [
+            (68, 1, 84),
+            (71, 44, 122),
+            (59, 81, 139),
+            (44, 113, 142),
+            (33, 144, 141),
+            (39, 173, 129),
+            (92, 200, 99),
+            (170, 220, 50),
+            (253, 231, 37),
+        ]
     )
     at = np.linspace(0, 1, len(anchors))
     return np.stack([np.interp(values, at, anchors[:, k]) for k in range(3)], axis=-1).astype(np.uint8)

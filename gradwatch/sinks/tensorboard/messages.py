@@ -15,14 +15,18 @@ def image(tag: str, picture: tuple[int, int, bytes]) -> Any:  # noqa: ANN401  (a
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     width, height, png = picture
-    return Summary.Value(tag=tag, image=Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png))
+    return Summary.Value(
+        tag=tag, image=Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+    )
 
 
 def profile(tag: str, levels: Sequence[float | None], width: int = 1) -> Any:  # noqa: ANN401
     """Return a histogram whose bucket i is layer i, or `width` lags, as high as its log10 above -12: TensorBoard draws it as a ridge over the steps."""
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
-    heights = [min(max((level if level is not None and math.isfinite(level) else FLOOR) + 12, 0.0), 100.0) for level in levels]
+    heights = [
+        min(max((level if level is not None and math.isfinite(level) else FLOOR) + 12, 0.0), 100.0) for level in levels
+    ]
     total = sum(heights)
     histogram = HistogramProto(
         min=-0.5,
@@ -43,7 +47,11 @@ def text(report: Report) -> Any:  # noqa: ANN401
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
     said = [_told("began", alert) for alert in report.began] + [_told("cleared", alert) for alert in report.cleared]
-    tensor = TensorProto(dtype="DT_STRING", string_val=["\n\n".join(said).encode()], tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]))
+    tensor = TensorProto(
+        dtype="DT_STRING",
+        string_val=["\n\n".join(said).encode()],
+        tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
+    )
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
     return Summary.Value(tag="gradwatch/alerts/text_summary", metadata=metadata, tensor=tensor)
 
@@ -56,4 +64,6 @@ def _told(event: str, alert: Alert) -> str:
     place = f"`{finding.place}`" if finding.place else "the whole model"
     items = [("what", alert.message), ("likely cause", alert.cause), ("try", alert.remedy)]
     told = [f"- **{name}**: {' '.join(words.split())}" for name, words in items if words]
-    return "\n".join([f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}{when}", "", *told])
+    return "\n".join(
+        [f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}{when}", "", *told]
+    )

@@ -42,7 +42,11 @@ class Groups:
 
     def norms(self, column: Column) -> dict[str, float]:
         """Return the root of the sum of squares over each group; what has no number is left out."""
-        return {name: math.hypot(*values) for name, members in self.members.items() if (values := [v for i in members if (v := column[i]) is not None])}
+        return {
+            name: math.hypot(*values)
+            for name, members in self.members.items()
+            if (values := [v for i in members if (v := column[i]) is not None])
+        }
 
 
 def scalars(report: Report) -> dict[str, float]:
@@ -72,7 +76,10 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
         found["gradwatch/clip_factor"] = snapshot.clip_factor
     found.update((f"gradwatch_norm/{name}", level) for name, level in levels.items())
     if snapshot.weight_norm is not None:
-        found.update((f"gradwatch_sensitivity/{name}", log10(value)) for name, value in groups.norms(sensitivities(snapshot)).items())
+        found.update(
+            (f"gradwatch_sensitivity/{name}", log10(value))
+            for name, value in groups.norms(sensitivities(snapshot)).items()
+        )
     if snapshot.update_ratio is not None:
         ratios = snapshot.update_ratio
         for name, members in groups.members.items():

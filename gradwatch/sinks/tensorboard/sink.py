@@ -39,7 +39,9 @@ class TensorBoardSink:
             self._events = None
             self._write = target._get_file_writer().event_writer.add_event
         else:
-            raise TypeError(f"target must be a directory or a torch.utils.tensorboard.SummaryWriter, got {type(target).__name__}")
+            raise TypeError(
+                f"target must be a directory or a torch.utils.tensorboard.SummaryWriter, got {type(target).__name__}"
+            )
         self._parameters = parameters
         self._event: Any = None
         self._tags: list[str] = []
@@ -90,7 +92,13 @@ class TensorBoardSink:
             picture = self._lags.setdefault(name, LagPicture())
             picture.add(report.snapshot.step, levels, stats.horizon)
             width = -(-len(levels) // _BUCKETS)
-            values.append(parts.profile(f"gradwatch_profile/lags/{name}", [max(levels[i : i + width]) for i in range(0, len(levels), width)], width))
+            values.append(
+                parts.profile(
+                    f"gradwatch_profile/lags/{name}",
+                    [max(levels[i : i + width]) for i in range(0, len(levels), width)],
+                    width,
+                )
+            )
             if picture.columns.due():
                 values.append(parts.image(f"gradwatch_heatmap/lags/{name}", picture.png()))
         return values
@@ -99,13 +107,18 @@ class TensorBoardSink:
         """Draw the heatmaps of the whole run, and close the file if it is ours."""
         last, self._last = self._last, None
         try:
-            pictures: dict[str, LayerPicture | LagPicture] = {"layers": self._picture, **{f"lags/{name}": picture for name, picture in self._lags.items()}}
+            pictures: dict[str, LayerPicture | LagPicture] = {
+                "layers": self._picture,
+                **{f"lags/{name}": picture for name, picture in self._lags.items()},
+            }
             stale = {name: picture for name, picture in pictures.items() if not picture.columns.fresh}
             if last is not None and stale:
                 from tensorboard.compat.proto.event_pb2 import Event
 
                 event = Event(wall_time=time.time(), step=last.snapshot.step)
-                event.summary.value.extend(parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items())
+                event.summary.value.extend(
+                    parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items()
+                )
                 self._write(event)
         finally:
             if self._events is not None:

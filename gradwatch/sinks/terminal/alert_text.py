@@ -26,7 +26,9 @@ def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[Renderab
         lines.append(Text(""))
         lines.append(
             Text.assemble(
-                (f"{finding.code} {finding.kind}", COLOURS[alert.severity]), f" ({finding.severity.value}) ", (finding.place or "the whole model", "bold")
+                (f"{finding.code} {finding.kind}", COLOURS[alert.severity]),
+                f" ({finding.severity.value}) ",
+                (finding.place or "the whole model", "bold"),
             )
         )
         until = f"cleared at step {alert.cleared}" if alert.cleared is not None else f"last seen at step {alert.last}"

@@ -27,7 +27,10 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
     shown = f"The {most} layers of {count} with the smallest gradients" if count > most else "The layers"
     return plain_text(
         Group(
-            Text(title), *alert_lines(wrong, began=False), Text(f"\n{shown}, in the order of the forward pass:"), layer_table(report.snapshot, wrong, most=most)
+            Text(title),
+            *alert_lines(wrong, began=False),
+            Text(f"\n{shown}, in the order of the forward pass:"),
+            layer_table(report.snapshot, wrong, most=most),
         ),
         WIDTH,
     )
@@ -43,6 +46,12 @@ def horizon_error(stats: SequenceStats, words: Explanation) -> str:
     """
     definition = f"horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below {HORIZON_GAIN:g} of its maximum from there on"
     return plain_text(
-        Group(Text(f"{words.message}\n"), Text(definition), Text(f"why: {words.cause}"), Text(f"try: {words.remedy}"), LagProfile(stats)),
+        Group(
+            Text(f"{words.message}\n"),
+            Text(definition),
+            Text(f"why: {words.cause}"),
+            Text(f"try: {words.remedy}"),
+            LagProfile(stats),
+        ),
         WIDTH,
     )

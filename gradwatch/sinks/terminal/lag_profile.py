@@ -44,12 +44,16 @@ class LagProfile:
         blocks, line, corner = (" #", "-", "+") if options.ascii_only else (" ▁▂▃▄▅▆▇█", "─", "└")
         lags = len(gain)
         edges = [i * lags // width for i in range(width)]
-        levels = [max(gain[first : max(last, first + 1)]) / top for first, last in zip(edges, [*edges[1:], lags], strict=True)]
+        levels = [
+            max(gain[first : max(last, first + 1)]) / top for first, last in zip(edges, [*edges[1:], lags], strict=True)
+        ]
         heights = [0.0 if level <= 0 else max(_DECADES + math.log10(level), 0.0) for level in levels]
         yield Text(f"\n{subject(self._stats)}: gain by lag, over its maximum")
         within = sum(first < found.horizon for first in edges)
         for row in range(_DECADES - 1, -1, -1):
-            bars = "".join(blocks[round(min(max(height - row, 0.0), 1.0) * (len(blocks) - 1))] for height in heights).rstrip()
+            bars = "".join(
+                blocks[round(min(max(height - row, 0.0), 1.0) * (len(blocks) - 1))] for height in heights
+            ).rstrip()
             label = {_DECADES - 1: "   1 ", _DECADES - 4: "1e-3 "}.get(row, "     ")  # of the row's upper edge
             yield Text.assemble(label, (bars[:within], "green"), (bars[within:], "red"))
         yield Text(f"1e-{_DECADES} {corner}{line * (width - 1)}")

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 from gradwatch.sinks.terminal.alert_text import COLOURS
 
 
-def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity: dict[str, float] | None = None, most: int | None = None) -> RenderableType:
+def layer_table(
+    snapshot: Snapshot,
+    alerts: Iterable[Alert] = (),
+    *,
+    sensitivity: dict[str, float] | None = None,
+    most: int | None = None,
+) -> RenderableType:
     """Return the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
     Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities: never names, norms and codes.
@@ -42,7 +48,10 @@ def layer_table(snapshot: Snapshot, alerts: Iterable[Alert] = (), *, sensitivity
     rows = [layer for i in snapshot.model.forward_order if (layer := snapshot.model.layers[i]).name in mine]
     shown = rows
     if most is not None and len(rows) > most:
-        chosen = {layer.name for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norms[layer.name])))[:most]}
+        chosen = {
+            layer.name
+            for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norms[layer.name])))[:most]
+        }
         shown = [layer for layer in rows if layer.name in chosen]
 
     def table(*, bars: bool, kinds: bool, shares: bool) -> Table:
@@ -117,4 +126,6 @@ def _bar(norm: float | None, low: float, high: float, width: int = 12) -> Text:
     if norm is None or not 0 < norm < math.inf:
         return Text("")
     share = (math.log10(norm) - low) / (high - low) if high > low else 1.0
-    return Text("█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red")
+    return Text(
+        "█" * max(round(share * width), 0) or "▏", style="green" if share > 0.5 else "yellow" if share > 0.25 else "red"
+    )

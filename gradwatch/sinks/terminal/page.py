@@ -57,7 +57,9 @@ def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 def plain_text(content: RenderableType, width: int) -> str:
     """Return what would be printed, without colours."""
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(Harmless(content))
+    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
+        Harmless(content)
+    )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -71,7 +73,12 @@ def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
     snapshot = report.snapshot
     title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
-    return Group(*reach_lines(snapshot.sequences or sequences), Text(title), layer_table(snapshot, report.open), *alert_lines(report.open))
+    return Group(
+        *reach_lines(snapshot.sequences or sequences),
+        Text(title),
+        layer_table(snapshot, report.open),
+        *alert_lines(report.open),
+    )
 
 
 def run_summary(run: Run, name: str = "") -> RenderableType:
@@ -87,7 +94,11 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
     parts += [LagProfile(stats) for stats, _ in reaches(sequences) if stats.lag_gain is not None][:_PROFILES]
     for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
-        whose = f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps," if last.optimizer is not None and len(newest) > 1 else ""
+        whose = (
+            f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps,"
+            if last.optimizer is not None and len(newest) > 1
+            else ""
+        )
         title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
         parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
     parts += alert_lines(run.alerts)
@@ -109,7 +120,9 @@ def note_lines(run: Run) -> list[RenderableType]:
 
 def verdict(run: Run, name: str = "") -> str:
     """Say in one line how the run went."""
-    steps = f"{len(run.snapshots)} measured steps" + (f", {run.snapshots[0].step} to {run.snapshots[-1].step}" if run.snapshots else "")
+    steps = f"{len(run.snapshots)} measured steps" + (
+        f", {run.snapshots[0].step} to {run.snapshots[-1].step}" if run.snapshots else ""
+    )
     bad = [a for a in run.alerts if a.severity > Severity.INFO]
     still = sum(a.cleared is None for a in bad)
     said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
