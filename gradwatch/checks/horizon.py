@@ -103,8 +103,11 @@ def assert_horizon(
 
 
 def _measured(
-    model: nn.Module, batch: Any, output: Callable[[Any], Any] | None, timesteps: Timesteps
-) -> tuple[SequenceStats, str]:  # noqa: ANN401
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    output: Callable[[Any], Any] | None,
+    timesteps: Timesteps,
+) -> tuple[SequenceStats, str]:
     """Return the memory of a model, and the name of its sequence module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

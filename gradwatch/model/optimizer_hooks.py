@@ -69,8 +69,11 @@ class StepHooks:
         return self._evaluating and self._seen
 
     def _before(
-        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # noqa: ANN401
+        self,
+        optimizer: object,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # super().step() of a subclass fires the hooks again; a step that raised never came back to count down.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:

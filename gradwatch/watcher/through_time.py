@@ -99,14 +99,14 @@ def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> li
     for one in stats:
         if (one.module, one.part) == (name, ""):
             notes = "; ".join(note for note in (one.note, own.note) if note) or None
-            one = dataclasses.replace(
+            one = dataclasses.replace(  # noqa: PLW2901
                 one,
                 lag_gain=own.lag_gain,
                 censored=own.censored,
                 rows=own.rows or one.rows,
                 length=one.length or own.length,
                 note=notes,
-            )  # noqa: PLW2901
+            )
         found.append(one)
     return found
 
