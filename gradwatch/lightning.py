@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from gradwatch.detectors import DETECTORS
+from gradwatch.measurement.processes import own_name
 from gradwatch.sinks.log import log_alert
 from gradwatch.sinks.record import Record
 from gradwatch.sinks.run_directory import claim
 from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
+from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.processes import own_name
-from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watch import check_options
 from gradwatch.watcher.watcher import Watcher
 
@@ -77,7 +77,7 @@ class GradientMonitor(_Callback):
         every_n_steps: int | None = None,
         probe_every_n_steps: int | None = None,
         timesteps: Timesteps = "auto",
-        horizon: Horizon = None,
+        horizon: Need = None,
         thresholds: Thresholds | None = None,
         ignore: Sequence[str] = (),
         detectors: Sequence[Detector] = DETECTORS,

@@ -66,6 +66,11 @@ class Sentinel:
         self._before: Tensor | None = None
         self._sum: Tensor | None = None
 
+    @property
+    def watching(self) -> bool:
+        """Whether a parameter is seen already."""
+        return self._handle is not None
+
     def watch(self, module: nn.Module) -> None:
         """Put a hook on the smallest trained parameter of the module, unless there is one already."""
         if self._handle is not None:
