@@ -17,9 +17,9 @@ from gradwatch.values.snapshot import Stage
 class ScaleSentinel:
     """Sees the gradient of one parameter as it arrives, to compare it with the gradient at the step; a `Probe`."""
 
-    def __init__(self) -> None:
-        """Begin without a parameter."""
-        self._sentinel = Sentinel()
+    def __init__(self, passes: Mapping[int, bool]) -> None:
+        """Begin without a parameter; `passes` says of each backward pass, by its number, whether it counts."""
+        self._sentinel = Sentinel(passes)
         self._changed: Tensor | None = None
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:

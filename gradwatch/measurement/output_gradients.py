@@ -46,7 +46,7 @@ class OutputGradients:
         self._names: Mapping[int, str] = {}
         self._outputs: dict[str, list[Output]] = {}
         self._without_graph: set[int] = set()
-        self._counts: dict[int, bool] = {}
+        self.passes: dict[int, bool] = {}
         """By backward pass, whether it counts."""
         self.reached: frozenset[str] | None = None
         """Modules at whose output a gradient arrived in the step that was collected last; None where nobody looked."""
@@ -98,9 +98,9 @@ class OutputGradients:
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in self._counts:
-            self._counts[task] = self._trains()
-        if not self._counts[task]:
+        if task not in self.passes:
+            self.passes[task] = self._trains()
+        if not self.passes[task]:
             return
         with torch.no_grad():
             seen.norm = norms.norms([norms.plain(gradient)])[0]
@@ -130,7 +130,7 @@ class OutputGradients:
             elif reached:
                 parts = [seen.norm for seen in reached if seen.norm is not None]
                 sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norms([torch.stack(parts)])[0])
-        self._counts.clear()
+        self.passes.clear()
         self.reached = frozenset((*sizes, *unknown)) if self._names else None
 
         def part() -> ProbeValues:
@@ -145,7 +145,7 @@ class OutputGradients:
         for name in tuple(self._outputs):
             self._pop(name)
         self._names, self._without_graph, self.reached = {}, set(), None
-        self._counts.clear()
+        self.passes.clear()
 
     def _pop(self, name: str) -> list[Output]:
         outputs = self._outputs.pop(name)

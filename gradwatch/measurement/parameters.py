@@ -62,14 +62,16 @@ class Parameters:
             half: whether they were computed in float16, whatever they are kept in.
 
         """
-        if not set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+        measure = functools.partial(self._gradients, scale=scale, half=half)
+        if set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+            measure(columns, gradients)
+        else:
             columns, gradients = self._whole_or_pieces(columns, gradients)
-        self._each("gradient", columns, gradients, functools.partial(self._gradients, scale=scale, half=half))
+            self._each("gradient", columns, gradients, lambda few, their: measure(few, _plain(their)))
 
     def _gradients(
-        self, columns: Sequence[int], gradients: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
+        self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
     ) -> None:
-        tensors = [g if _KIND(g) in _PLAIN_KINDS else norms.plain(g) for g in gradients]
         for mine, here in by_device(columns, tensors):
             device, sizes = here[0].device, norms.norms(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
@@ -247,6 +249,10 @@ def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
         return max(own, half.smallest_normal / float(scale))
     steps = gradient.double() * 2.0**24
     return max(own, half.smallest_normal) if bool((steps == steps.round()).all()) else own
+
+
+def _plain(gradients: Sequence[Tensor]) -> list[Tensor]:
+    return [g if _KIND(g) in _PLAIN_KINDS else norms.plain(g) for g in gradients]
 
 
 def _not_finite(norms: list[float]) -> list[int]:

@@ -23,8 +23,8 @@ class Probes:
 
     def __init__(self, sequences: Sequences | None, warn: Once, *, strict: bool) -> None:
         """Begin with nothing seen; `strict` raises what goes wrong at the step."""
-        self._sentinel, outputs = ScaleSentinel(), OutputGradients()
-        self._units = Units(outputs)
+        outputs = OutputGradients()
+        self._sentinel, self._units = ScaleSentinel(outputs.passes), Units(outputs)
         self._asked: list[Probe] = [outputs, self._units, *([sequences] if sequences is not None else [])]
         self._warn, self._strict = warn, strict
 
