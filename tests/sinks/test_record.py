@@ -51,7 +51,7 @@ MODEL = ModelInfo(
     parameters=(
         ParameterInfo("body.weight", "body", (4, 3), "float32", 0, "weight"),
         ParameterInfo("body.bias", "body", (4,), "bfloat16", None, "bias"),
-        ParameterInfo("head.weight", "head", (), "float64", 0, "scale"),
+        ParameterInfo("head.weight", "head", (), "float64", 0, "gain"),
     ),
     optimizers=(OptimizerInfo("Adam", adaptive=True, eps=1e-8),),
 )
@@ -204,7 +204,7 @@ models = st.builds(
             st.lists(steps, max_size=3).map(tuple),
             text,
             maybe(steps),
-            st.sampled_from(["weight", "bias", "scale"]),
+            st.sampled_from(["weight", "bias", "gain"]),
         ),
         max_size=3,
     ).map(tuple),
@@ -659,7 +659,7 @@ def folded(snapshots, detectors=DETECTORS):
     """Give the alerts that the detectors find in these snapshots, as `Watcher` folds them."""
     history, still, told = History(), (), {}
     for one in snapshots:
-        history.open = frozenset(a.finding.key for a in still)
+        history.note_open(frozenset(a.finding.key for a in still))
         history.add(one)
         found = [dataclasses.replace(f, optimizer=one.optimizer) for detector in detectors for f in detector(history)]
         recent = [s.step for s in history.window()]
