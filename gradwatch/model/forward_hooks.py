@@ -145,7 +145,7 @@ class ForwardTrace:
     """
 
     def __init__(self, probes: Sequence[Probe] = (), failed: Callable[[Exception], object] = lambda _: None) -> None:
-        """Begin disarmed; `failed` is told why a probe is left out of a step."""
+        """Begin disarmed; `failed` is told why a probe could not look at a call."""
         self.probes, self._failed = tuple(probes), failed
         self._chosen: list[tuple[Probe, frozenset[int]]] = []
         """Each probe that looks, with the modules that it wants to see, by `id`: a watcher that is kept must not keep a model."""
@@ -235,28 +235,22 @@ class ForwardTrace:
             if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
                 self.half = True
         changed = None
-        for probe, modules in tuple(self._chosen):
+        for probe, modules in self._chosen:
             if id(module) in modules:
                 try:
                     changed = probe.entered(module, inputs if changed is None else changed) or changed
                 except Exception as error:  # noqa: BLE001  (this runs inside of the user's forward pass)
-                    self._leave_out(probe, error)
+                    self._failed(error)
         return changed
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Let the probes see what a module gives."""
-        for probe, modules in tuple(self._chosen):
+        for probe, modules in self._chosen:
             if self._sees() and id(module) in modules:
                 try:
                     probe.left(module, inputs, kwargs, output)
                 except Exception as error:  # noqa: BLE001  (as above)
-                    self._leave_out(probe, error)
-
-    def _leave_out(self, probe: Probe, error: Exception) -> None:
-        """Let one probe see no more of this step; the others go on."""
-        self._chosen = [(other, modules) for other, modules in self._chosen if other is not probe]
-        probe.clear()
-        self._failed(error)
+                    self._failed(error)
 
 
 class _Before:

@@ -69,5 +69,5 @@ class Probes:
         return parts
 
     def failed(self, error: Exception) -> None:
-        """Say that a probe is left out of a step."""
-        self._warn("probe", f"a look at the forward pass failed, and what it saw is left out: {said(error)}")
+        """Say that something of a step could not be looked at."""
+        self._warn("probe", f"a module could not be looked at: {said(error)}")

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.measurement import norms as stats
-from gradwatch.measurement.columns import Numbers
+from gradwatch.measurement.columns import RAW, Numbers
 from gradwatch.measurement.parameters import Parameters
 from gradwatch.values.snapshot import Column, Snapshot
 
