@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from gradwatch.detectors.time_words import causes, measured, why_explodes, why_short
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.sequences import Memory, SequenceStats, memory_of, shortest, slope, subject
 from gradwatch.values.snapshot import Fact, ModelInfo, Snapshot
@@ -179,19 +180,7 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     if known is not None:
         return known
     module = shortest(newest, history.thresholds.horizon_gain)
-    return module.module if module is not None else _trunk(history.model)
-
-
-def _trunk(model: ModelInfo) -> str:
-    """Return the deepest module that contains more than half of the layers."""
-    names = [layer.name.split(".") for layer in model.layers]
-    trunk: list[str] = []
-    while True:
-        inside = [name[: len(trunk) + 1] for name in names if name[: len(trunk)] == trunk and len(name) > len(trunk)]
-        largest = max(inside, key=inside.count, default=trunk)
-        if inside.count(largest) * 2 <= len(names):
-            return ".".join(trunk)
-        trunk = largest
+    return module.module if module is not None else trunk(history.model)
 
 
 def _kind(model: ModelInfo, place: str) -> str:

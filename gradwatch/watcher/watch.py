@@ -15,9 +15,7 @@ from gradwatch.detectors import DETECTORS
 from gradwatch.measurement.processes import own_name
 from gradwatch.model.layers import named_modules
 from gradwatch.model.optimizer_hooks import unwrap
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.run_directory import claim, release
-from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Sink
@@ -113,14 +111,10 @@ def watch(
     if earlier is not None and (watcher := earlier()) is not None:
         watcher.close()
     with contextlib.ExitStack() as undo:
-        files: list[Sink] = []
+        directory = None
         if logdir is not None:
-            directory = claim(logdir, own_name(name), _close_orphans)
-            undo.callback(release, directory)
-            files = [
-                TensorBoardSink(directory),
-                Record(directory, claimed=True),
-            ]  # the last to be closed lets go of the directory
+            directory = RunDirectory(logdir, own_name(name), free=_close_orphans)
+            undo.callback(directory.close)
         watcher = Watcher(
             model,
             optimizers,
@@ -128,7 +122,8 @@ def watch(
             thresholds=thresholds or Thresholds(),
             ignore=ignore,
             detectors=detectors,
-            sinks=[*files, *sinks],
+            directory=directory,
+            sinks=sinks,
             on_alert=on_alert,
             scaler=scaler,
             timesteps=timesteps,

@@ -23,8 +23,7 @@ from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.model.forward_hooks import ForwardTrace, Part
 from gradwatch.model.optimizer_hooks import StepHooks, unwrap
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Need, Sequences, Timesteps
 from gradwatch.values.history import Detector, History
 from gradwatch.values.report import Report, Sink
@@ -84,6 +83,7 @@ class Watcher:
         detectors: Sequence[Detector],
         sinks: Sequence[Sink],
         on_alert: OnAlert,
+        directory: RunDirectory | None = None,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
         timesteps: Timesteps = "auto",
         horizon: Need = None,
@@ -116,15 +116,17 @@ class Watcher:
             Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
             detectors=detectors,
             ignore=ignore,
-            sinks=sinks,
+            sinks=[*(directory.sinks if directory is not None else ()), *sinks],
             on_alert=on_alert,
             warn=self._warn,
             strict=strict,
         )
         # Sinks are also closed when the process ends, and files when the watcher goes. Only files are held for that: another
         # sink may know the watcher, and would keep it and the optimizer alive.
-        files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
+        files: list[object] = [s for s in sinks if getattr(s, "outlives_watcher", False)]
         others = [weakref.ref(s) for s in sinks if s not in files and hasattr(s, "close")]
+        if directory is not None:
+            files.insert(0, directory)
         self._close_sinks = weakref.finalize(self, _close, self._pid, files, others)
         for slot in self._slots:
             if slot.optimizer is not None:
@@ -462,7 +464,7 @@ class Watcher:
         _log.debug("a measurement failed", exc_info=error)
 
 
-def _close(pid: int, files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+def _close(pid: int, files: Sequence[object], others: Sequence[weakref.ref[Any]]) -> None:
     if os.getpid() != pid:  # a forked child that ends; the files are its parent's
         return
     for sink in (*files, *(ref() for ref in others)):

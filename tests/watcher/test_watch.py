@@ -1122,7 +1122,7 @@ def test_layers_come_in_the_order_of_the_forward_pass_with_kind_role_and_place()
     assert {layer.name: layer.order is None for layer in second.layers}["inner.idle"]
     assert {layer.name: layer.kind for layer in second.layers}["inner.deep"] == "LSTM"
     roles = {p.name: p.role for p in second.parameters}
-    assert roles["gain"] == "scale"
+    assert roles["gain"] == "gain"
     assert roles["table.weight"] == "embedding"
     assert roles["norm.weight"] == "normalization"
     assert roles["norm.bias"] == roles["inner.deep.bias_hh_l0"] == roles["head.bias"] == "bias"
