@@ -42,6 +42,21 @@ print(*(finding.code for detector in gradwatch.DETECTORS for finding in detector
 """
 
 
+TRAINING = """
+import torch, gradwatch
+model = torch.nn.Linear(3, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with gradwatch.watch(model, optimizer, logdir=sys.argv[1]) as watcher:
+    for step in range(12):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).sum().backward()
+        if step == 9:
+            model.weight.grad.fill_(float("nan"))
+        optimizer.step()
+assert [alert.finding.code for alert in watcher.report.open] == ["GW501"]
+"""
+
+
 def loaded(code: str, *arguments: str | Path) -> set[str]:
     """Run code in a fresh process, and return the words that it prints and the modules that it has imported."""
     script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
@@ -61,6 +76,34 @@ def test_this_test_can_fail():
 
 def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():
     assert not loaded("import gradwatch") & {"numpy", "rich", "tensorboard", "PIL", "google_crc32c"}
+
+
+def test_the_logger_and_a_whole_training_with_its_files_and_alerts_load_no_rich(tmp_path):
+    assert "rich" not in loaded("import gradwatch.sinks.log")
+    assert "rich" not in loaded(TRAINING, tmp_path)
+    assert (tmp_path / "gradwatch" / "record.jsonl").exists()
+
+
+def test_the_table_of_a_watcher_is_what_loads_rich(tmp_path):
+    assert "rich" in loaded(f"{TRAINING}\nrepr(watcher)", tmp_path)
+
+
+RANDOM = """
+import random
+random.seed(7)
+before = random.getstate()
+import {}
+print("the same" if random.getstate() == before else "another", "state")
+"""
+
+
+def test_what_is_shown_in_the_middle_of_a_training_leaves_its_random_state():
+    for module in ("page", "errors", "alert_text", "layer_table", "lag_profile"):
+        assert {"the", "same", "rich"} <= loaded(RANDOM.format(f"gradwatch.sinks.terminal.{module}"))
+
+
+def test_rich_itself_draws_a_random_number_as_it_is_imported():
+    assert "another" in loaded(RANDOM.format("rich.console, rich.table"))  # else the guard has nothing to guard against
 
 
 def test_reading_and_judging_a_run_imports_no_torch(tmp_path):

@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from gradwatch.values.layer_columns import sensitivities
+from gradwatch.values.layer_columns import group_norms, sensitivities
 from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
@@ -27,14 +27,16 @@ class Groups:
         self.model = model
         self._blocked = not parameters and len(model.layers) > most
         if parameters:
-            self.members: dict[str, list[int]] = {tag_safe(p.name): [i] for i, p in enumerate(model.parameters)}
+            self.of = [tag_safe(p.name) for p in model.parameters]
+            """The group of each parameter."""
+            self.rows = list(self.of)
+            """All groups, in the order of the forward pass."""
         else:
             block = _blocks(model.layers, most)
             top = "model" if "model" not in block.values() else "(model)"
-            self.members = {tag_safe(block[model.layers[i].name] or top): [] for i in model.forward_order}
-            for i, p in enumerate(model.parameters):
-                self.members[tag_safe(block[p.layer] or top)].append(i)
-        self.rows = list(self.members)
+            name_of = {layer: tag_safe(name or top) for layer, name in block.items()}
+            self.of = [name_of[p.layer] for p in model.parameters]
+            self.rows = list(dict.fromkeys(name_of[model.layers[i].name] for i in model.forward_order))
 
     def unblocked(self) -> Groups:
         """Return the groups of the pictures, which have room for every layer."""
@@ -42,11 +44,16 @@ class Groups:
 
     def norms(self, column: Column) -> dict[str, float]:
         """Return the root of the sum of squares over each group; what has no number is left out."""
-        return {
-            name: math.hypot(*values)
-            for name, members in self.members.items()
-            if (values := [v for i in members if (v := column[i]) is not None])
-        }
+        found = group_norms(column, self.of)
+        return {row: found[row] for row in self.rows if row in found}
+
+    def largest(self, column: Column) -> dict[str, float]:
+        """Return the largest number of each group; what has none is left out."""
+        found: dict[str, float] = {}
+        for row, value in zip(self.of, column, strict=True):
+            if value is not None:
+                found[row] = max(found.get(row, value), value)
+        return found
 
 
 def scalars(report: Report) -> dict[str, float]:
@@ -81,11 +88,8 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
             for name, value in groups.norms(sensitivities(snapshot)).items()
         )
     if snapshot.update_ratio is not None:
-        ratios = snapshot.update_ratio
-        for name, members in groups.members.items():
-            moved = [r for i in members if (r := ratios[i]) is not None]
-            if moved:
-                found[f"gradwatch_update/{name}"] = log10(max(moved))
+        largest = groups.largest(snapshot.update_ratio)
+        found.update((f"gradwatch_update/{name}", log10(ratio)) for name, ratio in largest.items())
     found.update(_through_time(snapshot))
     return found
 

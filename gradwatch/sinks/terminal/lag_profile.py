@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
 from gradwatch.values.sequences import SequenceStats, memory_of, reaches, subject
-
-if TYPE_CHECKING:
-    pass
-
 
 _MEMORIES = 12
 """Horizons that a summary tells of."""

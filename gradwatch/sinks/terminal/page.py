@@ -11,6 +11,10 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
+from gradwatch.sinks.log import printable
+from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
+from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.values.history import History
 from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats, reaches
@@ -18,11 +22,6 @@ from gradwatch.values.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from gradwatch.sinks.record import Run
-
-from gradwatch.sinks.log import printable
-from gradwatch.sinks.terminal.alert_text import alert_lines
-from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
-from gradwatch.sinks.terminal.layer_table import layer_table
 
 WIDTH = 100
 _PROFILES = 3
