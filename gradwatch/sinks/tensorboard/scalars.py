@@ -53,7 +53,7 @@ class Groups:
         for row, value in zip(self.of, column, strict=True):
             if value is not None:
                 found[row] = max(found.get(row, value), value)
-        return found
+        return {row: found[row] for row in self.rows if row in found}
 
 
 def scalars(report: Report) -> dict[str, float]:
