@@ -9,7 +9,8 @@ from rich.console import Group
 from rich.text import Text
 
 from gradwatch.values.report import Alert, Explanation, Report
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 if TYPE_CHECKING:
     pass
