@@ -95,13 +95,13 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
 
 
 def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
-    """Return the memories, the gain over its maximum at a few lags, and the gradients there."""
+    """Return the horizons, the gain over its maximum at a few lags, and the gradients there."""
     for name, stats in gains(snapshot).items():
-        memory = stats.memory
-        if memory is not None:
-            yield f"gradwatch/horizon/{name}", float(memory.horizon)
-            if memory.half_life is not None:
-                yield f"gradwatch/half_life/{name}", memory.half_life
+        reach = stats.reach
+        if reach is not None:
+            yield f"gradwatch/horizon/{name}", float(reach.timesteps)
+            if reach.half_life is not None:
+                yield f"gradwatch/half_life/{name}", reach.half_life
         levels = gain_levels(stats)
         yield from ((f"gradwatch_time/{name}/lag_{lag:05d}", levels[lag]) for lag in _few(len(levels)))
     for stats in snapshot.sequences or ():
@@ -122,7 +122,7 @@ def _few(length: int) -> Iterator[int]:
 
 
 def gains(snapshot: Snapshot) -> dict[str, SequenceStats]:
-    """Return what has a gain by lag, by the name that it has in tags: "model" is the model itself, its own memory before that of its input."""
+    """Return what has a gain by lag, by the name that it has in tags: "model" is the model itself, its own horizon before that of its input."""
     with_gain = [s for s in snapshot.sequences or () if s.lag_gain and s.part in ("", "model")]
     return {_name(s.module if s.part != "model" else ""): s for s in sorted(with_gain, key=lambda s: s.part == "model")}
 

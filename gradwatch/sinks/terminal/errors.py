@@ -12,7 +12,8 @@ from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.sinks.terminal.page import WIDTH, plain_text
 from gradwatch.values.report import Alert, Explanation, Report
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
