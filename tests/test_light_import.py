@@ -27,8 +27,7 @@ LIGHT = [
         f"gradwatch.sinks.{name}"
         for name in ("log", "record", "run_directory", "tensorboard", "terminal.page", "terminal.errors")
     ),
-    "gradwatch.demo.market",
-    "gradwatch.demo.story",
+    *(f"gradwatch.demo.{name}" for name in ("market", "tasks", "networks", "story")),
 ]
 
 
