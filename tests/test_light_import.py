@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import subprocess
 import sys
@@ -118,6 +119,15 @@ def test_reading_and_judging_a_run_imports_no_torch(tmp_path):
 
     assert found >= {"3", "snapshots", "GW501"}
     assert "torch" not in found
+
+
+def test_what_the_type_checker_imports_is_what_is_loaded_on_use_and_what_is_public():
+    tree = ast.parse(Path(gradwatch.__file__).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+
+    assert imported == {name: f"gradwatch.{home}" for name, home in gradwatch._HOME_OF.items()}
+    assert sorted(imported) == sorted(gradwatch.__all__)
 
 
 def test_every_public_name_is_there_and_an_unknown_one_is_an_attribute_error():
