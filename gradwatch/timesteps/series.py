@@ -15,7 +15,7 @@ from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.recorder import Seen, Target
 from gradwatch.timesteps.replay import Call
 from gradwatch.timesteps.walk import Series, trace
-from gradwatch.values.sequences import SequenceStats, memory
+from gradwatch.values.sequences import SequenceStats, horizon_of
 from gradwatch.values.snapshot import Fact
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -107,7 +107,7 @@ class Trace:
                 mine.pop("lag_gain", None)
                 if self.derived:
                     mine.pop("grad_input", None)
-            known = memory(mine["lag_gain"], share) if "lag_gain" in mine else None
+            known = horizon_of(mine["lag_gain"], share) if "lag_gain" in mine else None
             found.append(
                 SequenceStats(
                     module=self.module,
