@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import differentiable, tensors_of
 from gradwatch.timesteps.adjoint import by_lag
+from gradwatch.timesteps.kinds import is_recurrent, time_of
 from gradwatch.timesteps.layout import Layout, Packed, Padded
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.output import chosen_of, data_of, time_in
@@ -105,11 +106,11 @@ class InputTap:
         self._own = {"": named.pop("")} if "" in named else {}
         self._named = {id(modules[name]): time for name, time in named.items()}
         self._names = {id(module): name for name, module in modules.items()}
-        kinds = (nn.RNNBase, nn.RNNCellBase, nn.Embedding)
         self.modules = [
             m
             for m in modules.values()
-            if (isinstance(m, kinds) or id(m) in self._named) and not isinstance(m, torch.jit.ScriptModule)
+            if (is_recurrent(m) or isinstance(m, nn.Embedding) or id(m) in self._named)
+            and not isinstance(m, torch.jit.ScriptModule)
         ]
         """Those to listen to."""
         self._roots: dict[tuple[int, int], tuple[Tensor, GradientEdge]] = {}
@@ -157,7 +158,7 @@ class InputTap:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Take note of what enters a sequence module; in place of an input without a graph, give it one that has one."""
-        recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        recurrent = is_recurrent(module)
         if self._own or not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
             return None
         if self._module is None and not self._closed:
@@ -174,7 +175,9 @@ class InputTap:
         time = self._named.get(id(module))
         several = recurrent or (time is None)
         if not self._closed and (several or not self._calls):
-            call = self._call(changed, _time_of(module, value) if recurrent else time, self._names[id(module)])
+            call = self._call(
+                changed, time_of(module, data_of(value).dim()) if recurrent else time, self._names[id(module)]
+            )
             call.begins = (
                 bool(self._calls)
                 and not call.single
@@ -415,12 +418,6 @@ def _input(
         ((key, v) for key, v in every if isinstance(v, Tensor | PackedSequence) and data_of(v).is_floating_point()),
         None,
     )
-
-
-def _time_of(module: nn.Module, value: Tensor | PackedSequence) -> int | None:
-    if isinstance(module, nn.RNNCellBase):
-        return None
-    return int(bool(module.batch_first) and data_of(value).dim() > 2)
 
 
 def _anew(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
