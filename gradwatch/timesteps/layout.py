@@ -16,6 +16,8 @@ class Layout(Protocol):
 
     single: bool
     """Whether the call is one timestep: its tensors have no dimension of time."""
+    batched: bool
+    """Whether there is a dimension of rows."""
     steps: int
     rows: int
     """How many rows are looked at closely."""
@@ -95,7 +97,7 @@ class Padded:
             single: whether the tensors lack the dimension of time.
 
         """
-        self.single = single
+        self.single, self.batched = single, batched
         self.lengths: list[int] | None = None
         self._time, self._batch = time, (1 - min(time, 1) if batched else None)
         self.steps = shape[time]
@@ -158,7 +160,7 @@ class Packed:
 
     def __init__(self, packed: PackedSequence, wanted: int | None) -> None:
         """Read the batch sizes, which are always on the CPU; `wanted` as for `Padded`."""
-        self.single = False
+        self.single, self.batched = False, True
         sizes: list[int] = packed.batch_sizes.tolist()
         self.steps = len(sizes)
         offsets = [0]

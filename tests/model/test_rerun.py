@@ -497,7 +497,7 @@ def test_no_hook_is_left_on_the_model_or_in_torch():
 # --- other devices ---
 
 
-def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from(monkeypatch):
+def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from():
     """Writing it makes cuDNN begin a new dropout sequence, even if it is the same state."""
 
     class Device:
@@ -513,8 +513,7 @@ def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from(mo
 
     idle, drawn = Device(), Device()
     before = drawn.get_state()
-    monkeypatch.setattr("gradwatch.model.rerun._generators", lambda: [idle, drawn])
-    with as_it_was(nn.Linear(2, 2)):
+    with as_it_was(nn.Linear(2, 2), [idle, drawn]):
         torch.rand((), generator=drawn.generator)
     assert (idle.written, drawn.written) == (0, 1)
     assert torch.equal(drawn.get_state(), before)
