@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import random
+import types
 import weakref
 from collections import deque
 from typing import NamedTuple
@@ -517,6 +518,23 @@ def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from():
         torch.rand((), generator=drawn.generator)
     assert (idle.written, drawn.written) == (0, 1)
     assert torch.equal(drawn.get_state(), before)
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    """A dataclass without a dict of its attributes."""
+
+    kept: torch.Tensor
+
+
+def test_tensors_in_what_has_no_dict_of_attributes_are_put_back():
+    model = nn.Linear(2, 2)
+    model.slots, model.proxy = Slots(torch.zeros(3)), types.MappingProxyType({"kept": torch.zeros(3)})
+    with as_it_was(model):
+        model.slots.kept.add_(1)
+        model.proxy["kept"].add_(1)
+    assert torch.equal(model.slots.kept, torch.zeros(3))
+    assert torch.equal(model.proxy["kept"], torch.zeros(3))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
