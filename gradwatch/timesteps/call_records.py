@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -96,10 +97,12 @@ class SequenceCall:
     layout: Layout
     number: int
     """Which pass of the step it belongs to."""
+    attempt: int = 0
+    """The outermost call that it belongs to."""
     task: int | None = None
     """The backward pass that reached it last."""
-    tasks: int = 0
-    """How many did."""
+    tasks: set[int] = field(default_factory=set)
+    """All that did."""
     squares: dict[str, Tensor] = field(default_factory=dict)
     """Of the gradients that arrived at the input ("x") and, of a cell, the outputs ("h", "c"): (T, B), float64."""
     lengths: Tensor | None = None
@@ -127,8 +130,16 @@ class SequenceCall:
         if self.task == task:
             return
         self.derived, self.graph = self.graph, graph
-        self.task, self.tasks = task, self.tasks + 1
+        self.task = task
+        self.tasks.add(task)
         self.forget()
+
+    def leave_out(self, broken: AbstractSet[int]) -> None:
+        """Let go of what these backward passes brought."""
+        self.tasks -= broken
+        if self.task in broken:
+            self.task = None
+            self.forget()
 
     def forget(self) -> None:
         """Let go of what arrived."""
@@ -196,6 +207,15 @@ class SequenceModule:
         self.repeated = self.repeated or self.task == task
         self.task = task
         return later
+
+    def leave_out(self, void: AbstractSet[int], broken: AbstractSet[int]) -> None:
+        """Let go of what belongs to outermost calls and to backward passes that an exception ended."""
+        for call in self.calls:
+            call.leave_out(broken)
+            if call.attempt in void:
+                call.drop()
+        self.calls = [call for call in self.calls if call.attempt not in void]
+        self.sentinel.forget(broken)
 
     def let_go(self) -> None:
         """Let go of what was seen in this step."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import unserializable_hook
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
@@ -58,6 +59,7 @@ class Recorder:
     def __init__(
         self,
         timesteps: str | Mapping[str, int | None],
+        attempts: Attempts | None = None,
         *,
         rows: int = ROWS,
         budget: int = BUDGET,
@@ -67,18 +69,20 @@ class Recorder:
 
         Args:
             timesteps: as for `watch`.
+            attempts: knows which calls and backward passes an exception ended.
             rows: of a batch, how many are looked at closely.
             budget: bytes that the walk back through one module may take; beyond it there are fewer rows.
             kinds: those that can be walked back through.
 
         """
+        self._attempts = attempts or Attempts()
         self._named = dict(timesteps) if isinstance(timesteps, Mapping) else {}
         self._rows, self._budget, self._kinds = rows, budget, kinds
         self._learned: dict[str, bool] = {}
         """By name, whether a leaf in place of the input was found to do no harm."""
         self._pass = 0
-        self._busy = False
-        """Whether a backward pass has brought something since the last forward call."""
+        self._busy: int | None = None
+        """The last backward pass that has brought something since the last forward call."""
         self.targets: dict[int, SequenceModule] = {}
         """The modules that are seen, by `id`."""
 
@@ -131,7 +135,18 @@ class Recorder:
         """Let go of everything, and look no more."""
         self.next_step(self.targets.values())
         self.targets = {}
-        self._pass, self._busy = 0, False
+        self._pass, self._busy = 0, None
+
+    def leave_out_void(self) -> None:
+        """Let go of what belongs to calls and backward passes that an exception ended."""
+        void, broken = self._attempts.void, self._attempts.broken
+        if not void and not broken:  # nearly always
+            return
+        for target in self.targets.values():
+            target.leave_out(void, broken)
+            if not target.calls and target.candidate is not None:
+                target.candidate = None
+                self._learned.pop(target.name)
 
     # --- what the forward hooks call ---
 
@@ -140,6 +155,7 @@ class Recorder:
         target = self.targets.get(id(module))
         if target is None or transformed():
             return None
+        self.leave_out_void()
         if not torch.is_grad_enabled():
             target.without_grad = target.without_grad or not target.calls
             return None
@@ -179,7 +195,7 @@ class Recorder:
         if layout is None:
             return
         self._count(target)
-        call = SequenceCall(layout, self._pass)
+        call = SequenceCall(layout, self._pass, self._attempts.now)
         tensors = _outputs(output, recurrent=target.recurrent, single=call.single)
         if target.kind is not None:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
@@ -209,8 +225,8 @@ class Recorder:
         """Begin another pass, if something runs after a backward pass, or again in a later one."""
         task = torch._C._current_graph_task_id()
         if task == -1:
-            begins = self._busy
-            self._busy = False
+            begins = self._busy is not None and self._busy not in self._attempts.broken
+            self._busy = None
         else:
             begins = target.begins_pass(task)
         if begins:
@@ -326,8 +342,8 @@ class Recorder:
         call.handles.append(tensor.register_hook(unserializable_hook(hook)))  # type: ignore[no-untyped-call]  # torch's
 
     def _arrived(self, call: SequenceCall, name: str, gradient: Tensor, *, graph: bool) -> None:
-        self._busy = True
-        call.reached(torch._C._current_graph_task_id(), graph=graph)
+        self._busy = task = self._attempts.backward()
+        call.reached(task, graph=graph)
         if name == "x" or call.single:
             call.squares[name], call.lengths = call.layout.every(gradient)
         if call.record is not None:
@@ -362,8 +378,9 @@ def _origin(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> 
         earlier: calls of the module in the same pass, oldest first.
 
     """
+    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
     if not earlier:
-        return StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
+        return begun
     before, layout = earlier[-1], record.layout
     if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
         return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
@@ -371,7 +388,8 @@ def _origin(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> 
         first = earlier[0].record
         if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
             return StateOrigin.CHANGED
-    return StateOrigin.NEW
+        return StateOrigin.NEW
+    return begun
 
 
 def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:

@@ -214,7 +214,7 @@ def _reached(target: SequenceModule, chain: Sequence[SequenceCall], notes: list[
     passes = len(target.passes.union(s.number for s in target.calls if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
-    backwards = max(len(tasks), *(s.tasks for s in chain))
+    backwards = max(len(tasks), *(len(s.tasks) for s in chain))
     if backwards > 1:
         notes.append(f"{backwards} backward passes reached it; the last is shown")
 
@@ -303,12 +303,13 @@ def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
             chains[-1].append(call)
         else:
             chains.append([call])
-    chosen = next((c for c in reversed(chains) if any(call.task is not None for call in c)), chains[-1])
+    # Those that no backward pass has reached are no part of the training.
+    chains = [chain for chain in chains if any(call.task is not None for call in chain)] or chains[-1:]
     if len(chains) > 1:
         notes.append(
             f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown"
         )
-    return chosen
+    return chains[-1]
 
 
 def _own_lengths(call: SequenceCall) -> Tensor | None:
