@@ -7,9 +7,11 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -24,10 +26,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  (registers a backend that talks to nobody)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch import stats
+from gradwatch.watcher.once import Once
+from gradwatch.watcher.processes import Processes
 
 STEPS = 4
 
@@ -617,3 +622,34 @@ def test_an_alert_of_rank_0_stops_the_fit_in_every_process(tmp_path):
     subprocess.run([sys.executable, tmp_path / "fit.py", tmp_path], check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)] == [3, 3]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs a process that can be stopped")
+def test_watch_goes_on_only_when_the_store_knows_of_it():
+    """Else another process may find no speaker, and speak as well."""
+    serve = """
+import time
+import torch.distributed as dist
+
+store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            store = dist.TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False)
+            dist.init_process_group("fake", store=store, rank=0, world_size=2)
+            server.send_signal(signal.SIGSTOP)
+            watching = threading.Thread(target=Processes, args=(["weight"], Once()))
+            watching.start()
+            watching.join(0.5)
+            waits = watching.is_alive()
+            server.send_signal(signal.SIGCONT)
+            watching.join(30)
+
+            assert waits
+            assert not watching.is_alive()
+        finally:
+            server.kill()
+            if dist.is_initialized():
+                dist.destroy_process_group()
