@@ -339,7 +339,7 @@ def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: C
     torch.compile has made runs as it was written meanwhile, because compiled code calls no hooks.
     """
     with contextlib.ExitStack() as stack:
-        if _compiled() and hasattr(torch.compiler, "set_stance"):
+        if _compiled():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
