@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
 
 _POWERS = 10
-"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes nearly all of the constant away."""
+"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
 _SATURATED = 0.98
@@ -35,12 +35,12 @@ def _no_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of recurrence: its modules, where their weights lie, its equations, and what tells how long it remembers."""
+    """One kind of recurrence: its modules, their weights, its equations, and what tells how long it remembers."""
 
     name: str
     """LSTM, GRU or RNN."""
     sequence: type[nn.Module]
-    """Its module that runs over a whole sequence. It has `batch_first`, and `_flat_weights` if it has several layers."""
+    """Its module that runs over a whole sequence; it has `batch_first`, and what `Recurrence.of` asks for."""
     cell: type[nn.Module]
     """Its module of which each call is one timestep."""
     gates: int
@@ -170,7 +170,7 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def time_of(module: nn.Module, dimensions: int, kinds: Sequence[Kind] = KINDS) -> int | None:
-    """Return the dimension of time in the input of a recurrent module, which has so many; None: each call is a timestep."""
+    """Return which of so many dimensions of a recurrent module's input is time; None: each call is a timestep."""
     return None if is_cell(module, kinds) else int(bool(module.batch_first) and dimensions > 2)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement.norms import number
-from gradwatch.timesteps.model_calls import Calls
+from gradwatch.timesteps.model_calls import ModelCalls
 from gradwatch.timesteps.model_gain import ModelGain
 from gradwatch.timesteps.model_pass import model_gain
 from gradwatch.timesteps.recorder import Recorder
@@ -119,7 +119,7 @@ class ThroughTime:
         self._timesteps = timesteps
         self._need, self._share, self._warn, self._strict = horizon, share, warn, strict
         self._recorder = Recorder("auto" if timesteps is False else timesteps)
-        self._calls = Calls() if horizon is not None else None
+        self._calls = ModelCalls() if horizon is not None else None
         self._compiled = False
         self._generator = torch.Generator(device="cpu").manual_seed(0)  # a private one: the training's must not move
 
@@ -189,7 +189,7 @@ class ThroughTime:
         return Sequences(found, gains, scale, need, self._share) if found or gains else Sequences()
 
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
-        call = self._calls.made.get(name) if self._calls is not None else None
+        call = self._calls.calls.get(name) if self._calls is not None else None
         if call is None and self._compiled:
             return "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
         if call is None:
