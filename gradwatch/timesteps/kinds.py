@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
 
+Fused = nn.RNNBase
+"""What runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
+
 _POWERS = 10
 """Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
@@ -159,9 +162,9 @@ def is_cell(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> bool:
     return isinstance(module, (nn.RNNCellBase, *(kind.cell for kind in kinds)))
 
 
-def is_fused(module: nn.Module) -> TypeGuard[nn.RNNBase]:
-    """Tell whether a module runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
-    return isinstance(module, nn.RNNBase)
+def is_fused(module: nn.Module) -> TypeGuard[Fused]:
+    """Tell whether a module runs over a whole sequence in one of torch's kernels."""
+    return isinstance(module, Fused)
 
 
 def is_stock(module: nn.Module) -> bool:

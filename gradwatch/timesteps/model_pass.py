@@ -16,7 +16,7 @@ from gradwatch.model.layers import named_modules
 from gradwatch.model.nested import differentiable
 from gradwatch.model.rerun import as_it_was, without_hooks
 from gradwatch.timesteps.input_tap import InputTap
-from gradwatch.timesteps.kinds import is_fused, kind_of
+from gradwatch.timesteps.kinds import Fused, is_fused, kind_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import traces
@@ -31,7 +31,7 @@ def model_gain(
     timesteps: Timesteps = "auto",
     output: Callable[[Any], Any] | None = None,
     watched: nn.Module | None = None,
-    on_cudnn: Sequence[nn.RNNBase] | None = None,
+    on_cudnn: Sequence[Fused] | None = None,
 ) -> ModelGain:
     """Measure the gain by lag of a model on one batch.
 
@@ -103,7 +103,7 @@ def recurrence_facts(
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module, on_cudnn: Sequence[nn.RNNBase]) -> Iterator[list[str]]:
+def _left_alone(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]]:
     """Let a model run with gradients, without its hooks, and leave it as it was; yield what that changed, in words."""
     with (
         as_it_was(model),
@@ -161,7 +161,7 @@ def _waits(module: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def _runnable(model: nn.Module, on_cudnn: Sequence[nn.RNNBase]) -> Iterator[list[str]]:
+def _runnable(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]]:
     """Work around two limits of cuDNN's recurrent networks, and yield what that changed, in words.
 
     In eval mode cuDNN has no backward pass for them: torch's own kernels do. In training mode nobody can save the
@@ -189,6 +189,6 @@ def _runnable(model: nn.Module, on_cudnn: Sequence[nn.RNNBase]) -> Iterator[list
         torch.backends.cudnn.enabled = enabled
 
 
-def _on_cuda(model: nn.Module) -> list[nn.RNNBase]:
+def _on_cuda(model: nn.Module) -> list[Fused]:
     """Return the recurrent modules that cuDNN runs."""
     return [m for m in model.modules() if is_fused(m) and any(p.is_cuda for p in m.parameters())]
