@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import flat, with_cause
 from gradwatch.values.history import KEPT, History
+from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 
 
@@ -88,12 +89,9 @@ def _blocked(history: History) -> set[int]:
     order = history.order
     names = [history.model.layers[i].name for i in order]
     last = max((at for at, name in enumerate(names) if name in opening), default=-1)
-    inside = {
-        i
-        for i, name in zip(order, names, strict=True)
-        if any(not zero or name.startswith(f"{zero}.") for zero in opening)
-    }
-    return {*order[: last + 1], *inside}  # a module that holds a gain of its own begins before the layers in it
+    # A module that holds a gain of its own begins before the layers in it.
+    within = {i for i, name in zip(order, names, strict=True) if any(inside(name, zero) for zero in opening)}
+    return {*order[: last + 1], *within}
 
 
 def _faded(history: History) -> set[int]:

@@ -32,8 +32,8 @@ def nonfinite(history: History) -> Iterator[Finding]:
     first = next(s for s in history.window() if s.step >= onset and _bad(s))
     bad = _bad(first)
     # NaN spreads from where it arose to everything before: the layer nearest to the loss is the one to look at.
-    order = {layer.name: i if layer.order is None else layer.order for i, layer in enumerate(snapshot.model.layers)}
-    culprit = max(bad, key=lambda p: order[p.layer])
+    position = {history.model.layers[i].name: at for at, i in enumerate(history.order)}
+    culprit = max(bad, key=lambda p: position[p.layer])
     layers = len({p.layer for p in bad})
     evidence: dict[str, float | str] = {"layers": float(layers), "of": float(len(snapshot.model.layers))}
     if first.nonfinite is not None:

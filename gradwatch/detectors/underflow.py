@@ -55,7 +55,7 @@ def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
         else np.zeros(len(norm))
     )
     entries = np.where(
-        (np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "scale"), 0.0
+        (np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "gain"), 0.0
     )
     total, zeros = float(entries.sum()), float((entries * np.nan_to_num(zero)).sum())
     return (
@@ -137,7 +137,7 @@ def _largest(history: History, snapshot: Snapshot) -> float:
     """Return the largest root mean square over the weights."""
     import numpy as np
 
-    elements = history.elements("weight", "normalization", "scale", "embedding")
+    elements = history.elements("weight", "normalization", "gain", "embedding")
     squares = np.square(np.nan_to_num(np.array(snapshot.norm, dtype=float))) / np.where(elements > 0, elements, np.inf)
     return float(np.sqrt(squares.max(initial=0.0)))
 

@@ -71,6 +71,11 @@ class Sentinel:
         self._before: Tensor | None = None
         self._sum: Tensor | None = None
 
+    @property
+    def watching(self) -> bool:
+        """Whether a parameter is seen already."""
+        return self._handle is not None
+
     def watch(self, module: nn.Module) -> None:
         """Put a hook on the smallest trained parameter of the module, unless there is one already."""
         if self._handle is not None:
@@ -112,7 +117,9 @@ class Sentinel:
         parameter = self._parameter
         if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
             return None
-        if parameter.grad.layout is not torch.strided or hasattr(parameter.grad, "placements"):
+        if (
+            type(parameter.grad) is not Tensor or parameter.grad.layout is not torch.strided
+        ):  # a class of its own may refuse
             return None
         now, arrived = parameter.grad.detach().double(), self._sum.double()
         # What was there before the forward pass is still in it, or has been zeroed since.

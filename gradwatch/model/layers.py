@@ -149,7 +149,7 @@ def _role(module: nn.Module, name: str, dimensions: int) -> Role:
         return "normalization"
     if isinstance(module, _EMBEDDINGS):
         return "embedding"
-    return "weight" if dimensions > 1 else "scale"
+    return "weight" if dimensions > 1 else "gain"
 
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:

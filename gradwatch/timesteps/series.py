@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradwatch.model.gradient_hooks import has_unknown_scale
+from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
 from gradwatch.timesteps.walk import Series, gradients_through_time
-from gradwatch.values.sequences import SequenceStats, memory
+from gradwatch.values.sequences import SequenceStats, horizon_of
 from gradwatch.values.snapshot import Fact
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -60,25 +60,30 @@ class Trace:
             | {("check", name): value for name, value in self.checks.items()}
         )
 
-    def stats(
-        self,
-        values: Mapping[tuple[str, str], Sequence[float]],
-        scale: float | None,
-        share: float,
-        changed: float | None = None,
-    ) -> list[SequenceStats]:
-        """Make the numbers values.
+    def collect(
+        self, step: StepView, transfer: Transfer, share: float
+    ) -> Callable[[], tuple[list[SequenceStats], list[Fact]]]:
+        """Hand the numbers over, and return what makes values of them once they have been copied.
 
         Args:
-            values: what `tensors` gave, as numbers.
-            scale: the loss scale of the backward pass; None: whether there was one is not known.
+            step: that is measured.
+            transfer: copies the numbers.
             share: of its maximum, below which the lag gain counts as gone.
-            changed: how far a gradient of another module at the step is from what arrived, for a module that trains
-                none; None: not known.
 
         """
+        pending = {key: transfer.add(tensor) for key, tensor in self.tensors().items()}
+
+        def values() -> tuple[list[SequenceStats], list[Fact]]:
+            numbers = {key: number.values for key, number in pending.items()}
+            return self._stats(numbers, step, share), self.measured(numbers)
+
+        return values
+
+    def _stats(
+        self, values: Mapping[tuple[str, str], Sequence[float]], step: StepView, share: float
+    ) -> list[SequenceStats]:
         checks = {name: values["check", name][0] for name in self.checks}
-        scaled = self.arrived and has_unknown_scale(scale, checks.get("changed", changed))
+        scaled, scale = self.arrived and step.scaled(checks.get("changed")), step.factor
         notes, reached = list(self.notes), self.reached
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
@@ -95,7 +100,7 @@ class Trace:
             if series.part and not trusted:
                 continue
             mine: dict[str, Any] = {name: tuple(values[series.part, name]) for name in series.values}
-            if scale is not None and scale != 1.0:
+            if scale != 1.0:
                 mine |= {name: tuple(v / scale for v in mine[name]) for name in _SCALED & mine.keys()}
             for name in ("replay_residual", "adjoint_residual"):
                 if mine.pop(name, None) and name in residuals:
@@ -104,7 +109,7 @@ class Trace:
                 mine.pop("lag_gain", None)
                 if self.derived:
                     mine.pop("grad_input", None)
-            known = memory(mine["lag_gain"], share) if "lag_gain" in mine else None
+            known = horizon_of(mine["lag_gain"], share) if "lag_gain" in mine else None
             found.append(
                 SequenceStats(
                     module=self.module,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.values.layer_columns import Layout
+from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
@@ -27,7 +27,10 @@ KEPT = 50
 EDGE = 5
 """Losses over whose median the beginning and the end of a run are compared."""
 PROBES = 8
-"""Probes that saw sequences which are remembered, per optimizer: there may be hundreds of measured snapshots between two of them."""
+"""Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
+
+Key = tuple[str, str, str | None, int | None]
+"""Which alert a finding belongs to: code, place, parameter, optimizer."""
 
 
 @dataclass(slots=True)
@@ -61,15 +64,17 @@ class History:
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         """Begin with nothing seen."""
         self.thresholds = thresholds or Thresholds()
-        self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
-        """Keys of the alerts that are open, for hysteresis."""
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
+        self._open: frozenset[Key] = frozenset()
+        self._explained = False
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
         self._weight_norms: dict[str, float] = {}
-        self._layout: Layout | None = None
-        self._improved: tuple[bool | None] | None = None
+        self._columns: LayerColumns | None = None
+        self._weights: Floats | None = None
+        """What `LayerColumns.weights` gives for the newest norms of the weights; None until it is asked for."""
+        self._improved: bool | None = None
 
     def add(self, snapshot: Snapshot) -> None:
         """Fold one snapshot in."""
@@ -81,35 +86,41 @@ class History:
             for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
-        if self._layout is None or self._layout.model is not snapshot.model:
-            self._layout = Layout.of(snapshot.model, self._weight_norms)
-        layout = self._layout
-        if snapshot.weight_norm is not None:
-            self._weight_norms.update(
-                (p.name, w)
-                for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
-                if w is not None
-            )
-            layout.weigh(self._weight_norms)
-        # The gradients of a skipped step are not those of the loss: its row says nothing.
-        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
-        sensitivity = layout.combine(norms)
         track.snapshots.append(snapshot)
         if snapshot.sequences is not None:
             track.probes.append(snapshot)
+        if snapshot.weight_norm is not None:
+            both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
+            self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
+            self._weights = None
+        columns = self.columns
+        if self._weights is None:
+            self._weights = columns.weights(self._weight_norms)
+        # The gradients of a skipped step are not those of the loss: its row says nothing.
+        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
+        sensitivity = columns.sensitivity(norms, self._weights)
         track.sensitivities.append(sensitivity)
-        track.ratios.append(layout.over_later(sensitivity))
-        self._improved = None
+        track.ratios.append(columns.over_later(sensitivity))
         track.added += 1
         if track.added % EDGE == 0:
             self._note_best(track)
-        if snapshot.skipped:
-            return
-        total = snapshot.norm_global
-        if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
-            track.first_norms.append(total)
-        if snapshot.loss is not None:
-            self._add_loss(track, snapshot.loss)
+        if not snapshot.skipped:
+            total = snapshot.norm_global
+            if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
+                track.first_norms.append(total)
+            if snapshot.loss is not None:
+                self._add_loss(track, snapshot.loss)
+        self._improved = self._has_improved()
+
+    def note_open(self, keys: Iterable[Key], *, explained: bool = False) -> None:
+        """Take note of the alerts that are open from now on, for hysteresis.
+
+        Args:
+            keys: `Finding.key` of each.
+            explained: whether one of them tells why a loss may stand still.
+
+        """
+        self._open, self._explained = frozenset(keys), explained
 
     def _note_best(self, track: Track) -> None:
         """Note where the ratios of the last snapshots were the best so far.
@@ -135,6 +146,16 @@ class History:
             track.best_loss = level
 
     # --- what detectors read ---
+
+    @property
+    def open(self) -> Collection[Key]:
+        """Keys of the alerts that are open."""
+        return self._open
+
+    @property
+    def explained(self) -> bool:
+        """Whether an alert that is open tells why the loss may stand still."""
+        return self._explained
 
     @property
     def begun(self) -> bool:
@@ -186,13 +207,19 @@ class History:
         return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
 
     def sensitivities(self, count: int) -> Floats:
-        """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none. Shape (<= count, layers)."""
+        """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none.
+
+        Shape (<= count, layers).
+        """
         import numpy as np
 
         return np.stack(_last(self._track.sensitivities, count))
 
     def ratios(self, count: int) -> Floats:
-        """Return each layer's sensitivity over the largest of the layers after it in the forward pass. Shape (<= count, layers)."""
+        """Return each layer's sensitivity over the largest of the layers after it in the forward pass.
+
+        Shape (<= count, layers).
+        """
         import numpy as np
 
         return np.stack(_last(self._track.ratios, count))
@@ -200,37 +227,25 @@ class History:
     @property
     def order(self) -> Sequence[int]:
         """Numbers of the layers in the order of the forward pass, as `ModelInfo.forward_order`."""
-        return self._shape.forward
+        return self.columns.order
 
     @property
     def numbers(self) -> Mapping[str, int]:
         """The number of each layer by its name."""
-        return self._shape.numbers
+        return self.columns.numbers
 
     @property
     def inner(self) -> Sequence[str]:
         """Names of the layers that no other layer lies in, in the order of the forward pass."""
-        return self._shape.inner
+        return self.columns.innermost
 
     def gains(self, *, first: bool = False) -> Floats:
-        """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; NaN where it has none.
-
-        It is `||W|| / sqrt(rows)`: as it is now, or as far back as is remembered. Shape (layers,).
-        """
-        import numpy as np
-
-        known, shape = self.weight_norms(first=first), self._shape
-        found = np.full(len(self.model.layers), np.nan)
-        if known is not None:
-            found[shape.weighed] = np.array(known, dtype=float)[shape.largest] / shape.rows
-        return found
+        """Return, by layer, the gain of its largest weight (see `LayerColumns.gains`), now or as far back as is remembered."""
+        return self.columns.gains(self.weight_norms(first=first))
 
     def elements(self, *roles: Role) -> Floats:
         """Return the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
-        import numpy as np
-
-        found: Floats = np.where(np.isin(self._shape.roles, roles), self._shape.elements, 0.0)
-        return found
+        return self.columns.elements(roles)
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Return the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
@@ -253,9 +268,7 @@ class History:
     @property
     def improved(self) -> bool | None:
         """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
-        if self._improved is None:  # asked for by several detectors at every snapshot
-            self._improved = (self._has_improved(),)
-        return self._improved[0]
+        return self._improved
 
     def _has_improved(self) -> bool | None:
         track = self._track
@@ -290,15 +303,9 @@ class History:
             among: the layers that count as neighbours; the others are passed over.
 
         """
-        found: list[list[int]] = []
-        before = False
-        for index in self.order:
-            if index not in among:
-                continue
-            if index in chosen:
-                found[-1].append(index) if before else found.append([index])
-            before = index in chosen
-        return found
+        neighbours = (index for index in self.order if index in among)
+        grouped = itertools.groupby(neighbours, key=lambda index: index in chosen)
+        return [list(run) for is_chosen, run in grouped if is_chosen]
 
     def since(self, holds: Iterable[bool]) -> int:
         """Return the step at which the newest unbroken run of `holds` (one per snapshot, the newest last) began."""
@@ -363,16 +370,19 @@ class History:
             track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
+        self._columns = self._weights = None
+        self._improved = self._has_improved() if self.begun else None
 
     @property
     def _track(self) -> Track:
         return self._tracks[self._now]
 
     @property
-    def _shape(self) -> Layout:
-        if self._layout is None or self._layout.model is not self.model:  # after a resume
-            self._layout = Layout.of(self.model, self._weight_norms)
-        return self._layout
+    def columns(self) -> LayerColumns:
+        """How the columns of the newest snapshot fold into layers."""
+        if self._columns is None or self._columns.model is not self.model:
+            self._columns, self._weights = LayerColumns(self.model), None
+        return self._columns
 
 
 Detector = Callable[[History], Iterable[Finding]]

@@ -8,8 +8,8 @@ from typing import Literal
 
 from gradwatch.values.sequences import SequenceStats
 
-Role = Literal["weight", "bias", "normalization", "embedding", "scale"]
-"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, or any other gain."""
+Role = Literal["weight", "bias", "normalization", "embedding", "gain"]
+"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, any other gain."""
 
 Stage = Literal["before_clip", "applied"]
 """Whether the gradients were read before clipping, or as the optimizer consumed them."""

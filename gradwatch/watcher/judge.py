@@ -99,7 +99,7 @@ class Judge:
             getattr(sink, "resume", lambda: None)()
 
     def _note_open(self) -> None:
-        self.history.open = frozenset(alert.finding.key for alert in self.report.open)
+        self.history.note_open(alert.finding.key for alert in self.report.open)
 
     def _findings(self) -> list[Finding]:
         findings: list[Finding] = []

@@ -332,7 +332,7 @@ def test_a_model_that_has_converged_to_the_last_bit_is_not_ill():
 def test_an_open_alert_clears_only_well_above_its_limit(code, place, rows, losses):
     def found(times, *opened):
         history, _ = fold(model(2), rows(times), losses=losses and losses(times))
-        history.open = frozenset((known, at, None, None) for known, at in opened)
+        history.note_open(frozenset((known, at, None, None) for known, at in opened))
         return [(f.code, f.place) for detector in DETECTORS for f in detector(history)]
 
     assert found(0.9) == [(code, place)]  # the number is so many times better than the limit

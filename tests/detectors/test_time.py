@@ -63,7 +63,7 @@ def fold(*probes, info=RNN, every=10, facts=(), opened=(), thresholds=None, loss
             probe = {"sequences": sequences, "facts": tuple(facts)} if step == number * every else {}
             loss = None if losses is None else losses[step - 1]
             history.add(Snapshot(step, 0.0, info, 0, norm=(1.0,) * len(info.parameters), loss=loss, **probe))
-    history.open = frozenset((code, place, None, None) for code, place in opened)
+    history.note_open(frozenset((code, place, None, None) for code, place in opened))
     return history
 
 
@@ -150,7 +150,7 @@ def test_an_alert_lives_from_the_fourth_probe_until_the_second_that_reaches_the_
     history, alerts, log = History(), (), []
     for step in range(1, 121):
         rate = SHORT if step <= 60 else LONG
-        history.open = frozenset(a.finding.key for a in alerts)
+        history.note_open(frozenset(a.finding.key for a in alerts))
         history.add(
             Snapshot(
                 step, 0.0, RNN, 0, norm=(1.0, 1.0), sequences=(own(SHORT), whole(rate)) if step % 10 == 0 else None

@@ -167,7 +167,7 @@ def left_behind(module, optimizers, root):
         for name, p in module.named_parameters()
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
     ]
-    found += [str(path) for path in gradwatch.sinks.run_directory._held if Path(root) in path.parents]
+    found += [str(path) for path in gradwatch.sinks.run_directory.held() if Path(root) in path.parents]
     gc.collect()
     for thing in gc.get_objects():
         # By type(), because isinstance() asks objects for their __class__, and some of torch's answer with a warning.

@@ -28,11 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.measurement import norms as stats
+from gradwatch.measurement.columns import RAW, Numbers
+from gradwatch.measurement.parameters import Parameters
 from gradwatch.values.snapshot import Column, Snapshot
-from gradwatch.watcher.reading import Reading
 
 STEPS = 4
-OF_THE_STEP = {"scale", "late_scale", "loss", "found_inf"}
 """Raw quantities that are not of a parameter."""
 
 
@@ -249,16 +249,16 @@ def narrow(rate: float):
 def raw_quantities(_: Path):
     """What each process has measured of its pieces, and what is left of it where it has come together."""
     mine: list[dict[str, dict[int, float]]] = []
-    after: list[dict[str, dict[int, float]]] = []
-    take = Reading._take
+    after: list[Numbers] = []
+    numbers = Parameters.numbers
 
-    def taken(reading: Reading) -> dict[str, dict[int, float]]:
-        values = take(reading)
-        mine.append({q: dict(of) for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP})
-        after.append(values)  # the same, in which they come together
-        return values
+    def taken(parameters: Parameters) -> Numbers:
+        found = numbers(parameters)
+        mine.append(by_name(found))
+        after.append(found)  # the same, in which they come together
+        return found
 
-    Reading._take = taken
+    Parameters.numbers = taken
     try:
         model = mlp().bfloat16()
         run = Run(sharded(model, mesh()), model, on_alert=lambda _: None)
@@ -267,13 +267,12 @@ def raw_quantities(_: Path):
             run.step(number, explicit=True, poison=math.nan if number else None)
         run.watcher.close()
     finally:
-        Reading._take = take
-    return {
-        "mine": mine,
-        "joined": [
-            {q: of for q, of in values.items() if isinstance(q, str) and q not in OF_THE_STEP} for values in after
-        ],
-    }
+        Parameters.numbers = numbers
+    return {"mine": mine, "joined": [by_name(found) for found in after]}
+
+
+def by_name(numbers: Numbers) -> dict[str, dict[int, float]]:
+    return {raw.name: dict(of) for raw, of in numbers.items()}
 
 
 def fsdp_clipped(_: Path):
@@ -637,7 +636,7 @@ TOGETHER = {
 def test_every_raw_quantity_of_a_parameter_comes_together(ranks):
     found = results(ranks, "raw_quantities")
 
-    assert {q for r in found for of in r["mine"] for q in of} == set(TOGETHER)
+    assert {q for r in found for of in r["mine"] for q in of} == set(TOGETHER) == {raw.name for raw in RAW}
     for step, joined in enumerate(found[0]["joined"]):
         pieces = [r["mine"][step] for r in found]
         for quantity in set().union(*pieces):

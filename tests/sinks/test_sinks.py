@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import io
 import logging
 import math
 import os
@@ -329,11 +331,18 @@ def test_a_process_that_ends_without_close_leaves_complete_files_and_keeps_its_e
     assert [i.step for i in events.Images("gradwatch_heatmap/layers")] == [11]  # the picture of the end
 
 
+def open_files(root):
+    """Return the files below a folder that this process writes."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter)
+    return [f for f in gc.get_objects() if type(f) in kinds and not f.closed and str(root) in str(f.name)]
+
+
 def test_the_files_are_closed_with_the_watcher(tmp_path):
     record, board = Record(tmp_path), TensorBoardSink(tmp_path)
-    train(3, sinks=[record, board])
-    assert record._file is None
-    assert board._events._file is None
+    during = []
+    train(3, sinks=[record, board, lambda _: during.append(len(open_files(tmp_path)))])
+    assert set(during) == {3}  # the record as text and as bytes, and the events
+    assert [file.name for file in open_files(tmp_path)] == []
 
 
 # --- the logger ---

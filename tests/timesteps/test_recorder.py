@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import gradwatch
-from gradwatch.measurement.output_gradients import Heard
-from gradwatch.model.forward_hooks import listening
+from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.forward_hooks import ModelView, StepView, listening
 from gradwatch.timesteps.recorder import Recorder, bytes_per_row
 from gradwatch.timesteps.series import Trace, traces
 from gradwatch.timesteps.walk import Series
@@ -950,12 +951,18 @@ def test_of_a_frozen_module_another_tells_whether_a_loss_scale_is_on_its_gradien
     ],
 )
 def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, unknown):
-    told = None if changed is None else torch.tensor(changed)
-    heard = Heard({"rnn": torch.tensor(6.0)}, changed=told, scale=scale)
-    (activation,) = heard.values({key: float(tensor) for key, tensor in heard.tensors().items()})
+    layer, transfer, outputs = nn.Linear(2, 2), Transfer(), OutputGradients()
+    outputs.arm(ModelView({"": layer}, {id(layer): ""}))
+    y = layer(torch.ones(1, 2))
+    outputs.left(layer, (), {}, y)
+    y.sum().backward()
+    told = [None if number is None else transfer.add(torch.tensor(number)) for number in (scale, changed)]
+    step = StepView({"": layer}, set(map(id, layer.parameters())), set(), *told)
     series = [Series("", 2, 1, {"grad_input": torch.ones(2)}), Series("l0", 2, 1, {"grad_hidden": torch.ones(2)})]
-    trace = Trace("rnn", series, checks={} if told is None else {"changed": told}, arrived=True)
-    parts = trace.stats({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()}, scale, 1e-3)
+    seen = outputs.collect(step, transfer)
+    values = Trace("rnn", series, arrived=True).collect(step, transfer, 1e-3)
+    transfer.run()
+    (activation,), (parts, _) = seen().activations, values()
 
     assert [activation.scaled, *(s.scaled for s in parts)] == [unknown] * 3
 

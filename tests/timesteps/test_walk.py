@@ -17,7 +17,7 @@ import gradwatch
 from gradwatch.model.forward_hooks import listening
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.walk import gradients_through_time
-from gradwatch.values.sequences import memory
+from gradwatch.values.sequences import horizon_of
 
 INPUTS, HIDDEN, PROJECTED = 3, 4, 2
 LOOKED_AT, COTANGENTS = 8, 3
@@ -417,8 +417,8 @@ def check(case, number):
     assert found[""].replay_residual <= limit, case
     assert (found[""].adjoint_residual is not None) == truth.reached, case
     assert not truth.reached or found[""].adjoint_residual <= limit, case
-    known = memory(truth.series[""]["lag_gain"])
-    assert (found[""].horizon, found[""].censored) == (known.horizon, known.censored), case
+    known = horizon_of(truth.series[""]["lag_gain"])
+    assert (found[""].horizon, found[""].censored) == (known.timesteps, known.censored), case
     wrong = {name: error for name, error in worst.items() if not error <= limit}
     assert not wrong, (case, number, wrong)
     return worst
@@ -815,10 +815,10 @@ def test_the_memory_is_estimated_well_enough(name, inputs):
         module = stock(name, inputs, generator)
         x = torch.randn(60, LOOKED_AT, inputs, generator=generator)
         whole = seen(module, lambda m, x=x: m(x)[0][-1].square().sum())["", ""]
-        exact = memory(exact_gain(module, x))
+        exact = horizon_of(exact_gain(module, x))
         errors["decay_rate"].append(abs(whole.decay_rate / exact.decay_rate - 1))
         errors["half_life"].append(abs(whole.half_life / exact.half_life - 1))
-        errors["horizon"].append(abs(whole.horizon - exact.horizon))
+        errors["horizon"].append(abs(whole.horizon - exact.timesteps))
     worst = {what: sorted(values)[math.ceil(0.95 * trials) - 1] for what, values in errors.items()}
     assert worst["decay_rate"] <= 0.02, worst
     assert worst["half_life"] <= 0.05, worst

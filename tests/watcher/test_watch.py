@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 import gradwatch
+from gradwatch.measurement import parameters as measured_parameters
 from gradwatch.model.layers import describe
 from gradwatch.values.report import Finding, Severity
-from gradwatch.watcher import reading
 
 
 def tall(*, dtype=torch.float32):
@@ -847,7 +847,7 @@ def test_non_finite_entries_are_counted_only_where_a_norm_is_not_finite():
 def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(10)) for _ in range(5)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(reading, "_BUDGET", 2 * 10 * 4)
+    monkeypatch.setattr(measured_parameters, "BUDGET", 2 * 10 * 4)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(5):
         for p in model:
@@ -864,7 +864,7 @@ def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch)
 def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (30, 5, 30, 20)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(reading, "_BUDGET", 4 * 20)
+    monkeypatch.setattr(measured_parameters, "BUDGET", 4 * 20)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(4):
         for p in model:
@@ -1106,7 +1106,7 @@ def test_layers_come_in_the_order_of_the_forward_pass_with_kind_role_and_place()
     assert {layer.name: layer.order is None for layer in second.layers}["inner.idle"]
     assert {layer.name: layer.kind for layer in second.layers}["inner.deep"] == "LSTM"
     roles = {p.name: p.role for p in second.parameters}
-    assert roles["gain"] == "scale"
+    assert roles["gain"] == "gain"
     assert roles["table.weight"] == "embedding"
     assert roles["norm.weight"] == "normalization"
     assert roles["norm.bias"] == roles["inner.deep.bias_hh_l0"] == roles["head.bias"] == "bias"

@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gradwatch.sinks.deletion import refuse_deleted
+
 _SUFFIX = ".gradwatch"
 
 _files = itertools.count()
@@ -34,8 +36,8 @@ class EventFile:
         """
         if self._file is None:
             self._file = self._begin(event.wall_time)
-        elif os.fstat(self._file.fileno()).st_nlink == 0 and not Path(self._file.name).exists():
-            raise FileNotFoundError(f"{self._file.name} was deleted while it was written")
+        else:
+            refuse_deleted(self._file)
         _frame(self._file, event.SerializeToString())
         self._file.flush()
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gradwatch.sinks.tensorboard import messages as parts
 from gradwatch.sinks.tensorboard.events import EventFile
@@ -29,6 +29,9 @@ class TensorBoardSink:
     `gradwatch_heatmap/lags/<module>`, `gradwatch_profile/lags/<module>`. The module is "model" where it is the model itself.
     Norms, sensitivities, updates, gains and gradients are log10; exactly 0 is drawn at -45.
     """
+
+    outlives_watcher: ClassVar[bool] = True
+    """It refers to no watcher, model or optimizer, and so may be held until it is closed, if the watcher goes without."""
 
     def __init__(self, target: str | os.PathLike[str] | Any, *, parameters: bool = False) -> None:  # noqa: ANN401  (torch's writer, or another's)
         """Write to `target`, a directory or a SummaryWriter; with `parameters`, charts are of each parameter, not of each layer."""
