@@ -33,7 +33,7 @@ class StateOrigin(enum.Enum):
 
 @dataclass(kw_only=True)
 class CallRecord:
-    """One call of a recurrent module: rows of its inputs, states and outputs, and the gradients that arrived at them."""
+    """One call of a recurrent module: rows of its inputs, states and outputs, and of the gradients that arrived."""
 
     recurrence: Recurrence
     layout: Layout
@@ -56,7 +56,7 @@ class CallRecord:
     sole_user: bool = False
     """Whether nothing else uses its input: it is a leaf that was put in."""
     c_through_h: bool = False
-    """Whether the gradient of its cell state includes what comes through its hidden state: an LSTMCell of several kernels."""
+    """Whether the gradient of its cell state includes what comes through its hidden state, as of a cell not fused."""
     versions: list[int] = field(init=False)
     """Version counters of the weights, to notice an edit."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class CallRecord:
         self.versions = [w._version for w in self.weights]
 
     def masks(self) -> list[Tensor]:
-        """Draw again which entries dropout kept between the layers, (T, R, directions x width), scaled as dropout does."""
+        """Return what dropout multiplied with between the layers, drawn again, (T, R, directions x width) each."""
         if self.random is None:
             return []
         generator = torch.Generator(device="cpu")

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
 
+Fused = nn.RNNBase
+"""What runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
+
 _POWERS = 10
-"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes nearly all of the constant away."""
+"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
 _SATURATED = 0.98
@@ -35,12 +38,12 @@ def _no_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of recurrence: its modules, where their weights lie, its equations, and what tells how long it remembers."""
+    """One kind of recurrence: its modules, their weights, its equations, and what tells how long it remembers."""
 
     name: str
     """LSTM, GRU or RNN."""
     sequence: type[nn.Module]
-    """Its module that runs over a whole sequence. It has `batch_first`, and `_flat_weights` if it has several layers."""
+    """Its module that runs over a whole sequence; it has `batch_first`, and what `Recurrence.of` asks for."""
     cell: type[nn.Module]
     """Its module of which each call is one timestep."""
     gates: int
@@ -159,9 +162,9 @@ def is_cell(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> bool:
     return isinstance(module, (nn.RNNCellBase, *(kind.cell for kind in kinds)))
 
 
-def is_fused(module: nn.Module) -> TypeGuard[nn.RNNBase]:
-    """Tell whether a module runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
-    return isinstance(module, nn.RNNBase)
+def is_fused(module: nn.Module) -> TypeGuard[Fused]:
+    """Tell whether a module runs over a whole sequence in one of torch's kernels."""
+    return isinstance(module, Fused)
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -170,7 +173,7 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def time_of(module: nn.Module, dimensions: int, kinds: Sequence[Kind] = KINDS) -> int | None:
-    """Return the dimension of time in the input of a recurrent module, which has so many; None: each call is a timestep."""
+    """Return which of so many dimensions of a recurrent module's input is time; None: each call is a timestep."""
     return None if is_cell(module, kinds) else int(bool(module.batch_first) and dimensions > 2)
 
 

@@ -22,7 +22,7 @@ from gradwatch.timesteps.kinds import KINDS, Kind, Recurrence, is_cell, is_fused
 from gradwatch.timesteps.layout import Layout, layout_of
 
 ROWS = 8
-"""Rows of a batch that are looked at closely. Eight, each with cotangents of its own, give the decay rate within 2 %."""
+"""Rows of a batch that are looked at closely: 8, each with cotangents of its own, give the decay rate within 2 %."""
 BUDGET = 256 * 2**20
 """Bytes that the walk back through one module may take; beyond it there are fewer rows."""
 _NUMBERS = 40
@@ -30,7 +30,7 @@ _NUMBERS = 40
 
 
 def bytes_per_row(steps: int, hidden: int) -> int:
-    """Return how many bytes walking back takes for each row, about, of so many timesteps and hidden units of all layers."""
+    """Return about how many bytes walking back takes for each row; `hidden` units are those of all layers together."""
     return steps * hidden * _NUMBERS * 4
 
 
@@ -39,7 +39,7 @@ def _sharded(module: nn.Module) -> bool:
 
 
 def _checkpointed() -> bool:
-    """Tell whether torch's activation checkpointing runs this: when it does so again, perhaps no hook is there any longer."""
+    """Tell whether torch's activation checkpointing runs this; when it does so again, our hooks may be gone."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
@@ -105,8 +105,8 @@ class Recorder:
                 sharded=_sharded(module),
                 trusted=not hooked and (stock or self._learned.get(name, False)),
             )
-            # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would
-            # split what is compiled.
+            # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which
+            # would split what is compiled.
             if compiled and (not is_fused(module) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
             else:
@@ -169,8 +169,8 @@ class Recorder:
             target.random = torch.get_rng_state()
         if x.requires_grad or not target.trusted:
             return None
-        # In a frozen module the output must not begin to require a gradient. What a checkpoint computes again must save as
-        # much as the first time.
+        # In a frozen module the output must not begin to require a gradient. What a checkpoint computes again must save
+        # as much as the first time.
         if not any(p.requires_grad for p in module.parameters()) or _checkpointed():
             return None
         leaf = x.detach().requires_grad_()
@@ -178,7 +178,13 @@ class Recorder:
         leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
         return _with_data(inputs[0], leaf), *inputs[1:]
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,  # noqa: ANN401  (whatever a module gives)
+    ) -> None:
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
         target = self.targets.get(id(module))
         in_backward = torch._C._current_graph_task_id() != -1
@@ -210,7 +216,7 @@ class Recorder:
     # --- parts of that ---
 
     def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, outputs: list[Tensor]) -> None:
-        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what the backward pass brought."""
+        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought."""
         if self._learned.get(target.name) is False:
             target.note = (
                 "its input has no gradient, and with one it might train differently:"
@@ -318,7 +324,7 @@ class Recorder:
         call.record, call.final_state = record, weakref.ref(outputs["h"])
 
     def _hang(self, tensor: Tensor, call: SequenceCall, name: str) -> None:
-        """Take down what arrives at a tensor; reduced or copied at once, because a view would keep all of it."""
+        """Keep what arrives at a tensor, reduced or copied at once, because a view would keep all of it."""
         if not tensor.requires_grad:
             return
         recorder_ref, call_ref = weakref.ref(self), weakref.ref(call)

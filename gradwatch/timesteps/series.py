@@ -25,7 +25,10 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 
 
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
-_NOT_FOLLOWED = "its calls run once more within the backward pass, one by one: reentrant checkpointing of single timesteps cannot be followed"
+_NOT_FOLLOWED = (
+    "its calls run once more within the backward pass, one by one:"
+    " reentrant checkpointing of single timesteps cannot be followed"
+)
 
 
 @dataclass
@@ -149,7 +152,7 @@ class Trace:
 
 
 def traces(targets: Iterable[SequenceModule], generator: torch.Generator) -> list[Trace]:
-    """Work out what was seen of these in this step; nothing is copied from the device, and one that cannot be worked out says so alone."""
+    """Work out what was seen in this step, without a copy from the device; one module that fails says so alone."""
     found = []
     for target in targets:
         try:
@@ -313,7 +316,7 @@ def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
 
 
 def _own_lengths(call: SequenceCall) -> Tensor | None:
-    """Return the lengths of rows, (B,), where they end in timesteps whose input and gradient are exactly zero; else None."""
+    """Return the lengths of rows, (B,), where they end in timesteps of zero input and gradient; else None."""
     if call.lengths is not None:
         return call.lengths
     if call.blank is None or "x" not in call.squares:

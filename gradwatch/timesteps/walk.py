@@ -103,7 +103,7 @@ def gradients_through_time(
 
 
 def _calls(records: Sequence[CallRecord], cell: Cell, wide: torch.dtype) -> list[_Call]:
-    """Place calls in time, and take from a cell state's gradient what comes through the hidden state, where that is in it."""
+    """Return the calls in time, the gradients of their cell states without what comes through hidden states."""
     calls: list[_Call] = []
     for record in records:
         begin = calls[-1].end if calls else 0
@@ -115,7 +115,7 @@ def _calls(records: Sequence[CallRecord], cell: Cell, wide: torch.dtype) -> list
 
 
 def _of_outputs(calls: Sequence[_Call], y: Tensor, rows: _Rows, generator: torch.Generator) -> Tensor:
-    """Return the gradients of the outputs, (T, S, R, features): what arrived, and cotangents at each row's newest timestep."""
+    """Return gradients of the outputs, (T, S, R, features): what arrived, and cotangents at each row's end."""
     found = y.new_zeros((rows.steps, 1 + _COTANGENTS, rows.count, y.shape[-1]))
     for call in calls:
         if "y" in call.gradients:
@@ -129,9 +129,9 @@ def _of_outputs(calls: Sequence[_Call], y: Tensor, rows: _Rows, generator: torch
 def _cotangents(rows: int, width: int, generator: torch.Generator) -> Tensor:
     """Draw the cotangents of each row, (R, cotangents, width), each of length 1 in a uniformly distributed direction.
 
-    The mean of ||J^T v||^2 is that for N(0, I/width), the squared Frobenius norm of J over the width. They are orthogonal
-    to one another, as far as the width allows, because rows have similar Jacobians: what one has missed another sees,
-    which halves the error where they are many.
+    The mean of ||J^T v||^2 is that for N(0, I/width), the squared Frobenius norm of J over the width. They are
+    orthogonal to one another, as far as the width allows, because rows have similar Jacobians: what one has missed
+    another sees, which halves the error where they are many.
     """
     drawn = torch.randn((width, rows * _COTANGENTS), generator=generator, dtype=torch.float64, device="cpu")
     found = torch.cat([torch.linalg.qr(block)[0] for block in torch.split(drawn, width, 1)], 1)
@@ -187,8 +187,8 @@ def _series(walk: Walk, name: str, rows: _Rows) -> Series:
         "grad_hidden": _norms(timed(walk.hidden[0]), rows.own),
         "grad_hidden_direct": _norms(timed(walk.direct), rows.own),
     }
-    # Carried to a state over what the state after it had; in a reverse direction the state after it is the older one. The
-    # first state of a row hands nothing on: shorter rows would else dilute the ratio of the others where they begin.
+    # Carried to a state over what the state after it had; in a reverse direction the state after it is the older one.
+    # The first state of a row hands nothing on: shorter rows would else dilute the ratio of others where they begin.
     handing = torch.cat([torch.zeros_like(walk.state[:1]), walk.state[1:]])
     state, carried = (by_lag(timed(s), rows.own)[0].flip(0) for s in (handing, walk.carried))
     later, handed = (state[:-1], carried[1:]) if reverse else (state[1:], carried[:-1])
