@@ -568,7 +568,7 @@ def test_names_of_others_are_shown_and_not_obeyed(name, tmp_path, capsys):
         (["check", "no/such/folder"], "no record.jsonl in or below"),
         (["report", "no/such/folder"], "no record.jsonl in or below"),
         (["demo", "--steps", "0"], "must be at least 1, got 0"),
-        (["demo", "--steps", "x"], "invalid"),
+        (["demo", "--steps", "x"], "argument --steps: must be a whole number, got 'x'"),
         (["demo", "--data", "x"], "invalid choice: 'x'"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
     ],

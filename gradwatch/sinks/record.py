@@ -22,8 +22,8 @@ steps of a model with 100 parameter tensors."""
 _LONGEST = 16 * 2**20
 """Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
 MOST = 200_000
-"""Snapshots that are read into memory; past them every second of the older ones is dropped, as it is where a record is
-written. No record of the usual bound has so many."""
+"""Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
+is written. No record of the usual bound has so many."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Record:
     """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
 
     outlives_watcher: ClassVar[bool] = True
-    """It refers to no watcher, model or optimizer, and so may be held until it is closed, if the watcher goes without."""
+    """It refers to no watcher, model or optimizer, so it may be kept until it is closed even if the watcher is gone."""
 
     def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
         """Write into `directory`; a record that is there already is replaced.
@@ -137,7 +137,7 @@ class Record:
         return self._file
 
     def _whole_lines(self) -> bool:
-        """Take off the half line that a killed process left, because it would spoil the next one; tell whether anything is left."""
+        """Cut off the half line of a killed process, which would spoil the next; return whether anything is left."""
         with self._path.open("rb+") as file:
             return file.truncate(file.read().rfind(b"\n") + 1) > 0
 
@@ -148,7 +148,7 @@ class Record:
             self._size += len(text)
 
     def _thin(self) -> None:
-        """Drop every second snapshot of the older three quarters, into a new file that takes the place of the old one."""
+        """Replace the file by one without every second snapshot of the older three quarters."""
         if self._file is None:
             return
         self._file.close()
@@ -175,7 +175,7 @@ class Record:
 
 
 def _fold_alerts(lines: list[str]) -> set[int]:
-    """Put the newest word on each alert where the first one stands; give the numbers of the lines that then say nothing new."""
+    """Move the newest line of each alert to its first one's place; return the numbers of those then of no use."""
     first: dict[tuple[object, ...], int] = {}
     later = set()
     for number, line in enumerate(lines):
@@ -193,7 +193,7 @@ def read_run(path: str | os.PathLike[str], *, most: int = MOST) -> Run:
 
     Args:
         path: the record, its folder, or a log directory with one run in or below it.
-        most: snapshots to hold in memory; past them every second of the older ones is dropped, and counted as `thinned`.
+        most: snapshots to keep in memory; past them every second of the older ones is dropped and counted as `thinned`.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -211,7 +211,7 @@ def read_runs(path: str | os.PathLike[str], *, most: int = MOST) -> dict[str, Ru
 
     Args:
         path: a record, its folder, or a log directory.
-        most: snapshots to hold in memory of each; past them every second of the older ones is dropped.
+        most: snapshots of each to keep in memory; past them every second of the older ones is dropped.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -270,7 +270,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
 
 
 def _begun(content: dict[str, Any]) -> int:
-    """Check the first line, and give the number of snapshots that were dropped."""
+    """Check the first line, and return the number of snapshots that were dropped."""
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r}")
     return int(content.get("thinned", 0))
