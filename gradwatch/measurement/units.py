@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.gradient_hooks import of_others, transformed
 from gradwatch.model.nested import floats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
+from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
 Key = tuple[object, ...]
 
 _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
 """Nodes of activations whose output is exactly 0 where their derivative is."""
-_OUTER = 0.01
-"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
-_FORMULAS = {
+_FORMULAS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
@@ -36,10 +35,6 @@ _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
-_ENOUGH = 64.0
-"""Entries in a row for which a unit must be silent before it counts as dead."""
-_SURE = 7.0
-"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
 _CONVOLUTIONS = {
     nn.Conv1d: 1,
     nn.Conv2d: 2,
@@ -71,7 +66,7 @@ class Units:
     saturated: list[Tensor] = field(default_factory=list)
     """Share of the entries, by call."""
     calls: int = 0
-    formula: str = ""
+    formula: Function | None = None
 
 
 @dataclass
@@ -80,7 +75,9 @@ class Seen:
 
     numbers: Mapping[Key, Tensor] = field(default_factory=dict)
     units: Mapping[str, int] = field(default_factory=dict)
-    facts: tuple[Fact, ...] = ()
+    functions: Mapping[str, Function] = field(default_factory=dict)
+    """The activation after each layer."""
+    cuts: tuple[Cut, ...] = ()
 
     def tensors(self) -> Mapping[Key, Tensor]:
         """Return everything that is to be copied."""
@@ -96,13 +93,15 @@ class Seen:
             known[name] = dataclasses.replace(
                 known.get(name, ActivationStats(name)), units=units or None, dead=dead, saturated=saturated
             )
-        facts = [
-            Fact(str(place), str(what), numbers["fact", what, place])
+        for name, function in self.functions.items():
+            known[name] = dataclasses.replace(known.get(name, ActivationStats(name)), function=function)
+        facts = tuple(
+            Fact(str(place), cast("FactName", what), numbers["fact", what, place])
             for kind, what, *rest in self.numbers
             if kind == "fact"
             for place in rest
-        ]
-        return tuple(known.values()), (*self.facts, *facts)
+        )
+        return tuple(known.values()), facts
 
 
 class Causes:
@@ -166,8 +165,8 @@ class Causes:
 
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else None) if node is not None else None
+        if node is None or formula is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
             return
         _notes(node)[self._seen] = True
         given = _source(node, self._mark)
@@ -189,9 +188,9 @@ class Causes:
                 mine.fired = mine.fired + fired if same and mine.fired is not None else fired
                 mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
             if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * _OUTER).float().mean())
+                mine.saturated.append((rows.abs() > 1 - 2 * OUTER_SHARE).float().mean())
             elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - _OUTER).float().mean())
+                mine.saturated.append(((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean())
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -228,7 +227,7 @@ class Causes:
         """
         numbers: dict[Key, Tensor] = dict(self._facts)
         units: dict[str, int] = {}
-        facts = []
+        functions: dict[str, Function] = {}
         theirs = {}
         for name, seen in self._units.items():
             if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
@@ -239,16 +238,16 @@ class Causes:
             if seen.saturated:
                 numbers["saturated", name] = torch.stack(seen.saturated).mean()
                 units.setdefault(name, 0)
-            if name in self.suspects:
-                facts.append(Fact(name, f"activation {seen.formula}", 1.0))
+            if seen.formula is not None:
+                functions[name] = seen.formula
         for name in sorted(self.suspects):
             weights = modules[name]._parameters.values() if name in modules else ()
             large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
             if large is not None and not hasattr(large, "placements"):
                 numbers["fact", "spectral_norm", name] = spectral_norm(large.detach())
-        facts += self._end_of_gradient(reached)
+        cuts = tuple(self._cuts(reached))
         self._units, self._facts, self._completed = theirs, {}, {}
-        return Seen(numbers, units, tuple(facts))
+        return Seen(numbers, units, functions, cuts)
 
     def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
         """Return the share of units that have been silent for longer than chance explains."""
@@ -262,22 +261,20 @@ class Causes:
         self._silent[name] = silent
         alive = (fired > 0).sum()
         rate = fired.sum() / (alive * entries).clamp(min=1)
-        enough = torch.where(alive > 0, _SURE / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(min=_ENOUGH)
+        enough = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(
+            min=SILENT_ENTRIES
+        )
         return (silent >= enough).float().mean()
 
-    def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
-        """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
+    def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
+        """Tell of each layer in question that the gradient did not reach where it ended."""
         order = list(self._completed)
-        facts = []
         for at, name in enumerate(order):
             if name not in self.suspects or name in reached:
                 continue
-            behind = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
-            last = order[(behind if behind is not None else at + 1) - 1]
-            facts += [Fact(name, "done", float(at)), Fact(last, "unreached", float(self._completed[last]))]
-            if behind is not None:
-                facts.append(Fact(order[behind], "reached", float(behind)))
-        return facts
+            after = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
+            last = order[(after if after is not None else at + 1) - 1]
+            yield Cut(name, last, None if after is None else order[after], graph=self._completed[last])
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from gradwatch.values.plain import from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+from gradwatch.values.plain import (
+    FORMAT,
+    alert_from_plain,
+    from_json,
+    model_from_plain,
+    snapshot_from_plain,
+    snapshot_to_plain,
+    to_json,
+    to_plain,
+)
 from gradwatch.values.report import Alert, Report, Severity
 from gradwatch.values.snapshot import ModelInfo, Snapshot
 
@@ -18,7 +27,6 @@ if sys.platform != "win32":
 
 from gradwatch.sinks.run_directory import release
 
-FORMAT = 1
 NAME = "record.jsonl"
 BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
@@ -164,6 +172,7 @@ class Record:
         self._file.close()
         self._file = None
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        written = from_json(lines[0])["format"]
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
@@ -172,7 +181,7 @@ class Record:
         fresh = self._path.with_suffix(".new")
         try:
             fresh.write_text(
-                "".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
+                "".join([to_json({"format": written, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
             )
             fresh.replace(self._path)
         except OSError:
@@ -190,7 +199,7 @@ def _fold_alerts(lines: list[str]) -> set[int]:
     later = set()
     for number, line in enumerate(lines):
         if line.startswith('{"alert"'):
-            alert = from_plain(Alert, from_json(line)["alert"])
+            alert = alert_from_plain(from_json(line)["alert"])
             place = first.setdefault((*_key(alert), alert.began), number)
             if place != number:
                 lines[place] = line
@@ -234,6 +243,8 @@ def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
 
 @dataclass
 class _Draft:
+    written: int = FORMAT
+    """The format of the record."""
     models: list[ModelInfo] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
@@ -246,17 +257,17 @@ def _read(file: Path) -> Run:
             try:
                 content = from_json(line)
                 if number == 0:
-                    thinned = _begun(content)
+                    draft.written, thinned = _begun(content)
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
-                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                    raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
             if len(draft.snapshots) > _MOST:
                 thinned += len(draft.snapshots[1 : _MOST * 3 // 4 : 2])
                 del draft.snapshots[1 : _MOST * 3 // 4 : 2]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
+        raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: it is empty")
     return Run(
         tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
     )
@@ -271,23 +282,23 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line if end is line else line[:80] + "\n"
 
 
-def _begun(content: dict[str, Any]) -> int:
-    """Check the first line, and give the number of snapshots that were dropped."""
-    if content["format"] != FORMAT:
+def _begun(content: dict[str, Any]) -> tuple[int, int]:
+    """Check the first line, and return the format and the number of snapshots that were dropped."""
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
-    return int(content.get("thinned", 0))
+    return content["format"], int(content.get("thinned", 0))
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
-        draft.models.append(from_plain(ModelInfo, content["model"]))
+        draft.models.append(model_from_plain(content["model"], draft.written))
     elif "snapshot" in content:
         plain = content["snapshot"]
-        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models, draft.written))
     elif "alert" in content:
-        alert = from_plain(Alert, content["alert"])
+        alert = alert_from_plain(content["alert"], draft.written)
         draft.alerts[(*_key(alert), alert.began)] = alert
 
 

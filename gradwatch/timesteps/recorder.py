@@ -17,9 +17,10 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from gradwatch.model.gradient_hooks import Sentinel, at_output, of_others, transformed
 from gradwatch.model.nested import floats
-from gradwatch.timesteps.kinds import Spec
+from gradwatch.timesteps.kinds import Spec, recurrence_of
 from gradwatch.timesteps.layout import Layout, Packed, Padded
 from gradwatch.timesteps.replay import Call
+from gradwatch.values.sequences import Recurrence
 
 ROWS = 8
 """Rows of a batch that are looked at closely. Eight, each with cotangents of its own, give the decay rate within 2 %."""
@@ -88,6 +89,7 @@ class Target:
     """Which dimension; None: each call is one timestep."""
     recurrent: bool
     """Whether it is one of torch's recurrent modules, which can be walked back through."""
+    kind: Recurrence | None = None
     parameters: frozenset[int] = frozenset()
     """Its parameters, by `id`."""
     spread: bool = False
@@ -164,7 +166,13 @@ class Recorder:
             hooked = module._forward_pre_hooks or module._forward_hooks
             trusted = not hooked and ((recurrent and type(module).forward in _STOCK) or self._learned.get(name, False))
             target = self.targets[id(module)] = Target(
-                name, time, recurrent, frozenset(map(id, module.parameters())), _spread(module), trusted=trusted
+                name,
+                time,
+                recurrent,
+                recurrence_of(module),
+                frozenset(map(id, module.parameters())),
+                _spread(module),
+                trusted=trusted,
             )
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would split what is compiled.
             if compiled and (not isinstance(module, nn.RNNBase) or getattr(torch._dynamo.config, "allow_rnn", False)):

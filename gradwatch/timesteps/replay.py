@@ -12,6 +12,7 @@ from torch import Tensor
 from gradwatch.timesteps.adjoint import Cell, Gru, Lstm, Plain, flip
 from gradwatch.timesteps.kinds import Spec
 from gradwatch.timesteps.layout import Layout
+from gradwatch.values.snapshot import FactName
 
 
 @dataclass
@@ -70,7 +71,8 @@ class Replay:
         self._weights = [w.to(wide) for w in first.weights]
         self._lengths = lengths
         self.cells: list[Cell] = []
-        self.facts: dict[str, Tensor] = {}
+        self.facts: dict[tuple[FactName, str], Tensor] = {}
+        """By name and part."""
         self.masks = [torch.cat(parts).to(wide) for parts in zip(*(c.masks() for c in chain), strict=True)]
         width = y.shape[-1] // first.spec.directions
         residuals = []
@@ -117,17 +119,17 @@ class Replay:
         weights = self._own(number)
         bias = (weights[2], weights[3]) if self._spec.bias else (None, None)
         common = (x, before, weights[0], weights[1], *bias)
-        name = f"l{number // self._spec.directions}" + "_reverse" * (number % self._spec.directions)
+        part = self._spec.part(number)
         if self._spec.kind == "LSTM":
             lstm = Lstm(*common)
             h = lstm.run(c0, weights[-1] if self._spec.projected else None)
             self.cells.append(lstm)
-            self.facts[f"forget_gate_{name}"] = lstm.kept.mean()
+            self.facts["forget_gate", part] = lstm.kept.mean()
         elif self._spec.kind == "GRU":
             gru = Gru(*common)
             h = gru.run()
             self.cells.append(gru)
-            self.facts[f"update_gate_{name}"] = gru.kept.mean()
+            self.facts["update_gate", part] = gru.kept.mean()
         else:
             plain = Plain(*common)
             h = plain.run(relu=self._spec.relu)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gradwatch.timesteps.adjoint import Lstm, Seam, Walk, Walker, by_lag, ends_of, flip, square
 from gradwatch.timesteps.replay import Call, Replay
+from gradwatch.values.snapshot import FactName
+from gradwatch.values.thresholds import OUTER_SHARE
 
 _COTANGENTS = 3
 """Random cotangents of each row: 8 rows give the decay rate within 2 %, for inputs of four features and more."""
@@ -17,7 +19,7 @@ _POWERS = 10
 """Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes nearly all of the constant away."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
-_SATURATED = 0.98
+_SATURATED = 1 - 2 * OUTER_SHARE
 """|tanh| from which an output lies in the outer 1 % of its range."""
 
 
@@ -29,11 +31,13 @@ class Series:
     length: int
     rows: int
     values: dict[str, Tensor]
+    reverse: bool = False
+    """Whether it runs from the newest timestep to the oldest."""
 
 
 def trace(
     chain: Sequence[Call], own: Tensor | None, generator: torch.Generator
-) -> tuple[list[Series], dict[str, Tensor]]:
+) -> tuple[list[Series], dict[tuple[FactName, str], Tensor]]:
     """Walk back through the calls that make one sequence.
 
     Args:
@@ -43,7 +47,7 @@ def trace(
 
     Returns:
         The series of the module ("lag_gain", "replay_residual", "adjoint_residual", and "grad_input" where it is known
-        from here alone), then those of each layer and direction; and facts about it, by name.
+        from here alone), then those of each layer and direction; and facts about it, by name and part.
 
     """
     first = chain[0]
@@ -169,7 +173,7 @@ def _part(walk: Walk, name: str, flipped: Tensor | None, aligned: Tensor | None,
         values["lag_gain_hidden"] = _gain(walk.hidden[1:].mean(0), aligned)
         if walk.cell is not None:
             values["lag_gain_cell"] = _gain(walk.cell[1:].mean(0), aligned)
-    return Series(name, steps, rows, values)
+    return Series(name, steps, rows, values, reverse=reverse)
 
 
 def _gain(squares: Tensor, lengths: Tensor | None) -> Tensor:
@@ -182,24 +186,24 @@ def _flip(tensor: Tensor, lengths: Tensor | None) -> Tensor:
     return flip(tensor.transpose(1, 2), lengths).transpose(1, 2)
 
 
-def _facts(call: Call, y: Tensor) -> dict[str, Tensor]:
+def _facts(call: Call, y: Tensor) -> dict[tuple[FactName, str], Tensor]:
     """Measure what decides how long a recurrent network remembers, on its weights and outputs."""
     spec = call.spec
-    facts: dict[str, Tensor] = {}
+    facts: dict[tuple[FactName, str], Tensor] = {}
     per = 2 + 2 * spec.bias + spec.projected
     for number in range(spec.layers * spec.directions):
-        name = f"l{number // spec.directions}" + "_reverse" * (number % spec.directions)
+        part = spec.part(number)
         weights = call.weights[number * per : (number + 1) * per]
         hidden = weights[1].shape[-1]
         if spec.kind == "LSTM" and spec.bias:
             size = weights[2].shape[0] // 4
-            facts[f"forget_bias_{name}"] = (weights[2] + weights[3])[size : 2 * size].mean()
+            facts["forget_bias", part] = (weights[2] + weights[3])[size : 2 * size].mean()
         if spec.kind == "RNN" and hidden <= _LARGEST:
             w = weights[1].float()
-            facts[f"spectral_radius_{name}"] = _radius(w)
-            facts[f"spectral_norm_{name}"] = _radius(w.T @ w).sqrt()
+            facts["spectral_radius", part] = _radius(w)
+            facts["spectral_norm", part] = _radius(w.T @ w).sqrt()
     if spec.kind == "RNN" and not spec.relu:
-        facts[f"saturation_l{spec.layers - 1}"] = (y.abs() > _SATURATED).double().mean()
+        facts["saturation", f"l{spec.layers - 1}"] = (y.abs() > _SATURATED).double().mean()
     return facts
 
 

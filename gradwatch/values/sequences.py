@@ -6,9 +6,12 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gradwatch.values.thresholds import HORIZON_GAIN
+
+Recurrence = Literal["LSTM", "GRU", "RNN"]
+"""What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
 
 
 class Horizon(NamedTuple):
@@ -104,6 +107,10 @@ class SequenceStats:
     """
     note: str | None = None
     """Why something is missing."""
+    kind: Recurrence | None = None
+    """Of the module; None where it is no recurrent one, or an unknown one."""
+    reverse: bool = False
+    """Whether this part runs from the newest timestep to the oldest."""
     need: int | None = None
     """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
     reached: int | None = None
@@ -112,6 +119,11 @@ class SequenceStats:
 
     On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
     """
+
+    @property
+    def why_unknown(self) -> str:
+        """Why `lag_gain` is missing, in words; "" where that is not known."""
+        return self.note or ""
 
     @property
     def reach(self) -> Horizon | None:

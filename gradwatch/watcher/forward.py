@@ -13,7 +13,7 @@ from gradwatch.measurement.units import Causes, Seen
 from gradwatch.model.forward_hooks import Visitor
 from gradwatch.model.layers import named_modules
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact
 from gradwatch.watcher.through_time import Key, Sequences, ThroughTime
 from gradwatch.watcher.warn_once import Once, said
 
@@ -32,12 +32,12 @@ class Forward:
 
     def values(
         self, numbers: Mapping[Key, Sequence[float]]
-    ) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...]]:
+    ) -> tuple[tuple[ActivationStats, ...], tuple[SequenceStats, ...], tuple[Fact, ...], tuple[Cut, ...]]:
         """Make values of what was copied."""
         single = {key: values[0] for key, values in numbers.items() if values}
         sequences, facts = self.sequences.values(numbers, single.get(("activations", "changed")))
         activations, more = self.seen.values(single, self.heard.values(single))
-        return activations, sequences, (*facts, *more)
+        return activations, sequences, (*facts, *more), self.seen.cuts
 
 
 class Visitors:

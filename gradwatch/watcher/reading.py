@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement import norms as stats
-from gradwatch.values.snapshot import Absent, Column, Fact, ModelInfo, Snapshot, Stage
+from gradwatch.values.snapshot import Absent, Column, ModelInfo, Snapshot, Stage
 from gradwatch.watcher.forward import Forward
 from gradwatch.watcher.processes import Processes
 
@@ -48,7 +48,7 @@ class Reading:
         self._tensors: dict[torch.device, list[Tensor]] = {}
         self._places: dict[torch.device, list[tuple[Hashable, Sequence[int]]]] = {}
         self._forward = Forward()
-        self._facts: tuple[Fact, ...] = ()
+        self._computed_in: str | None = None
         self._copies: list[tuple[int, Tensor, Tensor]] = []
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
@@ -97,7 +97,7 @@ class Reading:
                 self.add("nonzero", mine, stored - zeros)
                 self.add("tiny", mine, tiny)
         if half and self.probe:
-            self._facts = (Fact("", "float16", 1.0),)
+            self._computed_in = "float16"
 
     @staticmethod
     def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
@@ -253,7 +253,7 @@ class Reading:
             return None
         if self.holders and (missing := processes.join(key, values, self.holders)):
             self.notes.append(missing)
-        activations, sequences, facts = self._forward.values(
+        activations, sequences, facts, cuts = self._forward.values(
             {key: list(values.get(key, {}).values()) for key in self._forward.tensors()}
         )
         norm, weight = values.get("norm", {}), values.get("weight_norm", {})
@@ -300,7 +300,9 @@ class Reading:
             absent=absent if any(absent) else None,
             activations=activations or None,
             sequences=sequences or None,
-            facts=(*self._facts, *facts) or None,
+            facts=facts or None,
+            cuts=cuts or None,
+            computed_in=self._computed_in,
             notes=tuple(self.notes),
         )
 
