@@ -30,7 +30,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def rules_of(detectors: Iterable[Detector]) -> dict[str, Rule]:
-    """Return the rules by which these detectors judge, by code: gradwatch's own, and those that a detector carries as `rules`.
+    """Return the rules by which these detectors judge, by code: gradwatch's own, and those that one carries.
 
     Raises:
         TypeError: what one carries are no rules.

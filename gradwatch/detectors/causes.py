@@ -50,7 +50,10 @@ def newest_activations(history: History) -> tuple[ActivationStats, ...]:
 
 
 def flat(history: History) -> set[int]:
-    """Return the layers at or before one whose activation is saturated all over: zeros there are where the gradient faded to, and no cut."""
+    """Return the layers at or before one whose activation is saturated all over.
+
+    Zeros there are where the gradient faded to, and no cut.
+    """
     known = {a.module for a in newest_activations(history) if (a.saturated or 0.0) >= MOSTLY_DEAD}
     if not known:
         return set()
@@ -89,7 +92,7 @@ def _names(history: History) -> list[str]:
 
 
 def _reach(history: History, finding: Finding) -> list[str]:
-    """Return the layers of a finding in the order of the forward pass, and the one after them; of the whole model all."""
+    """Return the layers of a finding and the one after them, in forward order; of the whole model all."""
     order, last = _names(history), finding.names.get("last")
     if finding.place not in order or not last:
         return order
@@ -100,7 +103,7 @@ def _reach(history: History, finding: Finding) -> list[str]:
 
 
 def of_vanishing(history: History, finding: Finding) -> Finding:
-    """Tell whether float16, dead or saturated units, or weights that are too small account for a gradient that is gone."""
+    """Tell whether float16, dead or saturated units, or weights that are too small account for a vanished gradient."""
     if _in_half(history):
         return with_cause(finding, "format", {}, {"format": "float16"})
     layers = _reach(history, finding)
@@ -116,7 +119,10 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
 
 
 def _in_half(history: History) -> bool:
-    """Tell whether float16 has left nothing of the gradient: it computes, every parameter got exactly 0, and something came in."""
+    """Tell whether float16 has left nothing of the gradient.
+
+    So it is where it computes, every parameter got exactly 0, and something came in.
+    """
     now = history.snapshot
     probes = (s for s in reversed(history.window()) if s.weight_norm is not None or s.computed_in is not None)
     half = any(s.computed_in == "float16" for s in itertools.islice(probes, 1)) or any(
@@ -137,7 +143,7 @@ def _saturated(history: History, finding: Finding, share: float, at: str) -> Fin
 
 
 def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
-    """Find that weights too small for their activations, layer upon layer, account for the larger part of what is missing."""
+    """Find that weights too small for their activations account for the larger part of what is missing."""
     ratio, all_gains, functions = finding.evidence.get("ratio", 0.0), history.gains().tolist(), _functions(history)
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
     needed = {name: NEEDED_GAIN.get(functions.get(name, ""), 1.0) for name in gains}
@@ -153,7 +159,7 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
 
 
 def of_a_cut(history: History, finding: Finding) -> Finding:
-    """Tell between which two modules the gradient ends, or whether float16 or a dead layer has left exactly zero of it."""
+    """Tell between which two modules the gradient ends, or whether float16 or a dead layer has left zero of it."""
     last = finding.names.get("last", finding.place)
     if "norm" in finding.evidence:  # it is there, and exactly zero
         if _in_half(history):
@@ -190,7 +196,10 @@ def of_silence(history: History, finding: Finding) -> Finding:
 
 
 def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int] | None:
-    """Return the largest update of these layers' weights, over the weights, with the layer and the step; None where it is none to speak of."""
+    """Return the largest update of these layers' weights, over the weights, with the layer and the step.
+
+    None where it is none to speak of.
+    """
     ratios = (
         (r, p.layer, s.step)
         for s in history.window()
@@ -202,7 +211,7 @@ def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int
 
 
 def of_explosion(history: History, finding: Finding) -> Finding:
-    """Tell whether weights were too large from the beginning, an update has made them so, or the learning rate is too high."""
+    """Tell whether weights were too large at first, an update made them so, or the learning rate is too high."""
     import numpy as np
 
     gains = history.gains(first=True)  # before they exploded themselves

@@ -15,7 +15,7 @@ from gradwatch.values.thresholds import BETWEEN_PROBES
 
 
 def dead_units(history: History) -> Iterator[Finding]:
-    """GW601: most units of a layer were silent after its activation at probe after probe, for longer than chance explains.
+    """GW601: most units of a layer were silent at probe after probe, for longer than chance explains.
 
     Between two probes the findings of the last one hold.
     """
@@ -74,7 +74,10 @@ def _onset(
 
 
 def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
-    """Tell whether a layer that got nothing at probes often got something between them: it does not do the same at every step."""
+    """Tell whether a layer that got nothing at probes often got something between them.
+
+    It does not do the same at every step then.
+    """
     columns = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role != "bias"]
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]
@@ -94,8 +97,8 @@ def _explain(finding: Finding) -> Explanation:
         f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU",
     )
     return Explanation(
-        f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they are 0"
-        f" for every input, since step {finding.onset}",
+        f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they"
+        f" are 0 for every input, since step {finding.onset}",
         cause,
         remedy,
     )

@@ -38,8 +38,8 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     t = history.thresholds
     ratios, closed = history.ratios(t.window), flat(history)
     low = ratios < limits  # False for NaN
-    # A zero is low where small numbers led to it, in time or from later layers. A layer that stands idle, or that is not
-    # opened yet, has zeros too.
+    # A zero is low where small numbers led to it, in time or from later layers. A layer that stands idle, or that is
+    # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
     for run in _faults(history, vanishing, ratios[-1], closed):
@@ -66,7 +66,10 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
 def _fading(
     history: History, now: NDArray[np.float64], limits: NDArray[np.float64], closed: set[int]
 ) -> NDArray[np.bool_]:
-    """Tell, of each layer that is zero now, whether the nearest after it that is not is below its limit, or one after it saturated."""
+    """Tell which layers that are zero now have faded to it.
+
+    The nearest after them that is not zero is below its limit, or one after them is saturated.
+    """
     import numpy as np
 
     found = np.zeros(len(now), dtype=bool)
@@ -96,7 +99,7 @@ def _limits(history: History) -> NDArray[np.float64]:
 
 
 def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell which layers are opening: the last third of the window is well above the first, and not far below the limit."""
+    """Tell which layers are opening: the last third of the window is well above the first, and near the limit."""
     import numpy as np
 
     third = max(len(ratios) // 3, 1)
@@ -121,7 +124,8 @@ def _faults(
 def _severity(history: History, run: list[int], ratio: float) -> Severity:
     """Judge by the loss, which may take a warning back: for layers that were sound they may have done their work.
 
-    For layers that never were, a loss that has come down is no excuse once next to nothing arrives: it came down without them.
+    For layers that never were, a loss that has come down is no excuse once next to nothing arrives: it came down
+    without them.
     """
     if history.improved is not False and all(map(history.sound_once, run)):
         return Severity.INFO

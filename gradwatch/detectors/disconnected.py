@@ -40,7 +40,10 @@ def disconnected(history: History) -> Iterator[Finding]:
 
 
 def _trained(history: History) -> dict[int, list[int]]:
-    """Columns that the optimizer of this step is to train and whose layer is not known to stand aside, by the number of their layer."""
+    """Return the columns that the optimizer of this step is to train, by the number of their layer.
+
+    Those whose layer is known to stand aside are left out.
+    """
     index, snapshot = history.numbers, history.snapshot
     absent, mine = snapshot.absent, snapshot.optimizer
     found: dict[int, list[int]] = {}
@@ -51,7 +54,7 @@ def _trained(history: History) -> dict[int, list[int]]:
 
 
 def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[int]:
-    """Layers that ran in the last probe, and none of whose parameters had a gradient at the last snapshots."""
+    """Return the layers that ran in the last probe and had no gradient at all at the last snapshots."""
     absent = history.snapshot.absent
     window = history.window(history.thresholds.disconnected_steps)
     if absent is None or len(window) < history.thresholds.disconnected_steps:
@@ -61,7 +64,7 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
 
 
 def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
-    """Layers that ran in the last probe, and whose gradient was exactly zero through the whole window, that probe included."""
+    """Return the layers that ran in the last probe and got exactly zero through the window, that probe included."""
     window = history.window(history.thresholds.window)
     silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
     if not silent or len(window) < history.thresholds.window:
@@ -126,8 +129,8 @@ def _explain(finding: Finding) -> Explanation:
     else:
         message = f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}"
         otherwise = (
-            f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round after {last or 'it'}; if it is meant"
-            f" to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore="
+            f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round after {last or 'it'}; if it is"
+            f" meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore="
         )
     cause, remedy = said(finding, otherwise)
     return Explanation(message, cause, remedy)

@@ -203,8 +203,8 @@ def _unless_unknown(history: History) -> Severity:
 # --- in words ---
 
 _CLIP = (
-    "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize between"
-    " the layers"
+    "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
+    " between the layers"
 )
 
 
@@ -261,8 +261,8 @@ def _explain_depth(finding: Finding) -> Explanation:
         finding, f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {_CLIP}"
     )
     return Explanation(
-        f"the gradient grows {finding.evidence['growth']:.2g} times on its way back from {top} to {first}, layer by layer,"
-        f" since step {finding.onset}",
+        f"the gradient grows {finding.evidence['growth']:.2g} times on its way back from {top} to {first}, layer by"
+        f" layer, since step {finding.onset}",
         cause,
         remedy,
     )

@@ -58,7 +58,8 @@ def _explain(finding: Finding) -> Explanation:
     evidence, loss = finding.evidence, finding.evidence.get("loss")
     what = f"the gradient of {finding.parameter} is"
     if "entries" in evidence:
-        what = f"{evidence['entries']:.0f} of {evidence['elements']:.0f} entries of the gradient of {finding.parameter} are"
+        entries, elements = evidence["entries"], evidence["elements"]
+        what = f"{entries:.0f} of {elements:.0f} entries of the gradient of {finding.parameter} are"
     if loss is None:
         cause = "an operation without a finite derivative, or a loss that is not finite"
     elif math.isfinite(loss):
@@ -69,8 +70,8 @@ def _explain(finding: Finding) -> Explanation:
         f"{what} NaN or infinite, and so are gradients of {evidence['layers']:.0f} of {evidence['of']:.0f} layers,"
         f" since step {finding.onset}",
         cause,
-        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step names"
-        " the operation; add an epsilon there, or clip the gradient norm with error_if_nonfinite=True",
+        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step"
+        " names the operation; add an epsilon there, or clip the gradient norm with error_if_nonfinite=True",
     )
 
 

@@ -11,7 +11,10 @@ from gradwatch.values.report import Explanation, Finding
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What belongs to one code. A detector that carries its rules as `rules`, an iterable of them, has words for what it finds."""
+    """What belongs to one code.
+
+    A detector that carries its rules as `rules`, an iterable of them, has words for what it finds.
+    """
 
     code: str
     """Stable code, such as GW101."""
@@ -22,7 +25,7 @@ class Rule:
     cause: Callable[[History, Finding], Finding] | None = None
     """Returns the finding with what probes have measured of its cause, or as it is where that is nothing."""
     event: bool = False
-    """Whether something has set it off: then the cause that was found first stays, and not what the fault makes of the weights
-    after that."""
+    """Whether something has set it off: then the cause that was found first stays, and not what the fault makes of
+    the weights after that."""
     explains_a_stall: bool = True
     """Whether it tells why a loss may stand still; False for what may well be meant, or is not known."""

@@ -13,7 +13,7 @@ from gradwatch.values.thresholds import KEPT
 
 
 def stalled(history: History) -> Iterator[Finding]:
-    """GW801: over the last 50 losses nothing has changed, the loss is near where it began, and no other alert tells why. For information."""
+    """GW801: over the last 50 losses nothing has changed, near where the loss began, and no other alert tells why."""
     losses = history.losses(KEPT)
     if (
         history.explained
@@ -36,7 +36,8 @@ def _explain(finding: Finding) -> Explanation:
     return Explanation(
         f"the loss stands still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
         f"{UNKNOWN}: the gradients show none",
-        "overfit a single batch first: if that works, the gradients are sound, and the data or the learning rate is to blame",
+        "overfit a single batch first: if that works, the gradients are sound, and the data or the learning rate"
+        " is to blame",
     )
 
 

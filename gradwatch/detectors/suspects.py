@@ -14,7 +14,9 @@ _MOST, _MOST_AT_FIRST = 32, 256
 
 
 def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -> frozenset[str]:
-    """Return the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those after them.
+    """Return the layers of which a probe is to measure more.
+
+    They are those of open alerts, those that look ill now, and those after them.
 
     At the first look all are: what explodes at once is gone before a second one.
     """

@@ -65,9 +65,10 @@ class _Claim(NamedTuple):
 
 
 def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
-    """Return what is to be judged: the model where its need is declared, and the modules, those without a need for information only.
+    """Return what is to be judged: the model where its need is declared, and the modules.
 
-    Where the model's own horizon could not be measured, that of its shortest module stands in, and is no more than information.
+    Those without a need are for information only. Where the model's own horizon could not be measured, that of its
+    shortest module stands in, and is no more than information.
     """
     newest = probes[-1].sequences or ()
     whole = next((s for s in newest if s.part == "model" and s.need is not None), None)
@@ -171,8 +172,9 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
 
 
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
-    """Return the place of what is found of the model as a whole: the sequence module with the shortest horizon, or what holds most of the layers.
+    """Return the place of what is found of the model as a whole.
 
+    It is the sequence module with the shortest horizon, or what holds most of the layers.
     One that an alert is open at stays the place, so that two modules of the same horizon do not take turns.
     """
     newest = probes[-1].sequences or ()
@@ -224,7 +226,7 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
         if growth.factor < limit:
             continue
         series = [(p.step, _growth_of(s, p)) for p in probes for s in p.sequences or () if (s.module, s.part) == key]
-        grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023  (consumed here)
+        grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023 (used here)
         if len(grown) < 2 and not math.isinf(growth.factor):
             continue
         kind = _kind(probes, place)
@@ -282,7 +284,10 @@ def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
 
 @functools.lru_cache(maxsize=64)
 def _growth(by_lag: tuple[float, ...]) -> _Growth:
-    """Fit a line through the logarithm from lag 0 to the maximum: what grows by a law and not by a step has its growth in the slope."""
+    """Fit a line through the logarithm from lag 0 to the maximum.
+
+    What grows by a law and not by a step has its growth in the slope.
+    """
     finite = tuple(itertools.takewhile(math.isfinite, by_lag))
     start = next((lag for lag, gain in enumerate(finite) if gain > 0), None)
     if start is None:
@@ -303,7 +308,7 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
 
 def _detached(probes: Sequence[Snapshot]) -> Iterator[Finding]:
     for place, reached in _reached(probes[-1]).items():
-        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023  (consumed here)
+        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023 (used here)
         length = max(s.length for s in probes[-1].sequences or () if s.module == place)
         yield Finding(
             "GW303",

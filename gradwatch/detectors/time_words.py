@@ -27,7 +27,7 @@ GROWS: Mapping[FactName, Callable[[Iterable[float]], float]] = {**FADES, "spectr
 def worst(
     facts: Iterable[Fact], place: str, of: Mapping[FactName, Callable[[Iterable[float]], float]]
 ) -> dict[str, float]:
-    """Return the worst of each fact over the layers and directions of the module at a place, or of all modules if that is ""."""
+    """Return the worst of each fact over the layers and directions of the module at a place; "" is all modules."""
     mine = [f for f in facts if f.part and place in ("", f.place)]
     return {
         name: choose(values) for name, choose in of.items() if (values := [f.value for f in mine if f.name == name])
@@ -123,8 +123,8 @@ def explain_growth(finding: Finding) -> Explanation:
         message = f"{what} of {who} is not finite from {lags:.0f} timesteps back on{since}"
     else:
         message = (
-            f"{what} of {who} grows to {evidence['growth']:.2g} times itself within {lags:.0f} timesteps on its way back"
-            f" ({evidence['rate']:.2f} times a step){since}"
+            f"{what} of {who} grows to {evidence['growth']:.2g} times itself within {lags:.0f} timesteps on its way"
+            f" back ({evidence['rate']:.2f} times a step){since}"
         )
     radius = evidence.get("spectral_radius")
     cause = _UNKNOWN
@@ -148,8 +148,8 @@ def explain_detached(finding: Finding) -> Explanation:
     return Explanation(
         f"the state that {who} carries on is detached: no gradient goes back beyond {where}",
         "truncated backpropagation through time, by detach() or a state kept from an earlier step",
-        f"nothing, if that is meant; else carry the state of {who} on without detach(), or declare with horizon= how many"
-        " timesteps matter",
+        f"nothing, if that is meant; else carry the state of {who} on without detach(), or declare with horizon= how"
+        " many timesteps matter",
     )
 
 

@@ -23,7 +23,7 @@ def underflow(history: History) -> Iterator[Finding]:
 
 
 def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Find that most entries are exactly 0, and nearly all others below what the format can hold in full: it rounds to 0."""
+    """Find that most entries are exactly 0, and nearly all others below what the format can hold in full."""
     t = history.thresholds
     last = probes[-t.underflow_probes :]
     if len(last) < t.underflow_probes:
@@ -140,7 +140,8 @@ def _epsilon(history: History) -> Iterator[Finding]:
     sizes = [_largest(history, s) for s in window if not s.skipped]
     if len(sizes) < t.window or not 0 < max(sizes) < limit:
         return
-    # A model that has converged has small gradients too: without a loss, only what never was above counts for more than information.
+    # A model that has converged has small gradients too: without a loss, only what never was above counts for more
+    # than information.
     first = max(history.first_norms, default=math.inf)
     elements = sum(
         p.elements for p, n in zip(history.model.parameters, history.snapshot.norm, strict=True) if n is not None
@@ -178,8 +179,8 @@ def _explain_flushed(finding: Finding) -> Explanation:
     evidence, name = finding.evidence, finding.names["format"]
     if "small" in evidence:
         message = (
-            f"{evidence['zeros']:.0%} of the gradient's entries are exactly 0, and {evidence['small']:.0%} of the others"
-            f" are too small for {name} to hold in full, since step {finding.onset}"
+            f"{evidence['zeros']:.0%} of the gradient's entries are exactly 0, and {evidence['small']:.0%} of the"
+            f" others are too small for {name} to hold in full, since step {finding.onset}"
         )
     else:
         came = f", though one of norm {evidence['outside']:.1g} came in" if evidence["outside"] else ""

@@ -46,7 +46,10 @@ class Spec:
 
 
 def recurrence_of(module: nn.Module) -> Recurrence | None:
-    """Return what carries the state of a module: one of torch's, or one whose class is called after it; None where that is not known."""
+    """Return what carries the state of a module: one of torch's, or one whose class is called after it.
+
+    None where that is not known.
+    """
     if isinstance(module, nn.RNNBase):
         return _MODES.get(module.mode)
     called = type(module).__name__.upper()

@@ -80,7 +80,7 @@ def _fact(plain: Plain) -> Plain:
 
 
 def _cuts(facts: Sequence[Plain]) -> Iterator[Plain]:
-    """Three facts that follow one another: the layer in question, what was not reached, and, if anything was, what was."""
+    """Return the cuts: facts that follow one another, on the layer in question, what was not reached, and what was."""
     for at, fact in enumerate(facts):
         if fact["name"] == "done":
             unreached, *after = facts[at + 1 : at + 3]

@@ -191,11 +191,11 @@ class History:
         return _last(self._track.snapshots, count)
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
-        """Return the last `count` of the snapshots that are kept and that have `activations` (default: all), oldest first."""
+        """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
         return _last([s for s in self.window() if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
-        """Return the norms of the parameters as they are now, or as far back as is remembered; None where they were not measured."""
+        """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
         window = self.window()
         return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
 
@@ -233,7 +233,7 @@ class History:
         return self.columns.innermost
 
     def gains(self, *, first: bool = False) -> Floats:
-        """Return, by layer, the gain of its largest weight (see `LayerColumns.gains`), now or as far back as is remembered."""
+        """Return the gain of each layer (see `LayerColumns.gains`), now or as far back as is remembered."""
         return self.columns.gains(self.weight_norms(first=first))
 
     def elements(self, *roles: Role) -> Floats:
@@ -241,7 +241,7 @@ class History:
         return self.columns.elements(roles)
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
-        """Return the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
+        """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
         return _last(self._track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
@@ -260,7 +260,7 @@ class History:
 
     @property
     def improved(self) -> bool | None:
-        """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
+        """Whether the loss is well below where it began, and has not lost half of that again; None where not known."""
         return self._improved
 
     def _has_improved(self) -> bool | None:
@@ -290,7 +290,9 @@ class History:
         return any(key[0] == code and key[1] == place for key in self.open)
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
-        """Group layers that follow one another in the forward pass: one fault is one finding, however many layers it reaches.
+        """Group layers that follow one another in the forward pass.
+
+        One fault is one finding, however many layers it reaches.
 
         Args:
             chosen: numbers of the layers to group.
@@ -320,9 +322,7 @@ class History:
             return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
 
         for optimizer, track in self._tracks.items():
-            older = [
-                p for p in track.probes if not any(p is s for s in track.snapshots)
-            ]  # the others need not stand twice
+            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]
             tracks.append(
                 {
                     "optimizer": optimizer,
@@ -384,8 +384,8 @@ class History:
 Detector = Callable[[History], Iterable[Finding]]
 """A pure function of the history: what it finds wrong, now.
 
-It may carry its rules as an attribute `rules`, an iterable of `gradwatch.Rule`: they give its findings their words, and say
-how its alerts behave. Without, an alert shows its numbers.
+It may carry its rules as an attribute `rules`, an iterable of `gradwatch.Rule`: they give its findings their words, and
+say how its alerts behave. Without, an alert shows its numbers.
 """
 
 

@@ -52,7 +52,8 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], w
     """Return the snapshot that `snapshot_to_plain` took apart when the format was `written`.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError, AttributeError: `plain` is no snapshot, or its model is not among `models`.
+        KeyError, IndexError, TypeError, ValueError, AttributeError: `plain` is no snapshot, or its model is not among
+            `models`.
 
     """
     if written == 1:

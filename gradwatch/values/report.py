@@ -49,7 +49,8 @@ class Finding:
     names: Mapping[str, str] = field(default_factory=dict)
     """What the words need beside numbers: other modules, an activation, a number format."""
     cause: str = ""
-    """What was measured to account for it, as a key of `gradwatch.detectors.cause_words.CAUSES`; "" where nothing was."""
+    """What was measured to account for it, as a key of `gradwatch.detectors.cause_words.CAUSES`; "" where nothing
+    was."""
 
     @property
     def key(self) -> tuple[str, str, str | None, int | None]:

@@ -9,7 +9,8 @@ from typing import Literal
 from gradwatch.values.sequences import SequenceStats
 
 Role = Literal["weight", "bias", "normalization", "embedding", "gain"]
-"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, any other gain."""
+"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, any other
+gain."""
 
 Stage = Literal["before_clip", "applied"]
 """Whether the gradients were read before clipping, or as the optimizer consumed them."""
@@ -183,7 +184,8 @@ class Snapshot:
     update_ratio: Column | None = None
     """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
     absent: tuple[Absent | None, ...] | None = None
-    """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)` leaves to a layer that did not run."""
+    """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)`
+    leaves to a layer that did not run."""
     activations: tuple[ActivationStats, ...] | None = None
     sequences: tuple[SequenceStats, ...] | None = None
     facts: tuple[Fact, ...] | None = None

@@ -1,4 +1,4 @@
-"""No verdict reads prose, and every number that one rests on has its name and source in thresholds.py: held against the code."""
+"""No verdict reads prose, and every number that one rests on has its name and source in thresholds.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules give findings their words and alerts their ways, those of gradwatch and those that a user's detector carries."""
+"""Rules give findings words and alerts their ways: those of gradwatch, and those that a user's detector carries."""
 
 from __future__ import annotations
 
