@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact
 
 
 class Pending(Protocol):
@@ -103,6 +103,7 @@ class ProbeValues:
     activations: tuple[ActivationStats, ...] = ()
     sequences: tuple[SequenceStats, ...] = ()
     facts: tuple[Fact, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
 
 Part = Callable[[], ProbeValues]

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from gradwatch.sinks.deletion import refuse_deleted
-from gradwatch.values.plain import from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+from gradwatch.values.plain import (
+    FORMAT,
+    alert_from_plain,
+    from_json,
+    model_from_plain,
+    snapshot_from_plain,
+    snapshot_to_plain,
+    to_json,
+    to_plain,
+)
 from gradwatch.values.report import Alert, Report, Severity
 from gradwatch.values.snapshot import ModelInfo, Snapshot
 
-FORMAT = 1
 NAME = "record.jsonl"
 BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
@@ -180,7 +188,7 @@ def _fold_alerts(lines: list[str]) -> set[int]:
     later = set()
     for number, line in enumerate(lines):
         if line.startswith('{"alert"'):
-            alert = from_plain(Alert, from_json(line)["alert"])
+            alert = alert_from_plain(from_json(line)["alert"])
             place = first.setdefault((*_key(alert), alert.began), number)
             if place != number:
                 lines[place] = line
@@ -231,6 +239,8 @@ def read_runs(path: str | os.PathLike[str], *, most: int = MOST) -> dict[str, Ru
 
 @dataclass
 class _Draft:
+    written: int = FORMAT
+    """The format of the record."""
     models: list[ModelInfo] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
@@ -243,18 +253,18 @@ def _read(file: Path, most: int = MOST) -> Run:
             try:
                 content = from_json(line)
                 if number == 0:
-                    thinned = _begun(content)
+                    draft.written, thinned = _begun(content)
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
-                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                    raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
             if len(draft.snapshots) > most:
                 older = slice(1, max(most * 3 // 4, 2), 2)
                 thinned += len(draft.snapshots[older])
                 del draft.snapshots[older]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
+        raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: it is empty")
     return Run(
         tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
     )
@@ -269,23 +279,23 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line if end is line else line[:80] + "\n"
 
 
-def _begun(content: dict[str, Any]) -> int:
-    """Check the first line, and return the number of snapshots that were dropped."""
-    if content["format"] != FORMAT:
+def _begun(content: dict[str, Any]) -> tuple[int, int]:
+    """Check the first line, and return the format and the number of snapshots that were dropped."""
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
-    return int(content.get("thinned", 0))
+    return content["format"], int(content.get("thinned", 0))
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
-        draft.models.append(from_plain(ModelInfo, content["model"]))
+        draft.models.append(model_from_plain(content["model"], draft.written))
     elif "snapshot" in content:
         plain = content["snapshot"]
-        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models, draft.written))
     elif "alert" in content:
-        alert = from_plain(Alert, content["alert"])
+        alert = alert_from_plain(content["alert"], draft.written)
         draft.alerts[(*_key(alert), alert.began)] = alert
 
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.gradient_hooks import Sentinel
 from gradwatch.timesteps.kinds import Kind, Recurrence
 from gradwatch.timesteps.layout import Layout
+from gradwatch.values.sequences import RecurrenceName
 
 
 class StateOrigin(enum.Enum):
@@ -162,6 +163,8 @@ class SequenceModule:
     name: str
     kind: Kind | None
     """What it is, if it can be walked back through."""
+    recurrence: RecurrenceName | None = None
+    """What carries its state, as far as that is known."""
     time: int | None
     """Which dimension is time, where the user said so; None there: each call is one timestep."""
     parameters: frozenset[int] = frozenset()

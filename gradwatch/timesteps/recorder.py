@@ -18,7 +18,17 @@ from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
-from gradwatch.timesteps.kinds import KINDS, Kind, Recurrence, is_cell, is_fused, is_stock, kind_of, time_of
+from gradwatch.timesteps.kinds import (
+    KINDS,
+    Kind,
+    Recurrence,
+    is_cell,
+    is_fused,
+    is_stock,
+    kind_of,
+    recurrence_of,
+    time_of,
+)
 from gradwatch.timesteps.layout import Layout, layout_of
 
 ROWS = 8
@@ -100,6 +110,7 @@ class Recorder:
             target = self.targets[id(module)] = SequenceModule(
                 name=name,
                 kind=kind,
+                recurrence=recurrence_of(module, self._kinds),
                 time=None if kind is not None else self._named[name],
                 parameters=frozenset(map(id, module.parameters())),
                 sharded=_sharded(module),

@@ -210,7 +210,7 @@ def test_what_has_no_profile_is_not_drawn(lag_gain):
 
 
 def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_plot():
-    facts = (Fact("encoder.rnn", "forget_gate_l0", 0.5), Fact("encoder.rnn", "forget_bias_l0", 0.01))
+    facts = (Fact("encoder.rnn", "forget_gate", 0.5, "l0"), Fact("encoder.rnn", "forget_bias", 0.01, "l0"))
     text = error(SequenceStats("", "model", 250, 8, lag_gain=gain(0.64)), 200, facts)
     flat = " ".join(text.split())
 
