@@ -25,7 +25,16 @@ import threading
 import types
 from pathlib import Path
 
-LOADED = ("numpy", "pytest", "rich.console", "rich.table", "torch")
+LOADED = (
+    "numpy",
+    "pytest",
+    "rich.console",
+    "rich.table",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
 
 ASK = """
 import marshal, os, socket, sys
