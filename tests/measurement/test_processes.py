@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from interpreters import warm
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, ShardingStrategy, fully_shard
@@ -577,7 +578,18 @@ def ranks(request):
     world = request.param
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (world, folder, server.port), nprocs=world)
+        folders = [str(folder) for folder in Path(__file__).parents[:2]]
+        program = f"import sys; sys.path[:0] = {folders}; import test_processes as t; "
+        started = [
+            subprocess.Popen([*warm(), "-c", f"{program}t.work({rank}, {world}, {folder!r}, {server.port})"])
+            for rank in range(world)
+        ]
+        try:
+            assert [process.wait(timeout=500) for process in started] == [0] * world
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
         yield [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
 
 

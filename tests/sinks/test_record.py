@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreters import warm
 from torch import nn
 
 import gradwatch
@@ -415,7 +415,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_was_killed_can_be_read_to_its_last_step(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "trained\n"
     run = read_run(tmp_path)
@@ -583,7 +583,7 @@ for line in sys.stdin:
 
 def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
 
         def tell(line):
@@ -605,7 +605,7 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         kinds = {path.name.partition(".")[0] for folder in tmp_path.iterdir() for path in folder.iterdir()}
         assert kinds == {"record", "events"}
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "ready\n"
         second = RunDirectory(tmp_path)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreters import warm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -319,7 +320,7 @@ sys.exit(7)
 
 
 def test_a_process_that_ends_without_close_leaves_complete_files_and_keeps_its_exit_code(tmp_path):
-    done = subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", UNCLOSED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 7
     assert done.stdout == "closed\n"
     assert "Traceback" not in done.stderr
