@@ -15,7 +15,9 @@ import subprocess
 import sys
 import types
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -1450,9 +1452,17 @@ def test_a_recorded_loss_keeps_no_graph_alive():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watcher = gradwatch.watch(model, optimizer)
     loss = loss_of(model, batches(1)[0])
+    token = nn.Identity()
+    loss.grad_fn.register_hook(lambda *_, token=token: None)  # held by the graph
+    held = weakref.ref(token)
+    del token
     watcher.record(loss)
-    assert all(not isinstance(held, torch.Tensor) or held.grad_fn is None for held in watcher._losses)
     loss.backward()
+    assert held() is not None
+    del loss
+    gc.collect()
+    assert held() is None
+    assert watcher.model is model  # the watcher, and what it was told, is still there
 
 
 def test_what_the_loop_records_goes_before_what_a_closure_returns():
@@ -1523,6 +1533,12 @@ def test_watching_again_closes_the_first_watcher():
     assert (len(first.snapshots), len(second.snapshots)) == (1, 1)
 
 
+def loss_with_memory():
+    """A loss, and a weak reference to what lives as long as anything has its number."""
+    numbers = np.ones(1, np.float32)
+    return torch.from_numpy(numbers), weakref.ref(numbers)
+
+
 def test_closing_removes_every_hook_and_a_second_time_does_nothing():
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -1535,7 +1551,12 @@ def test_closing_removes_every_hook_and_a_second_time_does_nothing():
     watched = Watched(model, optimizer)
     train(model, optimizer, 1)  # step 1 is a probe: the forward hook is on
     assert len(torch_modules._global_forward_pre_hooks) == before["_global_forward_pre_hooks"] + 1
+    loss, memory = loss_with_memory()
+    watched.watcher.record(loss)
+    del loss
+    assert memory() is not None
     report = watched.watcher.close()
+    assert memory() is None
     assert report is watched.reports[-1]
     assert hooks_of(optimizer) == 0
     assert set(vars(optimizer)) == attributes
@@ -1543,9 +1564,11 @@ def test_closing_removes_every_hook_and_a_second_time_does_nothing():
     assert watched.watcher.close() is report
     train(model, optimizer, 2)
     watched.watcher.step()
-    watched.watcher.record(1.0)
+    loss, memory = loss_with_memory()
+    watched.watcher.record(loss)
+    del loss
+    assert memory() is None
     assert len(watched.reports) == 1
-    assert not watched.watcher._losses
 
 
 def test_a_with_block_closes_also_when_it_is_left_by_an_exception():
