@@ -82,7 +82,7 @@ class OptimizerSteps:
         self._stride = 1
         self._extra = False
         """Whether the next step is a probe out of turn, because an alert has begun."""
-        self._state = State.IDLE
+        self.state = State.IDLE
         self._measurement: Measurement | None = None
         """There while the state is READ or APPLIED."""
         self._owed: str | None = None
@@ -122,7 +122,7 @@ class OptimizerSteps:
         self._guard(self._look)
 
     def _look(self) -> None:
-        if self._measurement is not None and self._state is State.READ:
+        if self._measurement is not None and self.state is State.READ:
             self._compare(self._measurement)
         elif self._by_hooks:
             self._losses.begin(self.index)
@@ -130,7 +130,7 @@ class OptimizerSteps:
                 self._number(self._clock())
             self._begin("applied")
         if self._measurement is not None:
-            self._state = State.APPLIED
+            self.state = State.APPLIED
             if self._measurement.probe:
                 parameters = self._parameters()
                 self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
@@ -142,7 +142,7 @@ class OptimizerSteps:
 
     def _hear(self, loss: object) -> None:
         """Take what a closure returned for the loss, unless the loop has told it."""
-        waiting = self._measurement if self._state is State.READ else None
+        waiting = self._measurement if self.state is State.READ else None
         told = self._losses.fresh or (waiting is not None and waiting.told)
         if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
             self._losses.record(loss)
@@ -171,7 +171,7 @@ class OptimizerSteps:
     @property
     def waits(self) -> bool:
         """Whether gradients were read before clipping, and their optimizer has not come for them."""
-        return self._state is State.READ
+        return self.state is State.READ
 
     def leave_to_reads(self) -> None:
         """From now on leave it to `read` to begin a measurement and to count."""
@@ -192,7 +192,7 @@ class OptimizerSteps:
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self._state = None, State.IDLE
+        self._measurement, self.state = None, State.IDLE
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -212,7 +212,7 @@ class OptimizerSteps:
             with undisturbed():
                 self._measurement = self._measure(stage)
             if stage == "before_clip":
-                self._state = State.READ
+                self.state = State.READ
 
     def _measure(self, stage: Stage) -> Measurement:
         """Return the norms of the gradients, and at a probe of the weights, all left on the device."""
@@ -283,7 +283,7 @@ class OptimizerSteps:
         measurement, self._measurement = self._measurement, None
         if measurement is None:
             return
-        self._state = end
+        self.state = end
         if measurement.empty:  # a step without any gradient moves nothing, and says nothing
             return
         optimizer = self.index if self.optimizer is not None else None

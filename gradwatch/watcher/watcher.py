@@ -122,6 +122,8 @@ class Watcher:
             ValueError: `optimizer` is not one of those that are watched.
 
         """
+        if self._off:
+            return
         chosen = self._steps if optimizer is None else [s for s in self._steps if s.optimizer is unwrap(optimizer)]
         if not chosen:
             raise ValueError(f"optimizer must be one of the {len(self._steps)} that are watched, got {optimizer!r:.80}")

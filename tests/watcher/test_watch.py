@@ -1564,6 +1564,7 @@ def test_closing_removes_every_hook_and_a_second_time_does_nothing():
     assert watched.watcher.close() is report
     train(model, optimizer, 2)
     watched.watcher.step()
+    watched.watcher.step(optimizer=optimizer)
     loss, memory = loss_with_memory()
     watched.watcher.record(loss)
     del loss
