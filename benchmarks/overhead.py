@@ -15,18 +15,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gradwatch.watcher.processes import Processes
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gradwatch import watch
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
-from gradwatch.watcher.warn_once import Once
+from gradwatch.measurement.processes import Processes
 
 Step = Callable[[], torch.Tensor]
 
-ALONE = Processes((), Once(), alone=True)
+ALONE = Processes((), alone=True)
 
 
 def mlp(
@@ -137,7 +136,7 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     watcher = watch(net, optimizer, every_n_steps=10**9)
-    slot, clock = watcher._slots[0], Clock()
+    steps, clock, spare = watcher._steps[0], Clock(), dict[int, torch.Tensor]()
     parameters = list(net.parameters())
 
     def clip() -> None:
@@ -145,20 +144,19 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
 
     def measure(*, probe: bool = False) -> Measurement:
         with undisturbed():
-            inventory = watcher._inventory
-            members = inventory.parameters(slot)
-            reading = Measurement(0, inventory.info, "applied", probe=probe)
-            reading.gradients(slot.columns, [p.grad for p in members if p.grad is not None], None, half=False)
+            members, columns = steps._parameters(), steps._columns
+            reading = Measurement(0, watcher._model_map.info, "applied", probe=probe)
+            reading.gradients(columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
-                reading.parameters.weights(slot.columns, members)
-                reading.parameters.copy(slot.columns, members, 0, slot.spare)
+                reading.parameters.weights(columns, members)
+                reading.parameters.copy(columns, members, 0, spare)
             else:
                 reading.snapshot(0, "", ALONE)
             return reading
 
     def probe_end(reading: Measurement) -> None:
         with undisturbed():
-            reading.parameters.updates(slot.spare)
+            reading.parameters.updates(spare)
         reading.snapshot(0, "", ALONE)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}
@@ -202,10 +200,9 @@ def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -
                 timesteps=False,
                 on_alert=lambda _: None,
             )
-            for slot in watcher._slots:
-                slot.count = begin
-            clock = Clock()
-            watcher.on_look, watcher.on_stepped = clock.around(watcher.on_look), clock.around(watcher.on_stepped)  # type: ignore[method-assign]
+            steps, clock = watcher._steps[0], Clock()
+            steps.count = begin
+            steps.on_look, steps.on_stepped = clock.around(steps.on_look), clock.around(steps.on_stepped)  # type: ignore[method-assign]
             inside, bare = [], []
             for number in range(20 + max(rounds, 50) * 2):  # whole periods of the cadence
                 began = time.thread_time()
@@ -239,10 +236,10 @@ def forward_hook(rounds: int) -> None:
             for armed in (True, False, False, True):
                 began = time.thread_time()
                 if armed:
-                    watcher.look_ahead()
+                    watcher._steps[0].look_ahead()
                 value = loss()
                 if armed:
-                    watcher._inventory.take_trace(watcher._slots[0])
+                    watcher._forward_pass.release(0)
                 value.backward()
                 times[armed].append(time.thread_time() - began)
         watcher.close()

@@ -115,9 +115,9 @@ def average(rounds: int) -> None:
         times: dict[str, list[float]] = {"plain": [], "measured": [], "probe": []}
         for _ in range(rounds):
             for what in ("plain", "probe", "measured", "plain"):
-                watcher._slots[0].count = {"plain": 203, "measured": 210, "probe": 250}[what]
+                watcher._steps[0].count = {"plain": 203, "measured": 210, "probe": 250}[what]
                 if what == "probe":
-                    watcher.look_ahead()
+                    watcher._steps[0].look_ahead()
                 began = time.thread_time()
                 optimizer.zero_grad()
                 value = loss()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +20,9 @@ from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.watch import check_options
+from gradwatch.watcher.options import Options
+from gradwatch.watcher.warn_once import WarnOnce
+from gradwatch.watcher.watch import close_earlier, close_orphans, remember
 from gradwatch.watcher.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class GradientMonitor(_Callback):
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the options of `gradwatch.watch`: a user names them here)
         self,
         *,
         name: str | None = None,
@@ -89,23 +91,19 @@ class GradientMonitor(_Callback):
             raise ValueError(
                 f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
             )
-        check_options(
+        self._options = Options(
             name=name,
             every_n_steps=every_n_steps,
             probe_every_n_steps=probe_every_n_steps,
             timesteps=timesteps,
             horizon=horizon,
-            thresholds=thresholds,
+            thresholds=Thresholds() if thresholds is None else thresholds,
             ignore=ignore,
             detectors=detectors,
             sinks=sinks,
             on_alert="raise" if on_alert == "stop" else on_alert,
         )
-        self._name = name
-        self._cadence = Cadence(every_n_steps, probe_every_n_steps)
-        self._thresholds, self._ignore, self._detectors = thresholds or Thresholds(), list(ignore), list(detectors)
-        self._timesteps, self._horizon = timesteps, horizon
-        self._sinks, self._on_alert = list(sinks), on_alert
+        self._on_alert = on_alert
         self._watcher: Watcher | None = None
         self._state: Mapping[str, Any] | None = None
         self._stop_wanted = False
@@ -113,7 +111,7 @@ class GradientMonitor(_Callback):
     @property
     def state_key(self) -> str:
         """Tell two of these callbacks apart in a checkpoint."""
-        return f"GradientMonitor{{'name': {self._name!r}}}"
+        return f"GradientMonitor{{'name': {self._options.name!r}}}"
 
     @property
     def report(self) -> Report | None:
@@ -123,31 +121,30 @@ class GradientMonitor(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  (of either package)
         """Attach: here the model is final, and the optimizers are there."""
         self._stop_wanted = False
+        close_earlier(pl_module, keep=[its._watcher for its in _others(trainer, self) if its._watcher is not None])
         with contextlib.ExitStack() as undo:
-            directory = _directory(trainer, self._name)
+            directory = _directory(trainer, self._options.name)
             if directory is not None:
                 undo.callback(directory.close)
             self._watcher = Watcher(
                 pl_module,
                 list(trainer.optimizers),
-                cadence=self._cadence,
-                thresholds=self._thresholds,
-                ignore=self._ignore,
-                detectors=self._detectors,
+                dataclasses.replace(
+                    self._options,
+                    sinks=[*map(_sink, trainer.loggers), *self._options.sinks],
+                    on_alert=self._on_stop if self._on_alert == "stop" else self._options.on_alert,
+                ),
                 directory=directory,
-                sinks=[*map(_sink, trainer.loggers), *self._sinks],
-                on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
                 scaler=getattr(trainer.precision_plugin, "scaler", None),
-                timesteps=self._timesteps,
-                horizon=self._horizon,
                 clock=lambda: _step(trainer),
             )
             undo.pop_all()
+        remember(self._watcher)
         if self._state:
             try:
                 self._watcher.load_state_dict(self._state)
             except ValueError as error:  # of another model, perhaps: no reason to end a fit
-                self._watcher._warn("state", f"what was remembered of an earlier fit is left out: {error}")
+                WarnOnce()("state", f"what was remembered of an earlier fit is left out: {error}")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ANN401
         """Note the loss, without the factors that the Trainer has put in."""
@@ -168,7 +165,7 @@ class GradientMonitor(_Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Stop the fit if an alert wants it; of several processes one has it, and all must stop together."""
-        if self._on_alert == "stop" and trainer.world_size > 1 and self._cadence.measured(_step(trainer) - 1):
+        if self._on_alert == "stop" and trainer.world_size > 1 and self._options.cadence.measured(_step(trainer) - 1):
             self._stop_wanted = bool(trainer.strategy.reduce_boolean_decision(self._stop_wanted, all=False))
         if self._stop_wanted:
             trainer.should_stop = True
@@ -214,11 +211,16 @@ def _step(trainer: Any) -> int:  # noqa: ANN401
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def _others(trainer: Any, monitor: GradientMonitor) -> list[GradientMonitor]:  # noqa: ANN401
+    """Return the other callbacks of this kind, which watch the same fit with other options."""
+    return [c for c in trainer.callbacks if isinstance(c, GradientMonitor) and c is not monitor]
+
+
 def _directory(trainer: Any, name: str | None) -> RunDirectory | None:  # noqa: ANN401
     """Return the run directory in the logger's, for the record alone; None where nothing is logged."""
     if not trainer.loggers or (logdir := trainer.log_dir) is None:
         return None
-    return RunDirectory(logdir, own_name(name), events=False)
+    return RunDirectory(logdir, own_name(name), events=False, free=close_orphans)
 
 
 def _sink(logger: Any) -> Sink:  # noqa: ANN401

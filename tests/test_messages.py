@@ -332,7 +332,7 @@ def test_bad_input_gets_an_error_that_says_what_was_given_and_what_is_allowed(ca
 
 def test_what_was_refused_leaves_nothing_behind(tmp_path, monkeypatch):
     hooks = len(SGD._optimizer_step_pre_hooks)
-    monkeypatch.setattr("gradwatch.watcher.watcher.Inventory", lambda *_: 1 / 0)
+    monkeypatch.setattr("gradwatch.watcher.watcher.ModelMap", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gradwatch.watch(NET, SGD, logdir=tmp_path)
 

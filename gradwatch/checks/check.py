@@ -17,8 +17,7 @@ from gradwatch.sinks.terminal.errors import health_error
 from gradwatch.values.history import Detector
 from gradwatch.values.report import GradientHealthError, Report, Severity
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.watch import check_verdicts
+from gradwatch.watcher.options import Options
 from gradwatch.watcher.watcher import Watcher
 
 _SHOWN = 10
@@ -59,20 +58,17 @@ def check(
         raise TypeError(
             f"loss must be a function from what the model returned to a scalar tensor, or None, got {loss!r:.80}"
         )
-    check_verdicts(thresholds, ignore, detectors)
-    watcher = Watcher(
-        model,
-        (),
-        cadence=Cadence(1, 1),
-        thresholds=dataclasses.replace(thresholds or Thresholds(), window=1, disconnected_steps=1),
+    options = Options(
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        thresholds=Thresholds() if thresholds is None else thresholds,
         ignore=ignore,
         detectors=detectors,
-        sinks=(),
         on_alert=lambda _: None,
-        strict=True,
     )
-    with watcher, watcher.alone(), as_it_was(model):
-        watcher.look_ahead()
+    at_once = dataclasses.replace(options.thresholds, window=1, disconnected_steps=1)
+    watcher = Watcher(model, (), dataclasses.replace(options, thresholds=at_once), strict=True)
+    with watcher, as_it_was(model), watcher.probing():
         with torch.inference_mode(False), torch.enable_grad():
             args, kwargs = arguments(batch)
             value = (loss or _projection)(model(*args, **kwargs))

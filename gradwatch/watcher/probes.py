@@ -16,13 +16,13 @@ from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import Part, Probe, StepView
 from gradwatch.model.layers import named_modules
 from gradwatch.timesteps.sequences import Sequences
-from gradwatch.watcher.warn_once import Once, said
+from gradwatch.watcher.warn_once import WarnOnce, said
 
 
 class Probes:
     """The probes of a watcher; one that fails is left out of the step, and a warning says so once."""
 
-    def __init__(self, sequences: Sequences | None, attempts: Attempts, warn: Once, *, strict: bool) -> None:
+    def __init__(self, sequences: Sequences | None, attempts: Attempts, warn: WarnOnce, *, strict: bool) -> None:
         """Begin with nothing seen.
 
         Args:

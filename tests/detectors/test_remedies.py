@@ -18,7 +18,7 @@ def batch(step, rows=32, shift=0.0):
     return x + shift, x[:, :1] - 0.5 * x[:, 1:2]
 
 
-def alerts(
+def alerts(  # noqa: PLR0913  (the cases of a table)
     net,
     optimizer=None,
     *,
