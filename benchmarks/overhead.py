@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gradwatch.watcher.processes import Processes
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from gradwatch import watch
-from gradwatch.watcher.processes import Processes
-from gradwatch.watcher.reading import Reading, undisturbed
+from gradwatch.measurement.measurement import Measurement
+from gradwatch.measurement.parameters import undisturbed
 from gradwatch.watcher.warn_once import Once
 
 Step = Callable[[], torch.Tensor]
@@ -142,22 +143,22 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1e9)
 
-    def measure(*, probe: bool = False) -> Reading:
+    def measure(*, probe: bool = False) -> Measurement:
         with undisturbed():
             inventory = watcher._inventory
             members = inventory.parameters(slot)
-            reading = Reading(0, inventory.info, "applied", probe=probe)
+            reading = Measurement(0, inventory.info, "applied", probe=probe)
             reading.gradients(slot.columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
-                reading.weights(slot.columns, members)
-                reading.copy_weights(slot.columns, members, 0, slot.spare)
+                reading.parameters.weights(slot.columns, members)
+                reading.parameters.copy(slot.columns, members, 0, slot.spare)
             else:
                 reading.snapshot(0, "", ALONE)
             return reading
 
-    def probe_end(reading: Reading) -> None:
+    def probe_end(reading: Measurement) -> None:
         with undisturbed():
-            reading.updates(slot.spare)
+            reading.parameters.updates(slot.spare)
         reading.snapshot(0, "", ALONE)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}

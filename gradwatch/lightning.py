@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradwatch.detectors import DETECTORS
+from gradwatch.measurement.processes import own_name
 from gradwatch.sinks.log import log_alert
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.run_directory import claim
+from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
+from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.processes import own_name
-from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watch import check_options
 from gradwatch.watcher.watcher import Watcher
 
@@ -77,7 +76,7 @@ class GradientMonitor(_Callback):
         every_n_steps: int | None = None,
         probe_every_n_steps: int | None = None,
         timesteps: Timesteps = "auto",
-        horizon: Horizon = None,
+        horizon: Need = None,
         thresholds: Thresholds | None = None,
         ignore: Sequence[str] = (),
         detectors: Sequence[Detector] = DETECTORS,
@@ -124,20 +123,26 @@ class GradientMonitor(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  (of either package)
         """Attach: here the model is final, and the optimizers are there."""
         self._stop_wanted = False
-        self._watcher = Watcher(
-            pl_module,
-            list(trainer.optimizers),
-            cadence=self._cadence,
-            thresholds=self._thresholds,
-            ignore=self._ignore,
-            detectors=self._detectors,
-            sinks=[*_sinks(trainer, self._name), *self._sinks],
-            on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
-            scaler=getattr(trainer.precision_plugin, "scaler", None),
-            timesteps=self._timesteps,
-            horizon=self._horizon,
-            clock=lambda: _step(trainer),
-        )
+        with contextlib.ExitStack() as undo:
+            directory = _directory(trainer, self._name)
+            if directory is not None:
+                undo.callback(directory.close)
+            self._watcher = Watcher(
+                pl_module,
+                list(trainer.optimizers),
+                cadence=self._cadence,
+                thresholds=self._thresholds,
+                ignore=self._ignore,
+                detectors=self._detectors,
+                directory=directory,
+                sinks=[*map(_sink, trainer.loggers), *self._sinks],
+                on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
+                timesteps=self._timesteps,
+                horizon=self._horizon,
+                clock=lambda: _step(trainer),
+            )
+            undo.pop_all()
         if self._state:
             try:
                 self._watcher.load_state_dict(self._state)
@@ -209,21 +214,18 @@ def _step(trainer: Any) -> int:  # noqa: ANN401
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
-    """Return the record in the logger's directory, and a sink for each logger."""
-    if not trainer.loggers:
-        return []
-    found: list[Sink] = []
-    directory = trainer.log_dir
-    if directory is not None:
-        found.append(Record(claim(Path(directory), own_name(name)), claimed=True))
-    for logger in trainer.loggers:
-        # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
-        if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):
-            found.append(TensorBoardSink(logger.experiment))
-        else:
-            found.append(_LoggerSink(logger))
-    return found
+def _directory(trainer: Any, name: str | None) -> RunDirectory | None:  # noqa: ANN401
+    """Return the run directory in the logger's, for the record alone; None where nothing is logged."""
+    if not trainer.loggers or (logdir := trainer.log_dir) is None:
+        return None
+    return RunDirectory(logdir, own_name(name), events=False)
+
+
+def _sink(logger: Any) -> Sink:  # noqa: ANN401
+    # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
+    if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):
+        return TensorBoardSink(logger.experiment)
+    return _LoggerSink(logger)
 
 
 class _LoggerSink:

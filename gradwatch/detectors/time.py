@@ -22,7 +22,7 @@ from gradwatch.detectors.time_words import (
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Finding, Severity
-from gradwatch.values.sequences import Horizon, Recurrence, SequenceStats, reach_of, shortest, slope, subject
+from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, shortest, slope, subject
 from gradwatch.values.snapshot import Fact, Snapshot
 from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT
 
@@ -186,7 +186,7 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     return module.module if module is not None else trunk(history.model)
 
 
-def _kind(probes: Sequence[Snapshot], place: str) -> Recurrence | None:
+def _kind(probes: Sequence[Snapshot], place: str) -> RecurrenceName | None:
     """Return what the module at a place is, as the newest probe that knew it saw it."""
     stats = (s for p in reversed(probes) for s in p.sequences or () if s.module == place and s.kind is not None)
     return next((s.kind for s in stats), None)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.sequences import Horizon, Recurrence, SequenceStats, reach_of, sentence, subject
+from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject
 from gradwatch.values.snapshot import Fact, FactName
 from gradwatch.values.thresholds import SATURATED_OUTPUTS
 
@@ -40,7 +40,7 @@ def too_short(
     facts: Iterable[Fact] = (),
     *,
     place: str = "",
-    kind: Recurrence | None = None,
+    kind: RecurrenceName | None = None,
     need: int | None = None,
     severity: Severity = Severity.WARNING,
 ) -> Finding:
@@ -77,7 +77,7 @@ def too_short(
 
 
 def words_of_horizon(
-    stats: SequenceStats, need: int, facts: Iterable[Fact] = (), *, place: str = "", kind: Recurrence | None = None
+    stats: SequenceStats, need: int, facts: Iterable[Fact] = (), *, place: str = "", kind: RecurrenceName | None = None
 ) -> Explanation:
     """Return what a horizon that was measured on one batch means, where the need is longer.
 

@@ -1,28 +1,27 @@
-"""Sees, in one step, what units give: which stay silent, which are saturated, and of layers in question, why."""
+"""What units give in one step: which stay silent, which are saturated, and of layers in question, why."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement.norms import spectral_norm
-from gradwatch.model.gradient_hooks import of_others, transformed
+from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
+from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
 from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
-Key = tuple[object, ...]
-
 _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
 """Nodes of activations whose output is exactly 0 where their derivative is."""
-_FORMULAS: Mapping[str, Function] = {
+_FUNCTIONS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
@@ -46,8 +45,8 @@ _CONVOLUTIONS = {
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
-class Given(NamedTuple):
-    """What a layer gave, written at its node: so it is known from there, and goes with the graph."""
+class UnitSource(NamedTuple):
+    """The layer whose output a node computes, written at that node: so it is known from there, and goes with the graph."""
 
     layer: str
     dim: int
@@ -55,80 +54,75 @@ class Given(NamedTuple):
     shape: torch.Size
 
 
-@dataclass
-class Units:
-    """What the activation behind one layer made of its units in this step."""
+class Look(NamedTuple):
+    """What an activation made of its units in one call."""
 
-    fired: Tensor | None = None
+    attempt: int
+    """The outermost call that it belongs to."""
+    fired: Tensor | None
     """By unit, entries that are not 0; shape (units,)."""
-    entries: int = 0
+    entries: int
     """Of each unit."""
-    saturated: list[Tensor] = field(default_factory=list)
-    """Share of the entries, by call."""
-    calls: int = 0
-    formula: Function | None = None
+    saturated: Tensor | None
+    """Share of the entries."""
 
 
 @dataclass
-class Seen:
-    """What was measured of units and of layers in question, on its way from the device."""
+class UnitCounts:
+    """What the activation after one layer made of its units in this step."""
 
-    numbers: Mapping[Key, Tensor] = field(default_factory=dict)
-    units: Mapping[str, int] = field(default_factory=dict)
-    functions: Mapping[str, Function] = field(default_factory=dict)
-    """The activation after each layer."""
-    cuts: tuple[Cut, ...] = ()
+    looks: list[Look] = field(default_factory=list)
+    """One for each call."""
+    function: Function | None = None
+    """The activation."""
 
-    def tensors(self) -> Mapping[Key, Tensor]:
-        """Return everything that is to be copied."""
-        return self.numbers
-
-    def values(
-        self, numbers: Mapping[Key, float], heard: tuple[ActivationStats, ...]
-    ) -> tuple[tuple[ActivationStats, ...], tuple[Fact, ...]]:
-        """Make values of what was copied, put to what was heard of the same modules."""
-        known = {stats.module: stats for stats in heard}
-        for name, units in self.units.items():
-            dead, saturated = numbers.get(("dead", name)), numbers.get(("saturated", name))
-            known[name] = dataclasses.replace(
-                known.get(name, ActivationStats(name)), units=units or None, dead=dead, saturated=saturated
-            )
-        for name, function in self.functions.items():
-            known[name] = dataclasses.replace(known.get(name, ActivationStats(name)), function=function)
-        facts = tuple(
-            Fact(str(place), cast("FactName", what), numbers["fact", what, place])
-            for kind, what, *rest in self.numbers
-            if kind == "fact"
-            for place in rest
-        )
-        return tuple(known.values()), facts
+    def fired(self) -> tuple[Tensor, int] | None:
+        """Return the sum over the last calls with the same units; None where no unit can be silent."""
+        total: tuple[Tensor, int] | None = None
+        for look in self.looks:
+            if look.fired is None:
+                continue
+            if total is not None and total[0].shape == look.fired.shape:
+                total = total[0] + look.fired, total[1] + look.entries
+            else:
+                total = look.fired, look.entries
+        return total
 
 
-class Causes:
-    """Visits the forward pass of one step; see `gradwatch.hooks.Visitor`.
+class Units:
+    """Sees what activations make of the outputs of layers; a `Probe`.
 
-    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer from whose output it was made.
+    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer from
+    whose output it was made.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
+        """Begin with nothing.
+
+        Args:
+            outputs: the probe that knows how far the gradient came; it must be collected first.
+            attempts: knows which calls an exception ended.
+
+        """
+        self._outputs, self._attempts = outputs, attempts
         self._mark, self._seen = object(), object()
         """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
         """Layers in question, of which more is measured."""
         self._names: Mapping[int, str] = {}
-        self._units: dict[str, Units] = {}
-        self._facts: dict[Key, Tensor] = {}
+        self._units: dict[str, UnitCounts] = {}
+        self._facts: dict[tuple[str, FactName], Tensor] = {}
+        """By layer and name."""
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
-    def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
+    def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
         self.clear()
-        self._names = {} if compiled else {id(module): name for name, module in modules.items()}
-        return {} if compiled else {id(module): module for module in modules.values()}
+        self._names = {} if view.compiled else view.names
+        return {} if view.compiled else {id(module): module for module in view.modules.values()}
 
     def entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Look at what a function made on the way from one module to the next."""
@@ -154,7 +148,7 @@ class Causes:
                 if tensor.grad_fn is None or hasattr(tensor, "placements"):
                     continue
                 if owner and tensor.dim() > 1:
-                    _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
+                    _notes(tensor.grad_fn).setdefault(self._mark, UnitSource(name, _dim(module, tensor), tensor.shape))
                 self._look(tensor)
             spread = any(
                 hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values())
@@ -165,32 +159,38 @@ class Causes:
 
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else None) if node is not None else None
-        if node is None or formula is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        if node is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
+            return
+        function = _FUNCTIONS.get(node.name(), "relu" if node.name() in _SILENT else None)
+        if function is None:
             return
         _notes(node)[self._seen] = True
         given = _source(node, self._mark)
         if given is None or given.shape != tensor.shape:
             return
-        mine = self._units.setdefault(given.layer, Units())
-        mine.calls += 1
-        mine.formula = formula
-        if mine.calls > _CALLS:
+        mine = self._units.setdefault(given.layer, UnitCounts())
+        mine.function = function
+        self._leave_out_void(mine)
+        if len(mine.looks) == _CALLS:
             return
         with torch.no_grad():
             rows = tensor.detach()
             per_unit = rows.numel() // max(rows.shape[given.dim], 1)
             if per_unit > _ENTRIES and given.dim != 0:
                 rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+            fired = saturated = None
             if node.name() in _SILENT:
                 fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-                same = mine.fired is not None and mine.fired.shape == fired.shape
-                mine.fired = mine.fired + fired if same and mine.fired is not None else fired
-                mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
-            if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * OUTER_SHARE).float().mean())
-            elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean())
+            if function == "tanh":
+                saturated = (rows.abs() > 1 - 2 * OUTER_SHARE).float().mean()
+            elif function == "sigmoid":
+                saturated = ((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean()
+            entries = rows.numel() // max(rows.shape[given.dim], 1)
+            mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
+
+    def _leave_out_void(self, units: UnitCounts) -> None:
+        if self._attempts.void:
+            units.looks = [look for look in units.looks if look.attempt not in self._attempts.void]
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -201,53 +201,58 @@ class Causes:
             top = output.detach().float().amax(dim=others)
             silent = top <= 0
             by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
-            self._facts["fact", "silent_by_bias", name] = by_bias
+            self._facts[name, "silent_by_bias"] = by_bias
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
             spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
-            self._facts["fact", "input_offset", name] = torch.where(
+            self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
 
-    def take(
-        self,
-        modules: Mapping[str, nn.Module],
-        reached: Collection[str],
-        mine: AbstractSet[int],
-        others: AbstractSet[int],
-    ) -> Seen:
-        """Return what this step has brought.
-
-        Args:
-            modules: of the model, by name.
-            reached: modules at whose output a gradient arrived.
-            mine: what the optimizer of this step steps, parameters by `id`.
-            others: what the others step; of their layers they will ask.
-
-        """
-        numbers: dict[Key, Tensor] = dict(self._facts)
-        units: dict[str, int] = {}
+    def collect(self, step: StepView, transfer: Transfer) -> Part:
+        """Return what this step has brought, by layer, and the facts about those in question."""
+        dead: dict[str, tuple[Pending, int]] = {}
+        saturated: dict[str, Pending] = {}
         functions: dict[str, Function] = {}
         theirs = {}
         for name, seen in self._units.items():
-            if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
+            module = step.modules.get(name)
+            if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
                 theirs[name] = seen
                 continue
-            if seen.fired is not None and seen.entries:
-                numbers["dead", name], units[name] = self._dead(name, seen.fired, seen.entries), len(seen.fired)
-            if seen.saturated:
-                numbers["saturated", name] = torch.stack(seen.saturated).mean()
-                units.setdefault(name, 0)
-            if seen.formula is not None:
-                functions[name] = seen.formula
-        for name in sorted(self.suspects):
-            weights = modules[name]._parameters.values() if name in modules else ()
-            large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
-            if large is not None and not hasattr(large, "placements"):
-                numbers["fact", "spectral_norm", name] = spectral_norm(large.detach())
-        cuts = tuple(self._cuts(reached))
+            self._leave_out_void(seen)
+            if (total := seen.fired()) is not None and total[1]:
+                dead[name] = transfer.add(self._dead(name, *total)), len(total[0])
+            if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
+                saturated[name] = transfer.add(torch.stack(shares).mean())
+            if seen.looks and seen.function is not None:
+                functions[name] = seen.function
+        facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
+        cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
         self._units, self._facts, self._completed = theirs, {}, {}
-        return Seen(numbers, units, functions, cuts)
+
+        def part() -> ProbeValues:
+            activations = []
+            for name, function in functions.items():
+                silent, units = dead.get(name, (None, 0))
+                activations.append(
+                    ActivationStats(
+                        name,
+                        dead=silent.value if silent is not None else None,
+                        saturated=saturated[name].value if name in saturated else None,
+                        units=units or None,
+                        function=function,
+                    )
+                )
+            measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
+            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
+
+        return part
+
+    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
+        for name in sorted(self.suspects):
+            if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
+                yield (name, "spectral_norm"), spectral_norm(weight)
 
     def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
         """Return the share of units that have been silent for longer than chance explains."""
@@ -281,6 +286,12 @@ class Causes:
         self._names, self._units, self._facts, self._completed = {}, {}, {}, {}
 
 
+def _largest_weight(layer: nn.Module) -> Tensor | None:
+    weights = (p for p in layer._parameters.values() if p is not None and p.dim() > 1)
+    found = max(weights, key=torch.Tensor.numel, default=None)
+    return None if found is None or hasattr(found, "placements") else found.detach()
+
+
 def _dim(module: nn.Module, output: Tensor) -> int:
     """Return the dimension of a layer's output along which its units lie."""
     spatial = next((n for kind, n in _CONVOLUTIONS.items() if isinstance(module, kind)), None)
@@ -295,12 +306,12 @@ def _notes(node: Any) -> dict[object, Any]:  # noqa: ANN401  (nodes have no comm
     return found
 
 
-def _source(node: Any, key: object) -> Given | None:  # noqa: ANN401
+def _source(node: Any, key: object) -> UnitSource | None:  # noqa: ANN401
     """Return what layer an activation was made from: the nearest on the way back."""
     front = [node]
     for _ in range(_WALK):
         for one in front:
-            mark: Given | None = _notes(one).get(key)
+            mark: UnitSource | None = _notes(one).get(key)
             if mark is not None:
                 return mark
         front = [n for one in front for n, _ in one.next_functions if n is not None][:8]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from gradwatch.model.forward_hooks import Transfer
 from gradwatch.values.sequences import SequenceStats, horizon_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
@@ -25,6 +26,11 @@ class ModelGain:
     numbers: Tensor
     """Float64: timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
     note: str | None = None
+
+    def collect(self, transfer: Transfer, share: float) -> Callable[[], SequenceStats]:
+        """Hand the numbers over, and return what makes a value of them once they have been copied."""
+        pending = transfer.add(self.numbers)
+        return lambda: self.stats(pending.values, share)
 
     def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
         """Make the `numbers`, copied from the device, a value; below this share of its maximum a gain counts as gone."""

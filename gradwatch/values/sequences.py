@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from gradwatch.values.thresholds import HORIZON_GAIN
 
-Recurrence = Literal["LSTM", "GRU", "RNN"]
+RecurrenceName = Literal["LSTM", "GRU", "RNN"]
 """What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
 
 
@@ -123,7 +123,7 @@ class SequenceStats:
 
     On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
     """
-    kind: Recurrence | None = None
+    kind: RecurrenceName | None = None
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
     reverse: bool = False
     """Whether this part runs from the newest timestep to the oldest."""

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from gradwatch.measurement.measurement import Measurement
 from gradwatch.model import layers
-from gradwatch.model.forward_hooks import ForwardTrace, Visitor
+from gradwatch.model.forward_hooks import ForwardTrace
 from gradwatch.model.optimizer_hooks import StepHooks
 from gradwatch.values.snapshot import Absent, ModelInfo
-from gradwatch.watcher.reading import Reading
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Slot:
     """Whether somebody looks at the forward pass of its next step."""
     extra: bool = False
     """Whether its next step is a probe out of turn, because an alert has begun."""
-    reading: Reading | None = None
+    reading: Measurement | None = None
     owed: str | None = None
     """The step for which the process that speaks for this one waits."""
     ids: list[int] = field(default_factory=list)
@@ -51,11 +51,11 @@ class Slot:
 class Inventory:
     """Knows the model without holding it, and finds out anew when parameters have come, gone or been replaced."""
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], visitors: Sequence[Visitor]) -> None:
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], trace: ForwardTrace) -> None:
         """Describe the model as it is."""
         self.model = weakref.ref(model)
         self._slots = slots
-        self.trace = ForwardTrace(visitors)
+        self.trace = trace
         self.order: dict[str, int] = {}
         """Position of each layer in the first forward pass in which a probe has seen it."""
         self.info = self._describe(model)

@@ -12,18 +12,16 @@ from typing import Any
 from torch import nn
 
 from gradwatch.detectors import DETECTORS
+from gradwatch.measurement.processes import own_name
 from gradwatch.model.layers import named_modules
 from gradwatch.model.optimizer_hooks import unwrap
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.run_directory import claim, release
-from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.sinks.run_directory import RunDirectory
+from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Sink
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.judge import OnAlert
-from gradwatch.watcher.processes import own_name
-from gradwatch.watcher.through_time import Horizon, Timesteps
 from gradwatch.watcher.watcher import Watcher
 
 _LONGEST = 200
@@ -42,7 +40,7 @@ def watch(
     every_n_steps: int | None = None,
     probe_every_n_steps: int | None = None,
     timesteps: Timesteps = "auto",
-    horizon: Horizon = None,
+    horizon: Need = None,
     scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
     thresholds: Thresholds | None = None,
     ignore: Sequence[str] = (),
@@ -113,14 +111,10 @@ def watch(
     if earlier is not None and (watcher := earlier()) is not None:
         watcher.close()
     with contextlib.ExitStack() as undo:
-        files: list[Sink] = []
+        directory = None
         if logdir is not None:
-            directory = claim(logdir, own_name(name), _close_orphans)
-            undo.callback(release, directory)
-            files = [
-                TensorBoardSink(directory),
-                Record(directory, claimed=True),
-            ]  # the last to be closed lets go of the directory
+            directory = RunDirectory(logdir, own_name(name), free=_close_orphans)
+            undo.callback(directory.close)
         watcher = Watcher(
             model,
             optimizers,
@@ -128,7 +122,8 @@ def watch(
             thresholds=thresholds or Thresholds(),
             ignore=ignore,
             detectors=detectors,
-            sinks=[*files, *sinks],
+            directory=directory,
+            sinks=sinks,
             on_alert=on_alert,
             scaler=scaler,
             timesteps=timesteps,

@@ -16,22 +16,25 @@ from typing import Any, ParamSpec, Self
 
 from torch import Tensor, nn
 
-from gradwatch.measurement import loss_scale as scale
+from gradwatch.measurement import loss_scale
+from gradwatch.measurement.measurement import Measurement
+from gradwatch.measurement.parameters import undisturbed
+from gradwatch.measurement.processes import Processes
+from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.forward_hooks import ForwardTrace, Part
 from gradwatch.model.optimizer_hooks import StepHooks, unwrap
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.sinks.run_directory import RunDirectory
+from gradwatch.timesteps.sequences import Need, Sequences, Timesteps
 from gradwatch.values.history import Detector, History
 from gradwatch.values.report import Report, Sink
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Snapshot, Stage
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.forward import Forward, Visitors
 from gradwatch.watcher.inventory import Inventory, Slot
 from gradwatch.watcher.judge import Judge, OnAlert
-from gradwatch.watcher.processes import Processes
-from gradwatch.watcher.reading import Reading, undisturbed
-from gradwatch.watcher.through_time import Horizon, ThroughTime, Timesteps
+from gradwatch.watcher.probes import Probes
 from gradwatch.watcher.warn_once import Once, said
 
 _log = logging.getLogger("gradwatch")
@@ -81,9 +84,10 @@ class Watcher:
         detectors: Sequence[Detector],
         sinks: Sequence[Sink],
         on_alert: OnAlert,
+        directory: RunDirectory | None = None,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
         timesteps: Timesteps = "auto",
-        horizon: Horizon = None,
+        horizon: Need = None,
         clock: Callable[[], int] | None = None,
         strict: bool = False,
     ) -> None:
@@ -103,29 +107,28 @@ class Watcher:
         """Optimizers that have stepped since a loss was recorded, and have had it."""
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        through_time = (
-            ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict)
-            if timesteps is not False
-            else None
-        )
-        self._visitors = Visitors(through_time, self._warn, strict=strict)
-        self._inventory = Inventory(model, self._slots, self._visitors.all())
+        attempts = Attempts()
+        sequences = Sequences(timesteps, horizon, thresholds.horizon_gain, attempts) if timesteps is not False else None
+        self._probes = Probes(sequences, attempts, self._warn, strict=strict)
+        self._inventory = Inventory(model, self._slots, ForwardTrace(self._probes.all(), self._probes.failed, attempts))
         info = self._inventory.info
-        self._processes = Processes((p.name for p in info.parameters), self._warn, alone=strict)
+        self._processes = Processes((p.name for p in info.parameters), alone=strict)
         self._judge = Judge(
             History(thresholds),
             Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
             detectors=detectors,
             ignore=ignore,
-            sinks=sinks,
+            sinks=[*(directory.sinks if directory is not None else ()), *sinks],
             on_alert=on_alert,
             warn=self._warn,
             strict=strict,
         )
         # Sinks are also closed when the process ends, and files when the watcher goes. Only files are held for that: another
         # sink may know the watcher, and would keep it and the optimizer alive.
-        files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
+        files: list[object] = [s for s in sinks if getattr(s, "outlives_watcher", False)]
         others = [weakref.ref(s) for s in sinks if s not in files and hasattr(s, "close")]
+        if directory is not None:
+            files.insert(0, directory)
         self._close_sinks = weakref.finalize(self, _close, self._pid, files, others)
         for slot in self._slots:
             if slot.optimizer is not None:
@@ -291,7 +294,7 @@ class Watcher:
         if mine.reading is not None:
             mine.reading.applied = True
             if mine.reading.probe:
-                mine.turn = mine.reading.copy_weights(
+                mine.turn = mine.reading.parameters.copy(
                     mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare
                 )
         self._taken.add(slot)
@@ -315,7 +318,7 @@ class Watcher:
             self._count_on(mine)
         if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
             with undisturbed():
-                reading.updates(mine.spare)
+                reading.parameters.updates(mine.spare)
             self._emit(mine, reading)
 
     # --- the step ---
@@ -385,63 +388,65 @@ class Watcher:
         return self._inventory.trace.alone()
 
     def _arm(self, slot: Slot) -> None:
-        self._visitors.suspect(self._judge.suspects())
+        self._probes.suspect(self._judge.suspects())
         if not self._inventory.look_ahead(slot):
             self._warn(
                 "compiled",
                 "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks",
             )
 
-    def _read(self, slot: Slot, stage: Stage) -> Reading:
+    def _read(self, slot: Slot, stage: Stage) -> Measurement:
         """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
         slot.owed = f"{slot.index}-{slot.count}"
         with undisturbed():
             probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
-            forward = self._forward(slot)
+            transfer = Transfer()
+            parts = self._seen(slot, transfer)
             ran = self._inventory.take_trace(slot)
             parameters = self._inventory.parameters(slot)
-            reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
-            reading.holders = {c: self._inventory.spread[c] for c in slot.columns if c in self._inventory.spread}
+            reading = Measurement(slot.count, self._inventory.info, stage, transfer, parts, probe=probe)
+            reading.parameters.holders = {
+                c: self._inventory.spread[c] for c in slot.columns if c in self._inventory.spread
+            }
             gradients = [p.grad for p in parameters]
             columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
             if len(columns) < len(parameters) or ran is not None or slot.absent or self._inventory.frozen:
                 reading.absent = self._inventory.absent(slot, parameters, ran)
-            factor = scale.at_step(self._scaler, slot.optimizer, stage)
+            factor = loss_scale.at_step(self._scaler, slot.optimizer, stage)
             reading.gradients(columns, [g for g in gradients if g is not None], factor, half=self._inventory.trace.half)
             reading.found_inf(slot.optimizer)
-            reading.forward(forward)
             if probe or not slot.weighed:
-                reading.weights(slot.columns, parameters)
+                reading.parameters.weights(slot.columns, parameters)
                 slot.weighed = True
             reading.losses(self._losses)
             return reading
 
-    def _forward(self, slot: Slot) -> Forward:
+    def _seen(self, slot: Slot, transfer: Transfer) -> list[Part]:
         """Return what was seen of the forward pass of this step, and of what came back through it."""
         model = self._inventory.model()
         if not slot.tracing or model is None:
-            return Forward()
-        factor = scale.of_backward(self._scaler, slot.optimizer)
-        mine, others = (
-            set(map(id, self._inventory.parameters(slot))),
-            {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)},
-        )
-        return self._visitors.take(model, factor, mine, others)
+            return []
+        factor = loss_scale.of_backward(self._scaler, slot.optimizer)
+        mine = set(map(id, self._inventory.parameters(slot)))
+        others = {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)}
+        return self._probes.collect(model, factor, mine, others, transfer)
 
-    def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
+    def _emit(self, slot: Slot, reading: Measurement, *, skipped: bool = False) -> None:
         """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
         snapshot = reading.snapshot(
             slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped
         )
         slot.owed, self._failures = None, 0
         began = snapshot is not None and bool(self._judge(snapshot).began)
-        if (
-            began and not reading.holders and not slot.extra and not self._cadence.probed(slot.count)
-        ):  # of pieces other processes know nothing of such a probe
+        if self._processes.alone:
+            self._warn("processes", f"{self._processes.alone}; the gradients of those parameters are not measured")
+        # Of a probe out of turn, the processes that hold the other pieces know nothing.
+        alone = not reading.parameters.holders
+        if began and alone and not slot.extra and not self._cadence.probed(slot.count):
             slot.extra = True
             self._arm(slot)
         elif slot.tracing:
-            self._visitors.suspect(self._judge.suspects())
+            self._probes.suspect(self._judge.suspects())
 
     # --- failures ---
 
@@ -461,7 +466,7 @@ class Watcher:
         _log.debug("a measurement failed", exc_info=error)
 
 
-def _close(pid: int, files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+def _close(pid: int, files: Sequence[object], others: Sequence[weakref.ref[Any]]) -> None:
     if os.getpid() != pid:  # a forked child that ends; the files are its parent's
         return
     for sink in (*files, *(ref() for ref in others)):

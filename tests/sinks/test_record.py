@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import io
+import itertools
 import math
+import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreters import warm
 from torch import nn
 
 import gradwatch
@@ -36,7 +40,7 @@ from gradwatch import (
 )
 from gradwatch.detectors.alerts import judge
 from gradwatch.sinks.record import FORMAT
-from gradwatch.sinks.run_directory import claim, release
+from gradwatch.sinks.run_directory import RunDirectory, held
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact
@@ -368,14 +372,16 @@ def test_an_alert_that_wavers_for_ever_does_not_fill_the_record(tmp_path):
 
 
 def test_a_record_that_alerts_alone_fill_is_not_written_anew_at_every_step(tmp_path):
-    record, files = Record(tmp_path, bound=2_000), set()
+    record, files = Record(tmp_path, bound=2_000), []
     for step in range(300):
         began = (alert(f"layer{step}", began=step, last=step, cleared=step),)
         record(Report(snapshot(step), began, (), began))
-        files.add(record._file)
+        files.append((tmp_path / "record.jsonl").stat().st_ino)
     record.close()
     assert len(read_run(tmp_path).alerts) == 300
-    assert len(files) < 30
+    assert (
+        1 < sum(old != new for old, new in itertools.pairwise(files)) < 30
+    )  # a new file is never the one that it replaces
 
 
 def test_a_thinned_run_that_goes_on_remembers_how_much_is_gone(tmp_path):
@@ -409,7 +415,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_was_killed_can_be_read_to_its_last_step(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "trained\n"
     run = read_run(tmp_path)
@@ -497,9 +503,9 @@ def test_directories_of_live_watchers_are_not_shared(tmp_path):
     assert all(len(run.snapshots) == 3 for run in read_runs(tmp_path).values())
     for name in names:
         assert len(list((tmp_path / name).glob("events.out.tfevents.*"))) == 1
-    directory = claim(tmp_path)
-    release(directory)
-    assert directory.name == "gradwatch"  # all have let go
+    directory = RunDirectory(tmp_path)
+    directory.close()
+    assert directory.path.name == "gradwatch"  # all have let go
 
 
 def test_a_directory_that_nobody_claimed_is_left_as_it_is(tmp_path):
@@ -510,9 +516,9 @@ def test_a_directory_that_nobody_claimed_is_left_as_it_is(tmp_path):
         held = tmp_path / "runs" / "gradwatch"
         Record(held).close()
         assert held.is_dir()
-        other = claim(tmp_path / "runs")
-        assert other.name == "gradwatch-2"  # the watcher's lock is still on it
-        release(other)
+        other = RunDirectory(tmp_path / "runs")
+        assert other.path.name == "gradwatch-2"  # the watcher's lock is still on it
+        other.close()
 
 
 def test_a_claimed_directory_goes_with_a_watcher_that_has_reported_nothing(tmp_path):
@@ -520,16 +526,42 @@ def test_a_claimed_directory_goes_with_a_watcher_that_has_reported_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_that_is_closed_twice_lets_go_of_its_directory_once(tmp_path):
-    record = Record(claim(tmp_path), claimed=True)
-    record.close()
-    held = claim(tmp_path)
-    record.close()
-    assert (held.name, held.is_dir()) == ("gradwatch", True)
-    other = claim(tmp_path)
-    assert other.name == "gradwatch-2"
-    release(other)
-    release(held)
+def test_a_directory_that_is_closed_twice_is_let_go_of_once(tmp_path):
+    first = RunDirectory(tmp_path)
+    first.close()
+    second = RunDirectory(tmp_path)
+    first.close()
+    assert (second.path.name, second.path.is_dir()) == ("gradwatch", True)
+    other = RunDirectory(tmp_path)
+    assert other.path.name == "gradwatch-2"
+    other.close()
+    second.close()
+
+
+def test_a_file_that_cannot_be_finished_keeps_neither_the_other_open_nor_the_directory_held(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for sink in directory.sinks:
+        sink(Report(snapshot(0)))
+    shutil.rmtree(directory.path)
+    assert held() == {directory.path}
+
+    with pytest.raises(FileNotFoundError, match="was deleted while it was written"):
+        directory.close()  # draws the last picture into the events, which are gone
+
+    assert held() == frozenset()
+    kinds = (io.TextIOWrapper, io.BufferedWriter)
+    mine = [f for f in gc.get_objects() if type(f) in kinds and str(directory.path) in str(f.name)]
+    assert [f for f in mine if not f.closed] == []
+
+
+def test_a_directory_can_be_without_events(tmp_path):
+    directory = RunDirectory(tmp_path, "a/b", events=False)
+    for sink in directory.sinks:
+        sink(Report(snapshot(0)))
+    directory.close()
+    assert [p.relative_to(tmp_path.resolve()).as_posix() for p in directory.path.iterdir()] == [
+        "gradwatch-a-b/record.jsonl"
+    ]
 
 
 HOLDS = """
@@ -551,7 +583,7 @@ for line in sys.stdin:
 
 def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
 
         def tell(line):
@@ -573,16 +605,16 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         kinds = {path.name.partition(".")[0] for folder in tmp_path.iterdir() for path in folder.iterdir()}
         assert kinds == {"record", "events"}
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "ready\n"
-        held = claim(tmp_path)
-        release(held)
-        assert held.name == "gradwatch-2"
+        second = RunDirectory(tmp_path)
+        second.close()
+        assert second.path.name == "gradwatch-2"
         other.kill()
-    held = claim(tmp_path)
-    release(held)
-    assert held.name == "gradwatch"
+    first = RunDirectory(tmp_path)
+    first.close()
+    assert first.path.name == "gradwatch"
 
 
 def test_a_cell_of_a_notebook_that_runs_again_takes_its_own_directory(tmp_path):

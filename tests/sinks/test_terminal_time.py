@@ -6,10 +6,10 @@ import io
 import math
 import os
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from interpreters import warm
 from rich.console import Console
 
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Record, Report, Snapshot
@@ -261,7 +261,7 @@ def command(path, **environment):
         if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING", "PYTHONUTF8"}
     }
     done = subprocess.run(
-        [sys.executable, "-m", "gradwatch", "report", str(path)],
+        [*warm(), "-m", "gradwatch", "report", str(path)],
         capture_output=True,
         check=True,
         env={**clean, **environment},

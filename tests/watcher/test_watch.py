@@ -12,20 +12,19 @@ import logging
 import math
 import os
 import subprocess
-import sys
 import types
 import warnings
 
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
 import gradwatch
+from gradwatch.measurement import parameters as measured_parameters
 from gradwatch.model.layers import describe
-from gradwatch.timesteps import recorder as capture
 from gradwatch.values.report import Finding, Severity
-from gradwatch.watcher import reading
 
 
 def tall(*, dtype=torch.float32):
@@ -848,7 +847,7 @@ def test_non_finite_entries_are_counted_only_where_a_norm_is_not_finite():
 def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(10)) for _ in range(5)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(reading, "_BUDGET", 2 * 10 * 4)
+    monkeypatch.setattr(measured_parameters, "BUDGET", 2 * 10 * 4)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(5):
         for p in model:
@@ -865,7 +864,7 @@ def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch)
 def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (30, 5, 30, 20)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(reading, "_BUDGET", 4 * 20)
+    monkeypatch.setattr(measured_parameters, "BUDGET", 4 * 20)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(4):
         for p in model:
@@ -873,21 +872,6 @@ def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
         optimizer.step()
     assert [sorted(column(s, s.update_ratio)) for s in watched.snapshots] == [["1"], ["3"], ["1"], ["3"]]
     assert "the update of 0 is not measured: a copy of it takes more than 0 MiB" in watched.snapshots[0].notes
-
-
-def test_a_sequence_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so(monkeypatch):
-    monkeypatch.setattr(
-        capture, "BUDGET", 3 * (10 * 6 * capture._LIVE * 4)
-    )  # of three rows of ten timesteps of six units
-    net = nn.LSTM(4, 6, batch_first=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    watched = Watched(net, optimizer, probe_every_n_steps=1)
-    for _ in range(2):
-        net(torch.randn(8, 10, 4))[0].sum().backward()
-        optimizer.step()
-    whole = watched.snapshots[1].sequences[0]
-    assert whole.rows == 3
-    assert whole.note == "3 rows of the batch are looked at: more would take above 0 MiB"
 
 
 # --- parameters that come, go and change ---
@@ -1768,7 +1752,7 @@ assert watcher.report.open
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("how", ["exit", "close"])
 def test_a_forked_child_that_ends_like_any_process_leaves_the_files_alone(tmp_path, how):
-    done = subprocess.run([sys.executable, "-c", LEFT, tmp_path, how], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", LEFT, tmp_path, how], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert [a.finding.code for a in gradwatch.read_run(tmp_path).alerts] == ["GW101"]
 
