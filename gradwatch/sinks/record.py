@@ -162,6 +162,7 @@ class Record:
         self._file.close()
         self._file = None
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        written = from_json(lines[0])["format"]
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
@@ -170,7 +171,7 @@ class Record:
         fresh = self._path.with_suffix(".new")
         try:
             fresh.write_text(
-                "".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
+                "".join([to_json({"format": written, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
             )
             fresh.replace(self._path)
         except OSError:

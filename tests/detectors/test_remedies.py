@@ -362,7 +362,7 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
-def test_an_lstm_whose_memory_is_too_short():
+def test_an_lstm_whose_horizon_is_too_short():
     def trained(bias):
         torch.manual_seed(0)
         net = Recurrent(nn.LSTM(4, 16, batch_first=True))

@@ -114,7 +114,7 @@ def test_a_short_module_under_a_model_that_reaches_far_is_not_even_information()
     assert found(*[(own(SHORT), whole(1.0))] * 4) == []
 
 
-def test_a_memory_that_is_growing_is_opening():
+def test_a_horizon_that_is_growing_is_opening():
     rates = [0.5, 0.6, 0.7, 0.8]  # horizons 10, 14, 20, 31
 
     assert found(*[(whole(r),) for r in rates]) == []
@@ -140,7 +140,7 @@ def test_an_open_alert_clears_only_when_two_probes_in_a_row_reach_the_need():
     assert found(ill, ill, ill, well, ill) == []  # which is not enough to begin
 
 
-def test_an_open_alert_does_not_clear_because_the_memory_grows():
+def test_an_open_alert_does_not_clear_because_the_horizon_grows():
     rates = [0.5, 0.6, 0.7, 0.8]
 
     assert codes(found(*[(own(r), whole(r)) for r in rates], opened=[("GW301", "rnn")])) == WARNED
@@ -165,7 +165,7 @@ def test_an_alert_lives_from_the_fourth_probe_until_the_second_that_reaches_the_
     assert log == [("began", 40, 10), ("cleared", 99)]
 
 
-def test_of_several_modules_the_place_is_the_one_with_the_shortest_memory_and_stays_so_while_it_is_open():
+def test_of_several_modules_the_place_is_the_one_with_the_shortest_horizon_and_stays_so_while_it_is_open():
     a, b = own(0.8, "encoder"), own(0.7, "decoder")
 
     assert [f.place for f in found(*[(a, b, whole(SHORT))] * 4, info=TWO)] == ["decoder"]
@@ -225,7 +225,7 @@ def test_sequences_that_end_before_the_need_cannot_be_judged_and_say_so_at_once(
     assert explain(finding).message == "the sequences have 100 timesteps, the need is 200"
 
 
-def test_a_memory_that_ends_within_short_sequences_is_judged():
+def test_a_horizon_that_ends_within_short_sequences_is_judged():
     assert codes(found(*[(own(SHORT, length=100), whole(SHORT, length=100))] * 4)) == WARNED
 
 
@@ -240,14 +240,14 @@ def test_a_short_batch_among_long_ones_says_nothing():
 # --- a need of a module, and none ---
 
 
-def test_a_module_with_a_need_is_judged_by_its_own_memory_and_the_others_are_information():
+def test_a_module_with_a_need_is_judged_by_its_own_horizon_and_the_others_are_information():
     findings = found(*[(own(SHORT, "encoder", need=50), own(SHORT, "decoder"))] * 4, info=TWO)
 
     assert codes(findings) == [("GW301", "encoder", Severity.WARNING), ("GW301", "decoder", Severity.INFO)]
     assert "need" not in findings[1].evidence
 
 
-def test_without_a_need_a_memory_of_at_most_half_of_the_sequence_is_information():
+def test_without_a_need_a_horizon_of_at_most_half_of_the_sequence_is_information():
     info = [("GW301", "rnn", Severity.INFO)]
 
     assert codes(found(*[(own(SHORT, length=32),)] * 4)) == info
@@ -265,7 +265,7 @@ def test_a_module_with_a_need_of_its_own_that_has_no_gain_says_why():
     assert explain(finding).message == "whether rnn learns from 50 timesteps is not measured: it was compiled"
 
 
-def test_parts_have_no_memory_of_their_own_to_judge():
+def test_parts_have_no_horizon_of_their_own_to_judge():
     part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(SHORT))
 
     assert found(*[(own(LONG), part)] * 4) == []
@@ -472,7 +472,7 @@ class Once(nn.Module):
         return self.inner(x)
 
 
-def test_a_module_called_detached_whose_memory_cannot_be_measured_has_no_detached_state():
+def test_a_module_called_detached_whose_horizon_cannot_be_measured_has_no_detached_state():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

@@ -124,6 +124,7 @@ def test_a_record_that_is_thinned_on_the_way_stays_readable(run, tmp_path):
     assert again.thinned
     assert again.broken == 0
     assert {s.computed_in for s in again.snapshots if s.cuts} == {"float16"}
+    assert "scale" not in {p.role for model in again.models for p in model.parameters}
 
 
 def test_activations_stood_among_the_facts():
