@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import math
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from interpreters import warm
 
 import gradwatch
 from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Snapshot
@@ -60,7 +60,7 @@ assert [alert.finding.code for alert in watcher.report.open] == ["GW501"]
 def loaded(code: str, *arguments: str | Path) -> set[str]:
     """Run code in a fresh process, and return the words that it prints and the modules that it has imported."""
     script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
-    command = [sys.executable, "-c", script, *arguments]
+    command = [*warm(), "-c", script, *arguments]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 

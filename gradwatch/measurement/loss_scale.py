@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -37,8 +38,16 @@ class ScaleSentinel:
         if any(t.grad_fn is not None and not hasattr(t, "placements") for t in floats(output)):
             self._sentinel.watch(module)
 
-    def changed(self, step: StepView, transfer: Transfer) -> Pending | None:
-        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared."""
+    def changed(self, step: StepView, broken: AbstractSet[int], transfer: Transfer) -> Pending | None:
+        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared.
+
+        Args:
+            step: that is measured.
+            broken: backward passes that an exception ended, by their number.
+            transfer: takes the number along.
+
+        """
+        self._sentinel.forget(broken)
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
         if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
+from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
 _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
 """Nodes of activations whose output is exactly 0 where their derivative is."""
-_OUTER = 0.01
-"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
-_FORMULAS = {
+_FUNCTIONS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
@@ -34,10 +34,6 @@ _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
-_ENOUGH = 64.0
-"""Entries in a row for which a unit must be silent before it counts as dead."""
-_SURE = 7.0
-"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
 _CONVOLUTIONS = {
     nn.Conv1d: 1,
     nn.Conv2d: 2,
@@ -58,18 +54,39 @@ class UnitSource(NamedTuple):
     shape: torch.Size
 
 
+class Look(NamedTuple):
+    """What an activation made of its units in one call."""
+
+    attempt: int
+    """The outermost call that it belongs to."""
+    fired: Tensor | None
+    """By unit, entries that are not 0; shape (units,)."""
+    entries: int
+    """Of each unit."""
+    saturated: Tensor | None
+    """Share of the entries."""
+
+
 @dataclass
 class UnitCounts:
     """What the activation after one layer made of its units in this step."""
 
-    fired: Tensor | None = None
-    """By unit, entries that are not 0; shape (units,)."""
-    entries: int = 0
-    """Of each unit."""
-    saturated: list[Tensor] = field(default_factory=list)
-    """Share of the entries, by call."""
-    calls: int = 0
-    formula: str = ""
+    looks: list[Look] = field(default_factory=list)
+    """One for each call."""
+    function: Function | None = None
+    """The activation."""
+
+    def fired(self) -> tuple[Tensor, int] | None:
+        """Return the sum over the last calls with the same units; None where no unit can be silent."""
+        total: tuple[Tensor, int] | None = None
+        for look in self.looks:
+            if look.fired is None:
+                continue
+            if total is not None and total[0].shape == look.fired.shape:
+                total = total[0] + look.fired, total[1] + look.entries
+            else:
+                total = look.fired, look.entries
+        return total
 
 
 class Units:
@@ -79,16 +96,22 @@ class Units:
     whose output it was made.
     """
 
-    def __init__(self, outputs: OutputGradients) -> None:
-        """Take the probe that knows how far the gradient came; it must be collected first."""
-        self._outputs = outputs
+    def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
+        """Begin with nothing.
+
+        Args:
+            outputs: the probe that knows how far the gradient came; it must be collected first.
+            attempts: knows which calls an exception ended.
+
+        """
+        self._outputs, self._attempts = outputs, attempts
         self._mark, self._seen = object(), object()
         """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
         """Layers in question, of which more is measured."""
         self._names: Mapping[int, str] = {}
         self._units: dict[str, UnitCounts] = {}
-        self._facts: dict[tuple[str, str], Tensor] = {}
+        self._facts: dict[tuple[str, FactName], Tensor] = {}
         """By layer and name."""
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
@@ -136,32 +159,38 @@ class Units:
 
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        if node is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
+            return
+        function = _FUNCTIONS.get(node.name(), "relu" if node.name() in _SILENT else None)
+        if function is None:
             return
         _notes(node)[self._seen] = True
         given = _source(node, self._mark)
         if given is None or given.shape != tensor.shape:
             return
         mine = self._units.setdefault(given.layer, UnitCounts())
-        mine.calls += 1
-        mine.formula = formula
-        if mine.calls > _CALLS:
+        mine.function = function
+        self._leave_out_void(mine)
+        if len(mine.looks) == _CALLS:
             return
         with torch.no_grad():
             rows = tensor.detach()
             per_unit = rows.numel() // max(rows.shape[given.dim], 1)
             if per_unit > _ENTRIES and given.dim != 0:
                 rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+            fired = saturated = None
             if node.name() in _SILENT:
                 fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-                same = mine.fired is not None and mine.fired.shape == fired.shape
-                mine.fired = mine.fired + fired if same and mine.fired is not None else fired
-                mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
-            if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * _OUTER).float().mean())
-            elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - _OUTER).float().mean())
+            if function == "tanh":
+                saturated = (rows.abs() > 1 - 2 * OUTER_SHARE).float().mean()
+            elif function == "sigmoid":
+                saturated = ((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean()
+            entries = rows.numel() // max(rows.shape[given.dim], 1)
+            mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
+
+    def _leave_out_void(self, units: UnitCounts) -> None:
+        if self._attempts.void:
+            units.looks = [look for look in units.looks if look.attempt not in self._attempts.void]
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -184,26 +213,27 @@ class Units:
         """Return what this step has brought, by layer, and the facts about those in question."""
         dead: dict[str, tuple[Pending, int]] = {}
         saturated: dict[str, Pending] = {}
-        theirs, certain = {}, []
+        functions: dict[str, Function] = {}
+        theirs = {}
         for name, seen in self._units.items():
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
                 theirs[name] = seen
                 continue
-            if seen.fired is not None and seen.entries:
-                dead[name] = transfer.add(self._dead(name, seen.fired, seen.entries)), len(seen.fired)
-            if seen.saturated:
-                saturated[name] = transfer.add(torch.stack(seen.saturated).mean())
-            if name in self.suspects:
-                certain.append(Fact(name, f"activation {seen.formula}", 1.0))
+            self._leave_out_void(seen)
+            if (total := seen.fired()) is not None and total[1]:
+                dead[name] = transfer.add(self._dead(name, *total)), len(total[0])
+            if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
+                saturated[name] = transfer.add(torch.stack(shares).mean())
+            if seen.looks and seen.function is not None:
+                functions[name] = seen.function
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
-        if self._outputs.reached is not None:
-            certain += self._end_of_gradient(self._outputs.reached)
+        cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
         self._units, self._facts, self._completed = theirs, {}, {}
 
         def part() -> ProbeValues:
             activations = []
-            for name in dict.fromkeys((*dead, *saturated)):
+            for name, function in functions.items():
                 silent, units = dead.get(name, (None, 0))
                 activations.append(
                     ActivationStats(
@@ -211,14 +241,15 @@ class Units:
                         dead=silent.value if silent is not None else None,
                         saturated=saturated[name].value if name in saturated else None,
                         units=units or None,
+                        function=function,
                     )
                 )
-            measured = [Fact(place, what, value.value) for (place, what), value in facts.items()]
-            return ProbeValues(tuple(activations), facts=(*certain, *measured))
+            measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
+            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
 
         return part
 
-    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
         for name in sorted(self.suspects):
             if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
                 yield (name, "spectral_norm"), spectral_norm(weight)
@@ -235,22 +266,20 @@ class Units:
         self._silent[name] = silent
         alive = (fired > 0).sum()
         rate = fired.sum() / (alive * entries).clamp(min=1)
-        enough = torch.where(alive > 0, _SURE / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(min=_ENOUGH)
+        enough = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(
+            min=SILENT_ENTRIES
+        )
         return (silent >= enough).float().mean()
 
-    def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
-        """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
+    def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
+        """Tell of each layer in question that the gradient did not reach where it ended."""
         order = list(self._completed)
-        facts = []
         for at, name in enumerate(order):
             if name not in self.suspects or name in reached:
                 continue
-            behind = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
-            last = order[(behind if behind is not None else at + 1) - 1]
-            facts += [Fact(name, "done", float(at)), Fact(last, "unreached", float(self._completed[last]))]
-            if behind is not None:
-                facts.append(Fact(order[behind], "reached", float(behind)))
-        return facts
+            after = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
+            last = order[(after if after is not None else at + 1) - 1]
+            yield Cut(name, last, None if after is None else order[after], graph=self._completed[last])
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""

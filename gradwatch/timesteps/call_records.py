@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.gradient_hooks import Sentinel
 from gradwatch.timesteps.kinds import Kind, Recurrence
 from gradwatch.timesteps.layout import Layout
+from gradwatch.values.sequences import RecurrenceName
 
 
 class StateOrigin(enum.Enum):
@@ -97,10 +99,12 @@ class SequenceCall:
     layout: Layout
     number: int
     """Which pass of the step it belongs to."""
+    attempt: int = 0
+    """The outermost call that it belongs to."""
     task: int | None = None
     """The backward pass that reached it last."""
-    tasks: int = 0
-    """How many did."""
+    tasks: set[int] = field(default_factory=set)
+    """All that did."""
     squares: dict[str, Tensor] = field(default_factory=dict)
     """Of the gradients that arrived at the input ("x") and, of a cell, the outputs ("h", "c"): (T, B), float64."""
     lengths: Tensor | None = None
@@ -128,8 +132,16 @@ class SequenceCall:
         if self.task == task:
             return
         self.derived, self.graph = self.graph, graph
-        self.task, self.tasks = task, self.tasks + 1
+        self.task = task
+        self.tasks.add(task)
         self.forget()
+
+    def leave_out(self, broken: AbstractSet[int]) -> None:
+        """Let go of what these backward passes brought."""
+        self.tasks -= broken
+        if self.task in broken:
+            self.task = None
+            self.forget()
 
     def forget(self) -> None:
         """Let go of what arrived."""
@@ -152,6 +164,8 @@ class SequenceModule:
     name: str
     kind: Kind | None
     """What it is, if it can be walked back through."""
+    recurrence: RecurrenceName | None = None
+    """What carries its state, as far as that is known."""
     time: int | None
     """Which dimension is time, where the user said so; None there: each call is one timestep."""
     parameters: frozenset[int] = frozenset()
@@ -198,6 +212,15 @@ class SequenceModule:
         self.task = task
         return later
 
+    def leave_out(self, void: AbstractSet[int], broken: AbstractSet[int]) -> None:
+        """Let go of what belongs to outermost calls and to backward passes that an exception ended."""
+        for call in self.calls:
+            call.leave_out(broken)
+            if call.attempt in void:
+                call.drop()
+        self.calls = [call for call in self.calls if call.attempt not in void]
+        self.sentinel.forget(broken)
+
     def let_go(self) -> None:
         """Let go of what was seen in this step."""
         for call in self.calls:
@@ -216,8 +239,9 @@ def origin_of(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -
         earlier: calls of the module in the same pass, oldest first.
 
     """
+    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
     if not earlier:
-        return StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
+        return begun
     before, layout = earlier[-1], record.layout
     if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
         return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
@@ -225,7 +249,8 @@ def origin_of(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -
         first = earlier[0].record
         if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
             return StateOrigin.CHANGED
-    return StateOrigin.NEW
+        return StateOrigin.NEW
+    return begun
 
 
 def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
+from gradwatch.values.sequences import RecurrenceName
+from gradwatch.values.snapshot import FactName
+from gradwatch.values.thresholds import OUTER_SHARE
+
+Facts = dict[FactName, Tensor]
+"""By name."""
 
 Fused = nn.RNNBase
 """What runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
@@ -19,7 +25,7 @@ _POWERS = 10
 """Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
-_SATURATED = 0.98
+_SATURATED = 1 - 2 * OUTER_SHARE
 """|tanh| from which an output lies in the outer 1 % of its range."""
 
 
@@ -32,7 +38,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
     return [weight for name in names if (weight := getattr(module, name)) is not None]
 
 
-def _no_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _no_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     return {}
 
 
@@ -40,8 +46,7 @@ def _no_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: 
 class Kind:
     """One kind of recurrence: its modules, their weights, its equations, and what tells how long it remembers."""
 
-    name: str
-    """LSTM, GRU or RNN."""
+    name: RecurrenceName
     sequence: type[nn.Module]
     """Its module that runs over a whole sequence; it has `batch_first`, and what `Recurrence.of` asks for."""
     cell: type[nn.Module]
@@ -59,7 +64,7 @@ class Kind:
     has_cell_state: bool = False
     weights: Callable[[nn.Module], list[Tensor]] = _weights
     """Returns, for each layer and direction: w_ih, w_hh, with a bias b_ih and b_hh, with a projection w_hr."""
-    facts: Callable[[Cell, LayerWeights], dict[str, Tensor]] = _no_facts
+    facts: Callable[[Cell, LayerWeights], Facts] = _no_facts
     """What decides how long a layer and direction remembers, by name, once it has run."""
     saturation: Callable[[Tensor], Tensor] | None = None
     """Of outputs that saturate: which share of them does."""
@@ -71,19 +76,19 @@ class Kind:
         return isinstance(module, self.cell) and self.nonlinearity in (None, getattr(module, "nonlinearity", None))
 
 
-def _lstm_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:
-    facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
+def _lstm_facts(cell: Cell, weights: LayerWeights) -> Facts:
+    facts: Facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
     if weights.b_ih is not None and weights.b_hh is not None:
         hidden = len(weights.b_ih) // 4
         facts["forget_bias"] = (weights.b_ih + weights.b_hh)[hidden : 2 * hidden].mean()
     return facts
 
 
-def _gru_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _gru_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     return {} if cell.kept is None else {"update_gate": cell.kept.mean()}
 
 
-def _rnn_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _rnn_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     if weights.hh.shape[-1] > _LARGEST:
         return {}
     w = weights.hh.float()
@@ -150,6 +155,16 @@ _STOCK = frozenset(c.forward for c in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.L
 def kind_of(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> Kind | None:
     """Return the kind of recurrence that a module is, None if it is none that can be walked back through."""
     return next((kind for kind in kinds if kind.includes(module)), None)
+
+
+def recurrence_of(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> RecurrenceName | None:
+    """Return what carries the state of a module: one of the kinds, or one whose class is called after it.
+
+    None where that is not known.
+    """
+    kind = kind_of(module, kinds)
+    called = type(module).__name__.upper()
+    return kind.name if kind is not None else next((kind.name for kind in kinds if kind.name in called), None)
 
 
 def is_recurrent(module: nn.Module) -> bool:

@@ -14,10 +14,21 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import unserializable_hook
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of
-from gradwatch.timesteps.kinds import KINDS, Kind, Recurrence, is_cell, is_fused, is_stock, kind_of, time_of
+from gradwatch.timesteps.kinds import (
+    KINDS,
+    Kind,
+    Recurrence,
+    is_cell,
+    is_fused,
+    is_stock,
+    kind_of,
+    recurrence_of,
+    time_of,
+)
 from gradwatch.timesteps.layout import Layout, layout_of
 
 ROWS = 8
@@ -58,6 +69,7 @@ class Recorder:
     def __init__(
         self,
         timesteps: str | Mapping[str, int | None],
+        attempts: Attempts | None = None,
         *,
         rows: int = ROWS,
         budget: int = BUDGET,
@@ -67,18 +79,20 @@ class Recorder:
 
         Args:
             timesteps: as for `watch`.
+            attempts: knows which calls and backward passes an exception ended.
             rows: of a batch, how many are looked at closely.
             budget: bytes that the walk back through one module may take; beyond it there are fewer rows.
             kinds: those that can be walked back through.
 
         """
+        self._attempts = attempts or Attempts()
         self._named = dict(timesteps) if isinstance(timesteps, Mapping) else {}
         self._rows, self._budget, self._kinds = rows, budget, kinds
         self._learned: dict[str, bool] = {}
         """By name, whether a leaf in place of the input was found to do no harm."""
         self._pass = 0
-        self._busy = False
-        """Whether a backward pass has brought something since the last forward call."""
+        self._busy: int | None = None
+        """The last backward pass that has brought something since the last forward call."""
         self.targets: dict[int, SequenceModule] = {}
         """The modules that are seen, by `id`."""
 
@@ -96,6 +110,7 @@ class Recorder:
             target = self.targets[id(module)] = SequenceModule(
                 name=name,
                 kind=kind,
+                recurrence=recurrence_of(module, self._kinds),
                 time=None if kind is not None else self._named[name],
                 parameters=frozenset(map(id, module.parameters())),
                 sharded=_sharded(module),
@@ -131,7 +146,18 @@ class Recorder:
         """Let go of everything, and look no more."""
         self.next_step(self.targets.values())
         self.targets = {}
-        self._pass, self._busy = 0, False
+        self._pass, self._busy = 0, None
+
+    def leave_out_void(self) -> None:
+        """Let go of what belongs to calls and backward passes that an exception ended."""
+        void, broken = self._attempts.void, self._attempts.broken
+        if not void and not broken:  # nearly always
+            return
+        for target in self.targets.values():
+            target.leave_out(void, broken)
+            if not target.calls and target.candidate is not None:
+                target.candidate = None
+                self._learned.pop(target.name)
 
     # --- what the forward hooks call ---
 
@@ -140,6 +166,7 @@ class Recorder:
         target = self.targets.get(id(module))
         if target is None or transformed():
             return None
+        self.leave_out_void()
         if not torch.is_grad_enabled():
             target.without_grad = target.without_grad or not target.calls
             return None
@@ -185,7 +212,7 @@ class Recorder:
         if layout is None:
             return
         self._count(target)
-        call = SequenceCall(layout, self._pass)
+        call = SequenceCall(layout, self._pass, self._attempts.now)
         tensors = _outputs(output, recurrent=target.recurrent, single=call.single)
         if target.kind is not None:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
@@ -215,8 +242,8 @@ class Recorder:
         """Begin another pass, if something runs after a backward pass, or again in a later one."""
         task = torch._C._current_graph_task_id()
         if task == -1:
-            begins = self._busy
-            self._busy = False
+            begins = self._busy is not None and self._busy not in self._attempts.broken
+            self._busy = None
         else:
             begins = target.begins_pass(task)
         if begins:
@@ -332,8 +359,8 @@ class Recorder:
         call.handles.append(tensor.register_hook(unserializable_hook(hook)))  # type: ignore[no-untyped-call]  # torch's
 
     def _arrived(self, call: SequenceCall, name: str, gradient: Tensor, *, graph: bool) -> None:
-        self._busy = True
-        call.reached(torch._C._current_graph_task_id(), graph=graph)
+        self._busy = task = self._attempts.backward()
+        call.reached(task, graph=graph)
         if name == "x" or call.single:
             call.squares[name], call.lengths = call.layout.every(gradient)
         if call.record is not None:

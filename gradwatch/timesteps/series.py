@@ -14,8 +14,8 @@ from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
 from gradwatch.timesteps.walk import Series, gradients_through_time
-from gradwatch.values.sequences import SequenceStats, horizon_of
-from gradwatch.values.snapshot import Fact
+from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
+from gradwatch.values.snapshot import Fact, FactName
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest residual of the replay and of the adjoint; formats narrower than float32 lose more."""
@@ -37,7 +37,9 @@ class Trace:
 
     module: str
     series: list[Series] = field(default_factory=list)
-    facts: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[tuple[FactName, str], Tensor] = field(default_factory=dict)
+    """By name and part."""
+    kind: RecurrenceName | None = None
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
@@ -49,14 +51,14 @@ class Trace:
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
     alone: bool = True
-    """Whether nothing but this module uses its input: then a large adjoint residual says that these are wrong."""
+    """Whether nothing but this module uses its input: then a large adjoint residual condemns the hidden series."""
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Return everything that is to be copied, by part and name."""
         found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
         return (
             found
-            | {("fact", name): value for name, value in self.facts.items()}
+            | {("fact", f"{name} {part}"): value for (name, part), value in self.facts.items()}
             | {("check", name): value for name, value in self.checks.items()}
         )
 
@@ -116,6 +118,8 @@ class Trace:
                     part=series.part,
                     length=series.length,
                     rows=series.rows,
+                    kind=self.kind if not series.part else None,
+                    reverse=series.reverse,
                     censored=known.censored if known is not None else None,
                     scaled=scaled,
                     note="; ".join(notes) or None if not series.part else None,
@@ -123,14 +127,14 @@ class Trace:
                     **mine,
                 )
             )
-        return found or [SequenceStats(self.module, note="; ".join(notes) or None)]
+        return found or [SequenceStats(self.module, kind=self.kind, note="; ".join(notes) or None)]
 
     def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
         """Return the facts as values."""
         return [
-            Fact(self.module, name, values["fact", name][0])
-            for name in self.facts
-            if math.isfinite(values["fact", name][0])
+            Fact(self.module, name, value, part)
+            for name, part in self.facts
+            if math.isfinite(value := values["fact", f"{name} {part}"][0])
         ]
 
     def _trusted(self, residuals: dict[str, float], notes: list[str]) -> bool:
@@ -160,12 +164,13 @@ def traces(targets: Iterable[SequenceModule], generator: torch.Generator) -> lis
         try:
             found.append(_worked_out(target, generator))
         except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
-            found.append(Trace(target.name, notes=[f"it could not be worked out: {type(error).__name__}: {error}"]))
+            note = f"it could not be worked out: {type(error).__name__}: {error}"
+            found.append(Trace(target.name, kind=target.recurrence, notes=[note]))
     return found
 
 
 def _worked_out(target: SequenceModule, generator: torch.Generator) -> Trace:
-    result = Trace(target.name, notes=[target.note] if target.note else [])
+    result = Trace(target.name, kind=target.recurrence, notes=[target.note] if target.note else [])
     passes = {s.number for s in target.calls if s.task is not None} or {s.number for s in target.calls}
     if target.repeated or not passes:
         if not target.note:
@@ -219,7 +224,7 @@ def _reached(target: SequenceModule, chain: Sequence[SequenceCall], notes: list[
     passes = len(target.passes.union(s.number for s in target.calls if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
-    backwards = max(len(tasks), *(s.tasks for s in chain))
+    backwards = max(len(tasks), *(len(s.tasks) for s in chain))
     if backwards > 1:
         notes.append(f"{backwards} backward passes reached it; the last is shown")
 
@@ -308,12 +313,13 @@ def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
             chains[-1].append(call)
         else:
             chains.append([call])
-    chosen = next((c for c in reversed(chains) if any(call.task is not None for call in c)), chains[-1])
+    # Those that no backward pass has reached are no part of the training.
+    chains = [chain for chain in chains if any(call.task is not None for call in chain)] or chains[-1:]
     if len(chains) > 1:
         notes.append(
             f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown"
         )
-    return chosen
+    return chains[-1]
 
 
 def _own_lengths(call: SequenceCall) -> Tensor | None:

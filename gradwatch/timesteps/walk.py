@@ -12,6 +12,7 @@ from torch import Tensor
 from gradwatch.timesteps.adjoint import Cell, Seam, Walk, by_lag, ends_of, flip, square, walk_back
 from gradwatch.timesteps.call_records import CallRecord, StateOrigin
 from gradwatch.timesteps.replay import Replay
+from gradwatch.values.snapshot import FactName
 
 _COTANGENTS = 3
 """Random cotangents of each row: 8 rows give the decay rate within 2 %, for inputs of four features and more."""
@@ -25,6 +26,8 @@ class Series:
     length: int
     rows: int
     values: dict[str, Tensor]
+    reverse: bool = False
+    """Whether it runs from the newest timestep to the oldest."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Rows:
 
 def gradients_through_time(
     records: Sequence[CallRecord], own: Tensor | None, generator: torch.Generator
-) -> tuple[list[Series], dict[str, Tensor]]:
+) -> tuple[list[Series], dict[tuple[FactName, str], Tensor]]:
     """Walk back through the calls that make one sequence. The records stay as they are.
 
     Args:
@@ -69,7 +72,7 @@ def gradients_through_time(
 
     Returns:
         The series of the module ("lag_gain", "replay_residual", "adjoint_residual", and "grad_input" where it is known
-        from here alone), then those of each layer and direction; and facts about it, by name.
+        from here alone), then those of each layer and direction; and facts about it, by name and part.
 
     """
     first = records[0]
@@ -199,7 +202,7 @@ def _series(walk: Walk, name: str, rows: _Rows) -> Series:
         values["lag_gain_hidden"] = _gain(walk.hidden[1:].mean(0), rows.own)
         if walk.cell is not None:
             values["lag_gain_cell"] = _gain(walk.cell[1:].mean(0), rows.own)
-    return Series(name, rows.steps, rows.count, values)
+    return Series(name, rows.steps, rows.count, values, reverse=reverse)
 
 
 def _norms(squares: Tensor, lengths: Tensor | None) -> Tensor:
@@ -218,14 +221,14 @@ def _flip(tensor: Tensor, lengths: Tensor | None) -> Tensor:
     return flip(tensor.transpose(1, 2), lengths).transpose(1, 2)
 
 
-def _facts(record: CallRecord, cells: Sequence[Cell], y: Tensor) -> dict[str, Tensor]:
+def _facts(record: CallRecord, cells: Sequence[Cell], y: Tensor) -> dict[tuple[FactName, str], Tensor]:
     """Measure what decides how long a recurrent network remembers, on its weights, gates and outputs."""
     recurrence = record.recurrence
     facts = {
-        f"{name}_{recurrence.part(number)}": value
+        (name, recurrence.part(number)): value
         for number, cell in enumerate(cells)
         for name, value in recurrence.kind.facts(cell, recurrence.of_part(record.weights, number)).items()
     }
     if recurrence.kind.saturation is not None:
-        facts[f"saturation_l{recurrence.layers - 1}"] = recurrence.kind.saturation(y)
+        facts["saturation", f"l{recurrence.layers - 1}"] = recurrence.kind.saturation(y)
     return facts

@@ -21,6 +21,7 @@ from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ForwardTrace, Part
 from gradwatch.model.optimizer_hooks import StepHooks, unwrap
 from gradwatch.sinks.run_directory import RunDirectory
@@ -106,9 +107,10 @@ class Watcher:
         """Optimizers that have stepped since a loss was recorded, and have had it."""
         self._explicit = False
         self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        sequences = Sequences(timesteps, horizon, thresholds.horizon_gain) if timesteps is not False else None
-        self._probes = Probes(sequences, self._warn, strict=strict)
-        self._inventory = Inventory(model, self._slots, ForwardTrace(self._probes.all(), self._probes.failed))
+        attempts = Attempts()
+        sequences = Sequences(timesteps, horizon, thresholds.horizon_gain, attempts) if timesteps is not False else None
+        self._probes = Probes(sequences, attempts, self._warn, strict=strict)
+        self._inventory = Inventory(model, self._slots, ForwardTrace(self._probes.all(), self._probes.failed, attempts))
         info = self._inventory.info
         self._processes = Processes((p.name for p in info.parameters), alone=strict)
         self._judge = Judge(

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations
@@ -922,7 +923,7 @@ def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed(tmp
     script = tmp_path / "load.py"
     script.write_text(LOAD)
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *map(str, files)],
+        [*warm(), str(script), str(tmp_path), *map(str, files)],
         capture_output=True,
         text=True,
         check=False,

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import gradwatch
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, StepView, listening
 from gradwatch.timesteps.recorder import Recorder, bytes_per_row
 from gradwatch.timesteps.series import Trace, traces
@@ -951,7 +952,7 @@ def test_of_a_frozen_module_another_tells_whether_a_loss_scale_is_on_its_gradien
     ],
 )
 def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, unknown):
-    layer, transfer, outputs = nn.Linear(2, 2), Transfer(), OutputGradients()
+    layer, transfer, outputs = nn.Linear(2, 2), Transfer(), OutputGradients(Attempts())
     outputs.arm(ModelView({"": layer}, {id(layer): ""}))
     y = layer(torch.ones(1, 2))
     outputs.left(layer, (), {}, y)

@@ -12,12 +12,12 @@ import logging
 import math
 import os
 import subprocess
-import sys
 import types
 import warnings
 
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
@@ -1752,7 +1752,7 @@ assert watcher.report.open
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("how", ["exit", "close"])
 def test_a_forked_child_that_ends_like_any_process_leaves_the_files_alone(tmp_path, how):
-    done = subprocess.run([sys.executable, "-c", LEFT, tmp_path, how], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", LEFT, tmp_path, how], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert [a.finding.code for a in gradwatch.read_run(tmp_path).alerts] == ["GW101"]
 
