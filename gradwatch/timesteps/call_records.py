@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -227,3 +228,35 @@ class SequenceModule:
         self.calls, self.passes, self.leaves, self.random = [], set(), {}, None
         self.task, self.repeated = None, False
         self.sentinel.remove()
+
+
+def origin_of(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> StateOrigin:
+    """Tell where the state came from that a call was given.
+
+    Args:
+        h0: the state.
+        record: of the call.
+        earlier: calls of the module in the same pass, oldest first.
+
+    """
+    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
+    if not earlier:
+        return begun
+    before, layout = earlier[-1], record.layout
+    if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
+        return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
+    if layout.single and h0.requires_grad and before.layout.inner(1) == layout.inner(1):
+        first = earlier[0].record
+        if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
+            return StateOrigin.CHANGED
+        return StateOrigin.NEW
+    return begun
+
+
+def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:
+    """Tell whether the state that a call took is the one that the call before gave."""
+    earlier = before.record
+    if earlier is None or earlier.y.shape[1:] != record.y.shape[1:]:
+        return False
+    given = before.final_state() if before.final_state is not None else None
+    return given is h0 or torch.equal(earlier.y[-1], record.h0[-1])

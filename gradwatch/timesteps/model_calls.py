@@ -49,7 +49,7 @@ class ModelCalls:
         self._held = False
 
     def arm(self, wanted: Mapping[int, str], targets: frozenset[int]) -> None:
-        """Look for modules `wanted`, and for a call that holds one of `targets`, by `id`; without any, for each call."""
+        """Look for modules `wanted`, and for a call that holds one of `targets`, by `id`; without any, for all."""
         self.clear()
         self._wanted, self._targets = wanted, targets
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import unserializable_hook
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
-from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
+from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of
 from gradwatch.timesteps.kinds import (
     KINDS,
     Kind,
@@ -328,7 +328,7 @@ class Recorder:
         )
         earlier = [c for c in target.calls if c.number == call.number]
         if isinstance(h0, Tensor):
-            record.origin = _origin(h0, record, earlier)
+            record.origin = origin_of(h0, record, earlier)
         # A cell of one kernel has one node in the graph for both.
         c = outputs.get("c")
         record.c_through_h = call.single and c is not None and outputs["h"].grad_fn is not c.grad_fn
@@ -384,38 +384,6 @@ def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]
     y, states = output
     found = {"y": y.data if isinstance(y, PackedSequence) else y}
     return found | dict(zip(("h", "c"), states if isinstance(states, tuple | list) else (states,), strict=False))
-
-
-def _origin(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> StateOrigin:
-    """Tell where the state came from that a call was given.
-
-    Args:
-        h0: the state.
-        record: of the call.
-        earlier: calls of the module in the same pass, oldest first.
-
-    """
-    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
-    if not earlier:
-        return begun
-    before, layout = earlier[-1], record.layout
-    if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
-        return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
-    if layout.single and h0.requires_grad and before.layout.inner(1) == layout.inner(1):
-        first = earlier[0].record
-        if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
-            return StateOrigin.CHANGED
-        return StateOrigin.NEW
-    return begun
-
-
-def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:
-    """Tell whether the state that a call took is the one that the call before gave."""
-    earlier = before.record
-    if earlier is None or earlier.y.shape[1:] != record.y.shape[1:]:
-        return False
-    given = before.final_state() if before.final_state is not None else None
-    return given is h0 or torch.equal(earlier.y[-1], record.h0[-1])
 
 
 def _drop_gradient(leaf: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The gradients through time of a step: what recorders have seen of it, and the horizon of the model where a need is declared."""
+"""The gradients through time of a step: what was recorded of it, and the model's horizon where a need is declared."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Sequences:
             self._calls.entered(module)
         return self._recorder.entered(module, inputs)
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Take note of the output."""
         if self._calls is not None and not self._compiled:
             self._calls.left(module, inputs, kwargs)

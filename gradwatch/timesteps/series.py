@@ -44,14 +44,14 @@ class Trace:
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
     reached: int | None = None
-    """How many of the newest timesteps lie after the last detached state between its calls; None where none is detached."""
+    """How many of the newest timesteps lie after the last detached state between its calls; None: none is detached."""
     arrived: bool = False
     """Whether a gradient reached it: where none did, no factor is on what is shown."""
     tolerance: float = 0.0
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
     alone: bool = True
-    """Whether nothing but this module uses its input, so that a large adjoint residual means that the hidden series are wrong."""
+    """Whether nothing but this module uses its input: then a large adjoint residual condemns the hidden series."""
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Return everything that is to be copied, by part and name."""
@@ -142,13 +142,15 @@ class Trace:
         replay, adjoint = residuals.get("replay_residual", 0.0), residuals.get("adjoint_residual", 0.0)
         if not replay <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: its outputs are not those of torch's equations (they differ by {replay:.1g} of the largest): an overridden"
-                " forward, a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
+                "the hidden series are left out: its outputs are not those of torch's equations"
+                f" (they differ by {replay:.1g} of the largest): an overridden forward,"
+                " a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
             )
             return False
         if not adjoint <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: the gradient of its input is not what they lead to (it differs by {adjoint:.1g} of the largest):"
+                "the hidden series are left out: the gradient of its input is not what they lead to"
+                f" (it differs by {adjoint:.1g} of the largest):"
                 " a hook that changes a gradient, or an edit in place"
             )
             return False
