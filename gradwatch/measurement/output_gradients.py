@@ -134,8 +134,7 @@ class Activations:
             self._counts[task] = self._trains()
         if not self._counts[task]:
             return
-        with torch.no_grad():
-            seen.norm = stats.norms([stats.plain(gradient)])[0]
+        seen.norm = stats.norm(stats.plain(gradient))  # which is detached, so that nothing of this gets a graph
         seen.again, seen.task = seen.task is not None, task
 
     def _trains(self) -> bool:
@@ -174,7 +173,7 @@ class Activations:
                 unknown.append(name)
             elif reached:
                 parts = [seen.norm for seen in reached if seen.norm is not None]
-                norms[name] = parts[0] if len(parts) == 1 else stats.norms([torch.stack(parts)])[0]
+                norms[name] = parts[0] if len(parts) == 1 else stats.norm(torch.stack(parts))
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
         if not others or self._sentinel.of(mine):  # what arrives from now on is of the next step
