@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,17 +19,20 @@ from gradwatch.values.snapshot import ActivationStats, Fact
 
 Key = tuple[object, ...]
 
-_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
-"""Nodes of activations whose output is exactly 0 where their derivative is."""
 _OUTER = 0.01
 """Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
 _FORMULAS = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
+    "ThresholdBackward0": "relu",
     "HardtanhBackward0": "hardtanh",
+    "HardswishBackward0": "relu",
     "SoftmaxBackward0": "softmax",
 }
+"""Activations, by the node that they leave in the graph."""
+_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
+"""Those whose output is exactly 0 where their derivative is."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
@@ -122,6 +125,8 @@ class Causes:
         self._facts: dict[Key, Tensor] = {}
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
+        self._scratch: Tensor | None = None
+        """For what is worked out of one activation after the other: new memory for each costs as much as the arithmetic."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
@@ -135,8 +140,7 @@ class Causes:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
-                with contextlib.suppress(Exception):  # what has no shape or no arithmetic is left out
-                    self._look(tensor)
+                self._look(tensor)
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -149,49 +153,65 @@ class Causes:
             self._completed[name] = any(t.grad_fn is not None for t in given)
         if not torch.is_grad_enabled():
             return
-        owner = any(p is not None for p in module._parameters.values())
-        with contextlib.suppress(Exception):  # as above
-            for tensor in given:
-                if tensor.grad_fn is None or hasattr(tensor, "placements"):
-                    continue
-                if owner and tensor.dim() > 1:
-                    _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
-                self._look(tensor)
-            spread = any(
-                hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values())
-            )  # each operation on them is a collective
-            if owner and name in self.suspects and given and given[0].dim() > 1 and not spread:
-                with torch.no_grad():
-                    self._question(name, module, floats(inputs), given[0])
+        owner = bool(module._parameters) and any(p is not None for p in module._parameters.values())
+        for tensor in given:
+            if owner:
+                with contextlib.suppress(Exception):  # what has no shape is left out
+                    self._write(tensor, name, module)
+            self._look(tensor)
+        if owner and name in self.suspects and given:
+            with contextlib.suppress(Exception):  # and what has no arithmetic
+                taken = floats(inputs)
+                # Each operation on them would be a collective.
+                spread = any(hasattr(t, "placements") for t in (*given, *taken, *module._parameters.values()))
+                if given[0].dim() > 1 and not spread:
+                    self._question(name, module, taken, given[0])
+
+    def _write(self, tensor: Tensor, name: str, module: nn.Module) -> None:
+        """Write at the node of what a layer gives whose it is."""
+        node = tensor.grad_fn
+        if node is not None and tensor.dim() > 1 and not hasattr(tensor, "placements"):
+            _notes(node).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
 
     def _look(self, tensor: Tensor) -> None:
+        """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        kind = node.name() if node is not None else ""
+        if kind in _FORMULAS and not hasattr(tensor, "placements"):
+            with contextlib.suppress(Exception):  # as above
+                self._count(tensor, node, kind)
+
+    def _count(self, tensor: Tensor, node: Any, kind: str) -> None:  # noqa: ANN401  (as below)
+        notes = _notes(node)
+        if self._seen in notes:
             return
-        _notes(node)[self._seen] = True
+        notes[self._seen] = True
         given = _source(node, self._mark)
         if given is None or given.shape != tensor.shape:
             return
-        mine = self._units.setdefault(given.layer, Units())
+        formula = _FORMULAS[kind]
+        mine = self._units.get(given.layer)
+        if mine is None:
+            mine = self._units[given.layer] = Units()
         mine.calls += 1
         mine.formula = formula
         if mine.calls > _CALLS:
             return
-        with torch.no_grad():
-            rows = tensor.detach()
-            per_unit = rows.numel() // max(rows.shape[given.dim], 1)
-            if per_unit > _ENTRIES and given.dim != 0:
-                rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-            if node.name() in _SILENT:
-                fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-                same = mine.fired is not None and mine.fired.shape == fired.shape
-                mine.fired = mine.fired + fired if same and mine.fired is not None else fired
-                mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
-            if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * _OUTER).float().mean())
-            elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - _OUTER).float().mean())
+        rows = tensor.detach()  # so that nothing of what follows gets a graph
+        per_unit = rows.numel() // max(rows.shape[given.dim], 1)
+        if per_unit > _ENTRIES and given.dim != 0:
+            rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+        if kind in _SILENT:
+            if self._scratch is None or _form(self._scratch) != _form(rows):
+                self._scratch = torch.empty_like(rows)
+            fired = _fired(rows, given.dim, self._scratch)
+            same = mine.fired is not None and mine.fired.shape == fired.shape
+            mine.fired = mine.fired + fired if same and mine.fired is not None else fired
+            mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
+        elif formula == "tanh":
+            mine.saturated.append(_share_above(rows, 0.0, 1 - 2 * _OUTER))
+        elif formula == "sigmoid":
+            mine.saturated.append(_share_above(rows, 0.5, 0.5 - _OUTER))
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -205,7 +225,10 @@ class Causes:
             self._facts["fact", "silent_by_bias", name] = by_bias
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
-            spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
+            apart = x - x[:1]  # exactly 0 where the input is always the same
+            middle = apart.mean(dim=0)
+            mean = (x[0] + middle).square_().mean().sqrt()
+            spread = apart.sub_(middle).square_().mean().sqrt()
             self._facts["fact", "input_offset", name] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
@@ -230,40 +253,45 @@ class Causes:
         units: dict[str, int] = {}
         facts = []
         theirs = {}
+        alike: dict[tuple[object, ...], dict[str, Tensor]] = {}
         for name, seen in self._units.items():
             if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
                 theirs[name] = seen
                 continue
             if seen.fired is not None and seen.entries:
-                numbers["dead", name], units[name] = self._dead(name, seen.fired, seen.entries), len(seen.fired)
+                alike.setdefault((seen.fired.shape, seen.fired.device, seen.entries), {})[name] = seen.fired
+                units[name] = len(seen.fired)
             if seen.saturated:
                 numbers["saturated", name] = torch.stack(seen.saturated).mean()
                 units.setdefault(name, 0)
             if name in self.suspects:
                 facts.append(Fact(name, f"activation {seen.formula}", 1.0))
+        for (*_, entries), fired in alike.items():
+            for name, share in zip(fired, self._dead(fired, entries), strict=True):
+                numbers["dead", name] = share
         for name in sorted(self.suspects):
             weights = modules[name]._parameters.values() if name in modules else ()
             large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
             if large is not None and not hasattr(large, "placements"):
                 numbers["fact", "spectral_norm", name] = spectral_norm(large.detach())
         facts += self._end_of_gradient(reached)
-        self._units, self._facts, self._completed = theirs, {}, {}
+        self._units, self._facts, self._completed, self._scratch = theirs, {}, {}, None
         return Seen(numbers, units, tuple(facts))
 
-    def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
-        """Return the share of units that have been silent for longer than chance explains."""
-        before = self._silent.get(name)
-        silent = (
-            torch.full_like(fired, entries)
-            if before is None or before.shape != fired.shape or before.device != fired.device
-            else before + entries
-        )
-        silent = torch.where(fired > 0, torch.zeros_like(silent), silent)
-        self._silent[name] = silent
-        alive = (fired > 0).sum()
-        rate = fired.sum() / (alive * entries).clamp(min=1)
+    def _dead(self, fired: Mapping[str, Tensor], entries: int) -> Sequence[Tensor]:
+        """Return, for layers with as many units each, the share of units that have been silent for longer than chance explains."""
+        now = torch.stack(list(fired.values()))
+        known = [self._silent.get(name) for name in fired]
+        before = [
+            rows.new_zeros(rows.shape) if old is None or old.shape != rows.shape or old.device != rows.device else old
+            for old, rows in zip(known, fired.values(), strict=True)
+        ]
+        silent = (torch.stack(before) + entries) * (now <= 0)
+        self._silent.update(zip(fired, silent.unbind(), strict=True))
+        alive = (now > 0).sum(1, keepdim=True)
+        rate = now.sum(1, keepdim=True) / (alive * entries).clamp(min=1)
         enough = torch.where(alive > 0, _SURE / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(min=_ENOUGH)
-        return (silent >= enough).float().mean()
+        return (silent >= enough).float().mean(1).unbind()
 
     def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
         """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
@@ -281,7 +309,27 @@ class Causes:
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
-        self._names, self._units, self._facts, self._completed = {}, {}, {}, {}
+        self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+
+
+# Comparisons that give booleans, and sums of those, cost torch several times as much on CPU as arithmetic that says the same.
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
+    """Count by unit the entries that are not 0; a unit with a NaN counts with all of them."""
+    others = [d for d in range(rows.dim()) if d != dim]
+    ones = torch.abs(rows, out=scratch).clamp_(max=1).ceil_()
+    fired = ones.sum(others, dtype=torch.float32)
+    return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
+
+
+def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
+    """Return the share of entries farther from the middle than this; NaN is not."""
+    return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
 
 
 def _dim(module: nn.Module, output: Tensor) -> int:

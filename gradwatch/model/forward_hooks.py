@@ -128,27 +128,30 @@ class ForwardTrace:
         """Note that a module runs, and let the visitors see its inputs; what one returns takes their place."""
         if not self._sees():
             return None
-        name = self._names.get(id(module))
-        given = [value for value in inputs if isinstance(value, torch.Tensor)]
-        if given and not any(map(torch.Tensor.numel, given)):  # an expert that no row was routed to
-            name = None
+        key = id(module)
+        name = self._names.get(key)
         # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
         if name is not None and name not in self._ran and (torch.is_grad_enabled() or module.training):
-            self._ran[name] = None
-            if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
-                self.half = True
-            if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
-                self.half = True
+            given = [value for value in inputs if isinstance(value, torch.Tensor)]
+            if not given or any(map(torch.Tensor.numel, given)):  # else an expert that no row was routed to
+                self._ran[name] = None
+                if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
+                    self.half = True
+                if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
+                    self.half = True
         changed = None
         for visitor, modules in self._visitors:
-            if id(module) in modules:
+            if key in modules:
                 changed = visitor.entered(module, inputs if changed is None else changed) or changed
         return changed
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Let the visitors see what a module gives."""
+        if not self._sees():
+            return
+        key = id(module)
         for visitor, modules in self._visitors:
-            if self._sees() and id(module) in modules:
+            if key in modules:
                 visitor.left(module, inputs, kwargs, output)
 
 

@@ -18,6 +18,8 @@ def floats(value: object) -> list[Tensor]:
         value = value.data
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
+    if type(value) is tuple:  # what modules take: at once, because this runs at every call of a probe
+        return [t for v in value for t in floats(v)]
     if isinstance(value, Mapping):
         value = list(value.values())
     elif dataclasses.is_dataclass(value):
