@@ -253,20 +253,20 @@ class Causes:
         units: dict[str, int] = {}
         facts = []
         theirs = {}
-        alike: dict[tuple[object, ...], dict[str, Tensor]] = {}
+        alike: dict[tuple[int, int, torch.device], dict[str, Tensor]] = {}
         for name, seen in self._units.items():
             if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
                 theirs[name] = seen
                 continue
             if seen.fired is not None and seen.entries:
-                alike.setdefault((seen.fired.shape, seen.fired.device, seen.entries), {})[name] = seen.fired
                 units[name] = len(seen.fired)
+                alike.setdefault((seen.entries, units[name], seen.fired.device), {})[name] = seen.fired
             if seen.saturated:
                 numbers["saturated", name] = torch.stack(seen.saturated).mean()
                 units.setdefault(name, 0)
             if name in self.suspects:
                 facts.append(Fact(name, f"activation {seen.formula}", 1.0))
-        for (*_, entries), fired in alike.items():
+        for (entries, *_), fired in alike.items():
             for name, share in zip(fired, self._dead(fired, entries), strict=True):
                 numbers["dead", name] = share
         for name in sorted(self.suspects):
