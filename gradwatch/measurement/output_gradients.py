@@ -21,10 +21,12 @@ from gradwatch.values.snapshot import ActivationStats
 
 @dataclass(eq=False)
 class Output:
-    """A tensor that a module gave."""
+    """A tensor that a module gave, and often the modules around it too."""
 
     handle: RemovableHandle | None = None
     """Of the hook on its node."""
+    holders: int = 0
+    """How many have it in their list, and want the hook."""
     task: int | None = None
     """The backward pass that reached it."""
     norm: Tensor | None = None
@@ -76,6 +78,8 @@ class Activations:
         self._names: Mapping[int, str] = {}
         self._outputs: dict[str, list[Output]] = {}
         self._without_graph: set[int] = set()
+        self._mark = object()
+        """What this one writes at nodes, beside what other watchers write there."""
         self._counts: dict[int, bool] = {}
         """By backward pass, whether it counts."""
         self._sentinel = Sentinel(self._counts)
@@ -115,8 +119,17 @@ class Activations:
             self._sentinel.watch(module)
 
     def _hang(self, tensor: Tensor, name: str) -> None:
-        me, seen = weakref.ref(self), Output()
+        node: Any = tensor.grad_fn
+        notes: dict[object, Any] = node.metadata
+        number = tensor.output_nr
+        seen: Output | None = notes.get((self._mark, number))
+        if seen is None or not seen.holders:
+            seen = notes[self._mark, number] = self._heard_at(tensor)
+        seen.holders += 1
         self._outputs.setdefault(name, []).append(seen)
+
+    def _heard_at(self, tensor: Tensor) -> Output:
+        me, seen = weakref.ref(self), Output()
 
         def hook(gradient: Tensor | None) -> None:
             activations = me()
@@ -127,6 +140,7 @@ class Activations:
                     activations.clear()
 
         seen.handle = at_output(tensor, hook)
+        return seen
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -192,6 +206,7 @@ class Activations:
     def _pop(self, name: str) -> list[Output]:
         outputs = self._outputs.pop(name)
         for output in outputs:
-            if output.handle is not None:
+            output.holders -= 1
+            if output.handle is not None and not output.holders:
                 output.handle.remove()
         return outputs
