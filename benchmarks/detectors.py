@@ -1,6 +1,6 @@
 """What judging costs: all detectors together on one measured snapshot, by the number of layers, in sound and in ill models.
 
-python -m benchmarks.detectors
+python -m benchmarks.detectors           # --quick: seconds
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 
+from benchmarks.command import parsed, parser
 from gradwatch import History
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.snapshot import (
@@ -94,15 +95,17 @@ def once(told: History) -> tuple[float, int]:
 
 def main() -> None:
     """Print a table."""
+    quick = parsed(parser(__doc__)).quick
+    rounds = 3 if quick else 30
     print(
-        "all detectors on one snapshot; median of 60, lower and upper quartile, in ms; control: the same history against itself, in turn"
+        f"all detectors on one snapshot; median of {2 * rounds}, lower and upper quartile, in ms; control: the same history against itself, in turn"
     )
     for state in STATES:
-        for layers in LAYERS:
+        for layers in LAYERS[:1] if quick else LAYERS:
             one, two = history(layers, state), history(layers, state)
             times: tuple[list[float], list[float]] = ([], [])
             count = 0
-            for _ in range(30):
+            for _ in range(rounds):
                 for which in (0, 1, 1, 0):
                     spent, count = once((one, two)[which])
                     times[which].append(spent * 1e3)

@@ -22,10 +22,12 @@ from gradwatch.values.snapshot import ActivationStats
 
 @dataclass(eq=False)
 class Output:
-    """A tensor that a module gave."""
+    """A tensor that a module gave, and often the modules around it too."""
 
     handle: RemovableHandle | None = None
     """Of the hook on its node."""
+    holders: int = 0
+    """How many have it in their list, and want the hook."""
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of what arrived, by backward pass: of the sum of several only the norms of its parts are known."""
 
@@ -44,6 +46,8 @@ class OutputGradients:
         self._names: Mapping[int, str] = {}
         self._outputs: dict[str, list[Output]] = {}
         self._without_graph: set[int] = set()
+        self._mark = object()
+        """What this one writes at nodes, beside what other watchers write there."""
         self.passes: dict[int, bool] = {}
         """By backward pass, whether it counts."""
         self.reached: frozenset[str] | None = None
@@ -81,8 +85,17 @@ class OutputGradients:
             self._hang(tensor, name)
 
     def _hang(self, tensor: Tensor, name: str) -> None:
-        me, seen = weakref.ref(self), Output()
+        node: Any = tensor.grad_fn
+        notes: dict[object, Any] = node.metadata
+        number = tensor.output_nr
+        seen: Output | None = notes.get((self._mark, number))
+        if seen is None or not seen.holders:
+            seen = notes[self._mark, number] = self._heard_at(tensor)
+        seen.holders += 1
         self._outputs.setdefault(name, []).append(seen)
+
+    def _heard_at(self, tensor: Tensor) -> Output:
+        me, seen = weakref.ref(self), Output()
 
         def hook(gradient: Tensor | None) -> None:
             activations = me()
@@ -93,6 +106,7 @@ class OutputGradients:
                     activations.clear()
 
         seen.handle = at_output(tensor, hook)
+        return seen
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:
         task = self._attempts.backward()
@@ -100,8 +114,7 @@ class OutputGradients:
             self.passes[task] = self._trains()
         if not self.passes[task]:
             return
-        with torch.no_grad():
-            seen.norms[task] = norms.norms([norms.plain(gradient)])[0]
+        seen.norms[task] = norms.norm(norms.plain(gradient))  # which is detached, so that nothing of this gets a graph
 
     def _trains(self) -> bool:
         """Tell whether the backward pass that runs now adds to the gradient of a parameter."""
@@ -127,7 +140,7 @@ class OutputGradients:
             if any(len(of_output) > 1 for of_output in arrived):
                 unknown.append(name)
             elif parts:
-                sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norms([torch.stack(parts)])[0])
+                sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norm(torch.stack(parts)))
         self.passes.clear()
         self.reached = frozenset((*sizes, *unknown)) if self._names else None
 
@@ -148,6 +161,7 @@ class OutputGradients:
     def _pop(self, name: str) -> list[Output]:
         outputs = self._outputs.pop(name)
         for output in outputs:
-            if output.handle is not None:
+            output.holders -= 1
+            if output.handle is not None and not output.holders:
                 output.handle.remove()
         return outputs

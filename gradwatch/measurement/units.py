@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,15 +19,18 @@ from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
 from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
-_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
-"""Nodes of activations whose output is exactly 0 where their derivative is."""
 _FUNCTIONS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
+    "ThresholdBackward0": "relu",
     "HardtanhBackward0": "hardtanh",
+    "HardswishBackward0": "relu",
     "SoftmaxBackward0": "softmax",
 }
+"""Activations, by the node that they leave in the graph."""
+_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
+"""Those whose output is exactly 0 where their derivative is."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
@@ -115,6 +118,8 @@ class Units:
         """By layer and name."""
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
+        self._scratch: Tensor | None = None
+        """For what is worked out of one activation after the other: new memory costs as much as the arithmetic."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
@@ -128,8 +133,7 @@ class Units:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
-                with contextlib.suppress(Exception):  # what has no shape or no arithmetic is left out
-                    self._look(tensor)
+                self._look(tensor)
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -142,51 +146,64 @@ class Units:
             self._completed[name] = any(t.grad_fn is not None for t in given)
         if not torch.is_grad_enabled():
             return
-        owner = any(p is not None for p in module._parameters.values())
-        with contextlib.suppress(Exception):  # as above
-            for tensor in given:
-                if tensor.grad_fn is None or hasattr(tensor, "placements"):
-                    continue
-                if owner and tensor.dim() > 1:
-                    _notes(tensor.grad_fn).setdefault(self._mark, UnitSource(name, _dim(module, tensor), tensor.shape))
-                self._look(tensor)
-            spread = any(
-                hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values())
-            )  # each operation on them is a collective
-            if owner and name in self.suspects and given and given[0].dim() > 1 and not spread:
-                with torch.no_grad():
-                    self._question(name, module, floats(inputs), given[0])
+        owner = bool(module._parameters) and any(p is not None for p in module._parameters.values())
+        for tensor in given:
+            if owner:
+                with contextlib.suppress(Exception):  # what has no shape is left out
+                    self._write(tensor, name, module)
+            self._look(tensor)
+        if owner and name in self.suspects and given:
+            with contextlib.suppress(Exception):  # and what has no arithmetic
+                taken = floats(inputs)
+                # Each operation on them would be a collective.
+                spread = any(hasattr(t, "placements") for t in (*given, *taken, *module._parameters.values()))
+                if given[0].dim() > 1 and not spread:
+                    self._question(name, module, taken, given[0])
+
+    def _write(self, tensor: Tensor, name: str, module: nn.Module) -> None:
+        """Write at the node of a layer's output whose it is."""
+        node = tensor.grad_fn
+        if node is not None and tensor.dim() > 1 and not hasattr(tensor, "placements"):
+            _notes(node).setdefault(self._mark, UnitSource(name, _dim(module, tensor), tensor.shape))
 
     def _look(self, tensor: Tensor) -> None:
+        """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
-        if node is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        kind = node.name() if node is not None else ""
+        if kind in _FUNCTIONS and not hasattr(tensor, "placements"):
+            with contextlib.suppress(Exception):  # as above
+                self._count(tensor, node, kind)
+
+    def _count(self, tensor: Tensor, node: Any, kind: str) -> None:  # noqa: ANN401  (as below)
+        notes = _notes(node)
+        if self._seen in notes:
             return
-        function = _FUNCTIONS.get(node.name(), "relu" if node.name() in _SILENT else None)
-        if function is None:
+        notes[self._seen] = True
+        source = _source(node, self._mark)
+        if source is None or source.shape != tensor.shape:
             return
-        _notes(node)[self._seen] = True
-        given = _source(node, self._mark)
-        if given is None or given.shape != tensor.shape:
-            return
-        mine = self._units.setdefault(given.layer, UnitCounts())
-        mine.function = function
+        mine = self._units.get(source.layer)
+        if mine is None:
+            mine = self._units[source.layer] = UnitCounts()
+        mine.function = function = _FUNCTIONS[kind]
         self._leave_out_void(mine)
         if len(mine.looks) == _CALLS:
             return
-        with torch.no_grad():
-            rows = tensor.detach()
-            per_unit = rows.numel() // max(rows.shape[given.dim], 1)
-            if per_unit > _ENTRIES and given.dim != 0:
-                rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-            fired = saturated = None
-            if node.name() in _SILENT:
-                fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-            if function == "tanh":
-                saturated = (rows.abs() > 1 - 2 * OUTER_SHARE).float().mean()
-            elif function == "sigmoid":
-                saturated = ((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean()
-            entries = rows.numel() // max(rows.shape[given.dim], 1)
-            mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
+        rows = tensor.detach()  # so that nothing of what follows gets a graph
+        per_unit = rows.numel() // max(rows.shape[source.dim], 1)
+        if per_unit > _ENTRIES and source.dim != 0:
+            rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+        fired = saturated = None
+        if kind in _SILENT:
+            if self._scratch is None or _form(self._scratch) != _form(rows):
+                self._scratch = torch.empty_like(rows)
+            fired = _fired(rows, source.dim, self._scratch)
+        elif function == "tanh":
+            saturated = _share_above(rows, 0.0, 1 - 2 * OUTER_SHARE)
+        elif function == "sigmoid":
+            saturated = _share_above(rows, 0.5, 0.5 - OUTER_SHARE)
+        entries = rows.numel() // max(rows.shape[source.dim], 1)
+        mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
 
     def _leave_out_void(self, units: UnitCounts) -> None:
         if self._attempts.void:
@@ -204,7 +221,10 @@ class Units:
             self._facts[name, "silent_by_bias"] = by_bias
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
-            spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
+            apart = x - x[:1]  # exactly 0 where the input is always the same
+            middle = apart.mean(dim=0)
+            mean = (x[0] + middle).square_().mean().sqrt()
+            spread = apart.sub_(middle).square_().mean().sqrt()
             self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
@@ -215,6 +235,8 @@ class Units:
         saturated: dict[str, Pending] = {}
         functions: dict[str, Function] = {}
         theirs = {}
+        # By entries and units: such layers are judged together.
+        alike: dict[tuple[int, int, torch.device], dict[str, Tensor]] = {}
         for name, seen in self._units.items():
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
@@ -222,14 +244,18 @@ class Units:
                 continue
             self._leave_out_void(seen)
             if (total := seen.fired()) is not None and total[1]:
-                dead[name] = transfer.add(self._dead(name, *total)), len(total[0])
+                fired, entries = total
+                alike.setdefault((entries, len(fired), fired.device), {})[name] = fired
             if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
                 saturated[name] = transfer.add(torch.stack(shares).mean())
             if seen.looks and seen.function is not None:
                 functions[name] = seen.function
+        for (entries, units, _), counts in alike.items():
+            silent = zip(counts, self._dead(counts, entries), strict=True)
+            dead |= {name: (transfer.add(share), units) for name, share in silent}
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
         cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
-        self._units, self._facts, self._completed = theirs, {}, {}
+        self._units, self._facts, self._completed, self._scratch = theirs, {}, {}, None
 
         def part() -> ProbeValues:
             activations = []
@@ -254,22 +280,20 @@ class Units:
             if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
                 yield (name, "spectral_norm"), spectral_norm(weight)
 
-    def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
-        """Return the share of units that have been silent for longer than chance explains."""
-        before = self._silent.get(name)
-        silent = (
-            torch.full_like(fired, entries)
-            if before is None or before.shape != fired.shape or before.device != fired.device
-            else before + entries
-        )
-        silent = torch.where(fired > 0, torch.zeros_like(silent), silent)
-        self._silent[name] = silent
-        alive = (fired > 0).sum()
-        rate = fired.sum() / (alive * entries).clamp(min=1)
-        enough = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(
-            min=SILENT_ENTRIES
-        )
-        return (silent >= enough).float().mean()
+    def _dead(self, fired: Mapping[str, Tensor], entries: int) -> Sequence[Tensor]:
+        """Return, for layers of as many units, the share that has been silent for longer than chance explains."""
+        now = torch.stack(list(fired.values()))
+        known = [self._silent.get(name) for name in fired]
+        before = [
+            rows.new_zeros(rows.shape) if old is None or old.shape != rows.shape or old.device != rows.device else old
+            for old, rows in zip(known, fired.values(), strict=True)
+        ]
+        silent = (torch.stack(before) + entries) * (now <= 0)
+        self._silent.update(zip(fired, silent.unbind(), strict=True))
+        alive = (now > 0).sum(1, keepdim=True)
+        rate = now.sum(1, keepdim=True) / (alive * entries).clamp(min=1)
+        spells = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate))
+        return (silent >= spells.clamp(min=SILENT_ENTRIES)).float().mean(1).unbind()
 
     def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
         """Tell of each layer in question that the gradient did not reach where it ended."""
@@ -283,7 +307,27 @@ class Units:
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
-        self._names, self._units, self._facts, self._completed = {}, {}, {}, {}
+        self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+
+
+# Comparisons that give booleans, and sums of those, cost several times as much on CPU as arithmetic that says the same.
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
+    """Count by unit the entries that are not 0; a unit with a NaN counts with all of them."""
+    others = [d for d in range(rows.dim()) if d != dim]
+    ones = torch.abs(rows, out=scratch).clamp_(max=1).ceil_()
+    fired = ones.sum(others, dtype=torch.float32)
+    return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
+
+
+def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
+    """Return the share of entries farther from the middle than this; NaN is not."""
+    return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
 
 
 def _largest_weight(layer: nn.Module) -> Tensor | None:

@@ -240,20 +240,17 @@ class ForwardTrace:
             return None
         if not self.compiled:
             self._attempts.entered(module)
-        name = self._names.get(id(module))
-        given = [value for value in inputs if isinstance(value, torch.Tensor)]
-        if given and not any(map(torch.Tensor.numel, given)):  # an expert that no row was routed to
-            name = None
+        key = id(module)
+        name = self._names.get(key)
         # A pass without gradients is a validation, unless the module is in training mode: then somebody cut it off.
         if name is not None and name not in self._ran and (torch.is_grad_enabled() or module.training):
-            self._ran[name] = None
-            if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is torch.float16:
-                self.half = True
-            if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
-                self.half = True
+            given = [value for value in inputs if isinstance(value, torch.Tensor)]
+            if not given or any(map(torch.Tensor.numel, given)):  # else an expert that no row was routed to
+                self._ran[name] = None
+                self.half = self.half or _autocast_to_half()
         changed = None
         for probe, modules in self._chosen:
-            if id(module) in modules:
+            if key in modules:
                 try:
                     changed = probe.entered(module, inputs if changed is None else changed) or changed
                 except Exception as error:  # noqa: BLE001  (this runs inside of the user's forward pass)
@@ -262,14 +259,24 @@ class ForwardTrace:
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Let the probes see what a module gives."""
-        if self._sees() and not self.compiled:
+        if not self._sees():
+            return
+        if not self.compiled:
             self._attempts.left(module)
+        key = id(module)
         for probe, modules in self._chosen:
-            if self._sees() and id(module) in modules:
+            if key in modules:
                 try:
                     probe.left(module, inputs, kwargs, output)
                 except Exception as error:  # noqa: BLE001  (as above)
                     self._failed(error)
+
+
+def _autocast_to_half() -> bool:
+    return any(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.float16
+        for device in ("cuda", "cpu")
+    )
 
 
 class _Before:

@@ -55,6 +55,12 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 def floats(value: object) -> list[Tensor]:
     """Return the floating-point tensors in a value, of packed sequences their data."""
+    if isinstance(
+        value, Tensor
+    ):  # what modules take and give, nearly always: this runs at every call that a probe sees
+        return [value] if value.is_floating_point() else []
+    if type(value) is tuple:
+        return [tensor for part in value for tensor in floats(part)]
     return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
 
 

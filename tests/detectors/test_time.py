@@ -1,4 +1,4 @@
-"""What is found through time, and what is left alone: memories drawn by hand."""
+"""What is found through time, and what is left alone: horizons drawn by hand."""
 
 from __future__ import annotations
 
