@@ -18,29 +18,29 @@ GRANULARITY = "param"
 
 
 class Records:
-    """Collects the numbers of the snapshots; a sink."""
+    """Collects the numbers of the snapshots under the numbers of their steps; a sink."""
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.rows: list[dict[str, float]] = []
-        self.activations: list[dict[str, float]] = []
-        self.sequences: list[dict[str, list[float]]] = []
+        self.rows: dict[int, dict[str, float]] = {}
+        self.activations: dict[int, dict[str, float]] = {}
+        self.sequences: dict[int, dict[str, list[float]]] = {}
         self.began: list[gradwatch.Alert] = []
 
     def __call__(self, report: gradwatch.Report) -> None:
-        """Take one snapshot; what a scaler skipped is left out."""
+        """Take one snapshot, or what one of several optimizers adds to it; what a scaler skipped is left out."""
         self.began += report.began
         snapshot = report.snapshot
         if not snapshot.skipped:
-            self.rows.append(
+            self.rows.setdefault(snapshot.step, {}).update(
                 {p.name: n for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None}
             )
         if snapshot.activations is not None:
-            self.activations.append(
+            self.activations.setdefault(snapshot.step, {}).update(
                 {a.module: a.grad_norm for a in snapshot.activations if a.grad_norm is not None and not a.scaled}
             )
         if snapshot.sequences is not None:
-            self.sequences.append(
+            self.sequences.setdefault(snapshot.step, {}).update(
                 {
                     s.module: list(s.grad_hidden)
                     for s in snapshot.sequences
@@ -49,16 +49,16 @@ class Records:
             )
 
     def step_norms(self) -> dict[int, dict[str, float]]:
-        """Give the norms by number of the step."""
-        return {step: dict(row) for step, row in enumerate(self.rows)}
+        """Return the norms by number of the step."""
+        return {step: dict(row) for step, row in list(self.rows.items())}
 
     def act_norms(self) -> dict[int, dict[str, float]]:
-        """Give the gradients of what modules gave, by number of the probe."""
-        return dict(enumerate(self.activations))
+        """Return the gradients of what modules gave, by number of the probe's step."""
+        return self.activations
 
     def time_norms(self) -> dict[int, dict[str, list[float]]]:
-        """Give the gradients of hidden states, oldest first, by number of the probe."""
-        return dict(enumerate(self.sequences))
+        """Return the gradients of hidden states, oldest first, by number of the probe's step."""
+        return self.sequences
 
 
 class Handle(Records):
@@ -71,7 +71,7 @@ class Handle(Records):
         self.watcher.step()
 
     def alerts(self) -> list[dict[str, Any]]:
-        """Give what began at severity warning or higher."""
+        """Return what began at severity warning or higher."""
         return [
             {"kind": a.finding.kind, "step": a.began, "name": a.finding.parameter or a.finding.place, "message": str(a)}
             for a in self.began
@@ -79,7 +79,7 @@ class Handle(Records):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the state of the watcher."""
+        """Return the state of the watcher."""
         return self.watcher.state_dict()
 
     def close(self) -> None:
@@ -135,5 +135,5 @@ class Callback(Records):
 
 
 def lightning_callback(**_: Any) -> Callback:
-    """Give a callback that looks at every step."""
+    """Return a callback that looks at every step."""
     return Callback()
