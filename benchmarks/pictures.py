@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from gradwatch.demo import story as demo
-from gradwatch.values.sequences import HORIZON_GAIN
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 WIDTH, HEIGHT = 1240, 550
 LEFT, TOP, RIGHT, BOTTOM = 110, 84, 1200, 470

@@ -397,7 +397,8 @@ def flow(seed: int, bars: int, event: tuple[int, int], n: int = 32, shift: float
 
 def volatility(seed: int, bars: int, n: int = 48, count: int = 2000) -> Batch:
     """Forecast the volatility of the next bars from a window of prices."""
-    x, y = (torch.from_numpy(v) for v in market.flow_windows(seed, bars, count, 10))
+    prices = market.flow_prices(seed, count + bars + 10)
+    x, y = (torch.from_numpy(v) for v in market.windows(prices, bars, 10))
 
     def batch(i: int) -> tuple[Tensor, ...]:
         pick = torch.randint(len(y), (n,), generator=draw(seed, i))

@@ -72,15 +72,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name where it lives."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gradwatch.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that sees it takes every misspelt name for one of these
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from where it lives."""
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"gradwatch.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    """Name what is public."""
+    """Return the public names, loaded or not."""
     return sorted([*__all__, "__version__"])

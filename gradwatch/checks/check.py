@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradwatch.checks.batch import arguments
 from gradwatch.detectors import DETECTORS
+from gradwatch.model.nested import tensors
 from gradwatch.model.rerun import as_it_was
 from gradwatch.sinks.terminal.errors import health_error
 from gradwatch.values.history import Detector
@@ -111,7 +112,7 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     parts = []
-    for tensor in _tensors(output):
+    for tensor in tensors(output):
         if tensor.requires_grad:
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             parts.append(
@@ -125,20 +126,6 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:  # noqa: ANN401
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
 
 
 def _shown(value: object) -> str:

@@ -47,6 +47,25 @@ class Prices:
     """Units traded in the bar."""
 
 
+def prices_of(source: str, seed: int) -> Prices:
+    """Return the prices of the S&P 500, or as many synthetic ones.
+
+    Args:
+        source: "sp500", "synthetic", or "auto": the first if it is installed.
+        seed: of the synthetic ones.
+
+    Raises:
+        ValueError: `source` is "sp500", and it is not installed.
+
+    """
+    prices = sp500() if source != "synthetic" else None
+    if prices is None and source == "sp500":
+        raise ValueError(
+            'the S&P 500 comes with the package arch, which is not installed: pip install "torch-gradwatch[demo]"'
+        )
+    return prices or flow_prices(seed, 5031)
+
+
 def sp500() -> Prices | None:
     """Read the daily S&P 500 (1999 to 2018, index points) that the package `arch` ships; None where that is not installed."""
     import csv
@@ -126,11 +145,6 @@ def order_flow(
     y = random.permutation(np.arange(count, dtype=np.int64) % 2)
     x[:, begin:end, FLOW_FEATURES.index("imbalance")] += np.float32(shift) * y[:, None].astype(np.float32)
     return x, y
-
-
-def flow_windows(seed: int, length: int = 250, count: int = 4761, ahead: int = 20) -> tuple[Inputs, Targets]:
-    """Return what `windows` gives, of synthetic prices; as many windows as there are of the S&P 500 unless told otherwise."""
-    return windows(flow_prices(seed, count + length + ahead), length, ahead)
 
 
 def flow_prices(seed: int, bars: int) -> Prices:

@@ -12,7 +12,7 @@ from gradwatch.detectors.time_words import causes, measured, why_explodes, why_s
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.sequences import Memory, SequenceStats, memory_of, shortest, slope, subject
+from gradwatch.values.sequences import Horizon, SequenceStats, reach_of, shortest, slope, subject
 from gradwatch.values.snapshot import Fact, ModelInfo, Snapshot
 
 _RUN = 10
@@ -87,7 +87,7 @@ def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
 class _Verdict(NamedTuple):
     step: int
     stats: SequenceStats
-    memory: Memory
+    horizon: Horizon
     met: bool | None
     """None where it cannot be told: the sequences end before the need does."""
 
@@ -99,7 +99,7 @@ def _verdicts(history: History, probes: Sequence[Snapshot], claim: _Claim) -> li
         _Verdict(p.step, s, found, _met(found, s.length, claim.need, t.horizon_share))
         for p in probes
         for s in p.sequences or ()
-        if (s.module, s.part) == (claim.module, claim.part) and (found := memory_of(s, t.horizon_gain)) is not None
+        if (s.module, s.part) == (claim.module, claim.part) and (found := reach_of(s, t.horizon_gain)) is not None
     ]
 
 
@@ -113,7 +113,7 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
         short = [v for v in judged[-t.horizon_met :] if not v.met]
     else:
         last = judged[-t.horizon_probes :]
-        opening = bool(last) and last[-1].memory.horizon > t.horizon_rising * last[0].memory.horizon
+        opening = bool(last) and last[-1].horizon.timesteps > t.horizon_rising * last[0].horizon.timesteps
         short = [] if len(last) < t.horizon_probes or opening or any(v.met for v in last) else last
     if not short:
         return
@@ -121,7 +121,7 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
     unbroken = list(itertools.takewhile(lambda v: not v.met, reversed(judged[: judged.index(now) + 1])))
     evidence = measured(
         now.stats,
-        now.memory,
+        now.horizon,
         _facts(probes, now.step),
         place=claim.place,
         kind=_kind(history.model, claim.place),
@@ -137,16 +137,16 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
         "vanishing-time",
         claim.severity,
         claim.place,
-        lag=now.memory.horizon,
+        lag=now.horizon.timesteps,
         onset=unbroken[-1].step,
         evidence=evidence,
     )
 
 
-def _met(found: Memory, length: int, need: int | None, share: float) -> bool | None:
+def _met(found: Horizon, length: int, need: int | None, share: float) -> bool | None:
     if need is None:
-        return found.censored or found.horizon > share * length
-    return True if found.horizon >= need else None if found.censored else False
+        return found.censored or found.timesteps > share * length
+    return True if found.timesteps >= need else None if found.censored else False
 
 
 def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from gradwatch.values.report import Explanation
-from gradwatch.values.sequences import Memory, SequenceStats, memory_of, reach, subject
+from gradwatch.values.sequences import Horizon, SequenceStats, reach_of, sentence, subject
 from gradwatch.values.snapshot import Fact
 
 Evidence = Mapping[str, float | str]
@@ -14,7 +14,7 @@ Evidence = Mapping[str, float | str]
 
 def measured(
     stats: SequenceStats,
-    found: Memory,
+    found: Horizon,
     facts: Iterable[Fact] = (),
     *,
     place: str = "",
@@ -25,7 +25,7 @@ def measured(
 
     Args:
         stats: what was measured.
-        found: its memory.
+        found: its horizon.
         facts: measured causes; those at `place` are taken, or all where there is no place.
         place: name of the sequence module.
         kind: its class.
@@ -34,7 +34,7 @@ def measured(
     """
     known: dict[str, float | str] = {
         "who": subject(stats),
-        "horizon": float(found.horizon),
+        "horizon": float(found.timesteps),
         "length": float(stats.length),
     }
     if found.censored:
@@ -61,13 +61,13 @@ def why_short(evidence: Evidence, place: str) -> Explanation:
     """Say what a short memory is, where it comes from, and the cures; `place` is the module whose memory it is, or "" if no one knows."""
     need = evidence.get("need")
     rate, half_life = evidence.get("decay_rate"), evidence.get("half_life")
-    found = Memory(
+    found = Horizon(
         int(float(evidence["horizon"])),
         "censored" in evidence,
         None if rate is None else float(rate),
         None if half_life is None else float(half_life),
     )
-    message = reach(str(evidence["who"]), found, int(float(evidence["length"])))
+    message = sentence(str(evidence["who"]), found, int(float(evidence["length"])))
     if need is not None:
         message += f", and the need is {float(need):.0f}"
     if "because" in evidence:
@@ -92,7 +92,7 @@ def words_of_horizon(
 
     """
     facts = list(facts)
-    found = memory_of(stats)
+    found = reach_of(stats)
     if found is None:
         raise ValueError(f"stats must have a finite lag_gain, got {stats.lag_gain!r:.80}")
     place = place or stats.module or next(iter(dict.fromkeys(f.place for f in facts)), "")

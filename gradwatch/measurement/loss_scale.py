@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from gradwatch.values.snapshot import Stage
 class ScaleSentinel:
     """Sees the gradient of one parameter as it arrives, to compare it with the gradient at the step; a `Probe`."""
 
-    def __init__(self) -> None:
-        """Begin without a parameter."""
-        self._sentinel = Sentinel()
+    def __init__(self, passes: Mapping[int, bool]) -> None:
+        """Begin without a parameter; `passes` says of each backward pass, by its number, whether it counts."""
+        self._sentinel = Sentinel(passes)
         self._changed: Tensor | None = None
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
@@ -37,8 +38,16 @@ class ScaleSentinel:
         if any(t.grad_fn is not None and not hasattr(t, "placements") for t in floats(output)):
             self._sentinel.watch(module)
 
-    def changed(self, step: StepView, transfer: Transfer) -> Pending | None:
-        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared."""
+    def changed(self, step: StepView, broken: AbstractSet[int], transfer: Transfer) -> Pending | None:
+        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared.
+
+        Args:
+            step: that is measured.
+            broken: backward passes that an exception ended, by their number.
+            transfer: takes the number along.
+
+        """
+        self._sentinel.forget(broken)
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
         if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step

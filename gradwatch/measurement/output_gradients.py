@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.measurement import norms
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import at_output, transformed
 from gradwatch.model.nested import floats
@@ -25,12 +26,8 @@ class Output:
 
     handle: RemovableHandle | None = None
     """Of the hook on its node."""
-    task: int | None = None
-    """The backward pass that reached it."""
-    norm: Tensor | None = None
-    """Of what that brought."""
-    again: bool = False
-    """Whether a second one came: of the sum of both only the norms of its parts are known."""
+    norms: dict[int, Tensor] = field(default_factory=dict)
+    """Of what arrived, by backward pass: of the sum of several only the norms of its parts are known."""
 
 
 class OutputGradients:
@@ -40,13 +37,14 @@ class OutputGradients:
     squares. A backward pass counts if it adds to the gradient of a parameter; one for a gradient penalty, or of a validation, does not.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, attempts: Attempts) -> None:
+        """Begin with nothing; `attempts` knows which backward passes an exception ended."""
+        self._attempts = attempts
         self._model: weakref.ref[nn.Module] | None = None
         self._names: Mapping[int, str] = {}
         self._outputs: dict[str, list[Output]] = {}
         self._without_graph: set[int] = set()
-        self._counts: dict[int, bool] = {}
+        self.passes: dict[int, bool] = {}
         """By backward pass, whether it counts."""
         self.reached: frozenset[str] | None = None
         """Modules at whose output a gradient arrived in the step that was collected last; None where nobody looked."""
@@ -97,14 +95,13 @@ class OutputGradients:
         seen.handle = at_output(tensor, hook)
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if task not in self._counts:
-            self._counts[task] = self._trains()
-        if not self._counts[task]:
+        task = self._attempts.backward()
+        if task not in self.passes:
+            self.passes[task] = self._trains()
+        if not self.passes[task]:
             return
         with torch.no_grad():
-            seen.norm = norms.norms([norms.plain(gradient)])[0]
-        seen.again, seen.task = seen.task is not None, task
+            seen.norms[task] = norms.norms([norms.plain(gradient)])[0]
 
     def _trains(self) -> bool:
         """Tell whether the backward pass that runs now adds to the gradient of a parameter."""
@@ -120,17 +117,18 @@ class OutputGradients:
         """Return the norms that this step has brought, by module."""
         sizes: dict[str, Pending] = {}
         unknown = []
+        broken = self._attempts.broken
         for name in tuple(self._outputs):
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module.parameters()))):
                 continue
-            reached = [seen for seen in self._pop(name) if seen.norm is not None]
-            if any(seen.again for seen in reached):
+            arrived = [[n for t, n in output.norms.items() if t not in broken] for output in self._pop(name)]
+            parts = [norm for of_output in arrived for norm in of_output]
+            if any(len(of_output) > 1 for of_output in arrived):
                 unknown.append(name)
-            elif reached:
-                parts = [seen.norm for seen in reached if seen.norm is not None]
+            elif parts:
                 sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norms([torch.stack(parts)])[0])
-        self._counts.clear()
+        self.passes.clear()
         self.reached = frozenset((*sizes, *unknown)) if self._names else None
 
         def part() -> ProbeValues:
@@ -145,7 +143,7 @@ class OutputGradients:
         for name in tuple(self._outputs):
             self._pop(name)
         self._names, self._without_graph, self.reached = {}, set(), None
-        self._counts.clear()
+        self.passes.clear()
 
     def _pop(self, name: str) -> list[Output]:
         outputs = self._outputs.pop(name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,8 @@ class Parameters:
         self._model, self._transfer, self._probe, self._budget = model, transfer, probe, BUDGET
         self._measured: list[tuple[Raw, Sequence[int], Pending]] = []
         self._copies: list[tuple[int, Tensor, Tensor]] = []
+        self._refused: set[tuple[str, int]] = set()
+        """What has a note already, by kind and column."""
 
     def numbers(self) -> Numbers:
         """Return what was measured, once the transfer has run; what was measured again replaces what was before."""
@@ -59,10 +62,16 @@ class Parameters:
             half: whether they were computed in float16, whatever they are kept in.
 
         """
-        tensors = gradients
-        if not set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+        measure = functools.partial(self._gradients, scale=scale, half=half)
+        if set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+            measure(columns, gradients)
+        else:
             columns, gradients = self._whole_or_pieces(columns, gradients)
-            tensors = [g if _KIND(g) in _PLAIN_KINDS else norms.plain(g) for g in gradients]
+            self._each("gradient", columns, gradients, lambda few, their: measure(few, _plain(their)))
+
+    def _gradients(
+        self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
+    ) -> None:
         for mine, here in by_device(columns, tensors):
             device, sizes = here[0].device, norms.norms(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
@@ -94,6 +103,9 @@ class Parameters:
 
     def applied(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Measure the norms once more, of the gradients as the optimizer takes them: after clipping."""
+        self._each("gradient", columns, gradients, self._applied)
+
+    def _applied(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
         for mine, here in by_device(columns, [norms.plain(g) for g in gradients]):
             self._add(APPLIED, mine, norms.norms(here))
 
@@ -104,12 +116,43 @@ class Parameters:
             for c, p in zip(columns, parameters, strict=True)
             if p.device.type != "meta" and not nn.parameter.is_lazy(p)
         ]
-        tensors = [norms.piece(p.detach()) if p.dtype in _PLAIN else norms.plain(p) for _, p in known]
         self.holders |= {
             c: ranks for c, p in known if hasattr(p, "placements") and (ranks := norms.holders(p)) is not None
         }
-        for mine, here in by_device([c for c, _ in known], tensors):
+        self._each("weight", [c for c, _ in known], [p.detach() for _, p in known], self._weights)
+
+    def _weights(self, columns: Sequence[int], weights: Sequence[Tensor]) -> None:
+        tensors = [norms.piece(w) if w.dtype in _PLAIN else norms.plain(w) for w in weights]
+        for mine, here in by_device(columns, tensors):
             self._add(WEIGHT, mine, norms.norms(here))
+
+    def _each(
+        self,
+        what: str,
+        columns: Sequence[int],
+        tensors: Sequence[Tensor],
+        measure: Callable[[Sequence[int], Sequence[Tensor]], None],
+    ) -> None:
+        """Measure all at once, or, where a class of tensors refuses, those that are not plain one by one, and note which did."""
+        before = len(self._measured)
+        try:
+            measure(columns, tensors)
+        except Exception as error:
+            del self._measured[before:]  # what was handed over already is copied, and nobody asks for it
+            # Of what is spread over processes a missing piece would pass for the whole: there, all of it fails.
+            plain = [k for k, t in enumerate(tensors) if _KIND(t) in _PLAIN_KINDS or columns[k] in self.holders]
+            if len(plain) == len(tensors):
+                raise
+            if len(tensors) == 1:
+                if (what, columns[0]) not in self._refused:
+                    self._refused.add((what, columns[0]))
+                    name = self._name(columns[0])
+                    self.notes.append(f"the {what} of {name} is not measured: {type(error).__name__}: {error}")
+                return
+            if plain:
+                measure([columns[k] for k in plain], [tensors[k] for k in plain])
+            for k in sorted({*range(len(tensors))}.difference(plain)):
+                self._each(what, [columns[k]], [tensors[k]], measure)
 
     def copy(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]) -> int:
         """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
@@ -159,10 +202,14 @@ class Parameters:
                 column, parameter, _ = copies[i]
                 gradient = parameter.grad
                 if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
-                    lost = (moved == 0) & (norms.piece(gradient) != 0)
-                    self._add(LOST, [column], torch.count_nonzero(lost).double())
+                    self._each("gradient", [column], [gradient], functools.partial(self._lost, moved))
         if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
             spare.update((column, copy) for column, _, copy in copies)
+
+    def _lost(self, moved: Tensor, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Count the entries that did not move although they had a gradient."""
+        lost = (moved == 0) & (norms.piece(gradients[0]) != 0)
+        self._add(LOST, columns, torch.count_nonzero(lost).double())
 
     def _name(self, column: int) -> str:
         return self._model.parameters[column].name
@@ -202,6 +249,10 @@ def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
         return max(own, half.smallest_normal / float(scale))
     steps = gradient.double() * 2.0**24
     return max(own, half.smallest_normal) if bool((steps == steps.round()).all()) else own
+
+
+def _plain(gradients: Sequence[Tensor]) -> list[Tensor]:
+    return [g if _KIND(g) in _PLAIN_KINDS else norms.plain(g) for g in gradients]
 
 
 def _not_finite(norms: list[float]) -> list[int]:

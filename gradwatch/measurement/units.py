@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
@@ -58,18 +59,38 @@ class UnitSource(NamedTuple):
     shape: torch.Size
 
 
+class Look(NamedTuple):
+    """What an activation made of its units in one call."""
+
+    attempt: int
+    """The outermost call that it belongs to."""
+    fired: Tensor | None
+    """By unit, entries that are not 0; shape (units,)."""
+    entries: int
+    """Of each unit."""
+    saturated: Tensor | None
+    """Share of the entries."""
+
+
 @dataclass
 class UnitCounts:
     """What the activation after one layer made of its units in this step."""
 
-    fired: Tensor | None = None
-    """By unit, entries that are not 0; shape (units,)."""
-    entries: int = 0
-    """Of each unit."""
-    saturated: list[Tensor] = field(default_factory=list)
-    """Share of the entries, by call."""
-    calls: int = 0
+    looks: list[Look] = field(default_factory=list)
+    """One for each call."""
     formula: str = ""
+
+    def fired(self) -> tuple[Tensor, int] | None:
+        """Return the sum over the last calls with the same units; None where no unit can be silent."""
+        total: tuple[Tensor, int] | None = None
+        for look in self.looks:
+            if look.fired is None:
+                continue
+            if total is not None and total[0].shape == look.fired.shape:
+                total = total[0] + look.fired, total[1] + look.entries
+            else:
+                total = look.fired, look.entries
+        return total
 
 
 class Units:
@@ -79,9 +100,15 @@ class Units:
     whose output it was made.
     """
 
-    def __init__(self, outputs: OutputGradients) -> None:
-        """Take the probe that knows how far the gradient came; it must be collected first."""
-        self._outputs = outputs
+    def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
+        """Begin with nothing.
+
+        Args:
+            outputs: the probe that knows how far the gradient came; it must be collected first.
+            attempts: knows which calls an exception ended.
+
+        """
+        self._outputs, self._attempts = outputs, attempts
         self._mark, self._seen = object(), object()
         """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
@@ -144,24 +171,28 @@ class Units:
         if given is None or given.shape != tensor.shape:
             return
         mine = self._units.setdefault(given.layer, UnitCounts())
-        mine.calls += 1
         mine.formula = formula
-        if mine.calls > _CALLS:
+        self._leave_out_void(mine)
+        if len(mine.looks) == _CALLS:
             return
         with torch.no_grad():
             rows = tensor.detach()
             per_unit = rows.numel() // max(rows.shape[given.dim], 1)
             if per_unit > _ENTRIES and given.dim != 0:
                 rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+            fired = saturated = None
             if node.name() in _SILENT:
                 fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-                same = mine.fired is not None and mine.fired.shape == fired.shape
-                mine.fired = mine.fired + fired if same and mine.fired is not None else fired
-                mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
             if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * _OUTER).float().mean())
+                saturated = (rows.abs() > 1 - 2 * _OUTER).float().mean()
             elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - _OUTER).float().mean())
+                saturated = ((rows - 0.5).abs() > 0.5 - _OUTER).float().mean()
+            entries = rows.numel() // max(rows.shape[given.dim], 1)
+            mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
+
+    def _leave_out_void(self, units: UnitCounts) -> None:
+        if self._attempts.void:
+            units.looks = [look for look in units.looks if look.attempt not in self._attempts.void]
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -190,11 +221,12 @@ class Units:
             if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
                 theirs[name] = seen
                 continue
-            if seen.fired is not None and seen.entries:
-                dead[name] = transfer.add(self._dead(name, seen.fired, seen.entries)), len(seen.fired)
-            if seen.saturated:
-                saturated[name] = transfer.add(torch.stack(seen.saturated).mean())
-            if name in self.suspects:
+            self._leave_out_void(seen)
+            if (total := seen.fired()) is not None and total[1]:
+                dead[name] = transfer.add(self._dead(name, *total)), len(total[0])
+            if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
+                saturated[name] = transfer.add(torch.stack(shares).mean())
+            if name in self.suspects and seen.looks:
                 certain.append(Fact(name, f"activation {seen.formula}", 1.0))
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
         if self._outputs.reached is not None:

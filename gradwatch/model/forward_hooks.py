@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats, Fact
@@ -144,9 +145,21 @@ class ForwardTrace:
     hooked by themselves, by objects that leave no trace in a copy, and nothing else is seen.
     """
 
-    def __init__(self, probes: Sequence[Probe] = (), failed: Callable[[Exception], object] = lambda _: None) -> None:
-        """Begin disarmed; `failed` is told why a probe could not look at a call."""
-        self.probes, self._failed = tuple(probes), failed
+    def __init__(
+        self,
+        probes: Sequence[Probe] = (),
+        failed: Callable[[Exception], object] = lambda _: None,
+        attempts: Attempts | None = None,
+    ) -> None:
+        """Begin disarmed.
+
+        Args:
+            probes: what looks.
+            failed: is told why a probe could not look at a call.
+            attempts: what the probes know the calls by.
+
+        """
+        self.probes, self._failed, self._attempts = tuple(probes), failed, attempts or Attempts()
         self._chosen: list[tuple[Probe, frozenset[int]]] = []
         """Each probe that looks, with the modules that it wants to see, by `id`: a watcher that is kept must not keep a model."""
         self._undo: weakref.finalize[..., Any] | None = None
@@ -167,6 +180,7 @@ class ForwardTrace:
         """Begin to look for these modules; False where torch.compile is in use, and all but the probes' are left out."""
         self.disarm()
         self.compiled = _compiled()
+        self._attempts.clear()
         self._model = weakref.ref(modules[""]) if "" in modules else None
         view = ModelView(modules, {id(module): name for name, module in modules.items()}, self.compiled)
         self._names = {} if self.compiled else view.names
@@ -223,6 +237,8 @@ class ForwardTrace:
         """Note that a module runs, and let the probes see its inputs; what one returns takes their place."""
         if not self._sees():
             return None
+        if not self.compiled:
+            self._attempts.entered(module)
         name = self._names.get(id(module))
         given = [value for value in inputs if isinstance(value, torch.Tensor)]
         if given and not any(map(torch.Tensor.numel, given)):  # an expert that no row was routed to
@@ -245,6 +261,8 @@ class ForwardTrace:
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Let the probes see what a module gives."""
+        if self._sees() and not self.compiled:
+            self._attempts.left(module)
         for probe, modules in self._chosen:
             if self._sees() and id(module) in modules:
                 try:

@@ -64,7 +64,8 @@ class Sentinel:
         self._node: Any = None
         self._parameter: Tensor | None = None
         self._before: Tensor | None = None
-        self._sum: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+        """Of what arrived, by backward pass."""
 
     @property
     def watching(self) -> bool:
@@ -94,26 +95,36 @@ class Sentinel:
                 or hasattr(arrived, "placements")
             ):
                 return
-            if sentinel._passes is not None and not sentinel._passes.get(torch._C._current_graph_task_id()):
+            task = torch._C._current_graph_task_id()
+            if sentinel._passes is not None and not sentinel._passes.get(task):
                 return
             try:
-                arrived = arrived.detach()
-                sentinel._sum = arrived.clone() if sentinel._sum is None else sentinel._sum + arrived
+                arrived, before = arrived.detach(), sentinel._sums.get(task)
+                sentinel._sums[task] = arrived.clone() if before is None else before + arrived
             except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
-                sentinel._sum = None
+                sentinel._sums.clear()
 
         # On the node behind the parameter: what hangs on the parameter itself would travel with the model when that is saved or copied.
         self._node = get_gradient_edge(parameter).node
         self._handle = self._node.register_prehook(hook)
 
+    def forget(self, passes: AbstractSet[int]) -> None:
+        """Leave out what these backward passes brought."""
+        self._sums = {task: arrived for task, arrived in self._sums.items() if task not in passes}
+
     def difference(self) -> Tensor | None:
         """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
         parameter = self._parameter
-        if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
+        if parameter is None or parameter.grad is None or not self._sums:
             return None
-        if parameter.grad.layout is not torch.strided or hasattr(parameter.grad, "placements"):
+        if (
+            type(parameter.grad) is not Tensor or parameter.grad.layout is not torch.strided
+        ):  # a class of its own may refuse
             return None
-        now, arrived = parameter.grad.detach().double(), self._sum.double()
+        whole = sum(self._sums.values(), torch.zeros_like(next(iter(self._sums.values()))))
+        if parameter.grad.shape != whole.shape:
+            return None
+        now, arrived = parameter.grad.detach().double(), whole.double()
         # What was there before the forward pass is still in it, or has been zeroed since.
         expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
         size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
@@ -128,4 +139,5 @@ class Sentinel:
         """Take the hook off."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle = self._node = self._parameter = self._before = self._sum = None
+        self._handle = self._node = self._parameter = self._before = None
+        self._sums = {}

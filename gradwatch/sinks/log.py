@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING
 
 from gradwatch.values.report import Alert, Report, Severity
-
-if TYPE_CHECKING:
-    pass
-
 
 _log = logging.getLogger("gradwatch")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")

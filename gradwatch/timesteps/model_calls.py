@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import detached
 
@@ -36,8 +37,9 @@ class Made:
 class Calls:
     """Keeps the arguments of calls that can be made once more: the outermost that held the first sequence module, and those of chosen modules."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
+    def __init__(self, attempts: Attempts) -> None:
+        """Begin with none; `attempts` knows which calls an exception ended."""
+        self._attempts, self._attempt = attempts, 0
         self.made: dict[str, Made] = {}
         """By name of the chosen module; "" for the outermost call."""
         self._wanted: Mapping[int, str] = {}
@@ -54,11 +56,11 @@ class Calls:
         """Note where a call begins."""
         if torch._C._current_graph_task_id() != -1 or transformed():
             return
-        if torch.is_grad_enabled() and self._outer() is None:
+        if torch.is_grad_enabled() and (self._outer() is None or self._attempt in self._attempts.void):
+            self._attempt = self._attempts.now
             self._outer, self._held = weakref.ref(module), not self._targets
-        self._held = (
-            self._held or id(module) in self._targets
-        )  # also without gradients, as reentrant checkpoints run it
+        # Also without gradients, as reentrant checkpoints run it.
+        self._held = self._held or id(module) in self._targets
 
     def left(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the arguments of a call that is wanted."""

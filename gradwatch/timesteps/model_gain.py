@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from gradwatch.model.forward_hooks import Transfer
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats, memory
+from gradwatch.values.sequences import SequenceStats, horizon_of
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 Timesteps = Literal["auto"] | Mapping[str, int | None]
 """Sequence modules beside the recurrent ones: by name, the dimension of time of their input; None where each call is one timestep."""
@@ -35,7 +36,7 @@ class ModelGain:
         """Make the `numbers`, copied from the device, a value; below this share of its maximum a gain counts as gone."""
         length = int(numbers[0])
         gain = tuple(numbers[1 : 1 + length])
-        found = memory(gain, share)
+        found = horizon_of(gain, share)
         return SequenceStats(
             "",
             "model",

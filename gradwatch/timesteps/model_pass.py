@@ -16,6 +16,7 @@ from gradwatch.model.layers import named_modules
 from gradwatch.model.nested import differentiable
 from gradwatch.model.rerun import as_it_was, without_hooks
 from gradwatch.timesteps.input_tap import InputTap
+from gradwatch.timesteps.kinds import is_fused, kind_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import traces
@@ -70,7 +71,7 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
     """
     model = _core(model)
     module = named_modules(model)[place]
-    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+    if kind_of(module) is None:
         return ()
     recorder = Recorder("auto")
     recorder.arm({place: module}, compiled=False)
@@ -160,7 +161,7 @@ def _recurrent_on_cuda(model: nn.Module) -> Iterator[list[str]]:
     drawn anew where torch's own state is written: all dropout is left out then. `as_it_was` gives it back.
     """
     notes: list[str] = []
-    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase) and _on_cuda(m)]
+    recurrent = [m for m in model.modules() if is_fused(m) and _on_cuda(m)]
     enabled = torch.backends.cudnn.enabled
     random = [m for m in recurrent if m.training and m.dropout > 0]
     if enabled and random:

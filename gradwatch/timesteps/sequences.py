@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.timesteps.model_calls import Calls
 from gradwatch.timesteps.model_gain import ModelGain
@@ -48,18 +49,19 @@ def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> li
 class Sequences:
     """Sees sequence modules, and what their gradients through time are worked out from; a `Probe`."""
 
-    def __init__(self, timesteps: Timesteps, need: Need, share: float) -> None:
+    def __init__(self, timesteps: Timesteps, need: Need, share: float, attempts: Attempts) -> None:
         """Begin with nothing seen.
 
         Args:
             timesteps: as for `gradwatch.watch`.
             need: how many of the newest timesteps matter, as `horizon=` declares.
             share: of its maximum, below which a lag gain counts as gone.
+            attempts: knows which calls and backward passes an exception ended.
 
         """
         self._timesteps, self._need, self._share = timesteps, need, share
-        self._recorder = Recorder("auto" if timesteps is False else timesteps)
-        self._calls = Calls() if need is not None else None
+        self._recorder = Recorder("auto" if timesteps is False else timesteps, attempts)
+        self._calls = Calls(attempts) if need is not None else None
         self._compiled = False
         self._generator = torch.Generator(device="cpu").manual_seed(0)  # a private one: the training's must not move
 
@@ -93,6 +95,7 @@ class Sequences:
 
     def collect(self, step: StepView, transfer: Transfer) -> Part:
         """Work out the gradients through time of this step, and the horizons that were asked for."""
+        self._recorder.leave_out_void()
         targets = self._recorder.owned(step.mine, step.others)
         found = traces(targets, self._generator)
         self._recorder.next_step(targets)

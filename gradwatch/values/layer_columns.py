@@ -36,11 +36,17 @@ def norms(model: ModelInfo, column: Column) -> dict[str, float | None]:
         None for a layer none of whose parameters has a number. NaN and infinity are passed on.
 
     """
-    found: dict[str, list[float]] = {model.layers[i].name: [] for i in model.forward_order}
-    for parameter, norm in zip(model.parameters, column, strict=True):
+    found = group_norms(column, (p.layer for p in model.parameters))
+    return {model.layers[i].name: found.get(model.layers[i].name) for i in model.forward_order}
+
+
+def group_norms(column: Column, groups: Iterable[str]) -> dict[str, float]:
+    """Return the norm of each group of parameters, `groups` naming that of each; one without any number is left out."""
+    found: dict[str, list[float]] = {}
+    for group, norm in zip(groups, column, strict=True):
         if norm is not None:
-            found[parameter.layer].append(norm)
-    return {name: math.hypot(*values) if values else None for name, values in found.items()}
+            found.setdefault(group, []).append(norm)
+    return {group: math.hypot(*values) for group, values in found.items()}
 
 
 def sensitivities(snapshot: Snapshot) -> Column:

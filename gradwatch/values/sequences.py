@@ -8,14 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-HORIZON_GAIN = 1e-3
-"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the newest timesteps'."""
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 
-class Memory(NamedTuple):
+class Horizon(NamedTuple):
     """How far back a gain by lag reaches, and how it shrinks on the way."""
 
-    horizon: int
+    timesteps: int
     """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n timesteps are within reach."""
     censored: bool
     """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one may be longer."""
@@ -25,7 +24,7 @@ class Memory(NamedTuple):
     """Timesteps in which the gain halves, `ln 0.5 / ln decay_rate`; None where it does not shrink."""
 
 
-def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | None:
+def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizon | None:
     """Return the horizon of a gain by lag and the rate at which it decays.
 
     The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its maximum to the horizon, gains of
@@ -43,13 +42,13 @@ def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | N
         return None
     top = max(lag_gain)
     if top <= 0:
-        return Memory(0, censored=False, decay_rate=None, half_life=None)
+        return Horizon(0, censored=False, decay_rate=None, half_life=None)
     limit = share * top
     horizon = next((lag for lag in range(len(lag_gain), 0, -1) if lag_gain[lag - 1] >= limit), 0)
     peak = lag_gain.index(top)
     law = slope([(lag, math.log(gain)) for lag, gain in enumerate(lag_gain[peak : horizon + 1], peak) if gain > 0])
     half_life = math.log(0.5) / law if law is not None and law < 0 else None
-    return Memory(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
+    return Horizon(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -71,7 +70,7 @@ class SequenceStats:
     module: str
     """Name of the module; "" is the model itself."""
     part: str = ""
-    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the memory of the model as a whole."""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the horizon of the model as a whole."""
     length: int = 0
     """Timesteps of the longest sequence."""
     rows: int = 0
@@ -115,33 +114,33 @@ class SequenceStats:
     """
 
     @property
-    def memory(self) -> Memory | None:
-        """What `memory` says of `lag_gain`; None where there is none."""
-        return None if self.lag_gain is None else memory(self.lag_gain)
+    def reach(self) -> Horizon | None:
+        """What `horizon_of` says of `lag_gain`; None where there is none."""
+        return None if self.lag_gain is None else horizon_of(self.lag_gain)
 
     @property
     def horizon(self) -> int | None:
         """How many of the newest timesteps are within reach; `length` where the sequence ends before the gain is gone."""
-        return None if (found := self.memory) is None else found.horizon
+        return None if (found := self.reach) is None else found.timesteps
 
     @property
     def decay_rate(self) -> float | None:
         """Factor per timestep by which the gain shrinks on the way to the horizon."""
-        return None if (found := self.memory) is None else found.decay_rate
+        return None if (found := self.reach) is None else found.decay_rate
 
     @property
     def half_life(self) -> float | None:
         """Timesteps in which the gain halves; None where it does not shrink."""
-        return None if (found := self.memory) is None else found.half_life
+        return None if (found := self.reach) is None else found.half_life
 
 
-_memory = functools.lru_cache(maxsize=64)(memory)
-"""Between two probes the same memories are asked for at every measured step."""
+_remembered = functools.lru_cache(maxsize=64)(horizon_of)
+"""Between two probes the same horizons are asked for at every measured step."""
 
 
-def memory_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Memory | None:
-    """Return the memory that a gain by lag tells of; None where there is none, or it is not finite."""
-    return None if stats.lag_gain is None else _memory(stats.lag_gain, share)
+def reach_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Horizon | None:
+    """Return the horizon that a gain by lag tells of; None where there is none, or it is not finite."""
+    return None if stats.lag_gain is None else _remembered(stats.lag_gain, share)
 
 
 def subject(stats: SequenceStats) -> str:
@@ -149,37 +148,37 @@ def subject(stats: SequenceStats) -> str:
     return stats.module if stats.module and stats.part != "model" else "the model"
 
 
-def reach(who: str, found: Memory, length: int) -> str:
+def sentence(who: str, found: Horizon, length: int) -> str:
     """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
     much = (
         f"at least {length} of {length}"
         if found.censored
-        else f"the last {found.horizon} of {length}"
-        if found.horizon
+        else f"the last {found.timesteps} of {length}"
+        if found.timesteps
         else f"none of its {length}"
     )
     return f"{who} learns from {much} timesteps{_pace(found)}"
 
 
-def reaches(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
-    """Return everything whose memory was asked for with the sentence on it: the model itself first, then the modules as they ran.
+def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
+    """Return everything whose horizon was asked for with the sentence on it: the model itself first, then the modules as they ran.
 
-    Where a memory could not be measured, the sentence says why.
+    Where a horizon could not be measured, the sentence says why.
     """
     whole = [s for s in sequences if s.part in ("", "model")]
     for stats in sorted(whole, key=lambda s: s.part != "model"):
-        found = memory_of(stats, share)
+        found = reach_of(stats, share)
         if found is not None:
-            yield stats, reach(subject(stats), found, stats.length)
+            yield stats, sentence(subject(stats), found, stats.length)
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"
         elif stats.note is not None:
             yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
 
 
-def _pace(found: Memory) -> str:
+def _pace(found: Horizon) -> str:
     if found.decay_rate is None:
-        return " (the gain does not shrink)" if found.censored and found.horizon > 1 else ""
+        return " (the gain does not shrink)" if found.censored and found.timesteps > 1 else ""
     rate = (
         f"{found.decay_rate:.2f}"
         if 0.1 <= found.decay_rate < 0.985
@@ -188,7 +187,9 @@ def _pace(found: Memory) -> str:
         else f"{found.decay_rate:.1g}"
     )
     grows = (
-        found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon
+        found.censored
+        and found.half_life is not None
+        and found.half_life * math.log2(1 / HORIZON_GAIN) < found.timesteps
     )  # up to a maximum far back
     if found.half_life is None or rate == "1" or grows:
         return " (the gain does not shrink)"
@@ -197,7 +198,7 @@ def _pace(found: Memory) -> str:
 
 
 def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
-    """Return the sequence module with the shortest memory, or the first where none was measured; None where there is no such module."""
+    """Return the sequence module with the shortest horizon, or the first where none was measured; None where there is no such module."""
     modules = [s for s in sequences if s.part == "" and s.module]
-    known = [(found.horizon, i) for i, s in enumerate(modules) if (found := memory_of(s, share)) is not None]
+    known = [(found.timesteps, i) for i, s in enumerate(modules) if (found := reach_of(s, share)) is not None]
     return modules[min(known)[1]] if known else next(iter(modules), None)

@@ -8,7 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gradwatch.values.sequences import HORIZON_GAIN
+HORIZON_GAIN = 1e-3
+"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the newest
+timesteps'."""
 
 
 @dataclass(frozen=True)

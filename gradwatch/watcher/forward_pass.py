@@ -27,7 +27,7 @@ class ForwardPass:
     ) -> None:
         """Begin without looking; `suspects` names the layers that are to be looked at more closely."""
         self._model_map, self._probes, self._suspects, self._warn = model_map, probes, suspects, warn
-        self._trace = ForwardTrace(probes.all(), probes.failed)
+        self._trace = ForwardTrace(probes.all(), probes.failed, probes.attempts)
         self._waiting: set[int] = set()
 
     def look_ahead(self, optimizer: int) -> None:

@@ -12,6 +12,7 @@ from gradwatch.measurement.loss_scale import ScaleSentinel
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.measurement.units import Units
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import Part, Probe, StepView
 from gradwatch.model.layers import named_modules
 from gradwatch.timesteps.sequences import Sequences
@@ -21,10 +22,19 @@ from gradwatch.watcher.warn_once import WarnOnce, said
 class Probes:
     """The probes of a watcher; one that fails is left out of the step, and a warning says so once."""
 
-    def __init__(self, sequences: Sequences | None, warn: WarnOnce, *, strict: bool) -> None:
-        """Begin with nothing seen; `strict` raises what goes wrong at the step."""
-        self._sentinel, outputs = ScaleSentinel(), OutputGradients()
-        self._units = Units(outputs)
+    def __init__(self, sequences: Sequences | None, attempts: Attempts, warn: WarnOnce, *, strict: bool) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            sequences: the probe of sequence modules, if they are to be seen.
+            attempts: what the probes know calls by.
+            warn: says what goes wrong.
+            strict: raises what goes wrong at the step.
+
+        """
+        self.attempts = attempts
+        outputs = OutputGradients(attempts)
+        self._sentinel, self._units = ScaleSentinel(outputs.passes), Units(outputs, attempts)
         self._asked: list[Probe] = [outputs, self._units, *([sequences] if sequences is not None else [])]
         self._warn, self._strict = warn, strict
 
@@ -54,9 +64,10 @@ class Probes:
             transfer: takes their numbers along.
 
         """
+        self.attempts.settle()
         told = transfer.add(norms.number(scale)) if scale is not None else None
         step = StepView(named_modules(model), mine, others, told)
-        step = StepView(step.modules, mine, others, told, self._sentinel.changed(step, transfer))
+        step = StepView(step.modules, mine, others, told, self._sentinel.changed(step, self.attempts.broken, transfer))
         parts = []
         for probe in self._asked:
             try:

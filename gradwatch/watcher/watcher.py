@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.model_map import ModelMap
 from gradwatch.measurement.processes import Processes
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.optimizer_hooks import unwrap
 from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Sequences
@@ -84,7 +85,7 @@ class Watcher:
             self._warn,
             strict=strict,
         )
-        probes = Probes(_sequences(options), self._warn, strict=strict)
+        probes = _probes(options, self._warn, strict=strict)
         self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
         training = Training(
             self._model_map, self._forward_pass, self._losses, self._processes, options.cadence, scaler, clock
@@ -312,10 +313,13 @@ class Watcher:
         return began
 
 
-def _sequences(options: Options) -> Sequences | None:
-    if options.timesteps is False:
-        return None
-    return Sequences(options.timesteps, options.horizon, options.thresholds.horizon_gain)
+def _probes(options: Options, warn: WarnOnce, *, strict: bool) -> Probes:
+    attempts = Attempts()
+    share = options.thresholds.horizon_gain
+    sequences = None
+    if options.timesteps is not False:
+        sequences = Sequences(options.timesteps, options.horizon, share, attempts)
+    return Probes(sequences, attempts, warn, strict=strict)
 
 
 def _closing_with(watcher: Watcher, directory: RunDirectory | None, sinks: Sequence[Sink]) -> Callable[[], object]:

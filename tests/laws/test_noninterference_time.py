@@ -993,7 +993,7 @@ def test_a_watcher_that_is_kept_keeps_nothing_of_the_model_at_any_moment(horizon
 
 def things():
     """Count the objects of the process, and the tensors among them, beside what is remembered up to a bound."""
-    for remembered in (sequences._memory, detectors.time._growth):
+    for remembered in (sequences._remembered, detectors.time._growth):
         remembered.cache_clear()
     every = gc.get_objects()
     return len(every), sum(issubclass(type(o), torch.Tensor) for o in every)

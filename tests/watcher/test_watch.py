@@ -26,7 +26,6 @@ from torch.nn.modules import module as torch_modules
 import gradwatch
 from gradwatch.measurement import parameters as measured_parameters
 from gradwatch.model.layers import describe
-from gradwatch.timesteps import recorder as capture
 from gradwatch.values.report import Finding, Severity
 
 
@@ -875,21 +874,6 @@ def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
         optimizer.step()
     assert [sorted(column(s, s.update_ratio)) for s in watched.snapshots] == [["1"], ["3"], ["1"], ["3"]]
     assert "the update of 0 is not measured: a copy of it takes more than 0 MiB" in watched.snapshots[0].notes
-
-
-def test_a_sequence_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so(monkeypatch):
-    monkeypatch.setattr(
-        capture, "BUDGET", 3 * (10 * 6 * capture._LIVE * 4)
-    )  # of three rows of ten timesteps of six units
-    net = nn.LSTM(4, 6, batch_first=True)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    watched = Watched(net, optimizer, probe_every_n_steps=1)
-    for _ in range(2):
-        net(torch.randn(8, 10, 4))[0].sum().backward()
-        optimizer.step()
-    whole = watched.snapshots[1].sequences[0]
-    assert whole.rows == 3
-    assert whole.note == "3 rows of the batch are looked at: more would take above 0 MiB"
 
 
 # --- parameters that come, go and change ---

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
-
-from gradwatch.values.report import Alert, Explanation, Report
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats
-
-if TYPE_CHECKING:
-    pass
 
 from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.sinks.terminal.page import WIDTH, plain_text
+from gradwatch.values.report import Alert, Explanation, Report
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:

@@ -11,18 +11,17 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
-from gradwatch.values.history import History
-from gradwatch.values.report import Report, Severity
-from gradwatch.values.sequences import SequenceStats, reaches
-from gradwatch.values.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
-
 from gradwatch.sinks.log import printable
 from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
 from gradwatch.sinks.terminal.layer_table import layer_table
+from gradwatch.values.history import History
+from gradwatch.values.report import Report, Severity
+from gradwatch.values.sequences import SequenceStats, sentences
+from gradwatch.values.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from gradwatch.sinks.record import Run
 
 WIDTH = 100
 _PROFILES = 3
@@ -91,7 +90,7 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
     sequences = next((s.sequences for s in reversed(run.snapshots) if s.sequences), ())
     lines = reach_lines(sequences, name)
     parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
-    parts += [LagProfile(stats) for stats, _ in reaches(sequences) if stats.lag_gain is not None][:_PROFILES]
+    parts += [LagProfile(stats) for stats, _ in sentences(sequences) if stats.lag_gain is not None][:_PROFILES]
     for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
         whose = (
