@@ -1,4 +1,4 @@
-"""Every test computes on one thread and begins with the same random state and nothing left of the last, so that its outcome depends on neither machine nor chance."""
+"""Every test begins on one thread, with the same random state and nothing left of the last: neither machine nor chance decides."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from torch.nn.modules import module as torch_modules
 def one_thread() -> None:
     """Keep sums in one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kept_modules() -> None:
+    """Let the garbage collector pass over what is imported and stays: each round would walk through all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

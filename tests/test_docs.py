@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreters import warm
 
 import gradwatch as package
 
@@ -105,7 +106,7 @@ def test_the_example_of_a_forecasting_library_says_what_it_needs():
         "import runpy, sys; sys.modules['neuralforecast'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", without, ROOT / "examples" / "forecasting_library.py"],
+        [*warm(), "-c", without, ROOT / "examples" / "forecasting_library.py"],
         capture_output=True,
         text=True,
         check=False,

@@ -7,9 +7,11 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from interpreters import warm
 
 import gradwatch
 from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Snapshot
@@ -57,10 +59,10 @@ assert [alert.finding.code for alert in watcher.report.open] == ["GW501"]
 """
 
 
-def loaded(code: str, *arguments: str | Path) -> set[str]:
-    """Run code in a fresh process, and return the words that it prints and the modules that it has imported."""
+def loaded(code: str, *arguments: str | Path, python: Sequence[str] = (sys.executable,)) -> set[str]:
+    """Run code in a process of its own, and return the words that it prints and the modules that it has imported."""
     script = f"import sys\n{code}\nprint('\\n'.join(sys.modules))"
-    command = [sys.executable, "-c", script, *arguments]
+    command = [*python, "-c", script, *arguments]
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
@@ -80,12 +82,12 @@ def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():
 
 def test_the_logger_and_a_whole_training_with_its_files_and_alerts_load_no_rich(tmp_path):
     assert "rich" not in loaded("import gradwatch.sinks.log")
-    assert "rich" not in loaded(TRAINING, tmp_path)
+    assert "rich" not in loaded(TRAINING, tmp_path, python=warm())
     assert (tmp_path / "gradwatch" / "record.jsonl").exists()
 
 
 def test_the_table_of_a_watcher_is_what_loads_rich(tmp_path):
-    assert "rich" in loaded(f"{TRAINING}\nrepr(watcher)", tmp_path)
+    assert "rich" in loaded(f"{TRAINING}\nrepr(watcher)", tmp_path, python=warm())
 
 
 RANDOM = """

@@ -32,7 +32,7 @@ class Subject:
 
 
 def network(inputs: int, *, healthy: bool) -> nn.Sequential:
-    """Build a deep network on `inputs` numbers: ReLU with He initialization, or sigmoids with what PyTorch gives."""
+    """Build a deep network on `inputs` numbers: ReLU with He initialization, or sigmoids with PyTorch's default one."""
     from torch import nn
 
     layers: dict[str, nn.Module] = {"flatten": nn.Flatten()}
@@ -51,8 +51,9 @@ def recurrent(kind: str, outputs: int, *, remembers: int | None = None) -> nn.Mo
 
     Args:
         kind: "RNN", "LSTM" or "GRU"; in small letters it is the name of the module.
-        outputs: numbers that it gives for each sequence; a single one has no dimension of its own.
-        remembers: bars after which the cell of an LSTM still holds e^-1 of its content, by the bias of its forget gate; None leaves what PyTorch gives.
+        outputs: numbers that it returns for each sequence; a single one has no dimension of its own.
+        remembers: bars after which the cell of an LSTM still holds e^-1 of its content, by the bias of its forget gate;
+            None leaves PyTorch's default.
 
     """
     import torch

@@ -64,7 +64,8 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
             'The S&P 500 is not installed (pip install "torch-gradwatch\\[demo]"), so these prices are synthetic.', out
         )
     _say(
-        f"Forecast the volatility of the next {AHEAD} bars from windows of {LENGTH} bars x {len(market.FEATURES)} features.\n",
+        f"Forecast the volatility of the next {AHEAD} bars from windows of {LENGTH} bars x"
+        f" {len(market.FEATURES)} features.\n",
         out,
     )
     volatility = volatility_task(prices)
@@ -73,8 +74,9 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
         _show_depth(trained, out)
 
     _say(
-        f"[bold]Order flow[/bold] (random numbers): {SEQUENCES} sequences of {LENGTH} bars x {len(market.FLOW_FEATURES)} features. In half of them the"
-        f" imbalance was one standard deviation higher 210 to 240 bars ago. Tell in which: more than {NEED} bars matter, hence horizon={NEED}.\n",
+        f"[bold]Order flow[/bold] (random numbers): {SEQUENCES} sequences of {LENGTH} bars x"
+        f" {len(market.FLOW_FEATURES)} features. In half of them the imbalance was one standard deviation higher 210 to"
+        f" 240 bars ago. Tell in which: more than {NEED} bars matter, hence horizon={NEED}.\n",
         out,
     )
     flow = go(FLOW, flow_task(seed))
@@ -82,12 +84,13 @@ def _tell(logdir: Path, *, seed: int, steps: int, data: str, out: Console) -> No
         _show_time(trained, out)
 
     _say(
-        f"Back to [bold]{prices.name}[/bold]. How many bars matter here nobody has declared, so how far back a network learns is shown and not judged.\n",
+        f"Back to [bold]{prices.name}[/bold]. Nobody has declared how many bars matter here, so how far back a network"
+        " learns is shown and not judged.\n",
         out,
     )
     stock = go(STOCK, volatility)
     for trained in stock:
-        _show_memory(trained, out)
+        _show_horizon(trained, out)
 
     out.rule()
     out.print(_overview([*deep, *flow, *stock]))
@@ -114,7 +117,7 @@ class Trained:
     subject: Subject
     run: Run
     right: float | None
-    """Share of the samples it was not trained on whose class it tells right; None where the targets are no classes."""
+    """Share of the samples it was not trained on that it classifies correctly; None if the targets are not classes."""
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -123,8 +126,8 @@ class Trained:
         return known[0], sum(known[-10:]) / len(known[-10:])
 
     @property
-    def memories(self) -> list[SequenceStats]:
-        """What each probe saw of the model's own memory or, where no need is declared, of its recurrent module's."""
+    def horizons(self) -> list[SequenceStats]:
+        """The model's own horizon at each probe or, where no need is declared, that of its recurrent module."""
         return [next(q for q in s.sequences if q.part in ("model", "")) for s in self.run.snapshots if s.sequences]
 
 
@@ -191,23 +194,24 @@ def _show_depth(trained: Trained, out: Console) -> None:
 def _show_time(trained: Trained, out: Console) -> None:
     out.rule(trained.subject.name)
     _say(trained.subject.says, out)
-    memory = trained.memories[-1:]
-    for line in reach_lines(memory):
+    newest = trained.horizons[-1:]
+    for line in reach_lines(newest):
         out.print(line)
     _say(
         "Loss {:.3f} at the first step, {:.3f} at the end".format(*trained.losses)
-        + f" (a coin's: {math.log(2):.3f}); {trained.right:.0%} of {UNSEEN} sequences that it has not seen told right.",
+        + f" (a coin's: {math.log(2):.3f});"
+        + f" {trained.right:.0%} of {UNSEEN} sequences it had not seen are classified correctly.",
         out,
     )
-    for part in (*map(LagProfile, memory), *alert_lines(trained.run.alerts)):
+    for part in (*map(LagProfile, newest), *alert_lines(trained.run.alerts)):
         out.print(part)
     out.print()
 
 
-def _show_memory(trained: Trained, out: Console) -> None:
-    for line in reach_lines(trained.memories[-1:]):
+def _show_horizon(trained: Trained, out: Console) -> None:
+    for line in reach_lines(trained.horizons[-1:]):
         out.print(line)
-    before = "".join(f"; it began with the last {m.horizon}" for m in trained.memories[:1])
+    before = "".join(f"; it began with the last {m.horizon}" for m in trained.horizons[:1])
     _say("Loss {:.3f} at the first step, {:.3f} at the end".format(*trained.losses) + f"{before}.\n", out)
 
 
@@ -218,7 +222,7 @@ def _overview(networks: Sequence[Trained]) -> Table:
     for trained in networks:
         bad = [alert for alert in trained.run.alerts if alert.severity > Severity.INFO]
         reach = "".join(
-            f"{'at least' if m.censored else 'the last'} {m.horizon} of {m.length}" for m in trained.memories[-1:]
+            f"{'at least' if m.censored else 'the last'} {m.horizon} of {m.length}" for m in trained.horizons[-1:]
         )
         alerts = Text(
             " ".join(sorted({alert.finding.code for alert in bad})) or "none", style="yellow" if bad else "green"

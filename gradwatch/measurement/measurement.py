@@ -16,7 +16,7 @@ from gradwatch.measurement.parameters import Parameters
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.model.forward_hooks import Part, ProbeValues
-from gradwatch.values.snapshot import Absent, ActivationStats, Fact, ModelInfo, Snapshot, Stage
+from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Snapshot, Stage
 
 
 class Measurement:
@@ -139,7 +139,9 @@ class Measurement:
             absent=absent if any(absent) else None,
             activations=seen.activations or None,
             sequences=seen.sequences or None,
-            facts=(*([Fact("", "float16", 1.0)] if self._half else []), *seen.facts) or None,
+            facts=seen.facts or None,
+            cuts=seen.cuts or None,
+            computed_in="float16" if self._half else None,
             notes=(*self.parameters.notes, *self.notes),
         )
 
@@ -170,5 +172,7 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
                 }
                 stats = dataclasses.replace(known, **news)  # noqa: PLW2901
             activations[stats.module] = stats
-        found = ProbeValues((), (*found.sequences, *part.sequences), (*found.facts, *part.facts))
+        found = ProbeValues(
+            (), (*found.sequences, *part.sequences), (*found.facts, *part.facts), (*found.cuts, *part.cuts)
+        )
     return dataclasses.replace(found, activations=tuple(activations.values()))

@@ -67,6 +67,8 @@ class Processes:
         with contextlib.suppress(Exception):  # of MPI there is none
             store = dist.distributed_c10d._get_default_store()
             store.set(f"{self._key}/{self.rank}", self._token)
+            store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
+            store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
             self._store = store
 
     @property

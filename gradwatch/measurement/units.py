@@ -16,13 +16,12 @@ from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
+from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
 _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
 """Nodes of activations whose output is exactly 0 where their derivative is."""
-_OUTER = 0.01
-"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
-_FORMULAS = {
+_FUNCTIONS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
@@ -35,10 +34,6 @@ _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
-_ENOUGH = 64.0
-"""Entries in a row for which a unit must be silent before it counts as dead."""
-_SURE = 7.0
-"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
 _CONVOLUTIONS = {
     nn.Conv1d: 1,
     nn.Conv2d: 2,
@@ -78,7 +73,8 @@ class UnitCounts:
 
     looks: list[Look] = field(default_factory=list)
     """One for each call."""
-    formula: str = ""
+    function: Function | None = None
+    """The activation."""
 
     def fired(self) -> tuple[Tensor, int] | None:
         """Return the sum over the last calls with the same units; None where no unit can be silent."""
@@ -115,7 +111,7 @@ class Units:
         """Layers in question, of which more is measured."""
         self._names: Mapping[int, str] = {}
         self._units: dict[str, UnitCounts] = {}
-        self._facts: dict[tuple[str, str], Tensor] = {}
+        self._facts: dict[tuple[str, FactName], Tensor] = {}
         """By layer and name."""
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
@@ -163,15 +159,17 @@ class Units:
 
     def _look(self, tensor: Tensor) -> None:
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        if node is None or self._seen in _notes(node) or hasattr(tensor, "placements"):
+            return
+        function = _FUNCTIONS.get(node.name(), "relu" if node.name() in _SILENT else None)
+        if function is None:
             return
         _notes(node)[self._seen] = True
         given = _source(node, self._mark)
         if given is None or given.shape != tensor.shape:
             return
         mine = self._units.setdefault(given.layer, UnitCounts())
-        mine.formula = formula
+        mine.function = function
         self._leave_out_void(mine)
         if len(mine.looks) == _CALLS:
             return
@@ -183,10 +181,10 @@ class Units:
             fired = saturated = None
             if node.name() in _SILENT:
                 fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-            if formula == "tanh":
-                saturated = (rows.abs() > 1 - 2 * _OUTER).float().mean()
-            elif formula == "sigmoid":
-                saturated = ((rows - 0.5).abs() > 0.5 - _OUTER).float().mean()
+            if function == "tanh":
+                saturated = (rows.abs() > 1 - 2 * OUTER_SHARE).float().mean()
+            elif function == "sigmoid":
+                saturated = ((rows - 0.5).abs() > 0.5 - OUTER_SHARE).float().mean()
             entries = rows.numel() // max(rows.shape[given.dim], 1)
             mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
 
@@ -215,7 +213,8 @@ class Units:
         """Return what this step has brought, by layer, and the facts about those in question."""
         dead: dict[str, tuple[Pending, int]] = {}
         saturated: dict[str, Pending] = {}
-        theirs, certain = {}, []
+        functions: dict[str, Function] = {}
+        theirs = {}
         for name, seen in self._units.items():
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
@@ -226,16 +225,15 @@ class Units:
                 dead[name] = transfer.add(self._dead(name, *total)), len(total[0])
             if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
                 saturated[name] = transfer.add(torch.stack(shares).mean())
-            if name in self.suspects and seen.looks:
-                certain.append(Fact(name, f"activation {seen.formula}", 1.0))
+            if seen.looks and seen.function is not None:
+                functions[name] = seen.function
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
-        if self._outputs.reached is not None:
-            certain += self._end_of_gradient(self._outputs.reached)
+        cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
         self._units, self._facts, self._completed = theirs, {}, {}
 
         def part() -> ProbeValues:
             activations = []
-            for name in dict.fromkeys((*dead, *saturated)):
+            for name, function in functions.items():
                 silent, units = dead.get(name, (None, 0))
                 activations.append(
                     ActivationStats(
@@ -243,14 +241,15 @@ class Units:
                         dead=silent.value if silent is not None else None,
                         saturated=saturated[name].value if name in saturated else None,
                         units=units or None,
+                        function=function,
                     )
                 )
-            measured = [Fact(place, what, value.value) for (place, what), value in facts.items()]
-            return ProbeValues(tuple(activations), facts=(*certain, *measured))
+            measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
+            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
 
         return part
 
-    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, str], Tensor]]:
+    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
         for name in sorted(self.suspects):
             if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
                 yield (name, "spectral_norm"), spectral_norm(weight)
@@ -267,22 +266,20 @@ class Units:
         self._silent[name] = silent
         alive = (fired > 0).sum()
         rate = fired.sum() / (alive * entries).clamp(min=1)
-        enough = torch.where(alive > 0, _SURE / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(min=_ENOUGH)
+        enough = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(
+            min=SILENT_ENTRIES
+        )
         return (silent >= enough).float().mean()
 
-    def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
-        """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
+    def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
+        """Tell of each layer in question that the gradient did not reach where it ended."""
         order = list(self._completed)
-        facts = []
         for at, name in enumerate(order):
             if name not in self.suspects or name in reached:
                 continue
-            behind = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
-            last = order[(behind if behind is not None else at + 1) - 1]
-            facts += [Fact(name, "done", float(at)), Fact(last, "unreached", float(self._completed[last]))]
-            if behind is not None:
-                facts.append(Fact(order[behind], "reached", float(behind)))
-        return facts
+            after = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
+            last = order[(after if after is not None else at + 1) - 1]
+            yield Cut(name, last, None if after is None else order[after], graph=self._completed[last])
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact
 
 
 class Pending(Protocol):
@@ -103,6 +103,7 @@ class ProbeValues:
     activations: tuple[ActivationStats, ...] = ()
     sequences: tuple[SequenceStats, ...] = ()
     facts: tuple[Fact, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
 
 Part = Callable[[], ProbeValues]
@@ -339,7 +340,7 @@ def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: C
     torch.compile has made runs as it was written meanwhile, because compiled code calls no hooks.
     """
     with contextlib.ExitStack() as stack:
-        if _compiled() and hasattr(torch.compiler, "set_stance"):
+        if _compiled():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -17,15 +17,17 @@ CHANGED = 1e-3
 
 
 def has_unknown_scale(scale: object | None, changed: float | None) -> bool:
-    """Tell whether a factor that nobody knows, as a loss scale is, may be on the gradients that arrived in a backward pass.
+    """Tell whether an unknown factor, as a loss scale is, may be on the gradients that arrived in a backward pass.
 
-    It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is NaN, a
-    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only sizes:
-    ratios, shares and lag gains are free of the factor.
+    It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is
+        NaN, a
+    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only
+    sizes: ratios, shares and lag gains are free of the factor.
 
     Args:
         scale: the loss scale that was told and is divided out; None: nobody said whether there is one.
-        changed: how far a gradient at the step is from what arrived, see `Sentinel.difference`; None: nothing could be compared.
+        changed: how far a gradient at the step is from what arrived, see `Sentinel.difference`; None: nothing could be
+            compared.
 
     """
     return scale is None and (changed is None or not changed <= CHANGED)
@@ -37,12 +39,15 @@ def transformed() -> bool:
 
 
 def of_others(parameters: AbstractSet[int], mine: AbstractSet[int], others: AbstractSet[int]) -> bool:
-    """Tell whether what holds these parameters is no business of a step: only other optimizers step some of them, all by `id`."""
+    """Tell whether only other optimizers than those of a step train what holds these parameters, all by `id`."""
     return not parameters & mine and not parameters.isdisjoint(others)
 
 
 def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
-    """Let `hook` take what arrives at a tensor that is not a leaf, behind all hooks on it, and of a tensor that is edited in place later: before that."""
+    """Let `hook` take what arrives at a tensor that is not a leaf, after all hooks on it.
+
+    Of a tensor that is edited in place later, it is what arrives at the tensor as it is now.
+    """
     node, number = tensor.grad_fn, tensor.output_nr
     assert node is not None
     handle: RemovableHandle = node.register_prehook(lambda gradients: hook(gradients[number]))
@@ -104,7 +109,8 @@ class Sentinel:
             except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
                 sentinel._sums.clear()
 
-        # On the node behind the parameter: what hangs on the parameter itself would travel with the model when that is saved or copied.
+        # On the parameter's node in the graph: what hangs on the parameter itself would travel with the model when that
+        # is saved or copied.
         self._node = get_gradient_edge(parameter).node
         self._handle = self._node.register_prehook(hook)
 

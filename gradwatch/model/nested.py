@@ -1,8 +1,8 @@
 """Nested values, as modules take and give them -> the tensors in them, and the same values with other tensors.
 
 One idea of what is nested: mappings (their values), lists and tuples, named ones too, and dataclasses (their fields),
-within each other as deep as one likes. A packed sequence is one tensor, its data: where its rows and timesteps lie is no
-value of the model's. Whatever else there is, is left as it is.
+within each other as deep as one likes. A packed sequence is one tensor, its data: where its rows and timesteps lie is
+no value of the model's. Whatever else there is, is left as it is.
 """
 
 from __future__ import annotations

@@ -24,13 +24,15 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @contextlib.contextmanager
 def as_it_was(model: nn.Module, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
-    """Put back, at the end, everything that a pass through the model may have changed; within, no tensor has a gradient.
+    """Put back, at the end, all that a pass through the model may have changed; within, no tensor has a gradient.
 
-    That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list; parameters,
-    buffers and tensors that modules keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit; random
-    generators that they keep; gradients; and the random states of torch (of other devices only if they were drawn from:
-    writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an object of another
-    kind is not known here, nor what it does outside of Python. It takes as many bytes as all these tensors.
+    That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list;
+        parameters,
+    buffers and tensors that modules keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit;
+    random generators that they keep; gradients; and the random states of torch (of other devices only if they were
+    drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an
+    object of another kind is not known here, nor what it does outside of Python. It takes as many bytes as all these
+    tensors.
 
     Args:
         model: what will run.
@@ -128,8 +130,8 @@ class _ModelBackup:
         """Copy one thing; what is in it is a thing of its own."""
         if isinstance(value, Tensor):
             gradient = value.grad if value.is_leaf else None
-            # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that waits for
-            # its backward pass would stumble.
+            # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that
+            # waits for its backward pass would stumble.
             self._tensors.append(
                 _TensorBackup(value, value.data, value.detach().clone(), value.requires_grad, gradient)
             )
@@ -147,7 +149,7 @@ class _ModelBackup:
 
     @staticmethod
     def _held_by(value: Any) -> Iterable[Any]:  # noqa: ANN401
-        """Return what is in one thing: more than in values that a model takes and gives, of which it may be any `parts`."""
+        """Return what is in one thing, which may be more than what a model takes and gives."""
         if isinstance(value, Tensor):
             return ()
         if isinstance(value, torch.jit.ScriptModule):

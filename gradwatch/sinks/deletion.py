@@ -8,6 +8,6 @@ from typing import IO, Any
 
 
 def refuse_deleted(file: IO[Any]) -> None:
-    """Raise a FileNotFoundError if nobody will ever read what is written to this open file; one that was moved is fine."""
+    """Raise a FileNotFoundError if an open file was deleted: nobody could read what is written. Moving it is fine."""
     if os.fstat(file.fileno()).st_nlink == 0 and not Path(file.name).exists():
         raise FileNotFoundError(f"{file.name} was deleted while it was written")

@@ -9,11 +9,19 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from gradwatch.sinks.deletion import refuse_deleted
-from gradwatch.values.plain import from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+from gradwatch.values.plain import (
+    FORMAT,
+    alert_from_plain,
+    from_json,
+    model_from_plain,
+    snapshot_from_plain,
+    snapshot_to_plain,
+    to_json,
+    to_plain,
+)
 from gradwatch.values.report import Alert, Report, Severity
 from gradwatch.values.snapshot import ModelInfo, Snapshot
 
-FORMAT = 1
 NAME = "record.jsonl"
 BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
@@ -22,8 +30,8 @@ steps of a model with 100 parameter tensors."""
 _LONGEST = 16 * 2**20
 """Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
 MOST = 200_000
-"""Snapshots that are read into memory; past them every second of the older ones is dropped, as it is where a record is
-written. No record of the usual bound has so many."""
+"""Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
+is written. No record of the usual bound has so many."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Record:
     """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
 
     outlives_watcher: ClassVar[bool] = True
-    """It refers to no watcher, model or optimizer, and so may be held until it is closed, if the watcher goes without."""
+    """It refers to no watcher, model or optimizer, so it may be kept until it is closed even if the watcher is gone."""
 
     def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
         """Write into `directory`; a record that is there already is replaced.
@@ -137,7 +145,7 @@ class Record:
         return self._file
 
     def _whole_lines(self) -> bool:
-        """Take off the half line that a killed process left, because it would spoil the next one; tell whether anything is left."""
+        """Cut off the half line of a killed process, which would spoil the next; return whether anything is left."""
         with self._path.open("rb+") as file:
             return file.truncate(file.read().rfind(b"\n") + 1) > 0
 
@@ -148,12 +156,13 @@ class Record:
             self._size += len(text)
 
     def _thin(self) -> None:
-        """Drop every second snapshot of the older three quarters, into a new file that takes the place of the old one."""
+        """Replace the file by one without every second snapshot of the older three quarters."""
         if self._file is None:
             return
         self._file.close()
         self._file = None
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        written = from_json(lines[0])["format"]
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
@@ -162,7 +171,7 @@ class Record:
         fresh = self._path.with_suffix(".new")
         try:
             fresh.write_text(
-                "".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
+                "".join([to_json({"format": written, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
             )
             fresh.replace(self._path)
         except OSError:
@@ -175,12 +184,12 @@ class Record:
 
 
 def _fold_alerts(lines: list[str]) -> set[int]:
-    """Put the newest word on each alert where the first one stands; give the numbers of the lines that then say nothing new."""
+    """Move the newest line of each alert to its first one's place; return the numbers of those then of no use."""
     first: dict[tuple[object, ...], int] = {}
     later = set()
     for number, line in enumerate(lines):
         if line.startswith('{"alert"'):
-            alert = from_plain(Alert, from_json(line)["alert"])
+            alert = alert_from_plain(from_json(line)["alert"])
             place = first.setdefault((*_key(alert), alert.began), number)
             if place != number:
                 lines[place] = line
@@ -193,7 +202,7 @@ def read_run(path: str | os.PathLike[str], *, most: int = MOST) -> Run:
 
     Args:
         path: the record, its folder, or a log directory with one run in or below it.
-        most: snapshots to hold in memory; past them every second of the older ones is dropped, and counted as `thinned`.
+        most: snapshots to keep in memory; past them every second of the older ones is dropped and counted as `thinned`.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -211,7 +220,7 @@ def read_runs(path: str | os.PathLike[str], *, most: int = MOST) -> dict[str, Ru
 
     Args:
         path: a record, its folder, or a log directory.
-        most: snapshots to hold in memory of each; past them every second of the older ones is dropped.
+        most: snapshots of each to keep in memory; past them every second of the older ones is dropped.
 
     Raises:
         FileNotFoundError: there is no record.
@@ -231,6 +240,8 @@ def read_runs(path: str | os.PathLike[str], *, most: int = MOST) -> dict[str, Ru
 
 @dataclass
 class _Draft:
+    written: int = FORMAT
+    """The format of the record."""
     models: list[ModelInfo] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
@@ -243,18 +254,18 @@ def _read(file: Path, most: int = MOST) -> Run:
             try:
                 content = from_json(line)
                 if number == 0:
-                    thinned = _begun(content)
+                    draft.written, thinned = _begun(content)
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
-                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                    raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
             if len(draft.snapshots) > most:
                 older = slice(1, max(most * 3 // 4, 2), 2)
                 thinned += len(draft.snapshots[older])
                 del draft.snapshots[older]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
+        raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: it is empty")
     return Run(
         tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
     )
@@ -269,23 +280,23 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line if end is line else line[:80] + "\n"
 
 
-def _begun(content: dict[str, Any]) -> int:
-    """Check the first line, and give the number of snapshots that were dropped."""
-    if content["format"] != FORMAT:
+def _begun(content: dict[str, Any]) -> tuple[int, int]:
+    """Check the first line, and return the format and the number of snapshots that were dropped."""
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
-    return int(content.get("thinned", 0))
+    return content["format"], int(content.get("thinned", 0))
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
-        draft.models.append(from_plain(ModelInfo, content["model"]))
+        draft.models.append(model_from_plain(content["model"], draft.written))
     elif "snapshot" in content:
         plain = content["snapshot"]
-        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models, draft.written))
     elif "alert" in content:
-        alert = from_plain(Alert, content["alert"])
+        alert = alert_from_plain(content["alert"], draft.written)
         draft.alerts[(*_key(alert), alert.began)] = alert
 
 

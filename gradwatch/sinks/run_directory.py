@@ -26,7 +26,7 @@ _held: dict[Path, int | None] = {}
 
 
 class RunDirectory:
-    """A directory that nobody else writes into until it is closed, and the sinks that write its files."""
+    """A directory that no other watcher writes into until this is closed, and the sinks that write its files."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class RunDirectory:
         events: bool = True,
         free: Callable[[], object] = gc.collect,
     ) -> None:
-        """Claim `gradwatch` or `gradwatch-<name>` in `logdir`, with `-2`, ... if a live watcher, of any process, holds it.
+        """Claim `gradwatch` or `gradwatch-<name>` in `logdir`, with `-2`, ... if any process has a live watcher there.
 
         Args:
-            logdir: the folder that it is to be in.
+            logdir: the folder to make it in.
             name: tells several apart.
-            events: write TensorBoard events beside the record.
-            free: makes watchers that nobody uses let go of theirs; called where this process holds the directory.
+            events: write TensorBoard events too, beside the record.
+            free: makes watchers that nobody uses let go of theirs; called if this process holds the directory.
 
         Raises:
             TypeError, ValueError: `logdir` is not a path.
@@ -61,7 +61,7 @@ class RunDirectory:
             self.sinks.insert(0, board)
 
     def close(self) -> None:
-        """Close the files and let go of the directory, which is removed if nothing was written; a second call does nothing.
+        """Close the files and let go of the directory, which is removed if it is empty; a second call does nothing.
 
         Raises:
             OSError: a file cannot be finished; everything is closed all the same.
@@ -108,8 +108,8 @@ def _release(directory: Path) -> None:
 def _lock(directory: Path) -> bool:
     """Hold a directory, which is made, until `_release` or the end of this process; False where somebody holds it.
 
-    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with their
-    process. What cannot be made or locked is held within this process only: it is the record that will say why.
+    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with
+    their process. What cannot be made or locked is held within this process only: the record will say why.
     """
     if directory in _held:
         return False

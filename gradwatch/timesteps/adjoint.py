@@ -198,8 +198,8 @@ def walk_back(
     Args:
         cell: the layer and direction; it has run.
         direct: gradients of the outputs from outside of the recurrence, (T, S, R, width).
-        final_c: gradient of the last cell state from outside, (S, R, hidden), for each row at its own end; None where the
-            kind has no cell state.
+        final_c: gradient of the last cell state from outside, (S, R, hidden), for each row at its own end; None where
+            the kind has no cell state.
         ends: which rows end with a timestep.
         seams: by the last timestep of a call.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.gradient_hooks import Sentinel
 from gradwatch.timesteps.kinds import Kind, Recurrence
 from gradwatch.timesteps.layout import Layout
+from gradwatch.values.sequences import RecurrenceName
 
 
 class StateOrigin(enum.Enum):
@@ -33,7 +35,7 @@ class StateOrigin(enum.Enum):
 
 @dataclass(kw_only=True)
 class CallRecord:
-    """One call of a recurrent module: rows of its inputs, states and outputs, and the gradients that arrived at them."""
+    """One call of a recurrent module: rows of its inputs, states and outputs, and of the gradients that arrived."""
 
     recurrence: Recurrence
     layout: Layout
@@ -56,7 +58,7 @@ class CallRecord:
     sole_user: bool = False
     """Whether nothing else uses its input: it is a leaf that was put in."""
     c_through_h: bool = False
-    """Whether the gradient of its cell state includes what comes through its hidden state: an LSTMCell of several kernels."""
+    """Whether the gradient of its cell state includes what comes through its hidden state, as of a cell not fused."""
     versions: list[int] = field(init=False)
     """Version counters of the weights, to notice an edit."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class CallRecord:
         self.versions = [w._version for w in self.weights]
 
     def masks(self) -> list[Tensor]:
-        """Draw again which entries dropout kept between the layers, (T, R, directions x width), scaled as dropout does."""
+        """Return what dropout multiplied with between the layers, drawn again, (T, R, directions x width) each."""
         if self.random is None:
             return []
         generator = torch.Generator(device="cpu")
@@ -162,6 +164,8 @@ class SequenceModule:
     name: str
     kind: Kind | None
     """What it is, if it can be walked back through."""
+    recurrence: RecurrenceName | None = None
+    """What carries its state, as far as that is known."""
     time: int | None
     """Which dimension is time, where the user said so; None there: each call is one timestep."""
     parameters: frozenset[int] = frozenset()
@@ -224,3 +228,35 @@ class SequenceModule:
         self.calls, self.passes, self.leaves, self.random = [], set(), {}, None
         self.task, self.repeated = None, False
         self.sentinel.remove()
+
+
+def origin_of(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> StateOrigin:
+    """Tell where the state came from that a call was given.
+
+    Args:
+        h0: the state.
+        record: of the call.
+        earlier: calls of the module in the same pass, oldest first.
+
+    """
+    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
+    if not earlier:
+        return begun
+    before, layout = earlier[-1], record.layout
+    if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
+        return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
+    if layout.single and h0.requires_grad and before.layout.inner(1) == layout.inner(1):
+        first = earlier[0].record
+        if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
+            return StateOrigin.CHANGED
+        return StateOrigin.NEW
+    return begun
+
+
+def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:
+    """Tell whether the state that a call took is the one that the call before gave."""
+    earlier = before.record
+    if earlier is None or earlier.y.shape[1:] != record.y.shape[1:]:
+        return False
+    given = before.final_state() if before.final_state is not None else None
+    return given is h0 or torch.equal(earlier.y[-1], record.h0[-1])

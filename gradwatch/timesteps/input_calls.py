@@ -1,4 +1,4 @@
-"""Inputs of a sequence module, as parts of tensors that can be differentiated by -> gains by lag of their rows and timesteps."""
+"""Inputs of a sequence module, as parts of tensors to differentiate by -> gains by lag."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class InputSequence:
 
         Args:
             gradients: see `Roots.gradients`.
-            lengths: of the rows, if they are known; else a row ends with the last timestep that is not zero or has a gradient.
+            lengths: of the rows; None: a row ends with the last timestep that is not zero or has a gradient.
 
         """
         squares = [call.squares(gradients) for call in self.calls]
@@ -203,7 +203,7 @@ def _laid_out_as(gradient: Tensor | None, root: Tensor) -> Tensor | None:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Put (T, B) next to each other in time; rows that end earlier than others, in a loop, are blank or zero from there on."""
+    """Put (T, B) next to each other in time; in a loop, rows that end before others are blank or zero from there on."""
     most = max(part.shape[1] for part in parts)
     blank = parts[0].dtype is torch.bool
     return torch.cat([nn.functional.pad(part, (0, most - part.shape[1]), value=float(blank)) for part in parts])

@@ -33,8 +33,9 @@ _SEED = 0
 class InputTap:
     """Sees what enters the first sequence module of a model, as a tensor by which the output can be differentiated.
 
-    That module is the first that runs of the recurrent ones and of those that are named; where there is none, the model's first floating-point input of
-    three or more dimensions counts (time is dimension 1), or what its first embedding gives. Where what enters has no graph, a leaf takes its place.
+    That module is the first that runs of the recurrent ones and of those that are named; where there is none, the
+    model's first floating-point input of three or more dimensions counts (time is dimension 1), or what its first
+    embedding gives. Where what enters has no graph, a leaf takes its place.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], timesteps: Timesteps) -> None:
@@ -64,10 +65,11 @@ class InputTap:
         self._module: nn.Module | None = None
         self._calls: list[InputCall] = []
         self._waiting: list[int | None] = []
-        """The dimension of time of a sequence module that takes no floating-point tensor: its first embedding is meant."""
+        """The dimension of time of a sequence module that takes no floating-point tensor: its embedding is meant."""
         self._embedding: nn.Module | None = None
         self._replaced: set[int] = set()
-        """Modules that were given or gave another tensor: what a checkpoint computes once more, within the backward pass, must be as it was the first time."""
+        """Modules that were given or gave another tensor: when a checkpoint runs them again, within the backward pass,
+        all must be as it was the first time."""
         self._spare: dict[str, InputCall] = {}
         """What counts where no sequence module has run."""
         self._sizes: set[tuple[int, int]] = set()
@@ -78,7 +80,7 @@ class InputTap:
     def arguments(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the model's arguments that a derivative can be taken by, and that the model may edit in place."""
+        """Return copies of the model's arguments to differentiate by, which the model may edit in place."""
         mine, keywords = (
             tuple(map(differentiable, args)),
             {name: differentiable(a) for name, a in in_order(model, kwargs).items()},
@@ -91,7 +93,8 @@ class InputTap:
             time = self._own[""]
             if time is None:
                 raise ValueError(
-                    "timesteps of the model's own input must be a dimension, and None is for modules that are called once a timestep"
+                    "timesteps of the model's own input must be a dimension,"
+                    " and None is for modules that are called once a timestep"
                 )
             fitting = next((t for t in floating if -t.dim() <= time < t.dim()), None)
             if fitting is None:
@@ -105,7 +108,7 @@ class InputTap:
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Take note of what enters a sequence module; in place of an input without a graph, give it one that has one."""
+        """Note what enters a sequence module; an input without a graph is replaced by one that has one."""
         recurrent = is_recurrent(module)
         if self._own or not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
             return None
@@ -139,8 +142,8 @@ class InputTap:
             {k: changed if k == key else a for k, a in kwargs.items()},
         )
 
-    def after(self, module: nn.Module, _args: object, _kwargs: object, output: Any) -> Any:  # noqa: ANN401  (whatever a module gives)
-        """Take note of what the first embedding gives."""
+    def after(self, module: nn.Module, _args: object, _kwargs: object, output: Any) -> Any:  # noqa: ANN401
+        """Note what the first embedding gives."""
         if not isinstance(module, nn.Embedding) or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return None
         changed = self._with_graph(module, output)
@@ -171,11 +174,11 @@ class InputTap:
 
     # --- the backward pass ---
 
-    def gain(self, returned: Any, output: Callable[[Any], Any] | None) -> ModelGain:  # noqa: ANN401  (whatever a model returns)
+    def gain(self, returned: Any, output: Callable[[Any], Any] | None) -> ModelGain:  # noqa: ANN401  (any model's)
         """Return the gain of the newest output by lag.
 
-        One vector-Jacobian product with a cotangent v ~ N(0, I/R) for each row, R the width of the output: the root mean square of `||J^T v||` over the rows
-        estimates the Frobenius norm of the Jacobian over sqrt(R).
+        One vector-Jacobian product with a cotangent v ~ N(0, I/R) for each row, R the width of the output: the root
+        mean square of `||J^T v||` over the rows estimates the Frobenius norm of the Jacobian over sqrt(R).
 
         Args:
             returned: by the model.
@@ -226,8 +229,8 @@ class InputTap:
             calls, module = [spare], self._embedding if kind == "embedding" else None
         if not calls:
             raise ValueError(
-                "no sequence was found: no recurrent module ran, and the model has no floating-point input of three or more"
-                " dimensions and no embedding;"
+                "no sequence was found: no recurrent module ran, and the model has no floating-point input of three or"
+                " more dimensions and no embedding;"
                 ' timesteps={"name of a module": dimension of time} tells where one is'
             )
         found = [InputSequence()]
@@ -247,7 +250,8 @@ def _named(timesteps: object) -> dict[str, int | None]:
     )
     if not isinstance(timesteps, Mapping) or not whole:
         raise TypeError(
-            f'timesteps must be "auto" or a mapping from names of modules to their dimensions of time, such as {{"encoder": 1}}, got {timesteps!r}'
+            'timesteps must be "auto" or a mapping from names of modules to their dimensions of time,'
+            f' such as {{"encoder": 1}}, got {timesteps!r}'
         )
     return dict(timesteps)
 
@@ -264,7 +268,7 @@ def _input(
 
 
 def _anew(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a recurrent module is called without a state, or with one of zeros: on a sequence of its own, then."""
+    """Tell whether a recurrent module is called without a state, or with one of zeros: for a new sequence, then."""
     state = args[1] if len(args) > 1 else kwargs.get("hx")
     return not any(t.requires_grad or bool(t.any()) for t in tensors(state))
 

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
+from gradwatch.values.sequences import RecurrenceName
+from gradwatch.values.snapshot import FactName
+from gradwatch.values.thresholds import OUTER_SHARE
+
+Facts = dict[FactName, Tensor]
+"""By name."""
+
+Fused = nn.RNNBase
+"""What runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
 
 _POWERS = 10
-"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes nearly all of the constant away."""
+"""Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
-_SATURATED = 0.98
+_SATURATED = 1 - 2 * OUTER_SHARE
 """|tanh| from which an output lies in the outer 1 % of its range."""
 
 
@@ -29,18 +38,17 @@ def _weights(module: nn.Module) -> list[Tensor]:
     return [weight for name in names if (weight := getattr(module, name)) is not None]
 
 
-def _no_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _no_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     return {}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of recurrence: its modules, where their weights lie, its equations, and what tells how long it remembers."""
+    """One kind of recurrence: its modules, their weights, its equations, and what tells how long it remembers."""
 
-    name: str
-    """LSTM, GRU or RNN."""
+    name: RecurrenceName
     sequence: type[nn.Module]
-    """Its module that runs over a whole sequence. It has `batch_first`, and `_flat_weights` if it has several layers."""
+    """Its module that runs over a whole sequence; it has `batch_first`, and what `Recurrence.of` asks for."""
     cell: type[nn.Module]
     """Its module of which each call is one timestep."""
     gates: int
@@ -56,7 +64,7 @@ class Kind:
     has_cell_state: bool = False
     weights: Callable[[nn.Module], list[Tensor]] = _weights
     """Returns, for each layer and direction: w_ih, w_hh, with a bias b_ih and b_hh, with a projection w_hr."""
-    facts: Callable[[Cell, LayerWeights], dict[str, Tensor]] = _no_facts
+    facts: Callable[[Cell, LayerWeights], Facts] = _no_facts
     """What decides how long a layer and direction remembers, by name, once it has run."""
     saturation: Callable[[Tensor], Tensor] | None = None
     """Of outputs that saturate: which share of them does."""
@@ -68,19 +76,19 @@ class Kind:
         return isinstance(module, self.cell) and self.nonlinearity in (None, getattr(module, "nonlinearity", None))
 
 
-def _lstm_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:
-    facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
+def _lstm_facts(cell: Cell, weights: LayerWeights) -> Facts:
+    facts: Facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
     if weights.b_ih is not None and weights.b_hh is not None:
         hidden = len(weights.b_ih) // 4
         facts["forget_bias"] = (weights.b_ih + weights.b_hh)[hidden : 2 * hidden].mean()
     return facts
 
 
-def _gru_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _gru_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     return {} if cell.kept is None else {"update_gate": cell.kept.mean()}
 
 
-def _rnn_facts(cell: Cell, weights: LayerWeights) -> dict[str, Tensor]:  # noqa: ARG001  (as the others)
+def _rnn_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
     if weights.hh.shape[-1] > _LARGEST:
         return {}
     w = weights.hh.float()
@@ -149,6 +157,16 @@ def kind_of(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> Kind | None:
     return next((kind for kind in kinds if kind.includes(module)), None)
 
 
+def recurrence_of(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> RecurrenceName | None:
+    """Return what carries the state of a module: one of the kinds, or one whose class is called after it.
+
+    None where that is not known.
+    """
+    kind = kind_of(module, kinds)
+    called = type(module).__name__.upper()
+    return kind.name if kind is not None else next((kind.name for kind in kinds if kind.name in called), None)
+
+
 def is_recurrent(module: nn.Module) -> bool:
     """Tell whether a module is recurrent: of one of the kinds, or somebody's own upon torch's classes for these."""
     return isinstance(module, nn.RNNBase | nn.RNNCellBase) or kind_of(module) is not None
@@ -159,9 +177,9 @@ def is_cell(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> bool:
     return isinstance(module, (nn.RNNCellBase, *(kind.cell for kind in kinds)))
 
 
-def is_fused(module: nn.Module) -> TypeGuard[nn.RNNBase]:
-    """Tell whether a module runs over a whole sequence in one of torch's kernels, cuDNN's among them."""
-    return isinstance(module, nn.RNNBase)
+def is_fused(module: nn.Module) -> TypeGuard[Fused]:
+    """Tell whether a module runs over a whole sequence in one of torch's kernels."""
+    return isinstance(module, Fused)
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -170,7 +188,7 @@ def is_stock(module: nn.Module) -> bool:
 
 
 def time_of(module: nn.Module, dimensions: int, kinds: Sequence[Kind] = KINDS) -> int | None:
-    """Return the dimension of time in the input of a recurrent module, which has so many; None: each call is a timestep."""
+    """Return which of so many dimensions of a recurrent module's input is time; None: each call is a timestep."""
     return None if is_cell(module, kinds) else int(bool(module.batch_first) and dimensions > 2)
 
 

@@ -55,8 +55,8 @@ def layout_of(value: Tensor | PackedSequence, time: int | None, rows: int | None
     """Return where rows and timesteps lie in what enters a sequence module.
 
     Args:
-        value: the input: padded, unbatched or packed. A tensor of two dimensions of which time is the second is rows and
-            timesteps without features; else it is timesteps and features of one row.
+        value: the input: padded, unbatched or packed. A tensor of two dimensions of which time is the second is rows
+            and timesteps without features; else it is timesteps and features of one row.
         time: its dimension of time; None: the call is one timestep. Of a packed sequence it is known.
         rows: how many are looked at closely; None: all.
 
@@ -143,7 +143,7 @@ class Padded:
         return self._pick(tensor, -1)
 
     def _completed(self, tensor: Tensor) -> Tensor:
-        """Return a tensor with the dimension of time that a single timestep lacks, or of features where there are none."""
+        """Return a tensor with the dimension that it lacks: time of a single timestep, or features."""
         tensor = tensor.detach()
         if self.single:
             tensor = tensor.unsqueeze(0)

@@ -13,7 +13,7 @@ from gradwatch.values.sequences import SequenceStats, horizon_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
 Timesteps = Literal["auto"] | Mapping[str, int | None]
-"""Sequence modules beside the recurrent ones: by name, the dimension of time of their input; None where each call is one timestep."""
+"""Sequence modules beside the recurrent ones: by name, the dimension of time; None where each call is one timestep."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ModelGain:
         return lambda: self.stats(pending.values, share)
 
     def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
-        """Make the `numbers`, copied from the device, a value; below this share of its maximum a gain counts as gone."""
+        """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
         length = int(numbers[0])
         gain = tuple(numbers[1 : 1 + length])
         found = horizon_of(gain, share)

@@ -13,7 +13,11 @@ from gradwatch.model.nested import data_of, leaves, parts
 from gradwatch.timesteps.input_calls import InputSequence, packed_lengths
 
 
-def chosen_of(returned: Any, output: Callable[[Any], Any] | None, steps: int | None) -> Tensor | PackedSequence:  # noqa: ANN401
+def chosen_of(
+    returned: Any,  # noqa: ANN401  (whatever a model returns)
+    output: Callable[[Any], Any] | None,
+    steps: int | None,
+) -> Tensor | PackedSequence:
     """Choose the tensor whose horizon is asked.
 
     By `output`, or else the first floating-point one, a scalar only where there is no other.

@@ -17,12 +17,22 @@ from torch.utils.hooks import unserializable_hook
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
-from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
-from gradwatch.timesteps.kinds import KINDS, Kind, Recurrence, is_cell, is_fused, is_stock, kind_of, time_of
+from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of
+from gradwatch.timesteps.kinds import (
+    KINDS,
+    Kind,
+    Recurrence,
+    is_cell,
+    is_fused,
+    is_stock,
+    kind_of,
+    recurrence_of,
+    time_of,
+)
 from gradwatch.timesteps.layout import Layout, layout_of
 
 ROWS = 8
-"""Rows of a batch that are looked at closely. Eight, each with cotangents of its own, give the decay rate within 2 %."""
+"""Rows of a batch that are looked at closely: 8, each with cotangents of its own, give the decay rate within 2 %."""
 BUDGET = 256 * 2**20
 """Bytes that the walk back through one module may take; beyond it there are fewer rows."""
 _NUMBERS = 40
@@ -30,7 +40,7 @@ _NUMBERS = 40
 
 
 def bytes_per_row(steps: int, hidden: int) -> int:
-    """Return how many bytes walking back takes for each row, about, of so many timesteps and hidden units of all layers."""
+    """Return about how many bytes walking back takes for each row; `hidden` units are those of all layers together."""
     return steps * hidden * _NUMBERS * 4
 
 
@@ -39,7 +49,7 @@ def _sharded(module: nn.Module) -> bool:
 
 
 def _checkpointed() -> bool:
-    """Tell whether torch's activation checkpointing runs this: when it does so again, perhaps no hook is there any longer."""
+    """Tell whether torch's activation checkpointing runs this; when it does so again, our hooks may be gone."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
@@ -100,13 +110,14 @@ class Recorder:
             target = self.targets[id(module)] = SequenceModule(
                 name=name,
                 kind=kind,
+                recurrence=recurrence_of(module, self._kinds),
                 time=None if kind is not None else self._named[name],
                 parameters=frozenset(map(id, module.parameters())),
                 sharded=_sharded(module),
                 trusted=not hooked and (stock or self._learned.get(name, False)),
             )
-            # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which would
-            # split what is compiled.
+            # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which
+            # would split what is compiled.
             if compiled and (not is_fused(module) or getattr(torch._dynamo.config, "allow_rnn", False)):
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
             else:
@@ -169,8 +180,8 @@ class Recorder:
             target.random = torch.get_rng_state()
         if x.requires_grad or not target.trusted:
             return None
-        # In a frozen module the output must not begin to require a gradient. What a checkpoint computes again must save as
-        # much as the first time.
+        # In a frozen module the output must not begin to require a gradient. What a checkpoint computes again must save
+        # as much as the first time.
         if not any(p.requires_grad for p in module.parameters()) or _checkpointed():
             return None
         leaf = x.detach().requires_grad_()
@@ -178,7 +189,13 @@ class Recorder:
         leaf.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]  # torch's
         return _with_data(inputs[0], leaf), *inputs[1:]
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,  # noqa: ANN401  (whatever a module gives)
+    ) -> None:
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
         target = self.targets.get(id(module))
         in_backward = torch._C._current_graph_task_id() != -1
@@ -210,7 +227,7 @@ class Recorder:
     # --- parts of that ---
 
     def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, outputs: list[Tensor]) -> None:
-        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what the backward pass brought."""
+        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought."""
         if self._learned.get(target.name) is False:
             target.note = (
                 "its input has no gradient, and with one it might train differently:"
@@ -311,14 +328,14 @@ class Recorder:
         )
         earlier = [c for c in target.calls if c.number == call.number]
         if isinstance(h0, Tensor):
-            record.origin = _origin(h0, record, earlier)
+            record.origin = origin_of(h0, record, earlier)
         # A cell of one kernel has one node in the graph for both.
         c = outputs.get("c")
         record.c_through_h = call.single and c is not None and outputs["h"].grad_fn is not c.grad_fn
         call.record, call.final_state = record, weakref.ref(outputs["h"])
 
     def _hang(self, tensor: Tensor, call: SequenceCall, name: str) -> None:
-        """Take down what arrives at a tensor; reduced or copied at once, because a view would keep all of it."""
+        """Keep what arrives at a tensor, reduced or copied at once, because a view would keep all of it."""
         if not tensor.requires_grad:
             return
         recorder_ref, call_ref = weakref.ref(self), weakref.ref(call)
@@ -367,38 +384,6 @@ def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]
     y, states = output
     found = {"y": y.data if isinstance(y, PackedSequence) else y}
     return found | dict(zip(("h", "c"), states if isinstance(states, tuple | list) else (states,), strict=False))
-
-
-def _origin(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> StateOrigin:
-    """Tell where the state came from that a call was given.
-
-    Args:
-        h0: the state.
-        record: of the call.
-        earlier: calls of the module in the same pass, oldest first.
-
-    """
-    begun = StateOrigin.NEW if h0.requires_grad else StateOrigin.CARRIED
-    if not earlier:
-        return begun
-    before, layout = earlier[-1], record.layout
-    if record.recurrence.directions == 1 and layout.lengths is None and _same_state(before, record, h0):
-        return StateOrigin.JOINED if h0.requires_grad else StateOrigin.DETACHED
-    if layout.single and h0.requires_grad and before.layout.inner(1) == layout.inner(1):
-        first = earlier[0].record
-        if first is None or not torch.equal(first.h0, record.h0):  # else a start that learns
-            return StateOrigin.CHANGED
-        return StateOrigin.NEW
-    return begun
-
-
-def _same_state(before: SequenceCall, record: CallRecord, h0: Tensor) -> bool:
-    """Tell whether the state that a call took is the one that the call before gave."""
-    earlier = before.record
-    if earlier is None or earlier.y.shape[1:] != record.y.shape[1:]:
-        return False
-    given = before.final_state() if before.final_state is not None else None
-    return given is h0 or torch.equal(earlier.y[-1], record.h0[-1])
 
 
 def _drop_gradient(leaf: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The gradients through time of a step: what recorders have seen of it, and the horizon of the model where a need is declared."""
+"""The gradients through time of a step: what was recorded of it, and the model's horizon where a need is declared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
-from gradwatch.timesteps.model_calls import Calls
+from gradwatch.timesteps.model_calls import ModelCalls
 from gradwatch.timesteps.model_gain import ModelGain
 from gradwatch.timesteps.model_pass import model_gain
 from gradwatch.timesteps.recorder import Recorder
@@ -61,7 +61,7 @@ class Sequences:
         """
         self._timesteps, self._need, self._share = timesteps, need, share
         self._recorder = Recorder("auto" if timesteps is False else timesteps, attempts)
-        self._calls = Calls(attempts) if need is not None else None
+        self._calls = ModelCalls(attempts) if need is not None else None
         self._compiled = False
         self._generator = torch.Generator(device="cpu").manual_seed(0)  # a private one: the training's must not move
 
@@ -81,7 +81,7 @@ class Sequences:
             self._calls.entered(module)
         return self._recorder.entered(module, inputs)
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
         """Take note of the output."""
         if self._calls is not None and not self._compiled:
             self._calls.left(module, inputs, kwargs)
@@ -133,7 +133,7 @@ class Sequences:
         return part
 
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
-        call = self._calls.made.get(name) if self._calls is not None else None
+        call = self._calls.calls.get(name) if self._calls is not None else None
         if call is None and self._compiled:
             return "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
         if call is None:

@@ -14,8 +14,8 @@ from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
 from gradwatch.timesteps.walk import Series, gradients_through_time
-from gradwatch.values.sequences import SequenceStats, horizon_of
-from gradwatch.values.snapshot import Fact
+from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
+from gradwatch.values.snapshot import Fact, FactName
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest residual of the replay and of the adjoint; formats narrower than float32 lose more."""
@@ -25,7 +25,10 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 
 
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
-_NOT_FOLLOWED = "its calls run once more within the backward pass, one by one: reentrant checkpointing of single timesteps cannot be followed"
+_NOT_FOLLOWED = (
+    "its calls run once more within the backward pass, one by one:"
+    " reentrant checkpointing of single timesteps cannot be followed"
+)
 
 
 @dataclass
@@ -34,26 +37,28 @@ class Trace:
 
     module: str
     series: list[Series] = field(default_factory=list)
-    facts: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[tuple[FactName, str], Tensor] = field(default_factory=dict)
+    """By name and part."""
+    kind: RecurrenceName | None = None
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
     reached: int | None = None
-    """How many of the newest timesteps lie after the last detached state between its calls; None where none is detached."""
+    """How many of the newest timesteps lie after the last detached state between its calls; None: none is detached."""
     arrived: bool = False
     """Whether a gradient reached it: where none did, no factor is on what is shown."""
     tolerance: float = 0.0
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
     alone: bool = True
-    """Whether nothing but this module uses its input, so that a large adjoint residual means that the hidden series are wrong."""
+    """Whether nothing but this module uses its input: then a large adjoint residual condemns the hidden series."""
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Return everything that is to be copied, by part and name."""
         found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
         return (
             found
-            | {("fact", name): value for name, value in self.facts.items()}
+            | {("fact", f"{name} {part}"): value for (name, part), value in self.facts.items()}
             | {("check", name): value for name, value in self.checks.items()}
         )
 
@@ -113,6 +118,8 @@ class Trace:
                     part=series.part,
                     length=series.length,
                     rows=series.rows,
+                    kind=self.kind if not series.part else None,
+                    reverse=series.reverse,
                     censored=known.censored if known is not None else None,
                     scaled=scaled,
                     note="; ".join(notes) or None if not series.part else None,
@@ -120,14 +127,14 @@ class Trace:
                     **mine,
                 )
             )
-        return found or [SequenceStats(self.module, note="; ".join(notes) or None)]
+        return found or [SequenceStats(self.module, kind=self.kind, note="; ".join(notes) or None)]
 
     def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
         """Return the facts as values."""
         return [
-            Fact(self.module, name, values["fact", name][0])
-            for name in self.facts
-            if math.isfinite(values["fact", name][0])
+            Fact(self.module, name, value, part)
+            for name, part in self.facts
+            if math.isfinite(value := values["fact", f"{name} {part}"][0])
         ]
 
     def _trusted(self, residuals: dict[str, float], notes: list[str]) -> bool:
@@ -135,13 +142,15 @@ class Trace:
         replay, adjoint = residuals.get("replay_residual", 0.0), residuals.get("adjoint_residual", 0.0)
         if not replay <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: its outputs are not those of torch's equations (they differ by {replay:.1g} of the largest): an overridden"
-                " forward, a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
+                "the hidden series are left out: its outputs are not those of torch's equations"
+                f" (they differ by {replay:.1g} of the largest): an overridden forward,"
+                " a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
             )
             return False
         if not adjoint <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: the gradient of its input is not what they lead to (it differs by {adjoint:.1g} of the largest):"
+                "the hidden series are left out: the gradient of its input is not what they lead to"
+                f" (it differs by {adjoint:.1g} of the largest):"
                 " a hook that changes a gradient, or an edit in place"
             )
             return False
@@ -149,18 +158,19 @@ class Trace:
 
 
 def traces(targets: Iterable[SequenceModule], generator: torch.Generator) -> list[Trace]:
-    """Work out what was seen of these in this step; nothing is copied from the device, and one that cannot be worked out says so alone."""
+    """Work out what was seen in this step, without a copy from the device; one module that fails says so alone."""
     found = []
     for target in targets:
         try:
             found.append(_worked_out(target, generator))
         except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
-            found.append(Trace(target.name, notes=[f"it could not be worked out: {type(error).__name__}: {error}"]))
+            note = f"it could not be worked out: {type(error).__name__}: {error}"
+            found.append(Trace(target.name, kind=target.recurrence, notes=[note]))
     return found
 
 
 def _worked_out(target: SequenceModule, generator: torch.Generator) -> Trace:
-    result = Trace(target.name, notes=[target.note] if target.note else [])
+    result = Trace(target.name, kind=target.recurrence, notes=[target.note] if target.note else [])
     passes = {s.number for s in target.calls if s.task is not None} or {s.number for s in target.calls}
     if target.repeated or not passes:
         if not target.note:
@@ -313,7 +323,7 @@ def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
 
 
 def _own_lengths(call: SequenceCall) -> Tensor | None:
-    """Return the lengths of rows, (B,), where they end in timesteps whose input and gradient are exactly zero; else None."""
+    """Return the lengths of rows, (B,), where they end in timesteps of zero input and gradient; else None."""
     if call.lengths is not None:
         return call.lengths
     if call.blank is None or "x" not in call.squares:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradwatch.timesteps.adjoint import Cell, Seam, Walk, by_lag, ends_of, flip, square, walk_back
 from gradwatch.timesteps.call_records import CallRecord, StateOrigin
 from gradwatch.timesteps.replay import Replay
+from gradwatch.values.snapshot import FactName
 
 _COTANGENTS = 3
 """Random cotangents of each row: 8 rows give the decay rate within 2 %, for inputs of four features and more."""
@@ -25,6 +26,8 @@ class Series:
     length: int
     rows: int
     values: dict[str, Tensor]
+    reverse: bool = False
+    """Whether it runs from the newest timestep to the oldest."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class _Rows:
 
 def gradients_through_time(
     records: Sequence[CallRecord], own: Tensor | None, generator: torch.Generator
-) -> tuple[list[Series], dict[str, Tensor]]:
+) -> tuple[list[Series], dict[tuple[FactName, str], Tensor]]:
     """Walk back through the calls that make one sequence. The records stay as they are.
 
     Args:
@@ -69,7 +72,7 @@ def gradients_through_time(
 
     Returns:
         The series of the module ("lag_gain", "replay_residual", "adjoint_residual", and "grad_input" where it is known
-        from here alone), then those of each layer and direction; and facts about it, by name.
+        from here alone), then those of each layer and direction; and facts about it, by name and part.
 
     """
     first = records[0]
@@ -103,7 +106,7 @@ def gradients_through_time(
 
 
 def _calls(records: Sequence[CallRecord], cell: Cell, wide: torch.dtype) -> list[_Call]:
-    """Place calls in time, and take from a cell state's gradient what comes through the hidden state, where that is in it."""
+    """Return the calls in time, the gradients of their cell states without what comes through hidden states."""
     calls: list[_Call] = []
     for record in records:
         begin = calls[-1].end if calls else 0
@@ -115,7 +118,7 @@ def _calls(records: Sequence[CallRecord], cell: Cell, wide: torch.dtype) -> list
 
 
 def _of_outputs(calls: Sequence[_Call], y: Tensor, rows: _Rows, generator: torch.Generator) -> Tensor:
-    """Return the gradients of the outputs, (T, S, R, features): what arrived, and cotangents at each row's newest timestep."""
+    """Return gradients of the outputs, (T, S, R, features): what arrived, and cotangents at each row's end."""
     found = y.new_zeros((rows.steps, 1 + _COTANGENTS, rows.count, y.shape[-1]))
     for call in calls:
         if "y" in call.gradients:
@@ -129,9 +132,9 @@ def _of_outputs(calls: Sequence[_Call], y: Tensor, rows: _Rows, generator: torch
 def _cotangents(rows: int, width: int, generator: torch.Generator) -> Tensor:
     """Draw the cotangents of each row, (R, cotangents, width), each of length 1 in a uniformly distributed direction.
 
-    The mean of ||J^T v||^2 is that for N(0, I/width), the squared Frobenius norm of J over the width. They are orthogonal
-    to one another, as far as the width allows, because rows have similar Jacobians: what one has missed another sees,
-    which halves the error where they are many.
+    The mean of ||J^T v||^2 is that for N(0, I/width), the squared Frobenius norm of J over the width. They are
+    orthogonal to one another, as far as the width allows, because rows have similar Jacobians: what one has missed
+    another sees, which halves the error where they are many.
     """
     drawn = torch.randn((width, rows * _COTANGENTS), generator=generator, dtype=torch.float64, device="cpu")
     found = torch.cat([torch.linalg.qr(block)[0] for block in torch.split(drawn, width, 1)], 1)
@@ -187,8 +190,8 @@ def _series(walk: Walk, name: str, rows: _Rows) -> Series:
         "grad_hidden": _norms(timed(walk.hidden[0]), rows.own),
         "grad_hidden_direct": _norms(timed(walk.direct), rows.own),
     }
-    # Carried to a state over what the state after it had; in a reverse direction the state after it is the older one. The
-    # first state of a row hands nothing on: shorter rows would else dilute the ratio of the others where they begin.
+    # Carried to a state over what the state after it had; in a reverse direction the state after it is the older one.
+    # The first state of a row hands nothing on: shorter rows would else dilute the ratio of others where they begin.
     handing = torch.cat([torch.zeros_like(walk.state[:1]), walk.state[1:]])
     state, carried = (by_lag(timed(s), rows.own)[0].flip(0) for s in (handing, walk.carried))
     later, handed = (state[:-1], carried[1:]) if reverse else (state[1:], carried[:-1])
@@ -199,7 +202,7 @@ def _series(walk: Walk, name: str, rows: _Rows) -> Series:
         values["lag_gain_hidden"] = _gain(walk.hidden[1:].mean(0), rows.own)
         if walk.cell is not None:
             values["lag_gain_cell"] = _gain(walk.cell[1:].mean(0), rows.own)
-    return Series(name, rows.steps, rows.count, values)
+    return Series(name, rows.steps, rows.count, values, reverse=reverse)
 
 
 def _norms(squares: Tensor, lengths: Tensor | None) -> Tensor:
@@ -218,14 +221,14 @@ def _flip(tensor: Tensor, lengths: Tensor | None) -> Tensor:
     return flip(tensor.transpose(1, 2), lengths).transpose(1, 2)
 
 
-def _facts(record: CallRecord, cells: Sequence[Cell], y: Tensor) -> dict[str, Tensor]:
+def _facts(record: CallRecord, cells: Sequence[Cell], y: Tensor) -> dict[tuple[FactName, str], Tensor]:
     """Measure what decides how long a recurrent network remembers, on its weights, gates and outputs."""
     recurrence = record.recurrence
     facts = {
-        f"{name}_{recurrence.part(number)}": value
+        (name, recurrence.part(number)): value
         for number, cell in enumerate(cells)
         for name, value in recurrence.kind.facts(cell, recurrence.of_part(record.weights, number)).items()
     }
     if recurrence.kind.saturation is not None:
-        facts[f"saturation_l{recurrence.layers - 1}"] = recurrence.kind.saturation(y)
+        facts["saturation", f"l{recurrence.layers - 1}"] = recurrence.kind.saturation(y)
     return facts

@@ -11,23 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.values.layer_columns import LayerColumns
-from gradwatch.values.plain import from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, PROBES, Thresholds
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-
-KEPT = 50
-"""Snapshots and losses that are remembered, per optimizer."""
-EDGE = 5
-"""Losses over whose median the beginning and the end of a run are compared."""
-PROBES = 8
-"""Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
 
 Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""
@@ -198,11 +191,11 @@ class History:
         return _last(self._track.snapshots, count)
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
-        """Return the last `count` of the snapshots that are kept and that have `activations` (default: all), oldest first."""
+        """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
         return _last([s for s in self.window() if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
-        """Return the norms of the parameters as they are now, or as far back as is remembered; None where they were not measured."""
+        """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
         window = self.window()
         return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
 
@@ -240,7 +233,7 @@ class History:
         return self.columns.innermost
 
     def gains(self, *, first: bool = False) -> Floats:
-        """Return, by layer, the gain of its largest weight (see `LayerColumns.gains`), now or as far back as is remembered."""
+        """Return the gain of each layer (see `LayerColumns.gains`), now or as far back as is remembered."""
         return self.columns.gains(self.weight_norms(first=first))
 
     def elements(self, *roles: Role) -> Floats:
@@ -248,7 +241,7 @@ class History:
         return self.columns.elements(roles)
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
-        """Return the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
+        """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
         return _last(self._track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
@@ -267,7 +260,7 @@ class History:
 
     @property
     def improved(self) -> bool | None:
-        """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
+        """Whether the loss is well below where it began, and has not lost half of that again; None where not known."""
         return self._improved
 
     def _has_improved(self) -> bool | None:
@@ -277,8 +270,9 @@ class History:
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
         if not math.isfinite(first) or not math.isfinite(last):
             return False
-        gain = first - track.best_loss
-        return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+        gained, lost_again = first - track.best_loss, last - track.best_loss
+        enough = (1 - self.thresholds.improved) * abs(first)
+        return first - last >= enough and lost_again <= GIVEN_BACK * gained
 
     @property
     def at_best(self) -> bool:
@@ -296,7 +290,9 @@ class History:
         return any(key[0] == code and key[1] == place for key in self.open)
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
-        """Group layers that follow one another in the forward pass: one fault is one finding, however many layers it reaches.
+        """Group layers that follow one another in the forward pass.
+
+        One fault is one finding, however many layers it reaches.
 
         Args:
             chosen: numbers of the layers to group.
@@ -326,9 +322,7 @@ class History:
             return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
 
         for optimizer, track in self._tracks.items():
-            older = [
-                p for p in track.probes if not any(p is s for s in track.snapshots)
-            ]  # the others need not stand twice
+            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]
             tracks.append(
                 {
                     "optimizer": optimizer,
@@ -345,6 +339,7 @@ class History:
                 }
             )
         return {
+            "format": FORMAT,
             "models": [to_plain(m) for m in models],
             "tracks": tracks,
             "now": self._now,
@@ -353,15 +348,16 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, be it in format 1 or 2."""
         import numpy as np
 
-        models = [from_plain(ModelInfo, m) for m in state["models"]]
+        written = state.get("format", 1)
+        models = [model_from_plain(m, written) for m in state["models"]]
         self._tracks = {}
         for plain in state["tracks"]:
             track = self._tracks[plain["optimizer"]] = Track()
-            track.snapshots.extend(snapshot_from_plain(s, models) for s in plain["snapshots"])
-            track.probes.extend(snapshot_from_plain(s, models) for s in plain.get("probes", ()))
+            track.snapshots.extend(snapshot_from_plain(s, models, written) for s in plain["snapshots"])
+            track.probes.extend(snapshot_from_plain(s, models, written) for s in plain.get("probes", ()))
             track.probes.extend(s for s in track.snapshots if s.sequences is not None)
             track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
             track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
@@ -386,7 +382,11 @@ class History:
 
 
 Detector = Callable[[History], Iterable[Finding]]
-"""A pure function of the history: what it finds wrong, now."""
+"""A pure function of the history: what it finds wrong, now.
+
+It may carry its rules as an attribute `rules`, an iterable of `gradwatch.Rule`: they give its findings their words, and
+say how its alerts behave. Without, an alert shows its numbers.
+"""
 
 
 def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:

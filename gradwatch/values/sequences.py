@@ -6,18 +6,23 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gradwatch.values.thresholds import HORIZON_GAIN
+
+RecurrenceName = Literal["LSTM", "GRU", "RNN"]
+"""What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
 
 
 class Horizon(NamedTuple):
     """How far back a gain by lag reaches, and how it shrinks on the way."""
 
     timesteps: int
-    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n timesteps are within reach."""
+    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n
+    timesteps are within reach."""
     censored: bool
-    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one may be longer."""
+    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one
+    may be longer."""
     decay_rate: float | None
     """The factor per timestep; None where fewer than two gains are there to tell."""
     half_life: float | None
@@ -27,8 +32,9 @@ class Horizon(NamedTuple):
 def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizon | None:
     """Return the horizon of a gain by lag and the rate at which it decays.
 
-    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its maximum to the horizon, gains of
-    exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the backward pass.
+    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its
+    maximum to the horizon, gains of exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the
+    backward pass.
 
     Args:
         lag_gain: gains from lag 0, the newest timestep, back; any unit.
@@ -63,14 +69,16 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 class SequenceStats:
     """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
 
-    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep, back. Norms are Frobenius over the
-    features and over rows of the batch: all of them for `grad_input`, and for the gradients at the states of a cell; else `rows` of them.
+    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep,
+    back. Norms are Frobenius over the features and over rows of the batch: all of them for `grad_input`, and for the
+    gradients at the states of a cell; else `rows` of them.
     """
 
     module: str
     """Name of the module; "" is the model itself."""
     part: str = ""
-    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the horizon of the model as a whole."""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the horizon of the
+    model as a whole."""
     length: int = 0
     """Timesteps of the longest sequence."""
     rows: int = 0
@@ -84,7 +92,8 @@ class SequenceStats:
     grad_cell: tuple[float, ...] | None = None
     """Norm of the total dL/dc_t of an LSTM."""
     carry_ratio: tuple[float, ...] | None = None
-    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the state's gradient at t+1 (Pascanu, 2013)."""
+    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the
+    state's gradient at t+1 (Pascanu, 2013)."""
     lag_gain: tuple[float, ...] | None = None
     """`||d out_T / d x_{T-lag}||`, root mean square over random cotangents and rows; on parts "" and "model"."""
     lag_gain_hidden: tuple[float, ...] | None = None
@@ -98,20 +107,31 @@ class SequenceStats:
     adjoint_residual: float | None = None
     """Largest difference of the recomputed dL/dx_t from autograd's, over its largest entry."""
     scaled: bool = False
-    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded: only their ratios mean something.
+    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded.
 
-    Lag gains are free of it.
+    Only their ratios mean something then. Lag gains are free of it.
     """
     note: str | None = None
     """Why something is missing."""
     need: int | None = None
-    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
+    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a
+    need of the module)."""
     reached: int | None = None
-    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on is detached; `length`
-    where it is the state that was carried into the sequence. None where it is not detached, or that is not known.
+    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on
+    is detached; `length` where it is the state that was carried into the sequence. None where it is not detached, or
+    that is not known.
 
     On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
     """
+    kind: RecurrenceName | None = None
+    """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
+    reverse: bool = False
+    """Whether this part runs from the newest timestep to the oldest."""
+
+    @property
+    def why_unknown(self) -> str:
+        """Why `lag_gain` is missing, in words; "" where that is not known."""
+        return self.note or ""
 
     @property
     def reach(self) -> Horizon | None:
@@ -120,7 +140,7 @@ class SequenceStats:
 
     @property
     def horizon(self) -> int | None:
-        """How many of the newest timesteps are within reach; `length` where the sequence ends before the gain is gone."""
+        """How many of the newest timesteps are within reach; `length` where the sequence ends first."""
         return None if (found := self.reach) is None else found.timesteps
 
     @property
@@ -149,7 +169,10 @@ def subject(stats: SequenceStats) -> str:
 
 
 def sentence(who: str, found: Horizon, length: int) -> str:
-    """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
+    """Say how far back `who` learns.
+
+    "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)".
+    """
     much = (
         f"at least {length} of {length}"
         if found.censored
@@ -161,9 +184,10 @@ def sentence(who: str, found: Horizon, length: int) -> str:
 
 
 def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
-    """Return everything whose horizon was asked for with the sentence on it: the model itself first, then the modules as they ran.
+    """Return everything whose horizon was asked for with the sentence on it.
 
-    Where a horizon could not be measured, the sentence says why.
+    The model itself comes first, then the modules as they ran. Where a horizon could not be measured, the sentence says
+    why.
     """
     whole = [s for s in sequences if s.part in ("", "model")]
     for stats in sorted(whole, key=lambda s: s.part != "model"):
@@ -198,7 +222,10 @@ def _pace(found: Horizon) -> str:
 
 
 def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
-    """Return the sequence module with the shortest horizon, or the first where none was measured; None where there is no such module."""
+    """Return the sequence module with the shortest horizon, or the first where none was measured.
+
+    None where there is no such module.
+    """
     modules = [s for s in sequences if s.part == "" and s.module]
     known = [(found.timesteps, i) for i, s in enumerate(modules) if (found := reach_of(s, share)) is not None]
     return modules[min(known)[1]] if known else next(iter(modules), None)

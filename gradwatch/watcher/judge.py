@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradwatch.detectors import explain
-from gradwatch.detectors.alerts import advance, muted
+from gradwatch.detectors import rules_of
+from gradwatch.detectors.alerts import judge
 from gradwatch.detectors.suspects import suspects
 from gradwatch.sinks.log import log_end, log_report
-from gradwatch.values.history import History
-from gradwatch.values.plain import from_plain, to_plain
-from gradwatch.values.report import Alert, Finding, GradientHealthError, Report, Severity, Sink
+from gradwatch.values.history import Detector, History
+from gradwatch.values.plain import alert_from_plain, to_plain
+from gradwatch.values.report import GradientHealthError, Report, Severity, Sink
 from gradwatch.values.snapshot import Snapshot
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.warn_once import WarnOnce, name_of, said
@@ -24,7 +24,13 @@ class Judge:
     def __init__(
         self, first: Snapshot, options: Options, sinks: Sequence[Sink], warn: WarnOnce, *, strict: bool
     ) -> None:
-        """Begin with a report without numbers, on the snapshot `first`."""
+        """Begin with a report without numbers, on the snapshot `first`.
+
+        Raises:
+            TypeError: what a detector carries as `rules` are no rules.
+
+        """
+        rules_of(options.detectors)
         self.history = History(options.thresholds)
         self.sinks = list(sinks)
         self.report = Report(first)
@@ -38,22 +44,14 @@ class Judge:
             The report, and what `on_alert="raise"` wants to be raised for it.
 
         """
-        history = self.history
-        self._note_open()
-        history.add(snapshot)
-        began, still, cleared = advance(
+        self.report = report = judge(
+            self.history,
+            snapshot,
             self.report.open,
-            [
-                dataclasses.replace(f, optimizer=snapshot.optimizer)
-                for f in self._findings()
-                if not muted(f, self._ignore)
-            ],
-            [s.step for s in history.window()],
-            optimizer=snapshot.optimizer,
-            patience=history.thresholds.window,
-            explain=explain,
+            detectors=self._detectors,
+            ignore=self._ignore,
+            failed=None if self._strict else self._without,
         )
-        self.report = report = Report(snapshot, began, still, cleared)
         for sink in tuple(self.sinks):
             try:
                 sink(report)
@@ -69,8 +67,7 @@ class Judge:
 
     def suspects(self) -> frozenset[str]:
         """Return the layers of which the next probe is to measure more."""
-        self._note_open()
-        return suspects(self.history, self.report.snapshot.model)
+        return suspects(self.history, self.report.snapshot.model, self.report.open)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and the open alerts as plain values."""
@@ -83,30 +80,19 @@ class Judge:
             KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives, and nothing has changed.
 
         """
-        alerts = tuple(from_plain(Alert, alert) for alert in state["alerts"])
+        written = state["history"].get("format", 1)
+        alerts = tuple(alert_from_plain(alert, written) for alert in state["alerts"])
         history = History(self.history.thresholds)
         history.load_state_dict(state["history"])
         self.history, self.report = history, dataclasses.replace(self.report, open=alerts)
         for sink in self.sinks:
             getattr(sink, "resume", lambda: None)()
 
-    def _note_open(self) -> None:
-        self.history.note_open(alert.finding.key for alert in self.report.open)
-
-    def _findings(self) -> list[Finding]:
-        findings: list[Finding] = []
-        for detector in tuple(self._detectors):
-            try:
-                findings += detector(self.history)
-            except Exception as error:  # a detector of the user's, perhaps
-                if self._strict:
-                    raise
-                self._detectors.remove(detector)
-                self._warn(
-                    f"detector {id(detector)}",
-                    f"the detector {name_of(detector)} failed and is switched off: {said(error)}",
-                )
-        return findings
+    def _without(self, detector: Detector, error: Exception) -> None:
+        self._detectors.remove(detector)
+        self._warn(
+            f"detector {id(detector)}", f"the detector {name_of(detector)} failed and is switched off: {said(error)}"
+        )
 
     def _tell(self, report: Report) -> GradientHealthError | None:
         if callable(self._on_alert):

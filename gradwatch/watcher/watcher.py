@@ -85,7 +85,8 @@ class Watcher:
             self._warn,
             strict=strict,
         )
-        probes = _probes(options, self._warn, strict=strict)
+        attempts = Attempts()
+        probes = Probes(_sequences(options, attempts), attempts, self._warn, strict=strict)
         self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
         training = Training(
             self._model_map, self._forward_pass, self._losses, self._processes, options.cadence, scaler, clock
@@ -313,13 +314,10 @@ class Watcher:
         return began
 
 
-def _probes(options: Options, warn: WarnOnce, *, strict: bool) -> Probes:
-    attempts = Attempts()
-    share = options.thresholds.horizon_gain
-    sequences = None
-    if options.timesteps is not False:
-        sequences = Sequences(options.timesteps, options.horizon, share, attempts)
-    return Probes(sequences, attempts, warn, strict=strict)
+def _sequences(options: Options, attempts: Attempts) -> Sequences | None:
+    if options.timesteps is False:
+        return None
+    return Sequences(options.timesteps, options.horizon, options.thresholds.horizon_gain, attempts)
 
 
 def _closing_with(watcher: Watcher, directory: RunDirectory | None, sinks: Sequence[Sink]) -> Callable[[], object]:

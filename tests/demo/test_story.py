@@ -7,10 +7,10 @@ import math
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
+from interpreters import warm
 from rich.console import Console
 
 import gradwatch
@@ -22,7 +22,7 @@ ALL = [subject.name for subject in (*DEEP, *FLOW, *STOCK)]
 
 
 def run(folder, *arguments, **environment):
-    command = [sys.executable, "-m", "gradwatch", "demo", "--logdir", str(folder), *arguments]
+    command = [*warm(), "-m", "gradwatch", "demo", "--logdir", str(folder), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **environment}, check=False
     )
@@ -146,7 +146,7 @@ def test_the_fallback_is_said(tmp_path):
         "import sys; from gradwatch.demo import market; market.sp500 = lambda: None; from gradwatch.cli import main;"
         f"sys.exit(main(['demo', '--steps', '1', '--logdir', {str(tmp_path)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([*warm(), "-c", code], capture_output=True, text=True, check=True)
 
     assert "The S&P 500 is not installed" in done.stdout
     assert "synthetic" in done.stdout
@@ -157,7 +157,7 @@ def test_the_sp500_that_is_wanted_and_not_there_is_an_error(tmp_path):
         "import sys; from gradwatch.demo import market; market.sp500 = lambda: None; from gradwatch.cli import main;"
         f"sys.exit(main(['demo', '--data', 'sp500', '--logdir', {str(tmp_path)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", code], capture_output=True, text=True, check=False)
 
     assert done.returncode == 2
     assert "pip install" in done.stderr

@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 
 import gradwatch
+from gradwatch.cli import main
 
 
 def train(logdir, *, sick, steps=25, **options):
@@ -44,7 +46,7 @@ def gradwatch_(*arguments, **environment):
         for k, v in os.environ.items()
         if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING"}
     }
-    command = [sys.executable, "-m", "gradwatch", *map(str, arguments)]
+    command = [*warm(), "-m", "gradwatch", *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -162,6 +164,14 @@ def test_wrong_usage_is_2_with_the_usage(arguments):
     assert "Traceback" not in done.stderr
 
 
+def test_the_help_of_check_says_what_its_exit_status_means(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["check", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "exit status 0: none of severity warning or higher, 1: some, 2: unreadable" in said
+
+
 def test_the_version_is_the_packages():
     done = gradwatch_("--version")
     assert (done.returncode, done.stdout) == (0, f"gradwatch {gradwatch.__version__}\n")
@@ -224,7 +234,7 @@ def in_terminal(*arguments, columns=80, **environment):
     keeper, terminal = pty.openpty()
     clean = {k: v for k, v in os.environ.items() if k not in {"NO_COLOR", "FORCE_COLOR"}}
     env = {**clean, "TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONUTF8": "1", **environment}
-    process = subprocess.Popen([sys.executable, "-m", "gradwatch", *map(str, arguments)], stdout=terminal, env=env)
+    process = subprocess.Popen([*warm(), "-m", "gradwatch", *map(str, arguments)], stdout=terminal, env=env)
     os.close(terminal)
     shown = b""
     try:
@@ -277,7 +287,7 @@ def test_a_reader_that_has_seen_enough_is_no_failure(runs):
 
 def test_a_terminal_that_lacks_the_bars_shows_the_rest(runs):
     done = subprocess.run(
-        [sys.executable, "-m", "gradwatch", "report", str(runs / "sick")],
+        [*warm(), "-m", "gradwatch", "report", str(runs / "sick")],
         capture_output=True,
         check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "100"},
@@ -288,9 +298,9 @@ def test_a_terminal_that_lacks_the_bars_shows_the_rest(runs):
 
 def test_the_command_line_imports_no_torch(runs):
     code = "import sys, gradwatch.cli as c; s = c.main(['check', sys.argv[1]]); print(s, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(runs / "well")], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", code, str(runs / "well")], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "0 False"
     code = "import sys, gradwatch.cli, gradwatch.watcher.watcher; print('torch' in sys.modules)"
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout == "True\n"
+        subprocess.run([*warm(), "-c", code], capture_output=True, text=True, check=False).stdout == "True\n"
     )  # it would be seen

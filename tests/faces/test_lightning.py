@@ -597,6 +597,17 @@ def test_nothing_is_left_behind_after_an_exception_which_is_passed_on_unchanged(
     assert [s.step for s in gradwatch.read_run(tmp_path).snapshots] == [r.snapshot.step for r in reports] == [0]
 
 
+def test_a_watcher_that_cannot_be_attached_leaves_its_folder_to_the_next(pl, tmp_path, monkeypatch):
+    logger = pl.loggers.CSVLogger(tmp_path, name="", version="v")
+    with monkeypatch.context() as broken:
+        broken.setattr("gradwatch.watcher.watcher.Judge", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer(pl, tmp_path, watched()[0], logger=logger).fit(make(pl), loader())
+    trainer(pl, tmp_path, watched()[0], logger=logger).fit(make(pl), loader())
+    assert [p.parent.name for p in tmp_path.rglob("record.jsonl")] == ["gradwatch"]
+    assert not list(tmp_path.rglob("gradwatch-2"))
+
+
 def test_a_second_fit_goes_on(pl, tmp_path):
     callback, reports = watched()
     module = make(pl)

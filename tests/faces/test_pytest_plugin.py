@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from interpreters import warm
 
 pytest_plugins = "pytester"
 
@@ -35,7 +36,7 @@ def run(pytester, test, *options):
     """Run pytest on `test` in a process of its own; give the result, and what was imported at its end."""
     pytester.makeconftest(SESSION)
     pytester.makepyfile(test)
-    result = pytester.runpytest_subprocess(*options)
+    result = pytester.run(*warm(), "-m", "pytest", "--basetemp=kept", *options)
     return result, json.loads((pytester.path / "found.json").read_text())
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.checkpoint import checkpoint
@@ -347,7 +348,7 @@ print([mine == theirs for mine, theirs in zip(states(), before)])
 def test_the_first_watcher_of_a_process_draws_no_random_number_also_while_it_imports(tmp_path):
     def run(*arguments):
         done = subprocess.run(
-            [sys.executable, "-c", FIRST, str(tmp_path), *arguments],
+            [*warm(), "-c", FIRST, str(tmp_path), *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -435,7 +436,7 @@ def test_what_is_saved_in_the_armed_window_loads_where_gradwatch_is_not_installe
     script = tmp_path / "load.py"
     script.write_text(textwrap.dedent(LOAD))
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *(str(tmp_path / n) for n in names)],
+        [*warm(), str(script), str(tmp_path), *(str(tmp_path / n) for n in names)],
         capture_output=True,
         text=True,
         check=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -56,46 +58,52 @@ def verdicts(build, *, scale=1.0, reduction="mean", scaler=None, accumulate=1, a
     return [(a.finding.code, a.finding.place, a.severity) for a in found]
 
 
+@functools.cache
+def reference(build, **options):
+    """Return the verdicts of the training as it is, which every other scale must give too."""
+    return verdicts(build, **options)
+
+
 @pytest.mark.parametrize("build", [sick, well, wild])
 @pytest.mark.parametrize("scale", [1e-8, 1e4, 2.0**-30])
 def test_a_loss_times_a_constant_with_the_learning_rate_to_match(build, scale):
-    assert verdicts(build, scale=scale) == verdicts(build)
+    assert verdicts(build, scale=scale) == reference(build)
 
 
 @pytest.mark.parametrize("build", [sick, well])
 @pytest.mark.parametrize("scale", [1e-8, 1e4])
 def test_adam_with_its_epsilon_to_match(build, scale):
-    assert verdicts(build, scale=scale, adam=True) == verdicts(build, adam=True)
+    assert verdicts(build, scale=scale, adam=True) == reference(build, adam=True)
 
 
 @pytest.mark.parametrize("build", [sick, well, wild])
 def test_sum_instead_of_mean(build):
-    assert verdicts(build, reduction="sum") == verdicts(build)
+    assert verdicts(build, reduction="sum") == reference(build)
 
 
 @pytest.mark.parametrize("build", [sick, well])
 def test_a_grad_scaler(build):
-    assert verdicts(build, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10)) == verdicts(build)
+    assert verdicts(build, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10)) == reference(build)
 
 
 @pytest.mark.parametrize("build", [sick, well, wild])
 def test_accumulation(build):
-    assert verdicts(build, accumulate=4) == verdicts(build)
+    assert verdicts(build, accumulate=4) == reference(build)
 
 
 @pytest.mark.parametrize("build", [sick, well])
 def test_bfloat16_autocast(build):
-    assert verdicts(build, dtype=torch.bfloat16) == verdicts(build)
+    assert verdicts(build, dtype=torch.bfloat16) == reference(build)
 
 
 def test_clipping_hides_no_vanishing():
-    assert verdicts(sick, clip=1e-3) == verdicts(sick)
+    assert verdicts(sick, clip=1e-3) == reference(sick)
 
 
 def test_the_three_trainings_are_what_they_are_called():
-    assert [code for code, _, _ in verdicts(sick)] == ["GW101"]
-    assert verdicts(well) == []
-    assert {"GW501", "GW205"} <= {code for code, _, _ in verdicts(wild)}
+    assert [code for code, _, _ in reference(sick)] == ["GW101"]
+    assert reference(well) == []
+    assert {"GW501", "GW205"} <= {code for code, _, _ in reference(wild)}
 
 
 def test_where_scaling_truly_changes_training_the_verdict_changes():

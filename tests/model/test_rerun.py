@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 import gradwatch
 from gradwatch.model.rerun import as_it_was, without_hooks
+from gradwatch.timesteps.model_pass import model_gain
 
 
 @dataclasses.dataclass
@@ -538,10 +539,7 @@ def test_tensors_in_what_has_no_dict_of_attributes_are_put_back():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(
-    training, monkeypatch
-):
-    monkeypatch.setattr("gradwatch.timesteps.model_pass._on_cuda", lambda _: True)
+def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(training):
     ran = []
 
     class Model(Net):
@@ -555,7 +553,7 @@ def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_
 
     model, x = Model().train(training), torch.randn(4, 9, 3)
     before = everything(model)
-    found = gradwatch.horizon(model, x)
+    found = model_gain(model, (x,), {}, on_cudnn=[model.memory])
     assert ran == [(True, 0.0, False, True) if training else (False, 0.5, False, False)]
     assert found.note == (
         "it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself"

@@ -11,7 +11,6 @@ import math
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -19,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreters import warm
 from torch import nn
 
 import gradwatch
@@ -38,13 +38,12 @@ from gradwatch import (
     read_run,
     read_runs,
 )
-from gradwatch.detectors import explain
-from gradwatch.detectors.alerts import advance
+from gradwatch.detectors.alerts import judge
 from gradwatch.sinks.record import FORMAT
 from gradwatch.sinks.run_directory import RunDirectory, held
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact
 
 MODEL = ModelInfo(
     layers=(LayerInfo("body", "Linear", 0, "net.py:3"), LayerInfo("head", "Linear")),
@@ -76,7 +75,15 @@ def snapshot(step, model=MODEL, **fields):
 
 def alert(place="body", began=3, last=5, severity=Severity.WARNING, **fields):
     finding = Finding(
-        "GW101", "vanishing-depth", severity, place, onset=1, evidence={"ratio": 1e-9, "worst": "body"}, optimizer=0
+        "GW101",
+        "vanishing-depth",
+        severity,
+        place,
+        onset=1,
+        evidence={"ratio": 1e-9},
+        optimizer=0,
+        names={"worst": "body"},
+        cause="weak",
     )
     return Alert(finding, began, last, **fields)
 
@@ -108,13 +115,18 @@ def test_every_number_comes_back_exactly(tmp_path):
         subnormal=(None, None, None),
         update_ratio=(math.inf, 0.0, 1.7976931348623157e308),
         absent=(None, "frozen", "disconnected"),
-        activations=(ActivationStats("body", 1e-45, 0.0, None, 4, scaled=True), ActivationStats("head", math.nan)),
+        activations=(
+            ActivationStats("body", 1e-45, 0.0, None, 4, scaled=True),
+            ActivationStats("head", math.nan, function="tanh"),
+        ),
         sequences=(
             SequenceStats(
                 "lstm", "l0", 3, 2, grad_hidden=(math.nan, 0.0, math.inf), lag_gain=(), censored=False, note="é\n\u2028"
             ),
         ),
-        facts=(Fact("body", "saturation", math.inf),),
+        facts=(Fact("body", "saturation", math.inf), Fact("body", "saturation", 0.5, "l0_reverse")),
+        cuts=(Cut("body", "body", "head", graph=True), Cut("head", "head", None, graph=False)),
+        computed_in="float16",
         notes=("a", ""),
     )
     run = written(tmp_path, Report(hard))
@@ -229,8 +241,11 @@ snapshots = st.builds(
         ).map(tuple)
     ),
     maybe(st.lists(sequences, max_size=2).map(tuple)),
-    maybe(st.lists(st.builds(Fact, text, text, floats), max_size=2).map(tuple)),
+    maybe(st.lists(st.builds(Fact, text, text, floats, text), max_size=2).map(tuple)),
     st.lists(text, max_size=2).map(tuple),
+    maybe(columns),
+    maybe(st.lists(st.builds(Cut, text, text, maybe(text), st.booleans()), max_size=2).map(tuple)),
+    maybe(text),
 )
 findings = st.builds(
     Finding,
@@ -301,13 +316,13 @@ def test_what_is_not_a_record_is_refused_with_its_name(tmp_path):
     for name, content in foreign.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content, encoding="utf-8", errors="surrogateescape")
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format {FORMAT}"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format 1 or {FORMAT}"):
             read_run(file)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "record.jsonl").touch()
-    with pytest.raises(ValueError, match="is not a record of format 1: it is empty"):
+    with pytest.raises(ValueError, match="is not a record of format 1 or 2: it is empty"):
         read_run(tmp_path)
 
 
@@ -400,7 +415,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_was_killed_can_be_read_to_its_last_step(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", KILLED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     assert done.stdout == "trained\n"
     run = read_run(tmp_path)
@@ -568,7 +583,7 @@ for line in sys.stdin:
 
 def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
 
         def tell(line):
@@ -590,7 +605,7 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         kinds = {path.name.partition(".")[0] for folder in tmp_path.iterdir() for path in folder.iterdir()}
         assert kinds == {"record", "events"}
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "ready\n"
         second = RunDirectory(tmp_path)
@@ -659,14 +674,9 @@ def folded(snapshots, detectors=DETECTORS):
     """Give the alerts that the detectors find in these snapshots, as `Watcher` folds them."""
     history, still, told = History(), (), {}
     for one in snapshots:
-        history.note_open(frozenset(a.finding.key for a in still))
-        history.add(one)
-        found = [dataclasses.replace(f, optimizer=one.optimizer) for detector in detectors for f in detector(history)]
-        recent = [s.step for s in history.window()]
-        _, still, cleared = advance(
-            still, found, recent, optimizer=one.optimizer, patience=history.thresholds.window, explain=explain
-        )
-        told.update({(*a.finding.key, a.began): a for a in (*still, *cleared)})
+        report = judge(history, one, still, detectors=detectors)
+        still = report.open
+        told.update({(*a.finding.key, a.began): a for a in (*report.open, *report.cleared)})
     return list(told.values())
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreters import warm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
 from gradwatch import GradwatchWarning, Record, Report, TensorBoardSink, read_run
+from gradwatch.sinks.run_directory import held
 
 
 class Net(nn.Sequential):
@@ -318,7 +320,7 @@ sys.exit(7)
 
 
 def test_a_process_that_ends_without_close_leaves_complete_files_and_keeps_its_exit_code(tmp_path):
-    done = subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*warm(), "-c", UNCLOSED, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 7
     assert done.stdout == "closed\n"
     assert "Traceback" not in done.stderr
@@ -343,6 +345,33 @@ def test_the_files_are_closed_with_the_watcher(tmp_path):
     train(3, sinks=[record, board, lambda _: during.append(len(open_files(tmp_path)))])
     assert set(during) == {3}  # the record as text and as bytes, and the events
     assert [file.name for file in open_files(tmp_path)] == []
+
+
+def test_the_files_of_a_watcher_that_nobody_closed_are_finished_when_it_goes(tmp_path):
+    model, closing = Net(), Closing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sinks = [Record(tmp_path / "mine"), TensorBoardSink(tmp_path / "mine")]
+    options = {"logdir": tmp_path, "every_n_steps": 1, "on_alert": lambda _: None}
+    watcher = gradwatch.watch(model, optimizer, sinks=[*sinks, closing], **options)
+    steps(model, optimizer, 12, poison=(9,))
+    assert open_files(tmp_path)
+    assert held() == {tmp_path.resolve() / "gradwatch"}
+
+    del watcher, sinks, model, optimizer
+    gc.collect()
+
+    assert open_files(tmp_path) == []
+    assert held() == frozenset()
+    assert closing.closed == 1
+    for folder in (
+        "gradwatch",
+        "mine",
+    ):  # with what only a close writes: the last word on an open alert, and the last picture
+        run = read_run(tmp_path / folder)
+        assert [(a.finding.code, a.began, a.last) for a in run.alerts] == [("GW501", 9, 9)]
+        events = EventAccumulator(str(tmp_path / folder))
+        events.Reload()
+        assert [i.step for i in events.Images("gradwatch_heatmap/layers")] == [11]
 
 
 # --- the logger ---

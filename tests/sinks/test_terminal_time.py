@@ -6,10 +6,10 @@ import io
 import math
 import os
 import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from interpreters import warm
 from rich.console import Console
 
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Record, Report, Snapshot
@@ -210,7 +210,7 @@ def test_what_has_no_profile_is_not_drawn(lag_gain):
 
 
 def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_plot():
-    facts = (Fact("encoder.rnn", "forget_gate_l0", 0.5), Fact("encoder.rnn", "forget_bias_l0", 0.01))
+    facts = (Fact("encoder.rnn", "forget_gate", 0.5, "l0"), Fact("encoder.rnn", "forget_bias", 0.01, "l0"))
     text = error(SequenceStats("", "model", 250, 8, lag_gain=gain(0.64)), 200, facts)
     flat = " ".join(text.split())
 
@@ -261,7 +261,7 @@ def command(path, **environment):
         if k not in {"COLUMNS", "NO_COLOR", "FORCE_COLOR", "TERM", "PYTHONIOENCODING", "PYTHONUTF8"}
     }
     done = subprocess.run(
-        [sys.executable, "-m", "gradwatch", "report", str(path)],
+        [*warm(), "-m", "gradwatch", "report", str(path)],
         capture_output=True,
         check=True,
         env={**clean, **environment},

@@ -1,4 +1,4 @@
-"""How far back a gain by lag reaches: the closed forms, and what is remembered of it."""
+"""How far back a gain by lag reaches: the closed forms, and what is known of it."""
 
 from __future__ import annotations
 

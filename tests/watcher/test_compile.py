@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
@@ -349,7 +350,7 @@ def test_what_is_saved_within_a_probe_loads_where_gradwatch_is_not_installed_and
         script = tmp_path / "load.py"
         script.write_text(LOAD)
         done = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), *map(str, files)],
+            [*warm(), str(script), str(tmp_path), *map(str, files)],
             capture_output=True,
             text=True,
             check=False,

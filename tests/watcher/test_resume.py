@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interpreters import warm
 from torch import nn
 
 import gradwatch
 
 STEPS = 90
+FOLDERS = [str(folder) for folder in Path(__file__).parents[:2]]
+"""Where another process finds this module, and what it imports."""
 
 
 def setting(logdir, optimizers=1):
@@ -103,10 +105,10 @@ def test_a_run_that_is_taken_up_in_another_process_says_what_it_would_have_said(
     watcher.close()
     for what in ("cut", "take_up"):
         program = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import test_resume as t;"
+            f"import sys; sys.path[:0] = {FOLDERS}; from pathlib import Path; import test_resume as t;"
             f" t.{what}(Path({str(two)!r}), {at}, {optimizers}, {form!r}, {how!r})"
         )
-        subprocess.run([sys.executable, "-c", program], check=True)
+        subprocess.run([*warm(), "-c", program], check=True)
 
     whole, resumed = gradwatch.read_run(one), gradwatch.read_run(two)
 

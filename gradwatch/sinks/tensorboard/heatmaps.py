@@ -25,7 +25,7 @@ _COLUMNS = 240
 _ROWS = 256
 """Rows of a heatmap of lags; when there are more lags, each row is of several."""
 _DEEPEST = -12.0
-"""log10 of the share of the maximum below which all lags have the same colour, so that what matters has most of the colours."""
+"""log10 of the share of the maximum below which all lags have one colour: what matters has most of the colours."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 8, 74, 56, 32
 """Pixels of a heatmap and of its margins: above is the title, to the right the bar of colours, below are the steps."""
 _INSIDE = _WIDTH - _LEFT - _RIGHT
@@ -77,7 +77,7 @@ class LayerPicture:
         self._rows: list[str] = []
 
     def add(self, step: int, levels: Mapping[str, float], rows: Sequence[str]) -> None:
-        """Add the log10 of the norms of a step, by layer; `rows` are all layers in the order of the forward pass."""
+        """Add the log10 of a step's norms, by layer; `rows` are all layers in the order of the forward pass."""
         if set(rows) != set(self._names):  # another model, and another picture
             self._names, self.columns.kept = list(rows), []
         self._rows = list(rows)
@@ -163,13 +163,13 @@ def heatmap(
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
 
     Args:
-        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what is
-            exactly at `FLOOR` (a norm of exactly 0) black.
+        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what
+            is exactly at `FLOOR` (a norm of exactly 0) black.
         rows: their names; the first and the last are written.
         steps: the numbers of the columns; the first, the middle and the last are written.
         title: written on top.
         line: drawn in white over each column, so many rows from the top; NaN where there is none.
-        deepest: what is below it has the colour of it.
+        deepest: what is below it has its colour.
 
     Returns:
         Width and height in pixels, and the PNG.
@@ -263,7 +263,7 @@ def _short(name: str) -> str:
 
 
 def _viridis(values: Floats) -> Pixels:
-    """Return the colours of values from 0 to 1, by linear interpolation between nine anchors of matplotlib's map of that name (CC0)."""
+    """Return the colours of values from 0 to 1, interpolated between nine of matplotlib's map of that name (CC0)."""
     import numpy as np
 
     anchors = np.array(

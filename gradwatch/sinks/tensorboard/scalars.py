@@ -16,14 +16,14 @@ from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
 FLOOR = -45.0
 """log10 at which a size of exactly 0 is drawn: the smallest float32 above 0 is 1.4e-45."""
 GROUPS = 64
-"""Above so many layers the charts are of blocks: their names cut after as many parts as keeps them below."""
+"""Above so many layers there is one chart a block: layers whose names begin with the same parts, as many as fit."""
 
 
 class Groups:
     """Which parameters go into which chart."""
 
     def __init__(self, model: ModelInfo, *, parameters: bool = False, most: int = GROUPS) -> None:
-        """Group by layer (in the order of the forward pass), by block where there are more than `most`, or not at all."""
+        """Group by layer, in the order of the forward pass; by block if there are more than `most`; or not at all."""
         self.model = model
         self._blocked = not parameters and len(model.layers) > most
         if parameters:
@@ -122,13 +122,13 @@ def _few(length: int) -> Iterator[int]:
 
 
 def gains(snapshot: Snapshot) -> dict[str, SequenceStats]:
-    """Return what has a gain by lag, by the name that it has in tags: "model" is the model itself, its own horizon before that of its input."""
+    """Return what has a gain by lag, by its name in tags; "model" is the model, its own horizon before its input's."""
     with_gain = [s for s in snapshot.sequences or () if s.lag_gain and s.part in ("", "model")]
     return {_name(s.module if s.part != "model" else ""): s for s in sorted(with_gain, key=lambda s: s.part == "model")}
 
 
 def _name(module: str) -> str:
-    # A module that is itself called so must not be taken for the model, and keeps its name whether or not the model is measured.
+    # A module called "model" must not be taken for the model itself, and keeps its tag whether that is measured or not.
     return f"model-{_mark('model')}" if module == "model" else tag_safe(module) or "model"
 
 

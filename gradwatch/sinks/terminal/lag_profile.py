@@ -15,7 +15,7 @@ _MEMORIES = 12
 
 
 def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[RenderableType]:
-    """Say how far back it learns, in a line for each memory that was asked for, the model's own first; with the `name` of the run before the first."""
+    """Return a line for each horizon that was asked for, the model's own first, after the `name` of the run."""
     said = [line for _, line in sentences(sequences)]
     shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_MEMORIES])]
     shown += [f"({len(said) - _MEMORIES} more sequence modules)"] * (len(said) > _MEMORIES)
@@ -23,7 +23,10 @@ def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[Rend
 
 
 class LagProfile:
-    """The gain by lag over its maximum as a small plot, one decade a row, with the horizon marked below; nothing where the terminal is too narrow."""
+    """The gain by lag over its maximum as a small plot, one decade a row, with the horizon marked below.
+
+    Where the terminal is too narrow there is nothing.
+    """
 
     def __init__(self, stats: SequenceStats) -> None:
         """Draw what has a `lag_gain`."""

@@ -25,7 +25,8 @@ def layer_table(
 ) -> RenderableType:
     """Return the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
-    Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities: never names, norms and codes.
+    Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities; never the names, norms
+    and codes.
 
     Args:
         snapshot: the step to show; layers that only another optimizer steps are left out.

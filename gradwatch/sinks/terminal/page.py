@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 _PROFILES = 3
-"""Lag profiles that it draws."""
+"""Lag profiles that a summary draws."""
 
 
 class Harmless:
-    """What a terminal would obey in it, for instance in the names of a foreign record, is made visible."""
+    """Content in which what a terminal would obey, for instance in the names of a foreign record, is made visible."""
 
     def __init__(self, content: RenderableType) -> None:
         """Wrap anything that can be printed."""
@@ -71,7 +71,8 @@ def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 
 def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
     snapshot = report.snapshot
-    title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
+    count = sum(n is not None for n in snapshot.norm)
+    title = f"{count} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
     return Group(
         *reach_lines(snapshot.sequences or sequences),
         Text(title),
@@ -81,7 +82,10 @@ def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableTyp
 
 
 def run_summary(run: Run, name: str = "") -> RenderableType:
-    """Return what happened in a run: how far back it learns, the verdict, the lag profile, the layers with the least gradient, the alerts."""
+    """Return what happened in a run.
+
+    That is how far back it learns, the verdict, the lag profiles, the layers with the least gradient, and the alerts.
+    """
     history = History()
     newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
     for snapshot in run.snapshots:
@@ -98,7 +102,8 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
             if last.optimizer is not None and len(newest) > 1
             else ""
         )
-        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
+        columns = "gradient: its L2 norm; of later layers: sensitivity over the largest of the layers after it"
+        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass ({columns})"
         parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
     parts += alert_lines(run.alerts)
     parts += note_lines(run)
