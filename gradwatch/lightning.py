@@ -52,10 +52,11 @@ else:
 class GradientMonitor(_Callback):
     """Watches the gradients of the LightningModule while it is fitted.
 
-    Under automatic optimization the numbers are those before clipping; under manual optimization those that the optimizer
-    gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as in
-    `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory; without
-    a logger, alerts still go where `on_alert` says.
+    Under automatic optimization the numbers are those before clipping; under manual optimization those that the
+    optimizer gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as
+    in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory;
+    without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
+    fit, or `gradwatch.watch`, has left on it.
 
     Args:
         name: goes into the folder's name, `gradwatch-<name>`, and tells two of these callbacks apart.
@@ -67,7 +68,8 @@ class GradientMonitor(_Callback):
         ignore: see `gradwatch.watch`.
         detectors: see `gradwatch.watch`.
         sinks: see `gradwatch.watch`.
-        on_alert: "warn", "raise", "stop" (the fit ends after the batch, at severity error), or a function that takes an Alert.
+        on_alert: "warn", "raise", "stop" (the fit ends after the batch, at severity error), or a function that takes an
+            Alert.
 
     """
 
@@ -159,7 +161,7 @@ class GradientMonitor(_Callback):
         self._watcher.record(loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ANN401
-        """Read the gradients before clipping; manual optimization clips where it likes, and is read at the optimizer."""
+        """Read the gradients before clipping; manual optimization clips where it likes, and is read at the step."""
         if self._watcher is not None and pl_module.automatic_optimization:
             self._watcher.step(_step(trainer), optimizer=optimizer)
 
@@ -191,7 +193,7 @@ class GradientMonitor(_Callback):
         self._state = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the live watcher out of pickles and copies, and the methods of the model that Lightning hangs on every callback."""
+        """Leave out of copies the live watcher, and the methods of the model that Lightning hangs on callbacks."""
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
             "_watcher": None
         }

@@ -33,7 +33,7 @@ def check(
     ignore: Sequence[str] = (),
     detectors: Sequence[Detector] = DETECTORS,
 ) -> Report:
-    """Measure the gradients of one batch, and judge them; the model and all random states are left exactly as they were.
+    """Measure the gradients of one batch, and judge them; the model and all random states stay exactly as they were.
 
     Args:
         model: it is run once forward and once backward, in the mode in which it is.
@@ -120,7 +120,8 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
             )
     if not parts:
         raise ValueError(
-            f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}"
+            "the model's output must hold a floating-point tensor that depends on its parameters,"
+            f" got {type(output).__name__}"
         )
     total = parts[0]
     for part in parts[1:]:

@@ -54,8 +54,6 @@ class Measurement:
         self.empty = True
         """Whether no gradient was there."""
         self.absent: Sequence[Absent | None] = ()
-        self.applied = False
-        """Whether the optimizer has come to take the gradients."""
         self.notes: list[str] = []
         self._half = False
         self._scale: Pending | None = None

@@ -13,7 +13,7 @@ from gradwatch.values.snapshot import Absent, ModelInfo
 
 
 class ModelMap:
-    """Knows the model without holding it, and describes it anew when it is told that parameters have come, gone or been replaced."""
+    """Knows the model without holding it, and describes it anew where parameters have come, gone or been replaced."""
 
     def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
         """Describe the model as it is, with the optimizers that step its parameters."""
@@ -62,7 +62,7 @@ class ModelMap:
         return model
 
     def parameters(self, optimizer: Any) -> list[Tensor]:  # noqa: ANN401  (None: the loop has none)
-        """Return the parameters that an optimizer steps now, also such as are not the model's; without one, those of the model.
+        """Return the parameters that an optimizer steps now, the model's or not; without one, those of the model.
 
         Raises:
             RuntimeError: the model is gone.
@@ -106,7 +106,7 @@ class ModelMap:
         self.order = order
 
     def _used(self, ran: Iterable[str]) -> Iterator[str]:
-        """Return the modules in the order of the forward pass, each with those after it whose weights it uses without calling them.
+        """Return the modules in the order of the forward pass, after each those whose weights it uses without a call.
 
         Attention does that with its output projection, which would else seem to come last of all.
         """

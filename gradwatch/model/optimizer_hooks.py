@@ -132,8 +132,12 @@ def _nested(optimizer: object) -> bool:
     return False
 
 
-def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> Callable[[], None]:  # noqa: ANN401
-    """Do by hand, for an object without step hooks, what torch's own `profile_hook_step` does; give what undoes it."""
+def _wrap_step(
+    optimizer: Any,  # noqa: ANN401  (any object with step())
+    before: Callable[..., Any],
+    after: Callable[..., None],
+) -> Callable[[], None]:
+    """Do by hand, for what has no step hooks, what torch's own `profile_hook_step` does; return what undoes it."""
     original = optimizer.step
     own = "step" in vars(optimizer)
 

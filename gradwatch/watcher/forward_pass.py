@@ -31,7 +31,7 @@ class ForwardPass:
         self._waiting: set[int] = set()
 
     def look_ahead(self, optimizer: int) -> None:
-        """Look at the forward pass of the next step of this optimizer; at recurrent modules alone where torch.compile is in use."""
+        """Look at the forward pass of this optimizer's next step; under torch.compile, at recurrent modules alone."""
         self._probes.suspect(self._suspects())
         model = self._model_map.model
         if not self._trace.armed and model is not None:
@@ -59,7 +59,7 @@ class ForwardPass:
         return [] if model is None else self._probes.collect(model, scale, mine, others, transfer)
 
     def release(self, optimizer: int) -> tuple[str, ...] | None:
-        """Look no more for this optimizer, and return the modules that ran, in their order; None where nobody has seen that."""
+        """Look no more for this optimizer; return the modules that ran, in their order, None where nobody saw that."""
         if optimizer not in self._waiting:
             return None
         self._waiting.discard(optimizer)

@@ -77,7 +77,7 @@ class Judge:
         """Go on where `state_dict` was taken; the files too, instead of beginning anew.
 
         Raises:
-            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives, and nothing has changed.
+            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives; nothing has changed.
 
         """
         written = state["history"].get("format", 1)

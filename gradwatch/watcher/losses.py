@@ -23,7 +23,7 @@ class Losses:
         self._takers: set[int] = set()
 
     def record(self, loss: float | Tensor) -> None:
-        """Add a loss to those of the coming step, a tensor without its graph; what an optimizer has taken is of the step before.
+        """Add a loss to those of the coming step, a tensor without its graph; what was taken is of the step before.
 
         Raises:
             TypeError, ValueError: it is neither a tensor nor a number.
@@ -54,7 +54,7 @@ class Losses:
             self._told.clear()
 
     def end(self, optimizer: int) -> None:
-        """Note that this optimizer has stepped: what was told meanwhile, when a closure was evaluated again, is of nobody's next step."""
+        """Note that this optimizer has stepped: what a closure evaluated again has told is of nobody's next."""
         if optimizer not in self._takers:
             self._told.clear()
 

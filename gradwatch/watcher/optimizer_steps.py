@@ -1,4 +1,4 @@
-"""The steps of one optimizer: from its hooks, or `Watcher.step`, by way of a measurement, to the snapshot that is emitted."""
+"""The steps of one optimizer: from its hooks, or `Watcher.step`, to the snapshot that is emitted."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Training:
 class OptimizerSteps:
     """Hears each step of one optimizer (None: the loop has none), measures it if it is due, and emits a snapshot of it.
 
-    A step that the hooks alone tell of is IDLE, then APPLIED, then DONE. One that `Watcher.step` reads before clipping is
-    READ first; if its optimizer never comes for it, it ends SKIPPED. Without an optimizer it is DONE at once.
+    A step that the hooks alone tell of is IDLE, then APPLIED, then DONE. One that `Watcher.step` reads before clipping
+    is READ first; if its optimizer never comes for it, it ends SKIPPED. Without an optimizer it is DONE at once.
     """
 
     _guard: Guard  # these two while the hooks are on, so that who hears them lives as long as the optimizer
     _emit: Emit
 
-    def __init__(self, index: int, optimizer: Any, training: Training) -> None:  # noqa: ANN401  (any object with step())
+    def __init__(self, index: int, optimizer: Any, training: Training) -> None:  # noqa: ANN401  (any with step())
         """Begin at step 0, without hooks."""
         self.index, self.optimizer, self._training = index, optimizer, training
         self._losses, self._model_map = training.losses, training.model_map
@@ -94,7 +94,7 @@ class OptimizerSteps:
         self._weighed = False
         """Whether the weights were measured since `_columns` was made."""
         self._absent: dict[int, Absent] = {}
-        """What the last look at the forward pass said of the columns that have no gradient or may have zeros in its place."""
+        """What the last look at a forward pass said of columns that have no gradient or may have zeros in its place."""
         self._spare: dict[int, Tensor] = {}
         """By column, memory of the last probe's copies of weights."""
         self._turn = 0
@@ -237,7 +237,7 @@ class OptimizerSteps:
         return measurement
 
     def _seen(self, transfer: Transfer) -> tuple[list[Part], frozenset[str] | None]:
-        """Return what the probes have seen of this step, and the modules that ran; nothing and None where nobody looked."""
+        """Return what the probes saw of this step, and the modules that ran; nothing and None where nobody looked."""
         look = self._training.forward_pass
         parts: list[Part] = []
         if look.awaited_by(self.index) and self._model_map.model is not None:
@@ -279,7 +279,7 @@ class OptimizerSteps:
     # --- the end of a step ---
 
     def _end(self, end: State, emit: Emit) -> None:
-        """Emit what was measured; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
+        """Emit what was measured; once an alert has begun, the next step is a probe, which looks more closely."""
         measurement, self._measurement = self._measurement, None
         if measurement is None:
             return
@@ -313,7 +313,7 @@ class OptimizerSteps:
             self.look_ahead()
 
     def take_up(self) -> None:
-        """Look at the forward pass of the next step if it is a probe, as the step before it, in another process, would have done."""
+        """Look at the forward pass of the next step if it is a probe: the step before was of another process."""
         probe = self._extra or self._cadence.probed(self.count)
         if probe and self.count and not self._training.processes.silent:
             self.look_ahead()
@@ -325,7 +325,7 @@ class OptimizerSteps:
     # --- from one process to the next ---
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Return where it stands, but for the count, as plain values; of the parameters without gradient, by `names` of the columns, why."""
+        """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
         absent = {names[c]: reason for c, reason in self._absent.items() if c < len(names)}
         return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent}
 

@@ -52,18 +52,20 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
 
     Args:
         model: the model that trains.
-        optimizer: one `torch.optim.Optimizer` or several; what wraps one is unwrapped, what merely acts like one is fine.
+        optimizer: one `torch.optim.Optimizer` or several; what wraps one is unwrapped, what merely acts like one is
+            fine.
         logdir: folder for the record and the TensorBoard events, which go to `<logdir>/gradwatch`; a run that was
             recorded there before is replaced.
         name: goes into the folder's name, `gradwatch-<name>`, to tell several watchers of one logdir apart.
         every_n_steps: read the gradients at every n-th step. Default: the first 200 steps, then every 10th.
         probe_every_n_steps: look also at weights, updates and the forward pass. Default: steps 1, 10, 20, ... 200, then
             every 50th.
-        timesteps: gradients through time, at probes. "auto": of every nn.RNN, nn.LSTM, nn.GRU and of their cells. A mapping adds
-            other modules, by name ("" is the model itself), each with the dimension of time of its input, counted from 0;
-            None where each call is one timestep (a cell of your own). False: none.
-        horizon: how many of the newest timesteps matter, to the model, or to modules by name. The model's own memory is then
-            measured at probes by one more forward pass and one vector-Jacobian product, which change nothing, and judged.
+        timesteps: gradients through time, at probes. "auto": of every nn.RNN, nn.LSTM, nn.GRU and of their cells. A
+            mapping adds other modules, by name ("" is the model itself), each with the dimension of time of its input,
+            counted from 0; None where each call is one timestep (a cell of your own). False: none.
+        horizon: how many of the newest timesteps matter, to the model, or to modules by name. The model's own is then
+            measured at probes by one more forward pass and one vector-Jacobian product, which change nothing, and
+            judged.
         scaler: the GradScaler, if `watcher.step()` is called before `scaler.unscale_()`.
         thresholds: the numbers behind the verdicts.
         ignore: mutes alerts: "GW101", or "GW101:encoder.*" for the layers that match.
@@ -101,7 +103,8 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
     optimizers = _optimizers(model, optimizer)
     if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
         raise TypeError(
-            f"scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None, got {type(scaler).__name__}"
+            "scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None,"
+            f" got {type(scaler).__name__}"
         )
     close_earlier(model)
     with contextlib.ExitStack() as undo:
@@ -128,7 +131,7 @@ def close_earlier(model: nn.Module, keep: Collection[Watcher] = ()) -> None:
 
 
 def close_orphans() -> None:
-    """Close the watchers whose model is gone: a cell of a notebook that runs again makes a new one, and leaves the old watcher."""
+    """Close the watchers whose model is gone, as a notebook's cell that runs again leaves one."""
     gc.collect()
     for watcher in tuple(_watchers):
         if watcher.model is None:
@@ -153,11 +156,13 @@ def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
     for optimizer in every:
         if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
             raise TypeError(
-                f"optimizer must have param_groups and step(), as torch.optim.Optimizer has, got {type(optimizer).__name__}"
+                "optimizer must have param_groups and step(), as torch.optim.Optimizer has,"
+                f" got {type(optimizer).__name__}"
             )
         stepped = [p for group in optimizer.param_groups for p in group["params"]]
         if stepped and not any(id(p) in mine for p in stepped):
             raise ValueError(
-                f"optimizer must step parameters of the model, and none of the {len(stepped)} of this {type(optimizer).__name__} is one of them"
+                f"optimizer must step parameters of the model, and none of the {len(stepped)}"
+                f" of this {type(optimizer).__name__} is one of them"
             )
     return list({id(o): o for o in every}.values())

@@ -163,8 +163,8 @@ class Watcher:
     def record(self, loss: float | Tensor) -> None:
         """Tell the unscaled loss of the coming optimizer step; several calls before one step are averaged.
 
-        Of several optimizers, each that steps before the next loss is recorded has it. A tensor is held detached and copied with the rest at a measured
-        step; at others it is dropped.
+        Of several optimizers, each that steps before the next loss is recorded has it. A tensor is held detached and
+        copied with the rest at a measured step; at others it is dropped.
         """
         if self._off:
             return
@@ -177,7 +177,8 @@ class Watcher:
         """Take everything off, finish the files, and give the last report; a second call does nothing.
 
         Raises:
-            GradientHealthError: the last step was skipped, with it an alert of severity error began, and `on_alert="raise"`.
+            GradientHealthError: the last step was skipped, with it an alert of severity error began, and
+                `on_alert="raise"`.
 
         """
         try:
@@ -246,7 +247,8 @@ class Watcher:
 
         Raises:
             TypeError: the state is no mapping.
-            ValueError: it is of another format or of another number of optimizers, or not what `state_dict` gives; the watcher is then as it was.
+            ValueError: it is of another format or of another number of optimizers, or not what `state_dict` gives; the
+                watcher is then as it was.
 
         """
         if not isinstance(state, Mapping):
@@ -255,7 +257,8 @@ class Watcher:
         if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._steps):
             given = f"format {state.get('format')!r} for {counts!r:.80}"
             raise ValueError(
-                f"state must be of format 1 with a count of steps for each of {len(self._steps)} optimizers, got {given}"
+                f"state must be of format 1 with a count of steps for each of {len(self._steps)} optimizers,"
+                f" got {given}"
             )
         names = [parameter.name for parameter in self._model_map.info.parameters]
         try:
@@ -277,7 +280,7 @@ class Watcher:
     # --- what the steps of the optimizers call ---
 
     def _guarded(self, act: Callable[[*A], None], *args: *A) -> None:
-        """Keep every failure of gradwatch out of the training that calls it, and raise only what `on_alert` wants to be raised."""
+        """Keep every failure of gradwatch out of the training, and raise only what `on_alert` wants raised."""
         if self._off or os.getpid() != self._pid:
             return
         try:
@@ -303,7 +306,7 @@ class Watcher:
         _log.debug("a measurement failed", exc_info=error)
 
     def _emit(self, snapshot: Snapshot | None) -> bool:
-        """Judge a step that was measured (None: another process speaks for this one), and tell whether an alert has begun."""
+        """Judge a measured step (None: another process speaks for this one), and tell whether an alert has begun."""
         self._failures = 0
         began = False
         if snapshot is not None:

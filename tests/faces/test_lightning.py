@@ -864,6 +864,7 @@ def test_a_fit_closes_a_watcher_that_watch_has_left_on_its_module_and_watch_one_
 
     class Again(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
+            assert not optimizer._optimizer_step_pre_hooks
             if trainer.global_step == 2:
                 gradwatch.watch(pl_module, trainer.optimizers[0], sinks=[closed.append])
 

@@ -94,7 +94,8 @@ def test_a_step_that_is_not_measured_keeps_nothing():
 def test_of_optimizers_that_are_read_together_those_that_do_not_step_are_idle_again():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in model]
-    watcher = gradwatch.watch(model, optimizers, every_n_steps=1, on_alert=lambda _: None)
+    reports = []
+    watcher = gradwatch.watch(model, optimizers, every_n_steps=1, sinks=[reports.append], on_alert=lambda _: None)
     for stepping in optimizers:
         model(torch.ones(2, 3)).sum().backward()
         watcher.step()
@@ -102,6 +103,7 @@ def test_of_optimizers_that_are_read_together_those_that_do_not_step_are_idle_ag
     assert [steps.state for steps in watcher._steps] == [State.READ, State.DONE]
     watcher.step()
     assert [steps.state for steps in watcher._steps] == [State.READ, State.READ]
+    assert [(r.snapshot.optimizer, r.snapshot.skipped) for r in reports] == [(0, False), (1, False)]
     watcher.close()
     assert [steps.state for steps in watcher._steps] == [State.IDLE, State.IDLE]
 

@@ -1,4 +1,4 @@
-"""The options are the same at every face, and stay as they were checked. The texts of their errors: tests/test_messages.py."""
+"""The options are the same at every face, and stay as they were checked. Their errors: tests/test_messages.py."""
 
 from __future__ import annotations
 
