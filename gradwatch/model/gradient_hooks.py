@@ -54,8 +54,64 @@ def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> Removabl
     return handle
 
 
+class _Arrivals:
+    """What arrives at one parameter, by backward pass."""
+
+    def __init__(self, parameter: Tensor, passes: Mapping[int, bool] | None) -> None:
+        """Put a hook on it; `passes` as for `Sentinel`."""
+        self.parameter = parameter
+        self._before = parameter.grad.detach().clone() if parameter.grad is not None else None
+        self._passes = passes
+        self._sums: dict[int, Tensor] = {}
+        me = weakref.ref(self)
+
+        def hook(gradients: Sequence[Tensor | None]) -> None:
+            mine, arrived = me(), gradients[0]
+            if mine is not None and arrived is not None and type(arrived) is Tensor:
+                mine._add(arrived)
+
+        # On the parameter's node in the graph: what hangs on the parameter itself would travel with the model when that
+        # is saved or copied.
+        self._node: Any = get_gradient_edge(parameter).node
+        self._handle: Any = self._node.register_prehook(hook)
+
+    def _add(self, arrived: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if arrived.layout is not torch.strided or (self._passes is not None and not self._passes.get(task)):
+            return
+        try:
+            arrived, before = arrived.detach(), self._sums.get(task)
+            self._sums[task] = arrived.clone() if before is None else before + arrived
+        except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
+            self._sums.clear()
+
+    def forget(self, passes: AbstractSet[int]) -> None:
+        """Leave out what these backward passes brought."""
+        self._sums = {task: arrived for task, arrived in self._sums.items() if task not in passes}
+
+    def difference(self) -> Tensor | None:
+        """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
+        gradient = self.parameter.grad
+        # A class of its own may refuse arithmetic.
+        if gradient is None or not self._sums or type(gradient) is not Tensor or gradient.layout is not torch.strided:
+            return None
+        whole = sum(self._sums.values(), torch.zeros_like(next(iter(self._sums.values()))))
+        if gradient.shape != whole.shape:
+            return None
+        now, arrived = gradient.detach().double(), whole.double()
+        # What was there before the forward pass is still in it, or has been zeroed since.
+        expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
+        size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
+        difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
+        return difference
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+
 class Sentinel:
-    """Sees one parameter's gradient as it arrives."""
+    """Sees the gradients of two small parameters of a module as they arrive: one of them may get none."""
 
     def __init__(self, passes: Mapping[int, bool] | None = None) -> None:
         """Begin without a parameter.
@@ -65,85 +121,39 @@ class Sentinel:
 
         """
         self._passes = passes
-        self._handle: Any = None
-        self._node: Any = None
-        self._parameter: Tensor | None = None
-        self._before: Tensor | None = None
-        self._sums: dict[int, Tensor] = {}
-        """Of what arrived, by backward pass."""
+        self._seen: list[_Arrivals] = []
 
     @property
     def watching(self) -> bool:
         """Whether a parameter is seen already."""
-        return self._handle is not None
+        return bool(self._seen)
 
     def watch(self, module: nn.Module) -> None:
-        """Put a hook on the smallest trained parameter of the module, unless there is one already."""
-        if self._handle is not None:
+        """Put hooks on the two smallest trained parameters of the module, unless some are seen already."""
+        if self._seen:
             return
-        dense = [
-            m for m in module.modules() if not getattr(m, "sparse", False)
-        ]  # as an embedding may be, whose gradient has no arithmetic
-        trained = [p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]
-        if not trained:
-            return
-        self._parameter = parameter = min(trained, key=torch.Tensor.numel)
-        self._before = parameter.grad.detach().clone() if parameter.grad is not None else None
-        me = weakref.ref(self)
-
-        def hook(gradients: Sequence[Tensor | None]) -> None:
-            sentinel, arrived = me(), gradients[0]
-            if (
-                sentinel is None
-                or arrived is None
-                or arrived.layout is not torch.strided
-                or hasattr(arrived, "placements")
-            ):
-                return
-            task = torch._C._current_graph_task_id()
-            if sentinel._passes is not None and not sentinel._passes.get(task):
-                return
-            try:
-                arrived, before = arrived.detach(), sentinel._sums.get(task)
-                sentinel._sums[task] = arrived.clone() if before is None else before + arrived
-            except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
-                sentinel._sums.clear()
-
-        # On the parameter's node in the graph: what hangs on the parameter itself would travel with the model when that
-        # is saved or copied.
-        self._node = get_gradient_edge(parameter).node
-        self._handle = self._node.register_prehook(hook)
+        # A sparse gradient, as an embedding may have, has no arithmetic.
+        dense = [m for m in module.modules() if not getattr(m, "sparse", False)]
+        trained = {id(p): p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf}
+        smallest = sorted(trained.values(), key=torch.Tensor.numel)[:2]
+        self._seen = [_Arrivals(parameter, self._passes) for parameter in smallest]
 
     def forget(self, passes: AbstractSet[int]) -> None:
         """Leave out what these backward passes brought."""
-        self._sums = {task: arrived for task, arrived in self._sums.items() if task not in passes}
+        for arrivals in self._seen:
+            arrivals.forget(passes)
 
     def difference(self) -> Tensor | None:
-        """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
-        parameter = self._parameter
-        if parameter is None or parameter.grad is None or not self._sums:
-            return None
-        if (
-            type(parameter.grad) is not Tensor or parameter.grad.layout is not torch.strided
-        ):  # a class of its own may refuse
-            return None
-        whole = sum(self._sums.values(), torch.zeros_like(next(iter(self._sums.values()))))
-        if parameter.grad.shape != whole.shape:
-            return None
-        now, arrived = parameter.grad.detach().double(), whole.double()
-        # What was there before the forward pass is still in it, or has been zeroed since.
-        expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
-        size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
-        difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
-        return difference
+        """Return how far a gradient now is from what arrived, as a share of that; None where nothing arrived."""
+        found = (arrivals.difference() for arrivals in self._seen)
+        return next((difference for difference in found if difference is not None), None)
 
     def of(self, parameters: AbstractSet[int]) -> bool:
-        """Tell whether it is one of these parameters, by `id`, that is seen."""
-        return id(self._parameter) in parameters
+        """Tell whether it is of these parameters, by `id`, that one is seen."""
+        return any(id(arrivals.parameter) in parameters for arrivals in self._seen)
 
     def remove(self) -> None:
-        """Take the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = self._node = self._parameter = self._before = None
-        self._sums = {}
+        """Take the hooks off."""
+        for arrivals in self._seen:
+            arrivals.remove()
+        self._seen = []
