@@ -518,12 +518,14 @@ def test_a_record_that_is_closed_twice_lets_go_of_its_directory_once(tmp_path):
 
 
 HOLDS = """
-import sys, torch, gradwatch
+import os, signal, sys, torch, gradwatch
 model = torch.nn.Linear(3, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 watcher = gradwatch.watch(model, optimizer, logdir=sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
+    if line == "die\\n":
+        os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(4, 3)).sum().backward()
@@ -564,7 +566,8 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         held = claim(tmp_path)
         release(held)
         assert held.name == "gradwatch-2"
-        other.kill()
+        other.stdin.write("die\n")
+    assert other.returncode == -signal.SIGKILL
     held = claim(tmp_path)
     release(held)
     assert held.name == "gradwatch"
