@@ -1,11 +1,10 @@
 """What gradwatch costs: thread CPU inside of real training steps, in turn with what it is compared to, and a control.
 
-python -m benchmarks.overhead            # everything, a few minutes on one core; --quick for a look
+python -m benchmarks.overhead            # everything, a few minutes on one core; --quick: seconds
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -18,14 +17,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
+from benchmarks.command import parsed, parser
 from gradwatch import watch
-from gradwatch.watcher.processes import Processes
-from gradwatch.watcher.reading import Reading, undisturbed
-from gradwatch.watcher.warn_once import Once
+from gradwatch.measurement.measurement import Measurement
+from gradwatch.measurement.parameters import undisturbed
+from gradwatch.measurement.processes import Processes
+from gradwatch.measurement.transfer import Transfer
 
 Step = Callable[[], torch.Tensor]
+Build = Callable[[], tuple[nn.Module, Step]]
 
-ALONE = Processes((), Once(), alone=True)
+ALONE = Processes((), alone=True)
 
 
 def mlp(
@@ -61,37 +63,37 @@ class Gpt(nn.Module):
         )
 
 
-def gpt() -> tuple[nn.Module, Step]:
-    """T=128, B=8."""
-    net = Gpt()
-    x = torch.randint(512, (8, 129))
+def gpt(blocks: int = 6, width: int = 256, length: int = 128) -> tuple[nn.Module, Step]:
+    """Build a decoder-only transformer, for 8 texts."""
+    net = Gpt(blocks, width, 512, length)
+    x = torch.randint(512, (8, length + 1))
     return net, lambda: cross_entropy(net(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
 
 
 class Lstm(nn.Module):
-    """Two layers of 128, and a readout of the last step."""
+    """Two layers, and a readout of the last step."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int) -> None:
         """Build it."""
         super().__init__()
-        self.lstm, self.head = nn.LSTM(32, 128, 2, batch_first=True), nn.Linear(128, 1)
+        self.lstm, self.head = nn.LSTM(32, hidden, 2, batch_first=True), nn.Linear(hidden, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Give one number per sequence."""
         return self.head(self.lstm(x)[0][:, -1])
 
 
-def lstm() -> tuple[nn.Module, Step]:
-    """T=256, B=32."""
-    net, x, y = Lstm(), torch.randn(32, 256, 32), torch.randn(32, 1)
+def lstm(hidden: int = 128, length: int = 256, batch: int = 32) -> tuple[nn.Module, Step]:
+    """Build two recurrent layers and a readout."""
+    net, x, y = Lstm(hidden), torch.randn(batch, length, 32), torch.randn(batch, 1)
     return net, lambda: mse_loss(net(x), y)
 
 
-def conv(size: int = 32) -> tuple[nn.Module, Step]:
-    """Twenty convolutions of 32 channels with BatchNorm, on 32 square images."""
+def conv(size: int = 32, layers: int = 20) -> tuple[nn.Module, Step]:
+    """Build convolutions of 32 channels with BatchNorm, for 32 square images."""
     blocks = [
         m
-        for i in range(20)
+        for i in range(layers)
         for m in (nn.Conv2d(32 if i else 3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
     ]
     net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
@@ -130,34 +132,33 @@ def shown(values: list[float], scale: float = 1.0, unit: str = "") -> str:
     return f"{q[1] * scale:8.2f}{unit} [{q[0] * scale:.2f}, {q[2] * scale:.2f}]"
 
 
-def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -> None:
+def measuring(name: str, build: Build, rounds: int) -> None:
     """Compare reading the gradients, and a probe of the parameters, with `clip_grad_norm_` on the same gradients in the same steps."""
     torch.manual_seed(0)
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     watcher = watch(net, optimizer, every_n_steps=10**9)
-    slot, clock = watcher._slots[0], Clock()
+    steps, clock, spare = watcher._steps[0], Clock(), dict[int, torch.Tensor]()
     parameters = list(net.parameters())
 
     def clip() -> None:
         torch.nn.utils.clip_grad_norm_(parameters, 1e9)
 
-    def measure(*, probe: bool = False) -> Reading:
+    def measure(*, probe: bool = False) -> Measurement:
         with undisturbed():
-            inventory = watcher._inventory
-            members = inventory.parameters(slot)
-            reading = Reading(0, inventory.info, "applied", probe=probe)
-            reading.gradients(slot.columns, [p.grad for p in members if p.grad is not None], None, half=False)
+            members, columns = steps._parameters(), steps._columns
+            reading = Measurement(0, watcher._model_map.info, "applied", probe=probe)
+            reading.gradients(columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
-                reading.weights(slot.columns, members)
-                reading.copy_weights(slot.columns, members, 0, slot.spare)
+                reading.parameters.weights(columns, members)
+                reading.parameters.copy(columns, members, 0, spare)
             else:
                 reading.snapshot(0, "", ALONE)
             return reading
 
-    def probe_end(reading: Reading) -> None:
+    def probe_end(reading: Measurement) -> None:
         with undisturbed():
-            reading.updates(slot.spare)
+            reading.parameters.updates(spare)
         reading.snapshot(0, "", ALONE)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}
@@ -185,7 +186,7 @@ def measuring(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: in
           f"   probe / clip {shown(ratios['probe'])}   control {shown(ratios['control'])}", flush=True)  # fmt: skip
 
 
-def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -> None:
+def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
     """Compare all of it with the bare step: measuring, detectors, record and TensorBoard, at every step and at the default cadence."""
     torch.manual_seed(0)
     net, loss = build()
@@ -201,22 +202,21 @@ def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -
                 timesteps=False,
                 on_alert=lambda _: None,
             )
-            for slot in watcher._slots:
-                slot.count = begin
-            clock = Clock()
-            watcher.on_look, watcher.on_stepped = clock.around(watcher.on_look), clock.around(watcher.on_stepped)  # type: ignore[method-assign]
+            mine, clock = watcher._steps[0], Clock()
+            mine.count = begin
+            mine.on_look, mine.on_stepped = clock.around(mine.on_look), clock.around(mine.on_stepped)  # type: ignore[method-assign]
             inside, bare = [], []
-            for number in range(20 + max(rounds, 50) * 2):  # whole periods of the cadence
+            for number in range(beginning + steps):
                 began = time.thread_time()
                 optimizer.zero_grad()
                 value = loss()
                 watcher.record(value)
                 value.backward()
                 optimizer.step()
-                total, mine = time.thread_time() - began, clock.take()
-                if number >= 20:  # the first picture loads the libraries that draw it, once in a process
-                    inside.append(mine)
-                    bare.append(total - mine)
+                total, ours = time.thread_time() - began, clock.take()
+                if number >= beginning:  # the first picture loads the libraries that draw it, once in a process
+                    inside.append(ours)
+                    bare.append(total - ours)
             watcher.close()
             # The mean of the inside, because probes and pictures are rare and dear; the median of the step.
             figures[label] = [statistics.mean(inside), statistics.median(bare), statistics.median(inside), max(inside)]
@@ -227,29 +227,49 @@ def whole(name: str, build: Callable[[], tuple[nn.Module, Step]], rounds: int) -
         )
 
 
-def forward_hook(rounds: int) -> None:
-    """Give what the forward trace of a probe costs, in turn with the same step without it."""
-    for name, build in (("mlp 50x256", lambda: mlp(50, 256, 128)), ("gpt", gpt), ("conv 20", conv)):
-        torch.manual_seed(0)
-        net, loss = build()
-        watcher = watch(net, torch.optim.SGD(net.parameters(), lr=1e-4), every_n_steps=10**9)
-        times: dict[bool, list[float]] = {True: [], False: []}
-        for _ in range(rounds):
-            for armed in (True, False, False, True):
-                began = time.thread_time()
-                if armed:
-                    watcher.look_ahead()
-                value = loss()
-                if armed:
-                    watcher._inventory.take_trace(watcher._slots[0])
-                value.backward()
-                times[armed].append(time.thread_time() - began)
-        watcher.close()
-        base = statistics.median(times[False])
-        print(
-            f"{name:15} step with the forward trace of a probe / without {shown([t / base for t in times[True]])}   control {shown([t / base for t in times[False]])}",
-            flush=True,
-        )
+def forward_trace(name: str, build: Build, rounds: int) -> None:
+    """Give what a probe's look at activations costs, in turn with the same step without it: while no layer is in question, and while half of them are.
+
+    That is all of it: arming, the hooks of the forward and the backward pass, what is worked out at the step, and the values in the end.
+    """
+    torch.manual_seed(0)
+    net, loss = build()
+    watcher = watch(net, torch.optim.SGD(net.parameters(), lr=1e-4), every_n_steps=10**9, on_alert=lambda _: None)
+    steps = watcher._steps[0]
+    layers = [layer.name for layer in watcher._model_map.info.layers]
+    questions: dict[str, frozenset[str] | None] = {
+        "without": None,
+        "no layer in question": frozenset(),
+        "half of them in question": frozenset(layers[::2]),
+        "control": None,
+    }
+
+    def step(suspects: frozenset[str] | None) -> float:
+        began = time.thread_time()
+        if suspects is not None:
+            steps.look_ahead()
+            watcher._forward_pass._probes.suspect(suspects)
+        net.zero_grad()
+        loss().backward()
+        if suspects is not None:
+            with undisturbed():
+                transfer = Transfer()
+                parts, _ = steps._seen(transfer)
+                transfer.run()
+                for part in parts:
+                    part()
+        return time.thread_time() - began
+
+    times: dict[str, list[float]] = {what: [] for what in questions}
+    for number in range(rounds + 1):
+        for what in (*questions, *reversed(questions)):
+            spent = step(questions[what])
+            if number:  # the first round warms up
+                times[what].append(spent)
+    watcher.close()
+    base = statistics.median(times.pop("without"))
+    parts = "   ".join(f"{what} {shown([t / base for t in spent])}" for what, spent in times.items())
+    print(f"{name:15} step with the forward trace of a probe / without: {parts}", flush=True)
 
 
 class Still(torch.optim.Optimizer):
@@ -284,39 +304,54 @@ def idle(rounds: int) -> None:
         )
 
 
-def importing() -> None:
+def importing(processes: int) -> None:
     """Give the seconds of `import gradwatch` in a fresh process, and whether torch came along."""
     code = "import time; a = time.perf_counter(); import gradwatch; print(time.perf_counter() - a); import sys; print('torch' in sys.modules)"
     seconds = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        for _ in range(9)
+        for _ in range(processes)
     ]
     print(f"import gradwatch: {shown([float(s) for s, _ in seconds], 1e3, ' ms')}, torch imported: {seconds[0][1]}")
 
 
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 5 if parser.parse_args().quick else 30
+    quick = parsed(parser(__doc__)).quick
     torch.set_num_threads(1)
     print(
         f"torch {torch.__version__}, one thread; medians [quartiles] of thread CPU; control: clip_grad_norm_ against itself"
     )
-    measuring("mlp 20x32", lambda: mlp(20, 32, 64), rounds * 4)
-    measuring("mlp 50x256", lambda: mlp(50, 256, 128), rounds)
-    measuring("mlp 249x64", lambda: mlp(249, 64, 16), rounds)
-    measuring("linear 1999x16", lambda: mlp(1999, 16, 4, nn.Identity), max(rounds // 3, 3))
-    measuring("50x256 vanished", lambda: mlp(50, 256, 128, vanished=True), rounds)
-    measuring("gpt", gpt, max(rounds // 3, 3))
-    whole("lstm 2x128", lstm, rounds)
-    whole("gpt", gpt, rounds)
-    whole("conv 20, 32x32", conv, rounds)
-    whole("conv 20, 16x16", lambda: conv(16), rounds)
-    whole("mlp 50x256", lambda: mlp(50, 256, 128), rounds * 4)
-    forward_hook(rounds)
-    idle(rounds)
-    importing()
+    if quick:
+        small: dict[str, Build] = {
+            "mlp 3x8": lambda: mlp(3, 8, 4),
+            "gpt, small": lambda: gpt(1, 32, 8),
+            "conv 2, 8x8": lambda: conv(8, 2),
+            "lstm 2x8": lambda: lstm(8, 8, 4),
+        }
+        for name, build in small.items():
+            measuring(name, build, 2)
+            whole(name, build, 4, beginning=2)
+            forward_trace(name, build, 2)
+        idle(1)
+        importing(2)
+        return
+    middling: Build = lambda: mlp(50, 256, 128)  # noqa: E731
+    measuring("mlp 20x32", lambda: mlp(20, 32, 64), 120)
+    measuring("mlp 50x256", middling, 30)
+    measuring("mlp 249x64", lambda: mlp(249, 64, 16), 30)
+    measuring("linear 1999x16", lambda: mlp(1999, 16, 4, nn.Identity), 10)
+    measuring("50x256 vanished", lambda: mlp(50, 256, 128, vanished=True), 30)
+    measuring("gpt", gpt, 10)
+    whole("lstm 2x128", lstm, 100)  # whole periods of the cadence
+    whole("gpt", gpt, 100)
+    whole("conv 20, 32x32", conv, 100)
+    whole("conv 20, 16x16", lambda: conv(16), 100)
+    whole("mlp 50x256", middling, 240)
+    forward_trace("mlp 50x256", middling, 30)
+    forward_trace("gpt", gpt, 15)
+    forward_trace("conv 20", conv, 15)
+    idle(30)
+    importing(9)
 
 
 if __name__ == "__main__":

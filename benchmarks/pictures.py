@@ -1,11 +1,10 @@
 """Draws how far back two LSTMs learn, as measured while they train: the picture in the README.
 
-python -m benchmarks.pictures    # writes docs/how-far-back.png
+python -m benchmarks.pictures    # writes docs/how-far-back.png; --quick: seconds, and nothing that stays
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.command import parsed, parser
 from gradwatch.demo import story as demo
-from gradwatch.values.sequences import HORIZON_GAIN
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 WIDTH, HEIGHT = 1240, 550
 LEFT, TOP, RIGHT, BOTTOM = 110, 84, 1200, 470
@@ -52,9 +52,9 @@ def measured(steps: int, seed: int) -> list[Curve]:
     ):
         with tempfile.TemporaryDirectory() as folder:
             trained = demo.train(subject, flow, logdir=Path(folder), seed=seed, steps=steps, tick=lambda: None)
-        stats = trained.memories[-1]
+        stats = trained.horizons[-1]
         if stats.lag_gain is None or stats.horizon is None:
-            raise RuntimeError(f"no memory of {subject.name} was measured: {stats.note}")
+            raise RuntimeError(f"no horizon of {subject.name} was measured: {stats.note}")
         reach = (
             f"learns from {'at least' if stats.censored else 'the last'} {stats.horizon} of {stats.length} timesteps"
         )
@@ -137,13 +137,15 @@ def draw(curves: list[Curve]) -> Image.Image:
 
 def main() -> None:
     """Measure and draw."""
-    parser = argparse.ArgumentParser(description="the picture in the README")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "how-far-back.png")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    draw(measured(options.steps, options.seed)).save(options.out, optimize=True)
-    print(f"{options.out}: {options.out.stat().st_size / 1000:.0f} kB")
+    mine = parser(__doc__)
+    mine.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "how-far-back.png")
+    mine.add_argument("--steps", type=int, default=250)
+    mine.add_argument("--seed", type=int, default=0)
+    options = parsed(mine)
+    with tempfile.TemporaryDirectory() as folder:
+        out, steps = (Path(folder) / "quick.png", 2) if options.quick else (options.out, options.steps)
+        draw(measured(steps, options.seed)).save(out, optimize=True)
+        print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ against the gradients alone (in float64 where precision is in doubt): nothing he
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import math
 import time
@@ -24,6 +23,7 @@ from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
+from benchmarks.command import parsed, parser
 from gradwatch.demo import market
 
 Tell = Callable[[Tensor], object]
@@ -89,6 +89,8 @@ class Run:
 
 
 RUNS: list[Run] = []
+QUICK = ("q_learning", "functional_relus", "burst_of_orders")
+"""Short ones: what `--quick` takes."""
 
 
 def healthy(
@@ -397,7 +399,8 @@ def flow(seed: int, bars: int, event: tuple[int, int], n: int = 32, shift: float
 
 def volatility(seed: int, bars: int, n: int = 48, count: int = 2000) -> Batch:
     """Forecast the volatility of the next bars from a window of prices."""
-    x, y = (torch.from_numpy(v) for v in market.flow_windows(seed, bars, count, 10))
+    prices = market.flow_prices(seed, count + bars + 10)
+    x, y = (torch.from_numpy(v) for v in market.windows(prices, bars, 10))
 
     def batch(i: int) -> tuple[Tensor, ...]:
         pick = torch.randint(len(y), (n,), generator=draw(seed, i))
@@ -1228,12 +1231,12 @@ def epsilon_of_one(*, cured: bool) -> Training:
 
 def main() -> None:
     """Print one line for each run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pattern", default="*")
-    pattern = parser.parse_args().pattern
+    mine = parser(__doc__)
+    mine.add_argument("--pattern", default="*")
+    options = parsed(mine)
     torch.set_num_threads(1)
     for run in RUNS:
-        if not fnmatch.fnmatch(run.name, pattern):
+        if not fnmatch.fnmatch(run.name, options.pattern) or (options.quick and run.name not in QUICK):
             continue
         line = f"{run.name:28} {', '.join(f'{f.kind} from {f.onset}' for f in run.faults) or 'healthy':28}"
         for cured in (False, True) if run.faults else (False,):

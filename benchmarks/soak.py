@@ -1,11 +1,10 @@
 """A long training with everything on, to see whether anything grows that should not.
 
-python -m benchmarks.soak                # 20,000 steps, a few minutes on one core; --steps N
+python -m benchmarks.soak                # 20,000 steps, a few minutes on one core; --steps N; --quick: seconds
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import logging
 import os
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from benchmarks.command import parsed, parser
 from gradwatch.sinks.record import BOUND
 
 _SICK = (400, 100)
@@ -113,9 +113,10 @@ def by_kind(folder: str) -> dict[str, int]:
 
 def main() -> None:
     """Print one line for each tenth of the run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20_000)
-    steps = parser.parse_args().steps
+    mine = parser(__doc__)
+    mine.add_argument("--steps", type=int, default=20_000)
+    options = parsed(mine)
+    steps = 40 if options.quick else options.steps
     torch.set_num_threads(1)
     logging.disable()
     with tempfile.TemporaryDirectory() as folder:

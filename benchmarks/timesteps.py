@@ -1,11 +1,10 @@
 """What gradients through time cost: probe steps in turn with plain ones, and a control; memory; and a long run.
 
-python -m benchmarks.timesteps           # everything, about ten minutes on one core; --quick for a look
+python -m benchmarks.timesteps           # everything, about ten minutes on one core; --quick: seconds
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.command import parsed, parser
 from benchmarks.overhead import lstm, shown
 from gradwatch import Watcher, watch
 
@@ -53,13 +53,13 @@ def trainer(net: nn.Module, x: torch.Tensor) -> tuple[torch.optim.Optimizer, Cal
 
 def input_alone(watcher: Watcher) -> None:
     """Take the recurrent modules for ones that cannot be walked back through: what is left is the gradient of their inputs."""
-    recorder = watcher._time._recorder  # type: ignore[union-attr]
+    recorder = watcher._forward_pass._probes._asked[-1]._recorder
     arm = recorder.arm
 
     def armed(*args: Any, **kwargs: Any) -> Any:
         chosen = arm(*args, **kwargs)
         for target in recorder.targets.values():
-            target.recurrent, target.time = False, 1
+            target.kind, target.time = None, 1
         return chosen
 
     recorder.arm = armed  # type: ignore[method-assign]
@@ -105,19 +105,19 @@ def ratios(kind: type[nn.RNNBase], steps: int, hidden: int, batch: int, rounds: 
     print(f"{kind.__name__:4} T={steps:4} H={hidden:3} B={batch:2}  plain {base * 1e3:8.1f} ms   {parts}", flush=True)
 
 
-def average(rounds: int) -> None:
+def average(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]], name: str, rounds: int) -> None:
     """Give what the default cadence costs after step 200, with time on and no `horizon=`: one probe in 50 steps, five measured besides."""
     torch.manual_seed(0)
-    net, loss = lstm()
+    net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     with tempfile.TemporaryDirectory() as folder:
         watcher = watch(net, optimizer, logdir=folder, on_alert=lambda _: None)
         times: dict[str, list[float]] = {"plain": [], "measured": [], "probe": []}
         for _ in range(rounds):
             for what in ("plain", "probe", "measured", "plain"):
-                watcher._slots[0].count = {"plain": 203, "measured": 210, "probe": 250}[what]
+                watcher._steps[0].count = {"plain": 203, "measured": 210, "probe": 250}[what]
                 if what == "probe":
-                    watcher.look_ahead()
+                    watcher._steps[0].look_ahead()
                 began = time.thread_time()
                 optimizer.zero_grad()
                 value = loss()
@@ -129,7 +129,7 @@ def average(rounds: int) -> None:
     plain, measured, probe = (statistics.median(times[what]) for what in ("plain", "measured", "probe"))
     share = ((probe - plain) + 4 * (measured - plain)) / 50 / plain
     print(
-        f"lstm 2x128 T=256 B=32   unmeasured {plain * 1e3:.1f} ms, measured {measured / plain:.3f}x, probe {probe / plain:.3f}x: on average {share:.2%} of a step"
+        f"{name}   unmeasured {plain * 1e3:.1f} ms, measured {measured / plain:.3f}x, probe {probe / plain:.3f}x: on average {share:.2%} of a step"
     )
 
 
@@ -141,8 +141,9 @@ from benchmarks.timesteps import Readout, trainer
 from gradwatch import watch
 torch.set_num_threads(1)
 torch.manual_seed(0)
-x = torch.randn(64, 512, 32)
-net = Readout(nn.LSTM, 128)
+hidden, batch, length = map(int, sys.argv[2:])
+x = torch.randn(batch, length, 32)
+net = Readout(nn.LSTM, hidden)
 optimizer, step = trainer(net, x)
 if sys.argv[1] == "probe":
     watch(net, optimizer, every_n_steps=1, probe_every_n_steps=1, detectors=(), on_alert=lambda _: None)
@@ -155,19 +156,19 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def memory() -> None:
+def memory(steps: int, hidden: int, batch: int, processes: int) -> None:
     """Compare the peak of resident memory of processes that take plain steps and probe steps; a base without a step is taken off both."""
+    command, sizes = [sys.executable, "-c", MEMORY], [str(hidden), str(batch), str(steps)]
     peak = {
         what: statistics.median(
-            int(subprocess.run([sys.executable, "-c", MEMORY, what], capture_output=True, text=True, check=True).stdout)
-            / 1024
-            for _ in range(3)
+            int(subprocess.run([*command, what, *sizes], capture_output=True, text=True, check=True).stdout) / 1024
+            for _ in range(processes)
         )
         for what in ("base", "plain", "probe")
     }
     plain, probe = peak["plain"] - peak["base"], peak["probe"] - peak["base"]
     print(
-        f"LSTM T=512 H=128 B=64, 8 rows: peak of plain steps {plain:.0f} MiB, of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more"
+        f"LSTM T={steps} H={hidden} B={batch}, 8 rows: peak of plain steps {plain:.0f} MiB, of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more"
     )
 
 
@@ -190,29 +191,34 @@ def _resident() -> float:
         return int(file.read().split()[1]) * resource.getpagesize() / 2**20
 
 
+SHAPES = (
+    (nn.LSTM, 64, 32, 8),
+    (nn.LSTM, 64, 128, 64),
+    (nn.LSTM, 512, 32, 64),
+    (nn.LSTM, 512, 128, 64),
+    (nn.LSTM, 512, 256, 64),
+    (nn.GRU, 512, 128, 64),
+    (nn.RNN, 512, 128, 64),
+)
+"""Kind, timesteps, hidden width and rows of the recurrent layer."""
+
+
 def main() -> None:
     """Print all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    quick = parser.parse_args().quick
+    quick = parsed(parser(__doc__)).quick
     torch.set_num_threads(1)
     print(
         f"torch {torch.__version__}, one thread; thread CPU of a training step over that of a plain one, medians [quartiles]; control: plain again"
     )
-    for kind, steps, hidden, batch in (
-        (nn.LSTM, 64, 32, 8),
-        (nn.LSTM, 64, 128, 64),
-        (nn.LSTM, 512, 32, 64),
-        (nn.LSTM, 512, 128, 64),
-        (nn.LSTM, 512, 256, 64),
-        (nn.GRU, 512, 128, 64),
-        (nn.RNN, 512, 128, 64),
-    ):
-        size = steps * hidden * batch
-        ratios(kind, steps, hidden, batch, (2 if quick else 6) if size > 2**20 else 10 if quick else 40)
-    average(5 if quick else 20)
-    memory()
-    growth(1000 if quick else 10_000)
+    for kind, steps, hidden, batch in [(k, 16, 8, 4) for k in (nn.LSTM, nn.GRU, nn.RNN)] if quick else SHAPES:
+        ratios(kind, steps, hidden, batch, 2 if quick else 6 if steps * hidden * batch > 2**20 else 40)
+    if quick:
+        average(lambda: lstm(8, 16, 4), "lstm 2x8 T=16 B=4", 2)
+        memory(64, 32, 8, 1)
+    else:
+        average(lstm, "lstm 2x128 T=256 B=32", 20)
+        memory(512, 128, 64, 3)
+    growth(50 if quick else 10_000)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ PYTHONPATH=../shared python -m benchmarks.verdicts --write      # with the zoo; 
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import math
@@ -15,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from benchmarks.runs import RUNS, Run
+from benchmarks.command import parsed, parser
+from benchmarks.runs import QUICK, RUNS, Run
 from gradwatch import Alert, Severity, watch
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
@@ -36,6 +37,7 @@ PEERS = (
     "gradscope",
     "update_ratio",
 )
+ONE_OF_THE_ZOO = "cosine_to_zero-s0"
 BEGIN, END = "<!-- verdicts: begin -->", "<!-- verdicts: end -->"
 
 
@@ -112,13 +114,13 @@ def table(outcomes: list[Outcome]) -> list[str]:
     return [f"{found}, {where}", "  " + ", ".join(f"{kind} {sum(found)}/{len(found)}" for kind, found in kinds.items())]
 
 
-def own(*, verbose: bool, pattern: str) -> list[str]:
+def own(runs: Sequence[Run], *, verbose: bool) -> list[str]:
     """Judge our own runs, with and without the loss."""
     lines = [
-        f"{len(RUNS)} runs of our own ({sum(bool(r.faults) for r in RUNS)} faulty, {sum(not r.faults for r in RUNS)} healthy)"
+        f"{len(runs)} runs of our own ({sum(bool(r.faults) for r in runs)} faulty, {sum(not r.faults for r in runs)} healthy)"
     ]
     for loss in (True, False):
-        outcomes = [judged(run, loss=loss) for run in RUNS if re.search(pattern, run.name)]
+        outcomes = [judged(run, loss=loss) for run in runs]
         lines += [f"{'with' if loss else 'without'} the loss: {(t := table(outcomes))[0]}", t[1]]
         bad = [
             o
@@ -131,28 +133,32 @@ def own(*, verbose: bool, pattern: str) -> list[str]:
     return lines
 
 
-def zoo(*, peers: bool) -> list[str]:
+def zoo(pattern: str) -> list[str]:
     """Judge the zoo, in a process of its own."""
-    adapters = [argument for name in (*OURS, *(PEERS if peers else ())) for argument in ("--adapter", name)]
-    done = subprocess.run(
-        [sys.executable, "-m", "zoo.run", "--share", "-v", *adapters], check=True, capture_output=True, text=True
-    )
+    adapters = [argument for name in (*OURS, *PEERS) for argument in ("--adapter", name)]
+    command = [sys.executable, "-m", "zoo.run", "--share", "-v", "--pattern", pattern, *adapters]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return [line for line in done.stdout.splitlines() if not line.startswith("  ") or line.strip().startswith(OURS)]
 
 
 def main() -> None:
     """Print the tables, or write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
-    parser.add_argument("--only", default="", help="a pattern of names: those of our own runs alone")
-    parser.add_argument("-v", action="store_true", help="name every run that is missed or falsely accused")
-    arguments = parser.parse_args()
+    mine = parser(__doc__)
+    mine.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
+    mine.add_argument("--only", default="", help="a pattern of names: those of our own runs alone")
+    mine.add_argument("-v", action="store_true", help="name every run that is missed or falsely accused")
+    arguments = parsed(mine)
+    if arguments.quick and arguments.write:
+        mine.error("--quick judges a few runs: it cannot --write the tables")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()
-    lines = own(verbose=arguments.v or arguments.write, pattern=arguments.only)
-    if not arguments.only and importlib.util.find_spec("zoo") is not None:
-        lines += ["", *zoo(peers=True)]
+    runs = [run for run in RUNS if re.search(arguments.only, run.name) and (run.name in QUICK or not arguments.quick)]
+    lines = own(runs, verbose=arguments.v or arguments.write)
+    if importlib.util.find_spec("zoo") is None:
+        lines += ["", "the zoo: not importable, not judged"]
+    elif not arguments.only:
+        lines += ["", *zoo(ONE_OF_THE_ZOO if arguments.quick else "*")]
     text = "\n".join(lines)
     print(text)
     if arguments.write:

@@ -14,10 +14,20 @@ if TYPE_CHECKING:
     from gradwatch.checks.check import assert_healthy, check
     from gradwatch.checks.horizon import assert_horizon, horizon
     from gradwatch.detectors import DETECTORS
+    from gradwatch.detectors.rule import Rule
     from gradwatch.sinks.record import Record, Run, read_run, read_runs
     from gradwatch.sinks.tensorboard import TensorBoardSink
     from gradwatch.values.history import Detector, History
-    from gradwatch.values.report import Alert, Finding, GradientHealthError, GradwatchWarning, Report, Severity, Sink
+    from gradwatch.values.report import (
+        Alert,
+        Explanation,
+        Finding,
+        GradientHealthError,
+        GradwatchWarning,
+        Report,
+        Severity,
+        Sink,
+    )
     from gradwatch.values.sequences import SequenceStats
     from gradwatch.values.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
     from gradwatch.values.thresholds import Thresholds
@@ -28,10 +38,20 @@ _HOMES = {
     "checks.check": ("assert_healthy", "check"),
     "checks.horizon": ("assert_horizon", "horizon"),
     "detectors": ("DETECTORS",),
+    "detectors.rule": ("Rule",),
     "sinks.record": ("Record", "Run", "read_run", "read_runs"),
     "sinks.tensorboard": ("TensorBoardSink",),
     "values.history": ("Detector", "History"),
-    "values.report": ("Alert", "Finding", "GradientHealthError", "GradwatchWarning", "Report", "Severity", "Sink"),
+    "values.report": (
+        "Alert",
+        "Explanation",
+        "Finding",
+        "GradientHealthError",
+        "GradwatchWarning",
+        "Report",
+        "Severity",
+        "Sink",
+    ),
     "values.sequences": ("SequenceStats",),
     "values.snapshot": ("LayerInfo", "ModelInfo", "OptimizerInfo", "ParameterInfo", "Snapshot"),
     "values.thresholds": ("Thresholds",),
@@ -44,6 +64,7 @@ __all__ = [
     "DETECTORS",
     "Alert",
     "Detector",
+    "Explanation",
     "Finding",
     "GradientHealthError",
     "GradwatchWarning",
@@ -54,6 +75,7 @@ __all__ = [
     "ParameterInfo",
     "Record",
     "Report",
+    "Rule",
     "Run",
     "SequenceStats",
     "Severity",
@@ -72,15 +94,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Load a public name where it lives."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gradwatch.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that sees it takes every misspelt name for one of these
+
+    def __getattr__(name: str) -> object:
+        """Load a public name from where it lives."""
+        if name not in _HOME_OF:
+            raise AttributeError(f"module 'gradwatch' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"gradwatch.{_HOME_OF[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
-    """Name what is public."""
+    """Return the public names, loaded or not."""
     return sorted([*__all__, "__version__"])

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit status.
+    """Run a command and return its exit status.
 
     0: fine, and for `check` no alert of severity warning or higher in the whole run; 1: at least one, open or cleared;
-    2: wrong usage, or a run that cannot be read, that holds no step, or of which more is lost than the half line of a killed process.
+    2: wrong usage, or a run that cannot be read, that holds no step, or of which more is lost than the half line that a
+    killed process leaves.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -36,11 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradwatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser(
-        "demo", help="train a sick network beside a healthy one on real market data, and look at both"
-    )
+    says = "train sick networks beside healthy ones, on real market data and on order flow, and look at them"
+    demo = commands.add_parser("demo", help=says, description=_sentence(says))
     demo.add_argument("--logdir", default="runs/demo", help="where the runs are written (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same numbers (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
     demo.add_argument(
         "--steps", type=_positive, default=250, help="training steps of each network (default: %(default)s)"
     )
@@ -48,22 +48,33 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         choices=("auto", "sp500", "synthetic"),
         default="auto",
-        help="auto: the S&P 500 if it is installed (pip install arch)",
+        help="auto: the S&P 500 if it is installed (pip install arch), else synthetic prices (default: %(default)s)",
     )
     demo.set_defaults(run=_demo)
 
-    report = commands.add_parser("report", help="tell what happened in a run: where, since when, why, and what to do")
+    says = "tell what happened in a run: where, since when, why, and what to do"
+    report = commands.add_parser("report", help=says, description=_sentence(says))
     report.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
     report.set_defaults(run=_report)
 
-    check = commands.add_parser("check", help="judge a run by its recorded alerts: exit 0 healthy, 1 not, 2 unreadable")
+    says = (
+        "judge a run by its recorded alerts; exit status 0: none of severity warning or higher, 1: some, 2: unreadable"
+    )
+    check = commands.add_parser("check", help=says, description=_sentence(says))
     check.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
     check.set_defaults(run=_check)
     return parser
 
 
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradwatch.detectors import DETECTORS
+from gradwatch.measurement.processes import own_name
 from gradwatch.sinks.log import log_alert
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.run_directory import claim
+from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
+from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.processes import own_name
-from gradwatch.watcher.through_time import Horizon, Timesteps
-from gradwatch.watcher.watch import check_options
+from gradwatch.watcher.options import Options
+from gradwatch.watcher.warn_once import WarnOnce
+from gradwatch.watcher.watch import close_earlier, close_orphans, remember
 from gradwatch.watcher.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ else:
 class GradientMonitor(_Callback):
     """Watches the gradients of the LightningModule while it is fitted.
 
-    Under automatic optimization the numbers are those before clipping; under manual optimization those that the optimizer
-    gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as in
-    `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory; without
-    a logger, alerts still go where `on_alert` says.
+    Under automatic optimization the numbers are those before clipping; under manual optimization those that the
+    optimizer gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as
+    in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory;
+    without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
+    fit, or `gradwatch.watch`, has left on it.
 
     Args:
         name: goes into the folder's name, `gradwatch-<name>`, and tells two of these callbacks apart.
@@ -66,18 +68,19 @@ class GradientMonitor(_Callback):
         ignore: see `gradwatch.watch`.
         detectors: see `gradwatch.watch`.
         sinks: see `gradwatch.watch`.
-        on_alert: "warn", "raise", "stop" (the fit ends after the batch, at severity error), or a function that takes an Alert.
+        on_alert: "warn", "raise", "stop" (the fit ends after the batch, at severity error), or a function that takes an
+            Alert.
 
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (the options of `gradwatch.watch`: a user names them here)
         self,
         *,
         name: str | None = None,
         every_n_steps: int | None = None,
         probe_every_n_steps: int | None = None,
         timesteps: Timesteps = "auto",
-        horizon: Horizon = None,
+        horizon: Need = None,
         thresholds: Thresholds | None = None,
         ignore: Sequence[str] = (),
         detectors: Sequence[Detector] = DETECTORS,
@@ -90,23 +93,19 @@ class GradientMonitor(_Callback):
             raise ValueError(
                 f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
             )
-        check_options(
+        self._options = Options(
             name=name,
             every_n_steps=every_n_steps,
             probe_every_n_steps=probe_every_n_steps,
             timesteps=timesteps,
             horizon=horizon,
-            thresholds=thresholds,
+            thresholds=Thresholds() if thresholds is None else thresholds,
             ignore=ignore,
             detectors=detectors,
             sinks=sinks,
             on_alert="raise" if on_alert == "stop" else on_alert,
         )
-        self._name = name
-        self._cadence = Cadence(every_n_steps, probe_every_n_steps)
-        self._thresholds, self._ignore, self._detectors = thresholds or Thresholds(), list(ignore), list(detectors)
-        self._timesteps, self._horizon = timesteps, horizon
-        self._sinks, self._on_alert = list(sinks), on_alert
+        self._on_alert = on_alert
         self._watcher: Watcher | None = None
         self._state: Mapping[str, Any] | None = None
         self._stop_wanted = False
@@ -114,7 +113,7 @@ class GradientMonitor(_Callback):
     @property
     def state_key(self) -> str:
         """Tell two of these callbacks apart in a checkpoint."""
-        return f"GradientMonitor{{'name': {self._name!r}}}"
+        return f"GradientMonitor{{'name': {self._options.name!r}}}"
 
     @property
     def report(self) -> Report | None:
@@ -124,25 +123,30 @@ class GradientMonitor(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  (of either package)
         """Attach: here the model is final, and the optimizers are there."""
         self._stop_wanted = False
-        self._watcher = Watcher(
-            pl_module,
-            list(trainer.optimizers),
-            cadence=self._cadence,
-            thresholds=self._thresholds,
-            ignore=self._ignore,
-            detectors=self._detectors,
-            sinks=[*_sinks(trainer, self._name), *self._sinks],
-            on_alert=self._on_stop if self._on_alert == "stop" else self._on_alert,
-            scaler=getattr(trainer.precision_plugin, "scaler", None),
-            timesteps=self._timesteps,
-            horizon=self._horizon,
-            clock=lambda: _step(trainer),
-        )
+        close_earlier(pl_module, keep=[its._watcher for its in _others(trainer, self) if its._watcher is not None])
+        with contextlib.ExitStack() as undo:
+            directory = _directory(trainer, self._options.name)
+            if directory is not None:
+                undo.callback(directory.close)
+            self._watcher = Watcher(
+                pl_module,
+                list(trainer.optimizers),
+                dataclasses.replace(
+                    self._options,
+                    sinks=[*map(_sink, trainer.loggers), *self._options.sinks],
+                    on_alert=self._on_stop if self._on_alert == "stop" else self._options.on_alert,
+                ),
+                directory=directory,
+                scaler=getattr(trainer.precision_plugin, "scaler", None),
+                clock=lambda: _step(trainer),
+            )
+            undo.pop_all()
+        remember(self._watcher)
         if self._state:
             try:
                 self._watcher.load_state_dict(self._state)
             except ValueError as error:  # of another model, perhaps: no reason to end a fit
-                self._watcher._warn("state", f"what was remembered of an earlier fit is left out: {error}")
+                WarnOnce()("state", f"what was remembered of an earlier fit is left out: {error}")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ANN401
         """Note the loss, without the factors that the Trainer has put in."""
@@ -157,13 +161,13 @@ class GradientMonitor(_Callback):
         self._watcher.record(loss)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: ANN401
-        """Read the gradients before clipping; manual optimization clips where it likes, and is read at the optimizer."""
+        """Read the gradients before clipping; manual optimization clips where it likes, and is read at the step."""
         if self._watcher is not None and pl_module.automatic_optimization:
             self._watcher.step(_step(trainer), optimizer=optimizer)
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Stop the fit if an alert wants it; of several processes one has it, and all must stop together."""
-        if self._on_alert == "stop" and trainer.world_size > 1 and self._cadence.measured(_step(trainer) - 1):
+        if self._on_alert == "stop" and trainer.world_size > 1 and self._options.cadence.measured(_step(trainer) - 1):
             self._stop_wanted = bool(trainer.strategy.reduce_boolean_decision(self._stop_wanted, all=False))
         if self._stop_wanted:
             trainer.should_stop = True
@@ -189,7 +193,7 @@ class GradientMonitor(_Callback):
         self._state = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the live watcher out of pickles and copies, and the methods of the model that Lightning hangs on every callback."""
+        """Leave out of copies the live watcher, and the methods of the model that Lightning hangs on callbacks."""
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
             "_watcher": None
         }
@@ -209,21 +213,23 @@ def _step(trainer: Any) -> int:  # noqa: ANN401
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def _sinks(trainer: Any, name: str | None) -> list[Sink]:  # noqa: ANN401
-    """Return the record in the logger's directory, and a sink for each logger."""
-    if not trainer.loggers:
-        return []
-    found: list[Sink] = []
-    directory = trainer.log_dir
-    if directory is not None:
-        found.append(Record(claim(Path(directory), own_name(name)), claimed=True))
-    for logger in trainer.loggers:
-        # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
-        if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):
-            found.append(TensorBoardSink(logger.experiment))
-        else:
-            found.append(_LoggerSink(logger))
-    return found
+def _others(trainer: Any, monitor: GradientMonitor) -> list[GradientMonitor]:  # noqa: ANN401
+    """Return the other callbacks of this kind, which watch the same fit with other options."""
+    return [c for c in trainer.callbacks if isinstance(c, GradientMonitor) and c is not monitor]
+
+
+def _directory(trainer: Any, name: str | None) -> RunDirectory | None:  # noqa: ANN401
+    """Return the run directory in the logger's, for the record alone; None where nothing is logged."""
+    if not trainer.loggers or (logdir := trainer.log_dir) is None:
+        return None
+    return RunDirectory(logdir, own_name(name), events=False, free=close_orphans)
+
+
+def _sink(logger: Any) -> Sink:  # noqa: ANN401
+    # Asked of the class: the experiment of a dry run, and of a rank that does not log, has every attribute.
+    if hasattr(type(getattr(logger, "experiment", None)), "_get_file_writer"):
+        return TensorBoardSink(logger.experiment)
+    return _LoggerSink(logger)
 
 
 class _LoggerSink:

@@ -1,4 +1,4 @@
-"""The pytest fixture `gradwatch`; this file is loaded in every pytest run of its environment, so it imports next to nothing."""
+"""The pytest fixture `gradwatch`: loaded in every pytest run of its environment, so it imports next to nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def gradwatch() -> ModuleType:
-    """Return the package, for `gradwatch.assert_healthy(model, batch)`, `gradwatch.assert_horizon(model, batch, at_least=200)` and all the rest."""
+    """Return the package, for `gradwatch.assert_healthy(model, batch)` and all the rest."""
     import gradwatch
 
     return gradwatch

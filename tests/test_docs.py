@@ -16,6 +16,7 @@ import gradwatch as package
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def snippets(page: Path) -> list[str]:
@@ -44,7 +45,11 @@ def test_the_first_snippet_of_the_readme_alerts(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     exec(snippets(PAGES[0])[0], {})
 
-    assert "GW101 vanishing-depth (warning) 0" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "GW101 vanishing-depth (warning) 0" in printed
+    shown = re.search(r"^```text\n.*?^(GW101.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert shown is not None
+    assert _words(shown[1]) in _words(printed)
     assert [a.finding.code for a in package.read_run("runs/mine").alerts] == ["GW101"]
 
 
@@ -64,6 +69,11 @@ def test_a_detector_of_ones_own_takes_five_lines(tmp_path, monkeypatch):
 
     assert [a.finding.code for a in watcher.report.open] == ["MY001"]
     assert watcher.report.open[0].message.startswith("head: norm ")
+
+
+def _words(text: str) -> str:
+    """Leave out the numbers, which depend on the processor, and where lines end."""
+    return " ".join(re.sub(r"\d\S*", "#", text).split())
 
 
 def commands_of_the_readme():
@@ -95,8 +105,44 @@ def test_ci_runs_both_commands_one_after_the_other_in_one_clone():
     assert "cd " not in told[3]
 
 
+def mapped(page: str) -> list[str]:
+    """Return the files of the package that the map of a page names."""
+    block = re.search(r"^## The map\n.*?^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    files, open_at, folder = [], {0: ""}, ""
+    for line in block[1].splitlines():
+        first, *names = line.split()
+        if first.endswith("/"):
+            indent = len(line) - len(line.lstrip())
+            above = "" if first == "gradwatch/" else open_at[max(i for i in open_at if i < indent)]
+            folder = open_at[indent] = above + first.removeprefix("gradwatch/")
+        else:
+            names = [first, *names]
+        files += [f"{folder}{name}.py" for name in names]
+    return files
+
+
+def test_the_map_names_every_file_of_the_package_and_no_other():
+    package_root = Path(package.__file__).parent
+    there = {path.relative_to(package_root).as_posix() for path in package_root.rglob("*.py")}
+    there -= {name for name in there if name.endswith("/__init__.py")}  # a wing's own sentence
+    named = mapped((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
+
+    assert sorted(named) == sorted(there)
+
+
+def test_what_pages_say_of_other_files_is_there():
+    for page in TEXTS:
+        text = page.read_text(encoding="utf-8")
+        named = set(re.findall(r"(?:gradwatch|tests|docs|benchmarks|examples)/[\w/-]+\.(?:py|md)\b", text))
+        wings = "values|model|measurement|timesteps|detectors|sinks|watcher|checks|demo"
+        named |= {f"gradwatch/{name}" for name in re.findall(rf"(?<![\w/])(?:{wings})/[\w/]+\.py\b", text)}
+
+        assert [name for name in sorted(named) if not (ROOT / name).exists()] == [], page.name
+
+
 def test_links_lead_somewhere():
-    for page in PAGES:
+    for page in TEXTS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

@@ -18,7 +18,7 @@ import gradwatch
 from gradwatch import Thresholds
 from gradwatch.cli import main
 from gradwatch.lightning import GradientMonitor
-from gradwatch.sinks import record, run_directory
+from gradwatch.sinks import run_directory
 from gradwatch.values.plain import to_json
 
 NET = nn.Linear(2, 1)
@@ -332,12 +332,12 @@ def test_bad_input_gets_an_error_that_says_what_was_given_and_what_is_allowed(ca
 
 def test_what_was_refused_leaves_nothing_behind(tmp_path, monkeypatch):
     hooks = len(SGD._optimizer_step_pre_hooks)
-    monkeypatch.setattr("gradwatch.watcher.watcher.Inventory", lambda *_: 1 / 0)
+    monkeypatch.setattr("gradwatch.watcher.watcher.ModelMap", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         gradwatch.watch(NET, SGD, logdir=tmp_path)
 
     assert list(tmp_path.iterdir()) == []
-    assert not any(path.is_relative_to(tmp_path.resolve()) for path in run_directory._held)
+    assert not any(path.is_relative_to(tmp_path.resolve()) for path in run_directory.held())
     assert len(SGD._optimizer_step_pre_hooks) == hooks
 
 
@@ -462,16 +462,18 @@ def test_a_line_of_100_megabytes_is_not_read_into_memory(tmp_path):
     assert time.monotonic() - began < 60
 
 
-def test_a_record_of_more_steps_than_fit_into_memory_is_thinned_as_it_is_read(tmp_path, monkeypatch):
+def test_a_record_of_more_steps_than_fit_into_memory_is_thinned_as_it_is_read(tmp_path):
     path = recorded(tmp_path, steps=50)
-    monkeypatch.setattr(record, "_MOST", 20)
+    for most in (2, 3, 20):
+        run = gradwatch.read_run(path, most=most)
 
-    run = gradwatch.read_run(path)
-
-    assert len(run.snapshots) <= 21
-    assert run.thinned + len(run.snapshots) == 50
-    assert [s.step for s in run.snapshots][-1] == 49
-    assert run.snapshots[0].step == 0
+        assert len(run.snapshots) <= most
+        assert run.thinned + len(run.snapshots) == 50
+        assert [s.step for s in run.snapshots][-1] == 49
+        assert run.snapshots[0].step == 0
+    assert gradwatch.read_run(path, most=50).thinned == 0
+    with pytest.raises(ValueError, match="most must be at least 2, got 1"):
+        gradwatch.read_run(path, most=1)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_a_record_of_more_steps_than_fit_into_memory_is_thinned_as_it_is_read(tm
         "{}\n".encode("utf-16"),
         b"\n\n\n",
         b'{"format": 1e400}\n',
-        b'{"format": 2}\n',
+        b'{"format": 3}\n',
         b'{"format": null}\n',
         b'{"model": {}}\n',
     ],
@@ -494,7 +496,7 @@ def test_a_record_of_more_steps_than_fit_into_memory_is_thinned_as_it_is_read(tm
         "UTF-16",
         "newlines",
         "an infinite format",
-        "format 2",
+        "format 3",
         "no format",
         "no first line",
     ],
@@ -566,7 +568,7 @@ def test_names_of_others_are_shown_and_not_obeyed(name, tmp_path, capsys):
         (["check", "no/such/folder"], "no record.jsonl in or below"),
         (["report", "no/such/folder"], "no record.jsonl in or below"),
         (["demo", "--steps", "0"], "must be at least 1, got 0"),
-        (["demo", "--steps", "x"], "invalid"),
+        (["demo", "--steps", "x"], "argument --steps: must be a whole number, got 'x'"),
         (["demo", "--data", "x"], "invalid choice: 'x'"),
         (["demo", "--seed", "x"], "invalid int value: 'x'"),
     ],

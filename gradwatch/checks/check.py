@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gradwatch.checks.batch import arguments
 from gradwatch.detectors import DETECTORS
+from gradwatch.model.nested import tensors
 from gradwatch.model.rerun import as_it_was
 from gradwatch.sinks.terminal.errors import health_error
 from gradwatch.values.history import Detector
 from gradwatch.values.report import GradientHealthError, Report, Severity
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.watch import check_verdicts
+from gradwatch.watcher.options import Options
 from gradwatch.watcher.watcher import Watcher
 
 _SHOWN = 10
@@ -33,7 +33,7 @@ def check(
     ignore: Sequence[str] = (),
     detectors: Sequence[Detector] = DETECTORS,
 ) -> Report:
-    """Measure the gradients of one batch, and judge them; the model and all random states are left exactly as they were.
+    """Measure the gradients of one batch, and judge them; the model and all random states stay exactly as they were.
 
     Args:
         model: it is run once forward and once backward, in the mode in which it is.
@@ -58,20 +58,17 @@ def check(
         raise TypeError(
             f"loss must be a function from what the model returned to a scalar tensor, or None, got {loss!r:.80}"
         )
-    check_verdicts(thresholds, ignore, detectors)
-    watcher = Watcher(
-        model,
-        (),
-        cadence=Cadence(1, 1),
-        thresholds=dataclasses.replace(thresholds or Thresholds(), window=1, disconnected_steps=1),
+    options = Options(
+        every_n_steps=1,
+        probe_every_n_steps=1,
+        thresholds=Thresholds() if thresholds is None else thresholds,
         ignore=ignore,
         detectors=detectors,
-        sinks=(),
         on_alert=lambda _: None,
-        strict=True,
     )
-    with watcher, watcher.alone(), as_it_was(model):
-        watcher.look_ahead()
+    at_once = dataclasses.replace(options.thresholds, window=1, disconnected_steps=1)
+    watcher = Watcher(model, (), dataclasses.replace(options, thresholds=at_once), strict=True)
+    with watcher, as_it_was(model), watcher.probing():
         with torch.inference_mode(False), torch.enable_grad():
             args, kwargs = arguments(batch)
             value = (loss or _projection)(model(*args, **kwargs))
@@ -115,7 +112,7 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     parts = []
-    for tensor in _tensors(output):
+    for tensor in tensors(output):
         if tensor.requires_grad:
             real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
             parts.append(
@@ -123,26 +120,13 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
             )
     if not parts:
         raise ValueError(
-            f"the model's output must hold a floating-point tensor that depends on its parameters, got {type(output).__name__}"
+            "the model's output must hold a floating-point tensor that depends on its parameters,"
+            f" got {type(output).__name__}"
         )
     total = parts[0]
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:  # noqa: ANN401
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))
 
 
 def _shown(value: object) -> str:

@@ -13,8 +13,9 @@ from gradwatch.checks.batch import arguments
 from gradwatch.detectors.time_words import words_of_horizon
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
+from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
 from gradwatch.timesteps.model_gain import Timesteps
-from gradwatch.timesteps.model_pass import causes, model_gain
+from gradwatch.timesteps.model_pass import model_gain, recurrence_facts
 from gradwatch.values.report import GradientHealthError
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Fact
@@ -92,11 +93,11 @@ def assert_horizon(
     if stats.horizon < at_least:
         facts: tuple[Fact, ...] = ()
         with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
-            facts = causes(model, *arguments(batch), place)
+            facts = recurrence_facts(model, *arguments(batch), place)
         module = named_modules(model)[place]
-        known = not isinstance(module, nn.Embedding) and (place or isinstance(module, nn.RNNBase | nn.RNNCellBase))
+        known = not isinstance(module, nn.Embedding) and (place or is_recurrent(module))
         words = words_of_horizon(
-            stats, at_least, facts, place=place if known else "", kind=type(module).__name__ if known else ""
+            stats, at_least, facts, place=place if known else "", kind=recurrence_of(module) if known else None
         )
         raise GradientHealthError(horizon_error(stats, words))
     return stats

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     Labels = NDArray[np.int64]
 
 FEATURES = ("return", "range", "volume change", "volatility")
-"""What `windows` gives for each bar, in the order of its last axis."""
+"""The last axis of what `windows` returns."""
 FLOW_FEATURES = ("imbalance", "return", "spread", "volume")
-"""What `order_flow` gives for each bar, in the order of its last axis."""
+"""The last axis of what `order_flow` returns."""
 KNOWN = 0.6
-"""The share of the windows, the oldest, that everything is standardised by; train on these alone to forecast the others."""
+"""The oldest share of the windows, which everything is standardised by; train on these alone to forecast the others."""
 
 _SMALLEST = 1e-6  # a bar without any movement has no logarithm; a basis point is 1e-4
 _WIDEST = 6.0  # in standard deviations; half-day volumes and crashes would else be most of a batch's gradient
@@ -47,8 +47,27 @@ class Prices:
     """Units traded in the bar."""
 
 
+def prices_of(source: str, seed: int) -> Prices:
+    """Return the prices of the S&P 500, or as many synthetic ones.
+
+    Args:
+        source: "sp500", "synthetic", or "auto": the first if it is installed.
+        seed: of the synthetic ones.
+
+    Raises:
+        ValueError: `source` is "sp500", and it is not installed.
+
+    """
+    prices = sp500() if source != "synthetic" else None
+    if prices is None and source == "sp500":
+        raise ValueError(
+            'the S&P 500 comes with the package arch, which is not installed: pip install "torch-gradwatch[demo]"'
+        )
+    return prices or flow_prices(seed, 5031)
+
+
 def sp500() -> Prices | None:
-    """Read the daily S&P 500 (1999 to 2018, index points) that the package `arch` ships; None where that is not installed."""
+    """Read the daily S&P 500 (1999 to 2018, index points) that the package `arch` ships, None if it is missing."""
     import csv
     import gzip
 
@@ -74,18 +93,21 @@ def windows(prices: Prices, length: int = 250, ahead: int = 20) -> tuple[Inputs,
         ahead: bars after a window over which the realised volatility is taken.
 
     Returns:
-        `x` of shape (N, length, 4), the `FEATURES` of each bar, of which none looks past its bar, and `y` of shape (N,), the
-        logarithm of the root mean square of the log returns of the `ahead` bars after each window. Oldest first, and
-        N = bars - length - ahead. Both in standard deviations from the mean; mean and deviation are those of the first
-        `KNOWN` share of the windows.
+        `x` of shape (N, length, 4), the `FEATURES` of each bar, of which none looks past its bar, and `y` of shape
+        (N,), the logarithm of the root mean square of the log returns of the `ahead` bars after each window. Oldest
+        first, and N = bars - length - ahead. Both in standard deviations from the mean; mean and deviation are those of
+        the first `KNOWN` share of the windows.
+
+    Raises:
+        ValueError: there are too few bars.
 
     """
     import numpy as np
 
     count = len(prices.close) - length - ahead
     if min(length, ahead, count) < 1:
-        message = f"{len(prices.close)} bars are too few for windows of {length} bars and {ahead} bars ahead: 1 more than both is the least"
-        raise ValueError(message)
+        given = f"windows of {length} bars and {ahead} bars ahead"
+        raise ValueError(f"{len(prices.close)} bars are too few for {given}: 1 more than both is the least")
     known = max(int(KNOWN * count), 1)
     returns = _log_change(prices.close)
     target = _log(_root_mean_square(returns, ahead))[length:]
@@ -111,26 +133,23 @@ def order_flow(
         shift: by how much the imbalance is higher during the event, in standard deviations.
 
     Returns:
-        `x` of shape (count, bars, 4), the `FLOW_FEATURES`, each in standard deviations from its mean without an event, and `y`
-        of shape (count,), 1 where the event took place.
+        `x` of shape (count, bars, 4), the `FLOW_FEATURES`, each in standard deviations from its mean without an event,
+        and `y` of shape (count,), 1 where the event took place.
+
+    Raises:
+        ValueError: the event does not lie within the sequence.
 
     """
     import numpy as np
 
     begin, end = event
     if not 0 <= begin < end <= bars:
-        message = f"the event from bar {begin} to {end} does not lie within {bars} bars"
-        raise ValueError(message)
+        raise ValueError(f"the event from bar {begin} to {end} does not lie within {bars} bars")
     random = np.random.default_rng(seed)
     x = random.standard_normal((count, bars, len(FLOW_FEATURES)), dtype=np.float32)
     y = random.permutation(np.arange(count, dtype=np.int64) % 2)
     x[:, begin:end, FLOW_FEATURES.index("imbalance")] += np.float32(shift) * y[:, None].astype(np.float32)
     return x, y
-
-
-def flow_windows(seed: int, length: int = 250, count: int = 4761, ahead: int = 20) -> tuple[Inputs, Targets]:
-    """Return what `windows` gives, of synthetic prices; as many windows as there are of the S&P 500 unless told otherwise."""
-    return windows(flow_prices(seed, count + length + ahead), length, ahead)
 
 
 def flow_prices(seed: int, bars: int) -> Prices:
@@ -167,7 +186,10 @@ def _iso(date: str) -> str:
 
 
 def _clustered(random: np.random.Generator, bars: int) -> Series:
-    """Draw the volatility of each bar's log return: its logarithm reverts to 1 % with a half-life of 34 bars. Shape (bars,)."""
+    """Draw the volatility of each bar's log return: its logarithm reverts to 1 % with a half-life of 34 bars.
+
+    Shape (bars,).
+    """
     import numpy as np
 
     shocks = 0.12 * random.standard_normal(bars)
@@ -205,7 +227,7 @@ def _log_change(values: Series) -> Series:
 
 
 def _root_mean_square(values: Series, bars: int) -> Series:
-    """Take it over each run of that many values. Shape (values - bars + 1,)."""
+    """Return the root mean square of each run of so many values. Shape (values - bars + 1,)."""
     import numpy as np
 
     runs = np.lib.stride_tricks.sliding_window_view(values, bars)
@@ -214,7 +236,7 @@ def _root_mean_square(values: Series, bars: int) -> Series:
 
 
 def _standardise(values: Series, known: int) -> Series:
-    """Subtract the mean of the first `known` rows and divide by their deviation, column by column; cut off what is far out."""
+    """Return each column less the mean of its first `known` rows, over their deviation; what is far out is cut off."""
     import numpy as np
 
     deviation = np.maximum(values[:known].std(axis=0), _SMALLEST)  # a feature that never moves stays at zero

@@ -1,65 +1,59 @@
-"""History -> findings: the detectors, and the table of the rules that they apply."""
+"""History -> findings: the detectors, and the rules that they apply."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 
-from gradwatch.detectors.dead import dead_units, explain_dead_units
-from gradwatch.detectors.depth import explain_vanishing_depth, vanishing_depth
-from gradwatch.detectors.disconnected import disconnected, explain_disconnected
-from gradwatch.detectors.exploding import explain_exploding, exploding
-from gradwatch.detectors.nonfinite import explain_nonfinite, nonfinite
-from gradwatch.detectors.stalled import explain_stalled, stalled
-from gradwatch.detectors.time import explain_through_time, through_time
-from gradwatch.detectors.underflow import explain_underflow, underflow
+from gradwatch.detectors import dead, depth, disconnected, exploding, nonfinite, stalled, time, underflow
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Explanation, Finding
 
 DETECTORS: tuple[Detector, ...] = (
-    nonfinite,
-    disconnected,
-    dead_units,
-    vanishing_depth,
-    exploding,
-    underflow,
-    through_time,
-    stalled,
+    nonfinite.nonfinite,
+    disconnected.disconnected,
+    dead.dead_units,
+    depth.vanishing_depth,
+    exploding.exploding,
+    underflow.underflow,
+    time.through_time,
+    stalled.stalled,
 )
 """The default detectors. Your own is a function from a `History` to findings; give it in `detectors=`."""
 
-RULES: Mapping[str, Callable[[Finding], Explanation]] = {
-    "GW101": explain_vanishing_depth,
-    "GW102": explain_vanishing_depth,
-    "GW103": explain_vanishing_depth,
-    "GW201": explain_exploding,
-    "GW202": explain_exploding,
-    "GW203": explain_exploding,
-    "GW204": explain_exploding,
-    "GW205": explain_exploding,
-    "GW206": explain_exploding,
-    "GW301": explain_through_time,
-    "GW302": explain_through_time,
-    "GW303": explain_through_time,
-    "GW304": explain_through_time,
-    "GW401": explain_disconnected,
-    "GW501": explain_nonfinite,
-    "GW502": explain_nonfinite,
-    "GW601": explain_dead_units,
-    "GW701": explain_underflow,
-    "GW702": explain_underflow,
-    "GW703": explain_underflow,
-    "GW801": explain_stalled,
+RULES: Mapping[str, Rule] = {
+    rule.code: rule
+    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, stalled)
+    for rule in family.RULES
 }
-"""What each code means, in words. docs/rules.md has the rules themselves."""
+"""The rules of the default detectors, by code; docs/rules.md describes them."""
 
 
-def explain(finding: Finding) -> Explanation:
-    """Put a finding into words; one of an unknown code (a user's own detector) by its numbers."""
-    rule = RULES.get(finding.code)
+def rules_of(detectors: Iterable[Detector]) -> dict[str, Rule]:
+    """Return the rules by which these detectors judge, by code: gradwatch's own, and those that one carries.
+
+    Raises:
+        TypeError: what one carries are no rules.
+
+    """
+    found = dict(RULES)
+    for detector in detectors:
+        for rule in getattr(detector, "rules", ()):
+            if not isinstance(rule, Rule):
+                raise TypeError(
+                    f"the rules of a detector must be gradwatch.Rule, got {rule!r:.80} from {detector!r:.80}"
+                )
+            found[rule.code] = rule
+    return found
+
+
+def explain(finding: Finding, rules: Mapping[str, Rule] = RULES) -> Explanation:
+    """Put a finding into words; one of a code without a rule (a user's own detector) by its numbers."""
+    rule = rules.get(finding.code)
     if rule is not None:
-        return rule(finding)
+        return rule.explain(finding)
     numbers = ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in finding.evidence.items()
+        for name, value in (*finding.evidence.items(), *finding.names.items())
     )
     return Explanation(f"{finding.place or 'the whole model'}: {numbers or finding.kind}")

@@ -1,20 +1,84 @@
-"""Open alerts and new findings -> the alerts that begin, last and clear."""
+"""One snapshot -> the history, the findings of the detectors, and the alerts that begin, last and clear."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from gradwatch.values.report import UNKNOWN, Alert, Explanation, Finding
+from gradwatch.detectors import DETECTORS, explain, rules_of
+from gradwatch.detectors.rule import Rule
+from gradwatch.values.history import Detector, History
+from gradwatch.values.report import UNKNOWN, Alert, Finding, Report
+from gradwatch.values.snapshot import Snapshot
 
-_EVENTS = frozenset({"exploding", "dead-units", "non-finite"})
-"""Kinds that something has set off: its cause is what was found first, and not what it made of the weights since."""
+
+def judge(
+    history: History,
+    snapshot: Snapshot,
+    open_alerts: Iterable[Alert] = (),
+    *,
+    detectors: Iterable[Detector] = DETECTORS,
+    ignore: Sequence[str] = (),
+    failed: Callable[[Detector, Exception], object] | None = None,
+) -> Report:
+    """Fold a snapshot into the history and return what follows from it. The live run and a replay both judge by this.
+
+    Args:
+        history: of the snapshots before; the snapshot is added to it.
+        snapshot: what one step has measured.
+        open_alerts: those of the report before.
+        detectors: what judges; the rules that they carry give the alerts their words.
+        ignore: what to mute, such as "GW101" or "GW101:encoder.*".
+        failed: is told of a detector that raises, and what it found before it did counts; None: the error is passed on.
+
+    """
+    detectors, open_alerts = tuple(detectors), tuple(open_alerts)
+    rules = rules_of(detectors)
+    codes = {alert.finding.code for alert in open_alerts}
+    history.note_open(
+        (alert.finding.key for alert in open_alerts),
+        explained=any(code not in rules or rules[code].explains_a_stall for code in codes),
+    )
+    history.add(snapshot)
+    found: list[Finding] = []
+    for detector in detectors:
+        try:
+            for finding in detector(history):
+                if not muted(finding, ignore):
+                    known = _with_cause(history, finding, rules)
+                    explain(known, rules)  # words that fail are a failure of this detector, and not of all alerts later
+                    found.append(known)
+        except Exception as error:  # a detector of the user's, perhaps
+            if failed is None:
+                raise
+            failed(detector, error)
+    began, still, cleared = advance(
+        open_alerts,
+        [replace(finding, optimizer=snapshot.optimizer) for finding in found],
+        [s.step for s in history.window()],
+        optimizer=snapshot.optimizer,
+        patience=history.thresholds.window,
+        rules=rules,
+    )
+    return Report(snapshot, began, still, cleared)
 
 
-def muted(finding: Finding, rules: Iterable[str]) -> bool:
-    """Tell whether one of `rules` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding."""
-    parts = (rule.partition(":") for rule in rules)
+def findings(history: History, detectors: Iterable[Detector] = DETECTORS) -> list[Finding]:
+    """Return what the detectors find in a history now, with what was measured of the causes."""
+    detectors = tuple(detectors)
+    rules = rules_of(detectors)
+    return [_with_cause(history, finding, rules) for detector in detectors for finding in detector(history)]
+
+
+def _with_cause(history: History, finding: Finding, rules: Mapping[str, Rule]) -> Finding:
+    rule = rules.get(finding.code)
+    return finding if rule is None or rule.cause is None else rule.cause(history, finding)
+
+
+def muted(finding: Finding, ignore: Iterable[str]) -> bool:
+    """Tell whether one of `ignore` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding."""
+    parts = (pattern.partition(":") for pattern in ignore)
     return any(
         fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place))
         for code, _, place in parts
@@ -28,7 +92,7 @@ def advance(
     *,
     optimizer: int | None,
     patience: int,
-    explain: Callable[[Finding], Explanation],
+    rules: Mapping[str, Rule],
 ) -> tuple[tuple[Alert, ...], tuple[Alert, ...], tuple[Alert, ...]]:
     """Let alerts begin, last and clear; pure.
 
@@ -38,7 +102,7 @@ def advance(
         recent: steps of the measured snapshots of this optimizer, oldest first, the newest last.
         optimizer: the one that took this step; alerts of the others stay as they are.
         patience: an alert clears after so many snapshots in a row without its finding.
-        explain: puts a finding into words.
+        rules: by code, those that put findings into words.
 
     Returns:
         The alerts that began now, all that are open, and those that cleared now.
@@ -46,23 +110,23 @@ def advance(
     """
     now = recent[-1]
     found = {f.key: f for f in findings}
-    began: list[Alert] = []
     still: list[Alert] = []
     cleared: list[Alert] = []
     for alert in open_alerts:
         finding = found.pop(alert.finding.key, None)
         if finding is not None:
-            still.append(_tell(replace(alert, finding=replace(finding, onset=alert.finding.onset), last=now), explain))
+            still.append(_tell(replace(alert, finding=replace(finding, onset=alert.finding.onset), last=now), rules))
         elif alert.finding.optimizer == optimizer and sum(step > alert.last for step in recent) >= patience:
             cleared.append(replace(alert, cleared=now))
         else:
             still.append(alert)
-    began = [_tell(Alert(finding=f, began=now, last=now), explain) for f in found.values()]
+    began = [_tell(Alert(finding=f, began=now, last=now), rules) for f in found.values()]
     return tuple(began), (*still, *began), tuple(cleared)
 
 
-def _tell(alert: Alert, explain: Callable[[Finding], Explanation]) -> Alert:
-    said = explain(alert.finding)
-    if alert.finding.kind in _EVENTS and alert.cause not in ("", UNKNOWN):
-        return replace(alert, message=said.message)
-    return replace(alert, message=said.message, cause=said.cause, remedy=said.remedy)
+def _tell(alert: Alert, rules: Mapping[str, Rule]) -> Alert:
+    words = explain(alert.finding, rules)
+    rule = rules.get(alert.finding.code)
+    if rule is not None and rule.event and alert.cause not in ("", UNKNOWN):
+        return replace(alert, message=words.message)
+    return replace(alert, message=words.message, cause=words.cause, remedy=words.remedy)

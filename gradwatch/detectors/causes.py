@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
 
 from gradwatch.values.history import History
 from gradwatch.values.report import Finding
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, FactName, Function
+from gradwatch.values.thresholds import (
+    ACCOUNTED_FOR,
+    BY_BIAS,
+    KICK,
+    LARGE_GAIN,
+    MOSTLY_DEAD,
+    MOSTLY_FLAT,
+    NEEDED_GAIN,
+    OFF_CENTRE,
+    SMALL_GAIN,
+)
 
-Evidence = Mapping[str, float | str]
-
-_NEEDED = {"relu": math.sqrt(2), "tanh": 5 / 3, "sigmoid": 4.0, "hardtanh": 5 / 3}
-"""Gain of the weights that keeps a signal and its gradient through the activation as large as it was (He, 2015; Glorot, 2010); the sigmoid passes a quarter."""
-_MOSTLY_DEAD, _MOSTLY_FLAT = 0.95, 0.4
-"""Shares of dead units and saturated entries from which on they account for a gradient that is gone; of the latter the first accounts for zeros."""
-FAR = 5.0
-"""Mean of an input over its spread from which on it counts as off-centre."""
-LARGE, _SMALL = 3.0, 0.7
-"""A gain over what is needed that counts as large, and as small where layer upon layer has it."""
-_KICK = 0.3
-"""An update over the weights that can move a layer's units out of reach."""
+Cause = Literal[
+    "dead", "saturated", "weak", "large", "cut", "constant_input", "bias", "offset", "update", "rate", "format"
+]
+"""What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
 
 
-def flat(history: History) -> set[int]:
-    """Return the layers at or before one behind which an activation is saturated all over: zeros there are where the gradient faded to, and no cut."""
-    known = {a.module for a in newest_activations(history) if (a.saturated or 0.0) >= _MOSTLY_DEAD}
-    last = (
-        max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
-        if known
-        else -1
+def with_cause(
+    finding: Finding, cause: Cause | None, numbers: Mapping[str, float], names: Mapping[str, str] | None = None
+) -> Finding:
+    """Return a finding with its cause, and the numbers and names that its words need."""
+    return dataclasses.replace(
+        finding,
+        cause=cause or "",
+        evidence={**finding.evidence, **numbers},
+        names={**finding.names, **(names or {})},
     )
-    return set(history.order[: last + 1])
-
-
-def with_cause(history: History, finding: Finding) -> Finding:
-    """Put to a finding what was measured of its cause, if anything was."""
-    look = _LOOKS.get(finding.code)
-    found = look(history, finding) if look is not None else {}
-    return dataclasses.replace(finding, evidence={**finding.evidence, **found}) if found else finding
 
 
 # --- what was measured ---
@@ -50,21 +49,16 @@ def newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return next((s.activations or () for s in history.looks(1)), ())
 
 
-def _facts(history: History) -> Sequence[Fact]:
-    """Return the facts of the newest probe that measured any."""
-    return next((s.facts or () for s in reversed(history.window()) if s.facts), ())
+def flat(history: History) -> set[int]:
+    """Return the layers at or before one whose activation is saturated all over.
 
-
-def _fact(history: History, place: str, name: str) -> float | None:
-    return next(
-        (f.value for s in reversed(history.window()) for f in s.facts or () if f.place == place and f.name == name),
-        None,
-    )
-
-
-def _functions(history: History) -> dict[str, str]:
-    """Return the activation behind each layer of which one was seen."""
-    return {f.place: f.name.removeprefix("activation ") for f in _facts(history) if f.name.startswith("activation ")}
+    Zeros there are where the gradient faded to, and no cut.
+    """
+    known = {a.module for a in newest_activations(history) if (a.saturated or 0.0) >= MOSTLY_DEAD}
+    if not known:
+        return set()
+    last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
+    return set(history.order[: last + 1])
 
 
 def steepest(history: History, count: int = 4) -> list[str]:
@@ -76,104 +70,136 @@ def steepest(history: History, count: int = 4) -> list[str]:
     return [history.model.layers[i].name for i in order.tolist() if gains[i] > 0]
 
 
-def _between(history: History, finding: Finding) -> list[str]:
-    """Return the layers of a finding in the order of the forward pass, and the one behind them; of the whole model all."""
-    order = [history.model.layers[i].name for i in history.order]
-    if finding.place not in order or not finding.evidence.get("last"):
+def _fact(history: History, place: str, name: FactName) -> float | None:
+    """Return a number of a layer as it was measured last; None where it was not."""
+    facts = (f for s in reversed(history.window()) for f in s.facts or ())
+    return next((f.value for f in facts if (f.place, f.name, f.part) == (place, name, "")), None)
+
+
+def _spectral_norm(history: History, place: str) -> dict[str, float]:
+    norm = _fact(history, place, "spectral_norm")
+    return {} if norm is None else {"spectral_norm": norm}
+
+
+def _functions(history: History) -> dict[str, Function]:
+    """Return the activation after each layer of which one was seen."""
+    return {a.module: a.function for a in newest_activations(history) if a.function is not None}
+
+
+def _names(history: History) -> list[str]:
+    """Return the names of the layers in the order of the forward pass."""
+    return [history.model.layers[i].name for i in history.order]
+
+
+def _reach(history: History, finding: Finding) -> list[str]:
+    """Return the layers of a finding and the one after them, in forward order; of the whole model all."""
+    order, last = _names(history), finding.names.get("last")
+    if finding.place not in order or not last:
         return order
-    first, last = order.index(finding.place), order.index(str(finding.evidence["last"]))
-    return order[first : last + 2]
+    return order[order.index(finding.place) : order.index(last) + 2]
 
 
 # --- what it means ---
 
 
-def _of_vanishing(history: History, finding: Finding) -> dict[str, float | str]:
+def of_vanishing(history: History, finding: Finding) -> Finding:
+    """Tell whether float16, dead or saturated units, or weights that are too small account for a vanished gradient."""
     if _in_half(history):
-        return {"because": "format", "format": "float16"}
-    layers = _between(history, finding)
-    known = {a.module: a for a in newest_activations(history)}
-    dead = [(a.dead, name) for name in layers if (a := known.get(name)) is not None and a.dead is not None]
-    if dead and max(dead)[0] >= _MOSTLY_DEAD:
-        return {"because": "dead", "dead": max(dead)[0], "at": max(dead)[1]}
-    flat = [(a.saturated, name) for name in layers if (a := known.get(name)) is not None and a.saturated is not None]
-    if flat and max(flat)[0] >= _MOSTLY_FLAT:
-        return _saturation(history, *max(flat))
-    return _weak(history, layers, float(finding.evidence.get("ratio", 0.0)))
+        return with_cause(finding, "format", {}, {"format": "float16"})
+    layers = _reach(history, finding)
+    among = set(layers)
+    known = [a for a in newest_activations(history) if a.module in among]
+    dead = max(((a.dead, a.module) for a in known if a.dead is not None), default=None)
+    if dead is not None and dead[0] >= MOSTLY_DEAD:
+        return with_cause(finding, "dead", {"dead": dead[0]}, {"at": dead[1]})
+    saturated = max(((a.saturated, a.module) for a in known if a.saturated is not None), default=None)
+    if saturated is not None and saturated[0] >= MOSTLY_FLAT:
+        return _saturated(history, finding, *saturated)
+    return _weak(history, finding, layers)
 
 
 def _in_half(history: History) -> bool:
-    """Tell whether float16 has left nothing of the gradient: it computes, every parameter got exactly 0, and something came in."""
+    """Tell whether float16 has left nothing of the gradient.
+
+    So it is where it computes, every parameter got exactly 0, and something came in.
+    """
     now = history.snapshot
-    half = any(f.name == "float16" for f in _facts(history)) or any(p.dtype == "float16" for p in now.model.parameters)
+    probes = (s for s in reversed(history.window()) if s.weight_norm is not None or s.computed_in is not None)
+    half = any(s.computed_in == "float16" for s in itertools.islice(probes, 1)) or any(
+        p.dtype == "float16" for p in now.model.parameters
+    )
     return half and not any(now.norm) and any(a.grad_norm for a in newest_activations(history))
 
 
-def _saturation(history: History, share: float, at: str) -> dict[str, float | str]:
-    found: dict[str, float | str] = {
-        "because": "saturated",
-        "saturated": share,
-        "at": at,
-        "function": _functions(history).get(at, ""),
-    }
+def _saturated(history: History, finding: Finding, share: float, at: str) -> Finding:
+    numbers = {"saturated": share}
     gain, offset = float(history.gains()[history.numbers[at]]), _fact(history, at, "input_offset")
     if math.isfinite(gain):
-        found["gain"] = gain
+        numbers["gain"] = gain
     if offset is not None and math.isfinite(offset):
-        found["offset"] = offset
-    if (norm := _fact(history, at, "spectral_norm")) is not None:
-        found["spectral_norm"] = norm
-    return found
+        numbers["offset"] = offset
+    names = {"at": at, "function": _functions(history).get(at, "")}
+    return with_cause(finding, "saturated", numbers | _spectral_norm(history, at), names)
 
 
-def _weak(history: History, layers: Sequence[str], ratio: float) -> dict[str, float | str]:
-    """Find that weights too small for their activations, layer upon layer, account for at least half of the orders of magnitude that are missing."""
-    all_gains, functions = history.gains().tolist(), _functions(history)
+def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
+    """Find that weights too small for their activations account for the larger part of what is missing."""
+    ratio, all_gains, functions = finding.evidence.get("ratio", 0.0), history.gains().tolist(), _functions(history)
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
-    shares = {name: gain / _NEEDED.get(functions.get(name, ""), 1.0) for name, gain in gains.items()}
-    weak = {name: share for name, share in shares.items() if share < _SMALL}
-    if (
-        not weak
-        or not 0 < ratio < 1
-        or sum(math.log(max(share, 1e-30)) for share in weak.values()) > 0.5 * math.log(ratio)
-    ):
-        return {}
+    needed = {name: NEEDED_GAIN.get(functions.get(name, ""), 1.0) for name in gains}
+    weak = {name: share for name, gain in gains.items() if (share := gain / needed[name]) < SMALL_GAIN}
+    if not weak or not 0 < ratio < 1:
+        return finding
+    if sum(math.log(max(share, 1e-30)) for share in weak.values()) > ACCOUNTED_FOR * math.log(ratio):
+        return finding
     worst = min(weak, key=weak.__getitem__)
-    function = functions.get(worst, "")
-    found: dict[str, float | str] = {
-        "because": "weak",
-        "at": worst,
-        "gain": gains[worst],
-        "needed": _NEEDED.get(function, 1.0),
-        "function": function,
-    }
-    return {**found, "weak": float(len(weak)), "first": next(iter(weak)), "until": list(weak)[-1]}
+    numbers = {"gain": gains[worst], "needed": needed[worst], "weak": float(len(weak))}
+    ends = {"first": next(iter(weak)), "until": list(weak)[-1]}
+    return with_cause(finding, "weak", numbers, {"at": worst, "function": functions.get(worst, ""), **ends})
 
 
-def _of_a_cut(history: History, finding: Finding) -> dict[str, float | str]:
-    order = [history.model.layers[i].name for i in history.order]
-    last = str(finding.evidence.get("last", finding.place))
-    behind = order[order.index(last) :] if last in order else []
-    if finding.evidence.get("gradient") == "zero":
+def of_a_cut(history: History, finding: Finding) -> Finding:
+    """Tell between which two modules the gradient ends, or whether float16 or a dead layer has left zero of it."""
+    last = finding.names.get("last", finding.place)
+    if "norm" in finding.evidence:  # it is there, and exactly zero
         if _in_half(history):
-            return {"because": "format", "format": "float16"}
-        known = {a.module: a.dead for a in newest_activations(history)}
-        closed = next((name for name in behind if (known.get(name) or 0.0) >= 1.0), None)
+            return with_cause(finding, "format", {}, {"format": "float16"})
+        order = _names(history)
+        dead = {a.module: a.dead or 0.0 for a in newest_activations(history)}
+        after = order[order.index(last) :] if last in order else []
+        closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
         if closed is not None:
-            return {"because": "dead", "dead": 1.0, "at": closed}
-    facts = _facts(history)
-    done = next((at for at, f in enumerate(facts) if f.place == last and f.name == "done"), None)
-    if done is None:
-        return {}
-    unreached, *behind_it = facts[done + 1 : done + 3]  # as they are measured: where it ended, and where it had come to
-    found: dict[str, float | str] = {"because": "cut", "unreached": unreached.place, "graph": unreached.value}
-    if behind_it and behind_it[0].name == "reached":
-        found["reached"] = behind_it[0].place
-    return found
+            return with_cause(finding, "dead", {"dead": 1.0}, {"at": closed})
+    cuts = next((s.cuts for s in reversed(history.window()) if s.cuts is not None or s.facts is not None), None)
+    cut = next((c for c in cuts or () if c.layer == last), None)
+    if cut is None:
+        return finding
+    names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
+    return with_cause(finding, "cut", {"graph": float(cut.graph)}, names)
+
+
+def of_silence(history: History, finding: Finding) -> Finding:
+    """Tell whether the input, an update or the bias keeps a layer's units at 0."""
+    place = finding.place
+    norm = _spectral_norm(history, place)
+    bias, offset = _fact(history, place, "silent_by_bias"), _fact(history, place, "input_offset")
+    if offset is not None and math.isinf(offset):
+        return with_cause(finding, "constant_input", norm)
+    if (kick := _kick_of(history, [place])) is not None:
+        ratio, _, step = kick
+        return with_cause(finding, "update", {**norm, "update": ratio, "when": float(step)})
+    if bias is not None and bias >= BY_BIAS:
+        return with_cause(finding, "bias", {**norm, "share": bias})
+    if offset is not None and offset >= OFF_CENTRE:
+        return with_cause(finding, "offset", {**norm, "offset": offset})
+    return with_cause(finding, None, norm)
 
 
 def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int] | None:
-    """Return the largest update of these layers' weights, over the weights, with the layer and the step; None where it is none to speak of."""
+    """Return the largest update of these layers' weights, over the weights, with the layer and the step.
+
+    None where it is none to speak of.
+    """
     ratios = (
         (r, p.layer, s.step)
         for s in history.window()
@@ -181,59 +207,27 @@ def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int
         if r and p.layer in layers and p.role == "weight" and math.isfinite(r)
     )
     largest = max(ratios, default=None)
-    return largest if largest is not None and largest[0] >= _KICK else None
+    return largest if largest is not None and largest[0] >= KICK else None
 
 
-def _of_silence(history: History, finding: Finding) -> dict[str, float | str]:
-    place = finding.place
-    found: dict[str, float | str] = {}
-    bias, offset, norm = (_fact(history, place, name) for name in ("silent_by_bias", "input_offset", "spectral_norm"))
-    if norm is not None:
-        found["spectral_norm"] = norm
-    if offset is not None and math.isinf(offset):
-        return {**found, "because": "constant input"}
-    if kick := _kick_of(history, [place]):
-        ratio, _, step = kick
-        return {**found, "because": "update", "update": ratio, "when": float(step)}
-    if bias is not None and bias >= 0.5:
-        return {**found, "because": "bias", "share": bias}
-    if offset is not None and offset >= FAR:
-        return {**found, "because": "offset", "offset": offset}
-    return found
-
-
-def _of_explosion(history: History, finding: Finding) -> dict[str, float | str]:
+def of_explosion(history: History, finding: Finding) -> Finding:
+    """Tell whether weights were too large at first, an update made them so, or the learning rate is too high."""
     import numpy as np
 
     gains = history.gains(first=True)  # before they exploded themselves
-    needed = np.full(len(gains), math.sqrt(2))
+    needed = np.full(len(gains), NEEDED_GAIN["relu"])
     for name, function in _functions(history).items():
         if name in history.numbers:
-            needed[history.numbers[name]] = max(_NEEDED.get(function, 1.0), math.sqrt(2))
+            needed[history.numbers[name]] = max(NEEDED_GAIN.get(function, 1.0), NEEDED_GAIN["relu"])
     over = np.where(np.isfinite(gains), gains / needed, 0.0)
     at = int(over.argmax()) if len(over) else 0
-    if len(over) and over[at] >= LARGE:
+    if len(over) and over[at] >= LARGE_GAIN:
         worst = history.model.layers[at].name
-        found: dict[str, float | str] = {
-            "because": "large",
-            "at": worst,
-            "gain": float(gains[at]),
-            "times": float(over[at]),
-        }
-        if (norm := _fact(history, worst, "spectral_norm")) is not None:
-            found["spectral_norm"] = norm
-        return {**found, "layers over": float((over >= LARGE).sum())}
-    if finding.code == "GW202":
-        return {"because": "rate"}
-    if kick := _kick_of(history, history.numbers):
+        numbers = {"gain": float(gains[at]), "times": float(over[at]), "over": float((over >= LARGE_GAIN).sum())}
+        return with_cause(finding, "large", numbers | _spectral_norm(history, worst), {"at": worst})
+    if "update" in finding.evidence:  # that is what it is about
+        return with_cause(finding, "rate", {})
+    if (kick := _kick_of(history, history.numbers)) is not None:
         ratio, layer, step = kick
-        return {"because": "update", "update": ratio, "at": layer, "when": float(step)}
-    return {}
-
-
-_LOOKS: Mapping[str, Callable[[History, Finding], dict[str, float | str]]] = {
-    **dict.fromkeys(("GW101", "GW102"), _of_vanishing),
-    **dict.fromkeys(("GW201", "GW202", "GW203", "GW205", "GW206"), _of_explosion),
-    "GW401": _of_a_cut,
-    "GW601": _of_silence,
-}
+        return with_cause(finding, "update", {"update": ratio, "when": float(step)}, {"at": layer})
+    return finding

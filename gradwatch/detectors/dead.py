@@ -6,17 +6,19 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import with_cause
+from gradwatch.detectors.causes import of_silence
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ActivationStats, Snapshot
-
-_OFTEN = 0.3
-"""Share of the steps between probes; a rare outlier that wakes a dead layer for a step does not revive it."""
+from gradwatch.values.thresholds import BETWEEN_PROBES
 
 
 def dead_units(history: History) -> Iterator[Finding]:
-    """GW601: most units behind a layer were silent at probe after probe, for longer than chance explains. Between two probes the findings of the last one hold."""
+    """GW601: most units of a layer were silent at probe after probe, for longer than chance explains.
+
+    Between two probes the findings of the last one hold.
+    """
     t = history.thresholds
     probes = history.looks()
     if len(probes) < t.dead_probes:
@@ -26,7 +28,7 @@ def dead_units(history: History) -> Iterator[Finding]:
         numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers
     }
     limits = {
-        i: t.of(a.module).dead_units / (1.5 if history.is_open("GW601", a.module) else 1.0)
+        i: t.of(a.module).dead_units / (t.clear_share_factor if history.is_open("GW601", a.module) else 1.0)
         for i, a in measured.items()
         if a.dead
     }
@@ -43,19 +45,19 @@ def dead_units(history: History) -> Iterator[Finding]:
     for run in history.runs(onsets, measured):
         place = history.model.layers[run[0]].name
         worst = max(run, key=lambda i: measured[i].dead or 0.0)
-        evidence: dict[str, float | str] = {
-            "dead": float(measured[worst].dead or 0.0),
-            "units": float(measured[worst].units or 0),
-            "limit": t.of(place).dead_units,
-            "layers": float(len(run)),
-            "worst": history.model.layers[worst].name,
-            "last": history.model.layers[run[-1]].name,
-        }
-        yield with_cause(
-            history,
-            Finding(
-                "GW601", "dead-units", Severity.WARNING, place, onset=min(onsets[i] for i in run), evidence=evidence
-            ),
+        yield Finding(
+            "GW601",
+            "dead-units",
+            Severity.WARNING,
+            place,
+            onset=min(onsets[i] for i in run),
+            evidence={
+                "dead": float(measured[worst].dead or 0.0),
+                "units": float(measured[worst].units or 0),
+                "limit": t.of(place).dead_units,
+                "layers": float(len(run)),
+            },
+            names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
         )
 
 
@@ -72,28 +74,34 @@ def _onset(
 
 
 def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
-    """Tell whether a layer that got nothing at probes often got something between them: it does not do the same at every step."""
+    """Tell whether a layer that got nothing at probes often got something between them.
+
+    It does not do the same at every step then.
+    """
     columns = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role != "bias"]
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]
     between = [any(s.norm[c] for c in columns) for s in window if s.activations is None]
     return not any(s.norm[c] for s in window if s.activations is not None for c in columns) and sum(
         between
-    ) > _OFTEN * len(between)
+    ) > BETWEEN_PROBES * len(between)
 
 
-def explain_dead_units(finding: Finding) -> Explanation:
-    """Say how many are dead, and why."""
-    evidence, place = finding.evidence, finding.place or "the model"
-    share, units, count = float(evidence["dead"]), float(evidence["units"]), float(evidence["layers"])
-    whose = place if count == 1 else f"{evidence['worst']}"
-    more = f" (and most of {place} to {evidence['last']}, {count:.0f} layers)" if count > 1 else ""
-    otherwise = (
-        f"LeakyReLU behind {place}, a bias of zero, a lower learning rate, or normalization in front of its ReLU"
+def _explain(finding: Finding) -> Explanation:
+    evidence, names, place = finding.evidence, finding.names, finding.place or "the model"
+    units, count = evidence["units"], evidence["layers"]
+    whose = place if count == 1 else names["worst"]
+    more = f" (and most of {place} to {names['last']}, {count:.0f} layers)" if count > 1 else ""
+    cause, remedy = said(
+        finding,
+        f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU",
     )
-    cause, remedy = said(evidence, finding.place, otherwise)
     return Explanation(
-        f"{share * units:.0f} of the {units:.0f} units of {whose} are dead{more}: behind their ReLU they give 0 for every input, since step {finding.onset}",
+        f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they"
+        f" are 0 for every input, since step {finding.onset}",
         cause,
         remedy,
     )
+
+
+RULES = (Rule("GW601", "dead-units", _explain, of_silence, event=True),)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import flat, with_cause
+from gradwatch.detectors.causes import flat, of_vanishing
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.thresholds import OPENING_FLOOR
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +38,8 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     t = history.thresholds
     ratios, closed = history.ratios(t.window), flat(history)
     low = ratios < limits  # False for NaN
-    # A zero is low where small numbers led to it, in time or from behind. A layer that stands idle, or that is not opened yet, has zeros too.
+    # A zero is low where small numbers led to it, in time or from later layers. A layer that stands idle, or that is
+    # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
     for run in _faults(history, vanishing, ratios[-1], closed):
@@ -44,26 +47,29 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
         severity = _severity(history, run, ratio)
-        evidence: dict[str, float | str] = {
-            "ratio": ratio,
-            "limit": float(limits[worst]),
-            "layers": float(len(run)),
-            "worst": history.model.layers[worst].name,
-            "last": history.model.layers[run[-1]].name,
-            "share": float(low[:, worst].mean()),
-        }
-        yield with_cause(
-            history,
-            Finding(
-                "GW101", "vanishing-depth", severity, place, onset=_onset(history, run[0], limits), evidence=evidence
-            ),
+        yield Finding(
+            "GW101",
+            "vanishing-depth",
+            severity,
+            place,
+            onset=_onset(history, run[0], limits),
+            evidence={
+                "ratio": ratio,
+                "limit": float(limits[worst]),
+                "layers": float(len(run)),
+                "share": float(low[:, worst].mean()),
+            },
+            names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
         )
 
 
 def _fading(
     history: History, now: NDArray[np.float64], limits: NDArray[np.float64], closed: set[int]
 ) -> NDArray[np.bool_]:
-    """Tell, of each layer that is zero now, whether the nearest behind it that is not is below its limit, or what is behind it is saturated."""
+    """Tell which layers that are zero now have faded to it.
+
+    The nearest after them that is not zero is below its limit, or one after them is saturated.
+    """
     import numpy as np
 
     found = np.zeros(len(now), dtype=bool)
@@ -93,13 +99,13 @@ def _limits(history: History) -> NDArray[np.float64]:
 
 
 def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell which layers are opening: the last third of the window is well above the first, and not far below the limit."""
+    """Tell which layers are opening: the last third of the window is well above the first, and near the limit."""
     import numpy as np
 
     third = max(len(ratios) // 3, 1)
     first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
     with np.errstate(invalid="ignore"):
-        return np.asarray((last > factor * first) & (last > limits / 100))
+        return np.asarray((last > factor * first) & (last > OPENING_FLOOR * limits))
 
 
 def _faults(
@@ -118,7 +124,8 @@ def _faults(
 def _severity(history: History, run: list[int], ratio: float) -> Severity:
     """Judge by the loss, which may take a warning back: for layers that were sound they may have done their work.
 
-    For layers that never were, a loss that has come down is no excuse once next to nothing arrives: it came down without them.
+    For layers that never were, a loss that has come down is no excuse once next to nothing arrives: it came down
+    without them.
     """
     if history.improved is not False and all(map(history.sound_once, run)):
         return Severity.INFO
@@ -152,17 +159,13 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     share = largest / np.maximum(np.abs(losses), 1e-300)
     if share.max() > 0 and (share < limit).mean() >= t.share:
-        evidence: dict[str, float | str] = {"sensitivity": float(share[-1]), "limit": limit}
-        yield with_cause(
-            history,
-            Finding(
-                "GW102",
-                "vanishing-depth",
-                Severity.WARNING,
-                "",
-                onset=history.window(t.window)[0].step,
-                evidence=evidence,
-            ),
+        yield Finding(
+            "GW102",
+            "vanishing-depth",
+            Severity.WARNING,
+            "",
+            onset=history.window(t.window)[0].step,
+            evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
 
 
@@ -185,31 +188,52 @@ def _absolute(history: History) -> Iterator[Finding]:
             )
 
 
-def explain_vanishing_depth(finding: Finding) -> Explanation:
-    """Say how little arrives, and the known cures."""
-    evidence = finding.evidence
-    if finding.code == "GW102":
-        return Explanation(
-            f"no layer learns: the largest sensitivity is {evidence['sensitivity']:.1g} of the loss since step {finding.onset}, and the loss stands still",
-            *said(
-                evidence,
-                "",
-                "look at the range of the output and the last activation; check the targets' scale and the initialization of the last layer",
-            ),
-        )
-    if finding.code == "GW103":
-        return Explanation(
-            f"the gradient norm of {finding.place} is {evidence['norm']:.1g}, below the {evidence['limit']:.1g} that you set, since step {finding.onset}"
-        )
-    count = float(evidence["layers"])
-    through = f" to {evidence['last']} ({count:.0f} layers)" if count > 1 else ""
-    worst = f" (worst: {evidence['worst']})" if evidence["worst"] != finding.place else ""
-    return Explanation(
-        f"{finding.place or 'the first layer'}{through} {'get' if count > 1 else 'gets'} next to no gradient: a relative change of {'their' if count > 1 else 'its'} weights moves the loss {float(evidence['ratio']):.1g} times"
-        f" as much as one of a later layer{worst}, since step {finding.onset}",
-        *said(
-            evidence,
-            finding.place,
-            f"in the layers behind {finding.place or 'the first'}: ReLU-like activations with He initialization, normalization, or skip connections",
-        ),
+# --- in words ---
+
+
+def _explain(finding: Finding) -> Explanation:
+    evidence, names = finding.evidence, finding.names
+    first, count = finding.place or "the first layer", evidence["layers"]
+    through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
+    worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
+    get, their = ("get", "their") if count > 1 else ("gets", "its")
+    cause, remedy = said(
+        finding,
+        f"in the layers after {finding.place or 'the first'}: ReLU-like activations with He initialization,"
+        " normalization, or skip connections",
     )
+    return Explanation(
+        f"{first}{through} {get} next to no gradient: a relative change of {their} weights moves the loss"
+        f" {evidence['ratio']:.1g} times as much as one of a later layer{worst}, since step {finding.onset}",
+        cause,
+        remedy,
+    )
+
+
+def _explain_everywhere(finding: Finding) -> Explanation:
+    cause, remedy = said(
+        finding,
+        "look at the range of the output and the last activation; check the scale of the targets and the initialization"
+        " of the last layer",
+    )
+    return Explanation(
+        f"no layer learns: the largest sensitivity is {finding.evidence['sensitivity']:.1g} of the loss since step"
+        f" {finding.onset}, and the loss stands still",
+        cause,
+        remedy,
+    )
+
+
+def _explain_absolute(finding: Finding) -> Explanation:
+    norm, limit = finding.evidence["norm"], finding.evidence["limit"]
+    return Explanation(
+        f"the gradient norm of {finding.place} is {norm:.1g}, below the {limit:.1g} that you set,"
+        f" since step {finding.onset}"
+    )
+
+
+RULES = (
+    Rule("GW101", "vanishing-depth", _explain, of_vanishing),
+    Rule("GW102", "vanishing-depth", _explain_everywhere, of_vanishing),
+    Rule("GW103", "vanishing-depth", _explain_absolute),
+)

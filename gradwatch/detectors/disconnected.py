@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import flat, with_cause
-from gradwatch.values.history import KEPT, History
+from gradwatch.detectors.causes import flat, of_a_cut
+from gradwatch.detectors.rule import Rule
+from gradwatch.values.history import History
+from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.thresholds import KEPT
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -20,18 +23,27 @@ def disconnected(history: History) -> Iterator[Finding]:
         if history.improved:
             return
         severity = Severity.INFO if history.improved is None and any(history.first_norms) else severity
-    for gradient, cut in (("none", _without_gradient(history, trained)), ("zero", _with_zeros(history, trained))):
+    without, zero = _without_gradient(history, trained), _with_zeros(history, trained)
+    for norm, cut in (({}, without), ({"norm": 0.0}, zero)):
         for run in history.runs(cut, trained):
             names = [history.model.layers[i].name for i in run]
             onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
-            evidence: dict[str, float | str] = {"gradient": gradient, "layers": float(len(run)), "last": names[-1]}
-            yield with_cause(
-                history, Finding("GW401", "disconnected", severity, names[0], onset=onset, evidence=evidence)
+            yield Finding(
+                "GW401",
+                "disconnected",
+                severity,
+                names[0],
+                onset=onset,
+                evidence={"layers": float(len(run)), **norm},
+                names={"last": names[-1]},
             )
 
 
 def _trained(history: History) -> dict[int, list[int]]:
-    """Columns that the optimizer of this step is to train and whose layer is not known to stand aside, by the number of their layer."""
+    """Return the columns that the optimizer of this step is to train, by the number of their layer.
+
+    Those whose layer is known to stand aside are left out.
+    """
     index, snapshot = history.numbers, history.snapshot
     absent, mine = snapshot.absent, snapshot.optimizer
     found: dict[int, list[int]] = {}
@@ -42,7 +54,7 @@ def _trained(history: History) -> dict[int, list[int]]:
 
 
 def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[int]:
-    """Layers that ran in the last probe, and none of whose parameters had a gradient at the last snapshots."""
+    """Return the layers that ran in the last probe and had no gradient at all at the last snapshots."""
     absent = history.snapshot.absent
     window = history.window(history.thresholds.disconnected_steps)
     if absent is None or len(window) < history.thresholds.disconnected_steps:
@@ -52,7 +64,7 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
 
 
 def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
-    """Layers that ran in the last probe, and whose gradient was exactly zero through the whole window, that probe included."""
+    """Return the layers that ran in the last probe and got exactly zero through the window, that probe included."""
     window = history.window(history.thresholds.window)
     silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
     if not silent or len(window) < history.thresholds.window:
@@ -61,7 +73,7 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
         return set()
     for s in reversed(window):
         silent = {i for i in silent if s.norm[i] == 0}
-    # Where the gradient fades behind a layer, it was not cut off: it has vanished, which is another kind.
+    # Where the gradient fades after a layer, it was not cut off: it has vanished, which is another kind.
     cut = (
         {layer for layer, columns in trained.items() if silent.issuperset(columns)}
         - _blocked(history)
@@ -78,7 +90,10 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
 
 
 def _blocked(history: History) -> set[int]:
-    """Return the layers in whose way, or in which, a weight stands that is exactly zero and about to move, as LoRA and zero-initialized residual branches begin."""
+    """Return the layers in whose way, or in which, a weight stands that is exactly zero and about to move.
+
+    So LoRA begins, and residual branches that are initialized to zero.
+    """
     weights = history.weight_norms() or ()
     opening = {
         p.layer
@@ -88,16 +103,13 @@ def _blocked(history: History) -> set[int]:
     order = history.order
     names = [history.model.layers[i].name for i in order]
     last = max((at for at, name in enumerate(names) if name in opening), default=-1)
-    inside = {
-        i
-        for i, name in zip(order, names, strict=True)
-        if any(not zero or name.startswith(f"{zero}.") for zero in opening)
-    }
-    return {*order[: last + 1], *inside}  # a module that holds a gain of its own begins before the layers in it
+    # A module that holds a gain of its own begins before the layers in it.
+    within = {i for i, name in zip(order, names, strict=True) if any(inside(name, zero) for zero in opening)}
+    return {*order[: last + 1], *within}
 
 
 def _faded(history: History) -> set[int]:
-    """Return the layers towards which those behind them fade: their zeros are underflow, the end of vanishing."""
+    """Return the layers towards which those after them fade: their zeros are underflow, the end of vanishing."""
     ratios, t = history.ratios(1)[-1].tolist(), history.thresholds
     found, nearest = set(), 1.0
     for i in reversed(history.order):
@@ -108,25 +120,20 @@ def _faded(history: History) -> set[int]:
     return found
 
 
-def explain_disconnected(finding: Finding) -> Explanation:
-    """Say which layers get nothing, and what cuts a graph."""
-    evidence = finding.evidence
-    what = finding.place or "the model's own parameters"
-    through = f" to {evidence['last']} ({evidence['layers']:.0f} layers)" if float(evidence["layers"]) > 1 else ""
-    if evidence["gradient"] == "none":
-        return Explanation(
-            f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}",
-            *said(
-                evidence,
-                finding.place,
-                f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round behind {evidence['last']}; if it is meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore=",
-            ),
+def _explain(finding: Finding) -> Explanation:
+    what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
+    through = f" to {last} ({count:.0f} layers)" if count > 1 else ""
+    if "norm" in finding.evidence:
+        message = f"the gradient of {what}{through} is exactly zero since step {finding.onset}"
+        otherwise = f"check whether the outputs after {last or 'it'} are all zero, clamped, masked or saturated"
+    else:
+        message = f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}"
+        otherwise = (
+            f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round after {last or 'it'}; if it is"
+            f" meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore="
         )
-    return Explanation(
-        f"the gradient of {what}{through} is exactly zero since step {finding.onset}",
-        *said(
-            evidence,
-            finding.place,
-            f"look at the outputs behind {evidence['last']}: are they all zero, clamped, masked, or saturated",
-        ),
-    )
+    cause, remedy = said(finding, otherwise)
+    return Explanation(message, cause, remedy)
+
+
+RULES = (Rule("GW401", "disconnected", _explain, of_a_cut),)

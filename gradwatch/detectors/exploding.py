@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import with_cause
-from gradwatch.values.history import EDGE, History
+from gradwatch.detectors.causes import of_explosion
+from gradwatch.detectors.rule import Rule
+from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-
-_LINE, _STRAIGHT = 6, 0.8
-"""Layers from which on a line says something, and the correlation from which on it is one."""
-_LARGEST = 700.0
-"""The exponent up to which a float64 holds."""
+from gradwatch.values.thresholds import EDGE, LARGEST_EXPONENT, LINE_CORRELATION, LINE_LAYERS, UPDATE_PROBES
 
 
 def exploding(history: History) -> Iterator[Finding]:
-    """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up. GW205: on to infinity. GW206: by depth."""
-    for finding in itertools.chain(
-        _growth(history), _runaway(history), _updates(history), _loss(history), _depth(history)
-    ):
-        yield with_cause(history, finding)
+    """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up.
+
+    GW204: a norm above a limit of the user's. GW205: growth up to infinity. GW206: growth by depth.
+    """
+    yield from _growth(history)
+    yield from _runaway(history)
+    yield from _updates(history)
+    yield from _loss(history)
+    yield from _depth(history)
 
 
 def _growth(history: History) -> Iterator[Finding]:
@@ -76,7 +76,8 @@ def _runaway(history: History) -> Iterator[Finding]:
             Severity.ERROR,
             "",
             onset=step,
-            evidence={"growth": growth, "what": "global gradient norm"},
+            evidence={"growth": growth},
+            names={"what": "global gradient norm"},
         )
         return
     weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
@@ -85,7 +86,13 @@ def _runaway(history: History) -> Iterator[Finding]:
     )
     if grown >= history.thresholds.explosion_update_at_once or math.isinf(grown):
         yield Finding(
-            "GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": grown, "what": "norm of a weight"}
+            "GW205",
+            "exploding",
+            Severity.ERROR,
+            "",
+            onset=step,
+            evidence={"growth": grown},
+            names={"what": "norm of a weight"},
         )
 
 
@@ -109,19 +116,18 @@ def _updates(history: History) -> Iterator[Finding]:
     wild = {
         i
         for i, mine in ratios.items()
-        if sum(r > t.explosion_update for r in mine) >= 3 or max(mine) > t.explosion_update_at_once
+        if sum(r > t.explosion_update for r in mine) >= UPDATE_PROBES or max(mine) > t.explosion_update_at_once
     }
     for run in history.runs(wild, ratios):
         worst = max(run, key=lambda i: max(ratios[i]))
-        names = {"worst": model.layers[worst].name, "last": model.layers[run[-1]].name}
-        evidence: dict[str, float | str] = {
-            "update": max(ratios[worst]),
-            "layers": float(len(run)),
-            "limit": t.explosion_update,
-            **names,
-        }
         yield Finding(
-            "GW202", "exploding", Severity.WARNING, model.layers[run[0]].name, onset=probes[0].step, evidence=evidence
+            "GW202",
+            "exploding",
+            Severity.WARNING,
+            model.layers[run[0]].name,
+            onset=probes[0].step,
+            evidence={"update": max(ratios[worst]), "layers": float(len(run)), "limit": t.explosion_update},
+            names={"worst": model.layers[worst].name, "last": model.layers[run[-1]].name},
         )
 
 
@@ -156,12 +162,21 @@ def _depth(history: History) -> Iterator[Finding]:
     climbs = [_climb(history.inner, s, t.explosion_depth_gap) for s in probes]
     if all(c is not None and c[0] >= limit for c in climbs) and (last := climbs[-1]) is not None:
         growth, first, top = last
-        evidence: dict[str, float | str] = {"growth": growth, "first": first, "top": top, "limit": t.explosion_depth}
-        yield Finding("GW206", "exploding", _unless_unknown(history), "", onset=probes[0].step, evidence=evidence)
+        yield Finding(
+            "GW206",
+            "exploding",
+            _unless_unknown(history),
+            "",
+            onset=probes[0].step,
+            evidence={"growth": growth, "limit": t.explosion_depth},
+            names={"first": first, "top": top},
+        )
 
 
 def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
-    """Return how the gradient grows on its way back, along a line fitted through its logarithm, with the first layer and the last; None where it is no line.
+    """Return how the gradient grows on its way back, with the first layer and the last; None where it follows no line.
+
+    The growth is that along a line fitted through its logarithm.
 
     That leaves out branches, whose gradient is small beside that of the trunk, and single layers of another scale.
     """
@@ -169,70 +184,95 @@ def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float,
 
     known = {a.module: a.grad_norm for a in snapshot.activations or ()}
     norms = [(name, n) for name in names if (n := known.get(name)) and math.isfinite(n)]
-    if len(norms) < _LINE:
+    if len(norms) < LINE_LAYERS:
         return None
     logs = np.log([n for _, n in norms])
     at = np.arange(len(logs)) - (len(logs) - 1) / 2
     spread, total = float(np.linalg.norm(logs - logs.mean())), float(logs[0] - logs[-1])
     law = float(at @ logs / (at @ at))
-    straight = spread > 0 and law * float(np.linalg.norm(at)) / spread <= -_STRAIGHT  # the correlation
+    straight = spread > 0 and law * float(np.linalg.norm(at)) / spread <= -LINE_CORRELATION  # the correlation
     if not straight or total <= 0 or float(-np.diff(logs).min()) > gap * total:
         return None
-    return math.exp(min(-law * (len(logs) - 1), _LARGEST)), norms[0][0], norms[-1][0]
+    return math.exp(min(-law * (len(logs) - 1), LARGEST_EXPONENT)), norms[0][0], norms[-1][0]
 
 
 def _unless_unknown(history: History) -> Severity:
     return Severity.INFO if history.improved is None else Severity.WARNING
 
 
-def explain_exploding(finding: Finding) -> Explanation:
-    """Say what grew, by how much, and what holds it."""
-    evidence = finding.evidence
-    remedy = "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize between the layers"
-    if finding.code == "GW202":
-        count, worst = float(evidence["layers"]), evidence["worst"]
-        whose = (
-            f"{finding.place} to {evidence['last']} ({count:.0f} layers; worst: {worst})"
-            if count > 1
-            else finding.place
-        )
-        return Explanation(
-            f"a step changes the weights of {whose} by {float(evidence['update']):.3g} times their own size",
-            *said(
-                evidence,
-                finding.place,
-                f"lower the learning rate of {finding.place} by that factor or more, or clip the gradient norm",
-            ),
-        )
-    if finding.code == "GW203":
-        return Explanation(
-            f"the loss has jumped to {float(evidence['jump']):.3g} times its best level and stays there since step {finding.onset}",
-            *_and_go_back(said(evidence, "", remedy), finding.onset),
-        )
-    if finding.code == "GW205":
-        return Explanation(
-            f"the {evidence['what']} grew {float(evidence['growth']):.3g} times up to step {finding.onset}, and the gradient is not finite since",
-            *said(evidence, "", remedy),
-        )
-    if finding.code == "GW206":
-        return Explanation(
-            f"the gradient grows {float(evidence['growth']):.2g} times on its way back from {evidence['top']} to {evidence['first']}, layer upon layer, since step {finding.onset}",
-            *said(
-                evidence,
-                "",
-                f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {remedy}",
-            ),
-        )
-    if finding.code == "GW204":
-        return Explanation(
-            f"the global gradient norm is {float(evidence['norm']):.3g}, above the {float(evidence['limit']):.3g} that you set"
-        )
+# --- in words ---
+
+_CLIP = (
+    "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
+    " between the layers"
+)
+
+
+def _explain_growth(finding: Finding) -> Explanation:
+    cause, remedy = said(finding, _CLIP)
     return Explanation(
-        f"the global gradient norm is {float(evidence['growth']):.3g} times that of the first steps, since step {finding.onset}",
-        *said(evidence, "", remedy),
+        f"the global gradient norm is {finding.evidence['growth']:.3g} times that of the first steps,"
+        f" since step {finding.onset}",
+        cause,
+        remedy,
     )
 
 
-def _and_go_back(words: tuple[str, str], onset: int | None) -> tuple[str, str]:
-    cause, remedy = words
-    return cause, f"go back to a checkpoint before step {onset}; {remedy}"
+def _explain_updates(finding: Finding) -> Explanation:
+    evidence, names, place = finding.evidence, finding.names, finding.place
+    whose = place
+    if evidence["layers"] > 1:
+        whose = f"{place} to {names['last']} ({evidence['layers']:.0f} layers; worst: {names['worst']})"
+    cause, remedy = said(
+        finding, f"lower the learning rate of {place} by that factor or more, or clip the gradient norm"
+    )
+    message = f"a step changes the weights of {whose} by {evidence['update']:.3g} times their own size"
+    return Explanation(message, cause, remedy)
+
+
+def _explain_loss(finding: Finding) -> Explanation:
+    cause, remedy = said(finding, _CLIP)
+    return Explanation(
+        f"the loss has jumped to {finding.evidence['jump']:.3g} times its best level and stays there since step"
+        f" {finding.onset}",
+        cause,
+        f"go back to a checkpoint before step {finding.onset}; {remedy}",
+    )
+
+
+def _explain_absolute(finding: Finding) -> Explanation:
+    norm, limit = finding.evidence["norm"], finding.evidence["limit"]
+    return Explanation(f"the global gradient norm is {norm:.3g}, above the {limit:.3g} that you set")
+
+
+def _explain_runaway(finding: Finding) -> Explanation:
+    cause, remedy = said(finding, _CLIP)
+    return Explanation(
+        f"the {finding.names['what']} grew {finding.evidence['growth']:.3g} times up to step {finding.onset},"
+        " and the gradient has not been finite since",
+        cause,
+        remedy,
+    )
+
+
+def _explain_depth(finding: Finding) -> Explanation:
+    first, top = finding.names["first"], finding.names["top"]
+    cause, remedy = said(
+        finding, f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {_CLIP}"
+    )
+    return Explanation(
+        f"the gradient grows {finding.evidence['growth']:.2g} times on its way back from {top} to {first}, layer by"
+        f" layer, since step {finding.onset}",
+        cause,
+        remedy,
+    )
+
+
+RULES = (
+    Rule("GW201", "exploding", _explain_growth, of_explosion, event=True),
+    Rule("GW202", "exploding", _explain_updates, of_explosion, event=True),
+    Rule("GW203", "exploding", _explain_loss, of_explosion, event=True),
+    Rule("GW204", "exploding", _explain_absolute, event=True),
+    Rule("GW205", "exploding", _explain_runaway, of_explosion, event=True),
+    Rule("GW206", "exploding", _explain_depth, of_explosion, event=True),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ParameterInfo, Snapshot
@@ -32,10 +33,10 @@ def nonfinite(history: History) -> Iterator[Finding]:
     first = next(s for s in history.window() if s.step >= onset and _bad(s))
     bad = _bad(first)
     # NaN spreads from where it arose to everything before: the layer nearest to the loss is the one to look at.
-    order = {layer.name: i if layer.order is None else layer.order for i, layer in enumerate(snapshot.model.layers)}
-    culprit = max(bad, key=lambda p: order[p.layer])
+    position = {history.model.layers[i].name: at for at, i in enumerate(history.order)}
+    culprit = max(bad, key=lambda p: position[p.layer])
     layers = len({p.layer for p in bad})
-    evidence: dict[str, float | str] = {"layers": float(layers), "of": float(len(snapshot.model.layers))}
+    evidence = {"layers": float(layers), "of": float(len(snapshot.model.layers))}
     if first.nonfinite is not None:
         column = first.model.parameters.index(culprit)
         evidence["entries"] = float(first.nonfinite[column] or 0)
@@ -53,25 +54,36 @@ def _bad(snapshot: Snapshot) -> list[ParameterInfo]:
     ]
 
 
-def explain_nonfinite(finding: Finding) -> Explanation:
-    """Say what is not finite, and where to look."""
-    evidence = finding.evidence
-    if finding.code == "GW502":
-        return Explanation(
-            f"the GradScaler has skipped {evidence['skipped']:.0f} steps in a row",
-            "gradients overflow at any loss scale: an infinite or NaN loss, not too large a scale",
-            "look at the loss and the inputs of such a step in float32, without autocast",
-        )
-    entries = f"{evidence['entries']:.0f} of {evidence['elements']:.0f} entries of " if "entries" in evidence else ""
-    loss = evidence.get("loss")
-    known = isinstance(loss, float)
-    finite = known and math.isfinite(float(loss or 0))
+def _explain(finding: Finding) -> Explanation:
+    evidence, loss = finding.evidence, finding.evidence.get("loss")
+    what = f"the gradient of {finding.parameter} is"
+    if "entries" in evidence:
+        entries, elements = evidence["entries"], evidence["elements"]
+        what = f"{entries:.0f} of {elements:.0f} entries of the gradient of {finding.parameter} are"
+    if loss is None:
+        cause = "an operation without a finite derivative, or a loss that is not finite"
+    elif math.isfinite(loss):
+        cause = "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf masked by torch.where)"
+    else:
+        cause = "the loss itself is not finite"
     return Explanation(
-        f"{entries}the gradient of {finding.parameter} are NaN or infinite, and so {evidence['layers']:.0f} of {evidence['of']:.0f} layers since step {finding.onset}",
-        "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf behind torch.where)"
-        if finite
-        else "the loss itself is not finite"
-        if known
-        else "an operation without a finite derivative, or a loss that is not finite",
-        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step names the operation; add an epsilon there, or clip the gradient norm with error_if_nonfinite=True",
+        f"{what} NaN or infinite, and so are gradients of {evidence['layers']:.0f} of {evidence['of']:.0f} layers,"
+        f" since step {finding.onset}",
+        cause,
+        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step"
+        " names the operation; add an epsilon there, or clip the gradient norm with error_if_nonfinite=True",
     )
+
+
+def _explain_skipped(finding: Finding) -> Explanation:
+    return Explanation(
+        f"the GradScaler has skipped {finding.evidence['skipped']:.0f} steps in a row",
+        "gradients overflow at any loss scale: the loss is infinite or NaN, and the scale is not to blame",
+        "look at the loss and the inputs of such a step in float32, without autocast",
+    )
+
+
+RULES = (
+    Rule("GW501", "non-finite", _explain, event=True),
+    Rule("GW502", "non-finite", _explain_skipped, event=True),
+)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from gradwatch.detectors.causes import newest_activations, steepest
 from gradwatch.values.history import History
+from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import ModelInfo
 
 _MOST, _MOST_AT_FIRST = 32, 256
 """Layers of which a probe measures more."""
 
 
-def suspects(history: History, model: ModelInfo) -> frozenset[str]:
-    """Return the layers of which a probe is to measure more: those of open alerts, those that look ill now, and those behind them.
+def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -> frozenset[str]:
+    """Return the layers of which a probe is to measure more.
+
+    They are those of open alerts, those that look ill now, and those after them.
 
     At the first look all are: what explodes at once is gone before a second one.
     """
@@ -32,7 +37,8 @@ def suspects(history: History, model: ModelInfo) -> frozenset[str]:
         if reason == "disconnected"
     }
     dead = {a.module for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
-    named = {str(place) for code, place, *_ in history.open for place in ([place] if place else steepest(history))}
+    places = {alert.finding.place for alert in open_alerts}
+    named = places | set(steepest(history) if "" in places else ())
     chosen |= silent | cut | dead | named
-    behind = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
-    return frozenset([name for name in order if name in chosen | behind][:_MOST])
+    after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
+    return frozenset([name for name in order if name in chosen | after][:_MOST])

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gradwatch.detectors.time_words import causes, measured, why_explodes, why_short
+from gradwatch.detectors.rule import Rule
+from gradwatch.detectors.time_words import (
+    GROWS,
+    explain_detached,
+    explain_growth,
+    explain_short,
+    explain_unjudged,
+    too_short,
+    worst,
+)
 from gradwatch.values.history import History
-from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.sequences import Memory, SequenceStats, memory_of, shortest, slope, subject
-from gradwatch.values.snapshot import Fact, ModelInfo, Snapshot
-
-_RUN = 10
-"""Lags over which a gain must have grown: fewer are a step, not a law."""
-_GREW = 1e3
-"""Growth before infinity that makes it an explosion."""
-_LARGEST = 700.0
-"""The exponent up to which a float64 holds."""
+from gradwatch.values.layer_columns import trunk
+from gradwatch.values.report import Finding, Severity
+from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, shortest, slope, subject
+from gradwatch.values.snapshot import Fact, Snapshot
+from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT
 
 
 def through_time(history: History) -> Iterator[Finding]:
-    """GW301: a memory shorter than the need. GW302: a gradient that grows by lag. GW303: a state cut off. GW304: a need that cannot be judged.
+    """GW301: a horizon shorter than the need. GW302: a gradient that grows by lag. GW303: a detached state.
+
+    GW304: a need that cannot be judged.
 
     Between two probes the findings of the last one hold.
     """
@@ -42,25 +49,26 @@ def through_time(history: History) -> Iterator[Finding]:
     yield from (f for f in _detached(probes) if f.place not in unmet)
 
 
-# --- a memory against its need ---
+# --- a horizon against its need ---
 
 
 class _Claim(NamedTuple):
-    """A memory to judge."""
+    """A horizon to judge."""
 
     module: str
     part: str
     place: str
     need: int | None
     severity: Severity
-    because: str = ""
-    """Why it is judged in the place of another."""
+    reason: str = ""
+    """Why it is judged in the place of another, in words."""
 
 
 def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
-    """Return what is to be judged: the model where its need is declared, and the modules, those without a need for information only.
+    """Return what is to be judged: the model where its need is declared, and the modules.
 
-    Where the model's own memory could not be measured, that of its shortest module stands in, and is no more than information.
+    Those without a need are for information only. Where the model's own horizon could not be measured, that of its
+    shortest module stands in, and is no more than information.
     """
     newest = probes[-1].sequences or ()
     whole = next((s for s in newest if s.part == "model" and s.need is not None), None)
@@ -74,7 +82,7 @@ def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
                 module.module,
                 whole.need,
                 Severity.INFO,
-                whole.note or "the model's own memory was not measured",
+                whole.why_unknown or "the horizon of the model itself was not measured",
             )
         else:
             yield _Claim(whole.module, "model", place, whole.need, Severity.WARNING)
@@ -86,19 +94,19 @@ def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
 class _Verdict(NamedTuple):
     step: int
     stats: SequenceStats
-    memory: Memory
+    horizon: Horizon
     met: bool | None
     """None where it cannot be told: the sequences end before the need does."""
 
 
 def _verdicts(history: History, probes: Sequence[Snapshot], claim: _Claim) -> list[_Verdict]:
-    """Judge each probe at which the memory could be measured."""
+    """Judge each probe at which the horizon could be measured."""
     t = history.thresholds.of(claim.place)
     return [
         _Verdict(p.step, s, found, _met(found, s.length, claim.need, t.horizon_share))
         for p in probes
         for s in p.sequences or ()
-        if (s.module, s.part) == (claim.module, claim.part) and (found := memory_of(s, t.horizon_gain)) is not None
+        if (s.module, s.part) == (claim.module, claim.part) and (found := reach_of(s, t.horizon_gain)) is not None
     ]
 
 
@@ -112,52 +120,46 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
         short = [v for v in judged[-t.horizon_met :] if not v.met]
     else:
         last = judged[-t.horizon_probes :]
-        opening = bool(last) and last[-1].memory.horizon > t.horizon_rising * last[0].memory.horizon
+        opening = bool(last) and last[-1].horizon.timesteps > t.horizon_rising * last[0].horizon.timesteps
         short = [] if len(last) < t.horizon_probes or opening or any(v.met for v in last) else last
     if not short:
         return
     now = short[-1]
     unbroken = list(itertools.takewhile(lambda v: not v.met, reversed(judged[: judged.index(now) + 1])))
-    evidence = measured(
+    finding = too_short(
         now.stats,
-        now.memory,
+        now.horizon,
         _facts(probes, now.step),
         place=claim.place,
-        kind=_kind(history.model, claim.place),
+        kind=_kind(probes, claim.place),
         need=claim.need,
+        severity=claim.severity,
     )
-    if claim.because:
-        evidence["because"] = claim.because
     cut = _reached(probes[-1]).get(claim.place)
-    if cut is not None:
-        evidence["detached"] = float(cut)
-    yield Finding(
-        "GW301",
-        "vanishing-time",
-        claim.severity,
-        claim.place,
-        lag=now.memory.horizon,
+    yield dataclasses.replace(
+        finding,
         onset=unbroken[-1].step,
-        evidence=evidence,
+        evidence={**finding.evidence, **({} if cut is None else {"detached": float(cut)})},
+        names={**finding.names, **({"reason": claim.reason} if claim.reason else {})},
     )
 
 
-def _met(found: Memory, length: int, need: int | None, share: float) -> bool | None:
+def _met(found: Horizon, length: int, need: int | None, share: float) -> bool | None:
     if need is None:
-        return found.censored or found.horizon > share * length
-    return True if found.horizon >= need else None if found.censored else False
+        return found.censored or found.timesteps > share * length
+    return True if found.timesteps >= need else None if found.censored else False
 
 
 def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iterator[Finding]:
     """Say that nothing can be said."""
-    evidence: dict[str, float | str] = {"need": float(claim.need or 0)}
+    evidence, names = {"need": float(claim.need or 0)}, {}
     if seen:
         evidence["length"] = float(max(v.stats.length for v in seen))
     else:
         stats = next((s for s in newest.sequences or () if (s.module, s.part) == (claim.module, claim.part)), None)
         if stats is None or stats.lag_gain is not None:  # a gain that is not finite is another kind
             return
-        evidence["because"] = stats.note or "nothing that it could be measured on ran"
+        names["reason"] = stats.why_unknown or "nothing that it could be measured on ran"
     yield Finding(
         "GW304",
         "vanishing-time",
@@ -165,13 +167,15 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
         claim.place,
         onset=(seen[0].step if seen else newest.step),
         evidence=evidence,
+        names=names,
     )
 
 
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
-    """Return the place of what is found of the model as a whole: the sequence module with the shortest memory, or what holds most of the layers.
+    """Return the place of what is found of the model as a whole.
 
-    One that an alert is open at stays the place, so that two modules of the same memory do not take turns.
+    It is the sequence module with the shortest horizon, or what holds most of the layers.
+    One that an alert is open at stays the place, so that two modules of the same horizon do not take turns.
     """
     newest = probes[-1].sequences or ()
     modules = [s.module for s in newest if s.part == "" and s.module]
@@ -179,23 +183,13 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     if known is not None:
         return known
     module = shortest(newest, history.thresholds.horizon_gain)
-    return module.module if module is not None else _trunk(history.model)
+    return module.module if module is not None else trunk(history.model)
 
 
-def _trunk(model: ModelInfo) -> str:
-    """Return the deepest module that contains more than half of the layers."""
-    names = [layer.name.split(".") for layer in model.layers]
-    trunk: list[str] = []
-    while True:
-        inside = [name[: len(trunk) + 1] for name in names if name[: len(trunk)] == trunk and len(name) > len(trunk)]
-        largest = max(inside, key=inside.count, default=trunk)
-        if inside.count(largest) * 2 <= len(names):
-            return ".".join(trunk)
-        trunk = largest
-
-
-def _kind(model: ModelInfo, place: str) -> str:
-    return next((layer.kind for layer in model.layers if layer.name == place), "")
+def _kind(probes: Sequence[Snapshot], place: str) -> RecurrenceName | None:
+    """Return what the module at a place is, as the newest probe that knew it saw it."""
+    stats = (s for p in reversed(probes) for s in p.sequences or () if s.module == place and s.kind is not None)
+    return next((s.kind for s in stats), None)
 
 
 def _facts(probes: Sequence[Snapshot], step: int) -> tuple[Fact, ...]:
@@ -232,34 +226,42 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
         if growth.factor < limit:
             continue
         series = [(p.step, _growth_of(s, p)) for p in probes for s in p.sequences or () if (s.module, s.part) == key]
-        grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023  (consumed here)
+        grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023 (used here)
         if len(grown) < 2 and not math.isinf(growth.factor):
             continue
-        evidence: dict[str, float | str] = {
-            "who": subject(stats),
-            "what": growth.what,
-            "growth": growth.factor,
-            "rate": growth.rate,
-            "lags": float(growth.lags),
-            "limit": t.explosion_time,
-            **causes(newest.facts or (), place=place, kind=_kind(history.model, place)),
-        }
+        kind = _kind(probes, place)
         hopeless = growth.factor >= history.thresholds.explosion_hopeless
         severity = (
             Severity.INFO if history.improved and not hopeless else Severity.WARNING
         )  # clipped, it may train well
-        finding = Finding("GW302", "exploding", severity, place, lag=growth.lags, onset=grown[-1][0], evidence=evidence)
         known = found.get(place)
-        if known is None or float(known.evidence["growth"]) < growth.factor:
-            found[place] = finding
+        if known is not None and known.evidence["growth"] >= growth.factor:
+            continue
+        found[place] = Finding(
+            "GW302",
+            "exploding",
+            severity,
+            place,
+            lag=growth.lags,
+            onset=grown[-1][0],
+            evidence={
+                "growth": growth.factor,
+                "rate": growth.rate,
+                "lags": float(growth.lags),
+                "limit": t.explosion_time,
+                **worst(newest.facts or (), place, GROWS),
+            },
+            names={"who": subject(stats), "what": growth.what, **({} if kind is None else {"kind": kind})},
+        )
     yield from found.values()
 
 
 def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
     """Return the growth of the gain by lag, or where the module has none, that of the hidden state's gradient.
 
-    The gain is free of the loss. The gradient is not: it also grows where the loss falls with time. So it counts no further than it is above what the
-    loss feeds in directly, and not for a reverse direction, which ends at the oldest timestep.
+    The gain is free of the loss. The gradient is not: it also grows where the loss falls with time. So it counts no
+    further than it is above what the loss feeds in directly, and not for a reverse direction, which ends at the oldest
+    timestep.
     """
     if stats.lag_gain is not None:
         return _growth(stats.lag_gain)._replace(what="the gain by lag")
@@ -267,7 +269,7 @@ def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
     if (
         not total
         or not direct
-        or stats.part.endswith("_reverse")
+        or stats.reverse
         or any(s.module == stats.module and s.lag_gain is not None for s in probe.sequences or ())
     ):
         return _NONE
@@ -282,7 +284,10 @@ def _growth_of(stats: SequenceStats, probe: Snapshot) -> _Growth:
 
 @functools.lru_cache(maxsize=64)
 def _growth(by_lag: tuple[float, ...]) -> _Growth:
-    """Fit a line through the logarithm from lag 0 to the maximum: what grows by a law and not by a step has its growth in the slope."""
+    """Fit a line through the logarithm from lag 0 to the maximum.
+
+    What grows by a law and not by a step has its growth in the slope.
+    """
     finite = tuple(itertools.takewhile(math.isfinite, by_lag))
     start = next((lag for lag, gain in enumerate(finite) if gain > 0), None)
     if start is None:
@@ -290,12 +295,12 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
     if len(finite) < len(
         by_lag
     ):  # on to infinity, if it had grown before: a derivative that does not exist is another kind
-        return _Growth(math.inf, math.inf, len(finite)) if finite[-1] >= _GREW * finite[start] else _NONE
+        return _Growth(math.inf, math.inf, len(finite)) if finite[-1] >= GROWTH_TO_INFINITY * finite[start] else _NONE
     peak = finite.index(max(finite))
-    if peak - start < _RUN:
+    if peak - start < GROWTH_LAGS:
         return _NONE
     law = slope([(lag, math.log(gain)) for lag, gain in enumerate(finite[: peak + 1]) if gain > 0]) or 0.0
-    return _Growth(math.exp(min(law * (peak - start), _LARGEST)), math.exp(law), peak)
+    return _Growth(math.exp(min(law * (peak - start), LARGEST_EXPONENT)), math.exp(law), peak)
 
 
 # --- a state that is cut off ---
@@ -303,11 +308,16 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
 
 def _detached(probes: Sequence[Snapshot]) -> Iterator[Finding]:
     for place, reached in _reached(probes[-1]).items():
-        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023  (consumed here)
+        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023 (used here)
         length = max(s.length for s in probes[-1].sequences or () if s.module == place)
-        evidence: dict[str, float | str] = {"length": float(length), "reached": float(reached)}
         yield Finding(
-            "GW303", "vanishing-time", Severity.INFO, place, lag=reached, onset=since[-1].step, evidence=evidence
+            "GW303",
+            "vanishing-time",
+            Severity.INFO,
+            place,
+            lag=reached,
+            onset=since[-1].step,
+            evidence={"length": float(length), "reached": float(reached)},
         )
 
 
@@ -316,37 +326,9 @@ def _reached(probe: Snapshot) -> dict[str, int]:
     return {s.module: s.reached for s in probe.sequences or () if s.reached is not None}
 
 
-# --- in words ---
-
-
-def explain_through_time(finding: Finding) -> Explanation:
-    """Say how far back it learns, or what the gradient does on its way, and what to do about it."""
-    evidence, place = finding.evidence, finding.place
-    if finding.code == "GW302":
-        return why_explodes({**evidence, **({} if finding.onset is None else {"onset": float(finding.onset)})}, place)
-    if finding.code == "GW303":
-        length, reached = float(evidence["length"]), float(evidence["reached"])
-        where = (
-            f"the last {reached:.0f} of {length:.0f} timesteps"
-            if reached < length
-            else f"the {length:.0f} timesteps of its sequences"
-        )
-        return Explanation(
-            f"the state that {place or 'the model'} carries on is detached: no gradient goes back beyond {where}",
-            "truncated backpropagation through time, by detach() or a state kept from an earlier step",
-            f"nothing, if that is meant; else carry the state of {place or 'the model'} on without detach(), or declare with horizon= how many timesteps matter",
-        )
-    if finding.code == "GW304":
-        need = float(evidence["need"])
-        if "length" in evidence:
-            return Explanation(
-                f"the sequences have {float(evidence['length']):.0f} timesteps, the need is {need:.0f}",
-                "within them the gradient does not fade, and what would be beyond them nobody can tell",
-                f"feed {place or 'the model'} sequences of {need:.0f} timesteps or more, or lower the need",
-            )
-        return Explanation(
-            f"whether {place or 'the model'} learns from {need:.0f} timesteps is not measured: {evidence['because']}",
-            "its gain by lag could not be taken",
-            f"gradwatch.horizon(model, batch) measures one batch with all errors shown; name {place or 'the sequence module'} in timesteps= if it is not found",
-        )
-    return why_short(evidence, place)
+RULES = (
+    Rule("GW301", "vanishing-time", explain_short),
+    Rule("GW302", "exploding", explain_growth, event=True),
+    Rule("GW303", "vanishing-time", explain_detached, explains_a_stall=False),
+    Rule("GW304", "vanishing-time", explain_unjudged, explains_a_stall=False),
+)

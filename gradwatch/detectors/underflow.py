@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
@@ -22,30 +23,31 @@ def underflow(history: History) -> Iterator[Finding]:
 
 
 def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Most entries are exactly 0, and nearly all others are below what the format can hold in full: the rest has been rounded to 0."""
+    """Find that most entries are exactly 0, and nearly all others below what the format can hold in full."""
     t = history.thresholds
     last = probes[-t.underflow_probes :]
     if len(last) < t.underflow_probes:
         return
-    share = t.flushed / (1.5 if history.is_open("GW701", "") else 1.0)
+    share = t.flushed / (t.clear_share_factor if history.is_open("GW701", "") else 1.0)
     pooled = [_pooled(history, s) for s in last]
     flushed = [zeros >= share and small >= t.flushed_small for zeros, small in pooled]
     swallowed = [history.improved is not True and _swallowed(s) for s in last]
     if not all(a or b for a, b in zip(flushed, swallowed, strict=True)):
         return
-    evidence: dict[str, float | str] = {"format": _format(last[-1])}
     if flushed[-1]:
-        evidence |= {"zeros": pooled[-1][0], "small": pooled[-1][1]}
+        evidence = {"zeros": pooled[-1][0], "small": pooled[-1][1]}
     else:
-        evidence |= {
-            "zeros": 1.0,
-            "outside": max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0),
-        }
-    yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
+        outside = max((a.grad_norm or 0.0 for a in last[-1].activations or ()), default=0.0)
+        evidence = {"zeros": 1.0, "outside": outside}
+    names = {"format": _format(last[-1])}
+    yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence, names=names)
 
 
 def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
-    """Return the share of entries that are 0, and of the others that are too small for the format, over all parameters that got anything at all."""
+    """Return the share of entries that are 0, and of the others that are too small for the format.
+
+    Over all parameters that got anything at all.
+    """
     import numpy as np
 
     norm, zero = np.array(snapshot.norm, dtype=float), np.array(snapshot.zeros, dtype=float)
@@ -55,7 +57,7 @@ def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
         else np.zeros(len(norm))
     )
     entries = np.where(
-        (np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "scale"), 0.0
+        (np.nan_to_num(norm) != 0) & ~np.isnan(zero), history.elements("weight", "bias", "normalization", "gain"), 0.0
     )
     total, zeros = float(entries.sum()), float((entries * np.nan_to_num(zero)).sum())
     return (
@@ -66,7 +68,10 @@ def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:
 
 
 def _swallowed(snapshot: Snapshot) -> bool:
-    """Tell whether in float16 nothing at all arrived at a parameter, though a gradient came in, or the loss is not 0, and no dead layer stands in the way."""
+    """Tell whether in float16 nothing at all arrived at a parameter, though a gradient came in, or the loss is not 0.
+
+    A dead layer in the way would explain it too.
+    """
     if _format(snapshot) != "float16" or any(snapshot.norm) or all(n is None for n in snapshot.norm):
         return False
     activations = snapshot.activations or ()
@@ -76,26 +81,36 @@ def _swallowed(snapshot: Snapshot) -> bool:
 
 
 def _format(snapshot: Snapshot) -> str:
-    if any(f.name == "float16" for f in snapshot.facts or ()):
-        return "float16"
+    if snapshot.computed_in is not None:
+        return snapshot.computed_in
     formats = [p.dtype for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None]
     return max(set(formats), key=formats.count) if formats else ""
 
 
 def _rounded(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Most entries of low-precision weights stay as they were, though they have a gradient: the update is less than half a unit in their last place."""
+    """Find that most entries of low-precision weights stay as they were, though they have a gradient.
+
+    Their update is less than half a unit in their last place.
+    """
     t = history.thresholds
     last = [s for s in probes if s.lost is not None][-t.underflow_probes :]
     if len(last) < t.underflow_probes:
         return
-    limit = t.lost_updates / (1.5 if history.is_open("GW702", "") else 1.0)
+    limit = t.lost_updates / (t.clear_share_factor if history.is_open("GW702", "") else 1.0)
     shares = [_lost(s) for s in last]
     if statistics.median(shares) >= limit and shares[-1] >= limit:
         formats = [
             p.dtype for p, lost in zip(last[-1].model.parameters, last[-1].lost or (), strict=True) if lost is not None
         ]
-        evidence: dict[str, float | str] = {"lost": shares[-1], "format": max(set(formats), key=formats.count)}
-        yield Finding("GW702", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence)
+        yield Finding(
+            "GW702",
+            "underflow",
+            Severity.WARNING,
+            "",
+            onset=last[0].step,
+            evidence={"lost": shares[-1]},
+            names={"format": max(set(formats), key=formats.count)},
+        )
 
 
 def _lost(snapshot: Snapshot) -> float:
@@ -109,7 +124,10 @@ def _lost(snapshot: Snapshot) -> float:
 
 
 def _epsilon(history: History) -> Iterator[Finding]:
-    """Under Adam-like optimizers: a typical entry is below epsilon, which then divides in its place, and the steps are shorter by as much."""
+    """Find that under an Adam-like optimizer a typical entry is below epsilon, which then divides in its place.
+
+    The steps are shorter by as much.
+    """
     t = history.thresholds
     optimizer = history.snapshot.optimizer
     info = history.model.optimizers[optimizer] if optimizer is not None else None
@@ -122,53 +140,84 @@ def _epsilon(history: History) -> Iterator[Finding]:
     sizes = [_largest(history, s) for s in window if not s.skipped]
     if len(sizes) < t.window or not 0 < max(sizes) < limit:
         return
-    # A model that has converged has small gradients too: without a loss, only what never was above counts for more than information.
+    # A model that has converged has small gradients too: without a loss, only what never was above counts for more
+    # than information.
     first = max(history.first_norms, default=math.inf)
     elements = sum(
         p.elements for p, n in zip(history.model.parameters, history.snapshot.norm, strict=True) if n is not None
     )
     always = first / math.sqrt(max(elements, 1)) < limit
     severity = Severity.WARNING if history.improved is False or always else Severity.INFO
-    evidence: dict[str, float | str] = {"rms": sizes[-1], "eps": info.eps, "optimizer": info.kind}
-    yield Finding("GW703", "underflow", severity, "", onset=window[0].step, evidence=evidence)
+    yield Finding(
+        "GW703",
+        "underflow",
+        severity,
+        "",
+        onset=window[0].step,
+        evidence={"rms": sizes[-1], "eps": info.eps},
+        names={"optimizer": info.kind},
+    )
 
 
 def _largest(history: History, snapshot: Snapshot) -> float:
     """Return the largest root mean square over the weights."""
     import numpy as np
 
-    elements = history.elements("weight", "normalization", "scale", "embedding")
+    elements = history.elements("weight", "normalization", "gain", "embedding")
     squares = np.square(np.nan_to_num(np.array(snapshot.norm, dtype=float))) / np.where(elements > 0, elements, np.inf)
     return float(np.sqrt(squares.max(initial=0.0)))
 
 
-def explain_underflow(finding: Finding) -> Explanation:
-    """Say what is lost, and to what."""
-    evidence, since = finding.evidence, f"since step {finding.onset}"
-    if finding.code == "GW702":
-        name = evidence["format"]
-        return Explanation(
-            f"{float(evidence['lost']):.0%} of the weights stay as they were at a step, though they have a gradient, {since}",
-            f"their updates are less than {name} can add to a weight of their size ({'8' if name == 'bfloat16' else '11'} bits), and are rounded away",
-            "keep the weights in float32 and compute under torch.autocast, or round stochastically, or raise the learning rate",
-        )
-    if finding.code == "GW703":
-        rms, eps = float(evidence["rms"]), float(evidence["eps"])
-        return Explanation(
-            f"the typical gradient entry is {rms:.1g}, below the eps of {eps:.1g} of {evidence['optimizer']}, {since}: its steps are {eps / rms:.2g} times shorter than its learning rate says",
-            "the loss, or its weight, is so small that epsilon and not the gradient's own size divides",
-            f"multiply the loss, or set eps={rms / 1e3:.0e} or less in {evidence['optimizer']}",
-        )
+# --- in words ---
+
+_SMALLEST = {"float16": "6e-8", "bfloat16": "9e-41"}
+"""The smallest number above 0 of a format; of float32 it is 1e-45."""
+_BITS = {"float16": 11, "bfloat16": 8}
+
+
+def _explain_flushed(finding: Finding) -> Explanation:
+    evidence, name = finding.evidence, finding.names["format"]
     if "small" in evidence:
-        message = f"{float(evidence['zeros']):.0%} of the gradient's entries are exactly 0, and {float(evidence['small']):.0%} of the others too small for {evidence['format']} to hold in full, {since}"
+        message = (
+            f"{evidence['zeros']:.0%} of the gradient's entries are exactly 0, and {evidence['small']:.0%} of the"
+            f" others are too small for {name} to hold in full, since step {finding.onset}"
+        )
     else:
-        came = f", though one of norm {float(evidence['outside']):.1g} came in" if evidence.get("outside") else ""
-        message = f"every gradient is exactly 0{came}, {since}"
-    smallest = {"float16": "6e-8", "bfloat16": "9e-41"}.get(str(evidence["format"]), "1e-45")
+        came = f", though one of norm {evidence['outside']:.1g} came in" if evidence["outside"] else ""
+        message = f"every gradient is exactly 0{came}, since step {finding.onset}"
     return Explanation(
         message,
-        f"the gradient is computed in {evidence['format']}, which rounds what is below {smallest} to 0",
+        f"the gradient is computed in {name}, which rounds what is below {_SMALLEST.get(name, '1e-45')} to 0",
         "scale the loss (torch.amp.GradScaler), or compute in bfloat16, which has the range of float32"
-        if evidence["format"] == "float16"
+        if name == "float16"
         else "multiply the loss, and divide the learning rate by as much",
     )
+
+
+def _explain_lost(finding: Finding) -> Explanation:
+    name = finding.names["format"]
+    return Explanation(
+        f"{finding.evidence['lost']:.0%} of the weights stay as they were at a step, though they have a gradient,"
+        f" since step {finding.onset}",
+        f"their updates are less than {name} can add to a weight of their size ({_BITS.get(name, 11)} bits), and are"
+        " rounded away",
+        "keep the weights in float32 and compute under torch.autocast, or round stochastically, or raise the learning"
+        " rate",
+    )
+
+
+def _explain_epsilon(finding: Finding) -> Explanation:
+    rms, eps, optimizer = finding.evidence["rms"], finding.evidence["eps"], finding.names["optimizer"]
+    return Explanation(
+        f"the typical gradient entry is {rms:.1g}, below the eps of {eps:.1g} of {optimizer}, since step"
+        f" {finding.onset}: its steps are {eps / rms:.2g} times shorter than its learning rate says",
+        "the loss, or its weight, is so small that epsilon divides in place of the gradient's own size",
+        f"multiply the loss, or set eps={rms / 1e3:.0e} or less in {optimizer}",
+    )
+
+
+RULES = (
+    Rule("GW701", "underflow", _explain_flushed),
+    Rule("GW702", "underflow", _explain_lost),
+    Rule("GW703", "underflow", _explain_epsilon),
+)

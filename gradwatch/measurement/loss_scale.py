@@ -1,12 +1,67 @@
-"""The loss scale of a GradScaler: what of it is in the gradients."""
+"""The loss scale of a GradScaler: what of it is in the gradients, and whether one that nobody told is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
+from gradwatch.model.gradient_hooks import Sentinel, transformed
+from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import Stage
+
+
+class ScaleSentinel:
+    """Sees the gradient of one parameter as it arrives, to compare it with the gradient at the step; a `Probe`."""
+
+    def __init__(self, passes: Mapping[int, bool]) -> None:
+        """Begin without a parameter; `passes` says of each backward pass, by its number, whether it counts."""
+        self._sentinel = Sentinel(passes)
+        self._changed: Tensor | None = None
+
+    def arm(self, view: ModelView) -> dict[int, nn.Module]:
+        """Choose all modules, by `id`; none where torch.compile is at work."""
+        self.clear()
+        return {} if view.compiled else {id(module): module for module in view.modules.values()}
+
+    def entered(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        """Need nothing of the inputs."""
+
+    def left(self, module: nn.Module, _inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+        """Put a hook on a parameter of the first module whose output has a graph."""
+        if self._sentinel.watching or not torch.is_grad_enabled() or transformed():
+            return
+        if any(t.grad_fn is not None and not hasattr(t, "placements") for t in floats(output)):
+            self._sentinel.watch(module)
+
+    def changed(self, step: StepView, broken: AbstractSet[int], transfer: Transfer) -> Pending | None:
+        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared.
+
+        Args:
+            step: that is measured.
+            broken: backward passes that an exception ended, by their number.
+            transfer: takes the number along.
+
+        """
+        self._sentinel.forget(broken)
+        if (changed := self._sentinel.difference()) is not None:
+            self._changed = changed
+        if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step
+            self._sentinel.remove()
+        return None if self._changed is None else transfer.add(self._changed)
+
+    def collect(self, _step: StepView, _transfer: Transfer) -> Part:
+        """Return nothing: what it knows is asked for before the probes are."""
+        return ProbeValues
+
+    def clear(self) -> None:
+        """Let go of the parameter."""
+        self._sentinel.remove()
+        self._changed = None
 
 
 def at_step(scaler: Any, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401  (torch has several scalers and no common type)

@@ -1,11 +1,9 @@
-"""Sees, in one step, what units give: which stay silent, which are saturated, and of layers in question, why."""
+"""What units give in one step: which stay silent, which are saturated, and of layers in question, why."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Collection, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,33 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement.norms import spectral_norm
-from gradwatch.model.gradient_hooks import of_others, transformed
+from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
+from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
+from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
 
-Key = tuple[object, ...]
-
-_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
-"""Nodes of activations whose output is exactly 0 where their derivative is."""
-_OUTER = 0.01
-"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient there, the sigmoid 1 %."""
-_FORMULAS = {
+_FUNCTIONS: Mapping[str, Function] = {
     "TanhBackward0": "tanh",
     "SigmoidBackward0": "sigmoid",
     "ReluBackward0": "relu",
+    "ThresholdBackward0": "relu",
     "HardtanhBackward0": "hardtanh",
+    "HardswishBackward0": "relu",
     "SoftmaxBackward0": "softmax",
 }
+"""Activations, by the node that they leave in the graph."""
+_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
+"""Those whose output is exactly 0 where their derivative is."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
-_ENOUGH = 64.0
-"""Entries in a row for which a unit must be silent before it counts as dead."""
-_SURE = 7.0
-"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is silent for so long by chance once in 1,000."""
 _CONVOLUTIONS = {
     nn.Conv1d: 1,
     nn.Conv2d: 2,
@@ -51,8 +48,8 @@ _CONVOLUTIONS = {
 _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
-class Given(NamedTuple):
-    """What a layer gave, written at its node: so it is known from there, and goes with the graph."""
+class UnitSource(NamedTuple):
+    """The layer whose output a node computes, written at that node: so it is known from there, and goes with the graph."""
 
     layer: str
     dim: int
@@ -60,83 +57,83 @@ class Given(NamedTuple):
     shape: torch.Size
 
 
-@dataclass
-class Units:
-    """What the activation behind one layer made of its units in this step."""
+class Look(NamedTuple):
+    """What an activation made of its units in one call."""
 
-    fired: Tensor | None = None
+    attempt: int
+    """The outermost call that it belongs to."""
+    fired: Tensor | None
     """By unit, entries that are not 0; shape (units,)."""
-    entries: int = 0
+    entries: int
     """Of each unit."""
-    saturated: list[Tensor] = field(default_factory=list)
-    """Share of the entries, by call."""
-    calls: int = 0
-    formula: str = ""
+    saturated: Tensor | None
+    """Share of the entries."""
 
 
 @dataclass
-class Seen:
-    """What was measured of units and of layers in question, on its way from the device."""
+class UnitCounts:
+    """What the activation after one layer made of its units in this step."""
 
-    numbers: Mapping[Key, Tensor] = field(default_factory=dict)
-    units: Mapping[str, int] = field(default_factory=dict)
-    facts: tuple[Fact, ...] = ()
+    looks: list[Look] = field(default_factory=list)
+    """One for each call."""
+    function: Function | None = None
+    """The activation."""
 
-    def tensors(self) -> Mapping[Key, Tensor]:
-        """Return everything that is to be copied."""
-        return self.numbers
-
-    def values(
-        self, numbers: Mapping[Key, float], heard: tuple[ActivationStats, ...]
-    ) -> tuple[tuple[ActivationStats, ...], tuple[Fact, ...]]:
-        """Make values of what was copied, put to what was heard of the same modules."""
-        known = {stats.module: stats for stats in heard}
-        for name, units in self.units.items():
-            dead, saturated = numbers.get(("dead", name)), numbers.get(("saturated", name))
-            known[name] = dataclasses.replace(
-                known.get(name, ActivationStats(name)), units=units or None, dead=dead, saturated=saturated
-            )
-        facts = [
-            Fact(str(place), str(what), numbers["fact", what, place])
-            for kind, what, *rest in self.numbers
-            if kind == "fact"
-            for place in rest
-        ]
-        return tuple(known.values()), (*self.facts, *facts)
+    def fired(self) -> tuple[Tensor, int] | None:
+        """Return the sum over the last calls with the same units; None where no unit can be silent."""
+        total: tuple[Tensor, int] | None = None
+        for look in self.looks:
+            if look.fired is None:
+                continue
+            if total is not None and total[0].shape == look.fired.shape:
+                total = total[0] + look.fired, total[1] + look.entries
+            else:
+                total = look.fired, look.entries
+        return total
 
 
-class Causes:
-    """Visits the forward pass of one step; see `gradwatch.hooks.Visitor`.
+class Units:
+    """Sees what activations make of the outputs of layers; a `Probe`.
 
-    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer from whose output it was made.
+    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer from
+    whose output it was made.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing."""
+    def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
+        """Begin with nothing.
+
+        Args:
+            outputs: the probe that knows how far the gradient came; it must be collected first.
+            attempts: knows which calls an exception ended.
+
+        """
+        self._outputs, self._attempts = outputs, attempts
         self._mark, self._seen = object(), object()
         """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
         """Layers in question, of which more is measured."""
         self._names: Mapping[int, str] = {}
-        self._units: dict[str, Units] = {}
-        self._facts: dict[Key, Tensor] = {}
+        self._units: dict[str, UnitCounts] = {}
+        self._facts: dict[tuple[str, FactName], Tensor] = {}
+        """By layer and name."""
         self._silent: dict[str, Tensor] = {}
         """By layer and unit, for how many entries of probes in a row it has been silent."""
+        self._scratch: Tensor | None = None
+        """For what is worked out of one activation after the other: new memory costs as much as the arithmetic."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
-    def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
+    def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
         self.clear()
-        self._names = {} if compiled else {id(module): name for name, module in modules.items()}
-        return {} if compiled else {id(module): module for module in modules.values()}
+        self._names = {} if view.compiled else view.names
+        return {} if view.compiled else {id(module): module for module in view.modules.values()}
 
     def entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
-                with contextlib.suppress(Exception):  # what has no shape or no arithmetic is left out
-                    self._look(tensor)
+                self._look(tensor)
 
     def left(self, module: nn.Module, inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -149,49 +146,68 @@ class Causes:
             self._completed[name] = any(t.grad_fn is not None for t in given)
         if not torch.is_grad_enabled():
             return
-        owner = any(p is not None for p in module._parameters.values())
-        with contextlib.suppress(Exception):  # as above
-            for tensor in given:
-                if tensor.grad_fn is None or hasattr(tensor, "placements"):
-                    continue
-                if owner and tensor.dim() > 1:
-                    _notes(tensor.grad_fn).setdefault(self._mark, Given(name, _dim(module, tensor), tensor.shape))
-                self._look(tensor)
-            spread = any(
-                hasattr(t, "placements") for t in (*given, *floats(inputs), *module._parameters.values())
-            )  # each operation on them is a collective
-            if owner and name in self.suspects and given and given[0].dim() > 1 and not spread:
-                with torch.no_grad():
-                    self._question(name, module, floats(inputs), given[0])
+        owner = bool(module._parameters) and any(p is not None for p in module._parameters.values())
+        for tensor in given:
+            if owner:
+                with contextlib.suppress(Exception):  # what has no shape is left out
+                    self._write(tensor, name, module)
+            self._look(tensor)
+        if owner and name in self.suspects and given:
+            with contextlib.suppress(Exception):  # and what has no arithmetic
+                taken = floats(inputs)
+                # Each operation on them would be a collective.
+                spread = any(hasattr(t, "placements") for t in (*given, *taken, *module._parameters.values()))
+                if given[0].dim() > 1 and not spread:
+                    self._question(name, module, taken, given[0])
+
+    def _write(self, tensor: Tensor, name: str, module: nn.Module) -> None:
+        """Write at the node of a layer's output whose it is."""
+        node = tensor.grad_fn
+        if node is not None and tensor.dim() > 1 and not hasattr(tensor, "placements"):
+            _notes(node).setdefault(self._mark, UnitSource(name, _dim(module, tensor), tensor.shape))
 
     def _look(self, tensor: Tensor) -> None:
+        """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
-        formula = _FORMULAS.get(node.name(), "relu" if node.name() in _SILENT else "") if node is not None else ""
-        if node is None or not formula or self._seen in _notes(node) or hasattr(tensor, "placements"):
+        kind = node.name() if node is not None else ""
+        if kind in _FUNCTIONS and not hasattr(tensor, "placements"):
+            with contextlib.suppress(Exception):  # as above
+                self._count(tensor, node, kind)
+
+    def _count(self, tensor: Tensor, node: Any, kind: str) -> None:  # noqa: ANN401  (as below)
+        notes = _notes(node)
+        if self._seen in notes:
             return
-        _notes(node)[self._seen] = True
-        given = _source(node, self._mark)
-        if given is None or given.shape != tensor.shape:
+        notes[self._seen] = True
+        source = _source(node, self._mark)
+        if source is None or source.shape != tensor.shape:
             return
-        mine = self._units.setdefault(given.layer, Units())
-        mine.calls += 1
-        mine.formula = formula
-        if mine.calls > _CALLS:
+        mine = self._units.get(source.layer)
+        if mine is None:
+            mine = self._units[source.layer] = UnitCounts()
+        mine.function = function = _FUNCTIONS[kind]
+        self._leave_out_void(mine)
+        if len(mine.looks) == _CALLS:
             return
-        with torch.no_grad():
-            rows = tensor.detach()
-            per_unit = rows.numel() // max(rows.shape[given.dim], 1)
-            if per_unit > _ENTRIES and given.dim != 0:
-                rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-            if node.name() in _SILENT:
-                fired = torch.count_nonzero(rows, dim=[d for d in range(rows.dim()) if d != given.dim]).float()
-                same = mine.fired is not None and mine.fired.shape == fired.shape
-                mine.fired = mine.fired + fired if same and mine.fired is not None else fired
-                mine.entries = (mine.entries if same else 0) + rows.numel() // max(rows.shape[given.dim], 1)
-            if formula == "tanh":
-                mine.saturated.append((rows.abs() > 1 - 2 * _OUTER).float().mean())
-            elif formula == "sigmoid":
-                mine.saturated.append(((rows - 0.5).abs() > 0.5 - _OUTER).float().mean())
+        rows = tensor.detach()  # so that nothing of what follows gets a graph
+        per_unit = rows.numel() // max(rows.shape[source.dim], 1)
+        if per_unit > _ENTRIES and source.dim != 0:
+            rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
+        fired = saturated = None
+        if kind in _SILENT:
+            if self._scratch is None or _form(self._scratch) != _form(rows):
+                self._scratch = torch.empty_like(rows)
+            fired = _fired(rows, source.dim, self._scratch)
+        elif function == "tanh":
+            saturated = _share_above(rows, 0.0, 1 - 2 * OUTER_SHARE)
+        elif function == "sigmoid":
+            saturated = _share_above(rows, 0.5, 0.5 - OUTER_SHARE)
+        entries = rows.numel() // max(rows.shape[source.dim], 1)
+        mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
+
+    def _leave_out_void(self, units: UnitCounts) -> None:
+        if self._attempts.void:
+            units.looks = [look for look in units.looks if look.attempt not in self._attempts.void]
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
         """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
@@ -202,86 +218,122 @@ class Causes:
             top = output.detach().float().amax(dim=others)
             silent = top <= 0
             by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
-            self._facts["fact", "silent_by_bias", name] = by_bias
+            self._facts[name, "silent_by_bias"] = by_bias
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
-            spread, mean = x.var(dim=0, correction=0).mean().sqrt(), x.mean(dim=0).square().mean().sqrt()
-            self._facts["fact", "input_offset", name] = torch.where(
+            apart = x - x[:1]  # exactly 0 where the input is always the same
+            middle = apart.mean(dim=0)
+            mean = (x[0] + middle).square_().mean().sqrt()
+            spread = apart.sub_(middle).square_().mean().sqrt()
+            self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
 
-    def take(
-        self,
-        modules: Mapping[str, nn.Module],
-        reached: Collection[str],
-        mine: AbstractSet[int],
-        others: AbstractSet[int],
-    ) -> Seen:
-        """Return what this step has brought.
-
-        Args:
-            modules: of the model, by name.
-            reached: modules at whose output a gradient arrived.
-            mine: what the optimizer of this step steps, parameters by `id`.
-            others: what the others step; of their layers they will ask.
-
-        """
-        numbers: dict[Key, Tensor] = dict(self._facts)
-        units: dict[str, int] = {}
-        facts = []
+    def collect(self, step: StepView, transfer: Transfer) -> Part:
+        """Return what this step has brought, by layer, and the facts about those in question."""
+        dead: dict[str, tuple[Pending, int]] = {}
+        saturated: dict[str, Pending] = {}
+        functions: dict[str, Function] = {}
         theirs = {}
+        # By entries and units: such layers are judged together.
+        alike: dict[tuple[int, int, torch.device], dict[str, Tensor]] = {}
         for name, seen in self._units.items():
-            if others and name in modules and of_others(set(map(id, modules[name]._parameters.values())), mine, others):
+            module = step.modules.get(name)
+            if step.others and module is not None and step.of_others(set(map(id, module._parameters.values()))):
                 theirs[name] = seen
                 continue
-            if seen.fired is not None and seen.entries:
-                numbers["dead", name], units[name] = self._dead(name, seen.fired, seen.entries), len(seen.fired)
-            if seen.saturated:
-                numbers["saturated", name] = torch.stack(seen.saturated).mean()
-                units.setdefault(name, 0)
-            if name in self.suspects:
-                facts.append(Fact(name, f"activation {seen.formula}", 1.0))
+            self._leave_out_void(seen)
+            if (total := seen.fired()) is not None and total[1]:
+                fired, entries = total
+                alike.setdefault((entries, len(fired), fired.device), {})[name] = fired
+            if shares := [look.saturated for look in seen.looks if look.saturated is not None]:
+                saturated[name] = transfer.add(torch.stack(shares).mean())
+            if seen.looks and seen.function is not None:
+                functions[name] = seen.function
+        for (entries, units, _), counts in alike.items():
+            silent = zip(counts, self._dead(counts, entries), strict=True)
+            dead |= {name: (transfer.add(share), units) for name, share in silent}
+        facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
+        cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
+        self._units, self._facts, self._completed, self._scratch = theirs, {}, {}, None
+
+        def part() -> ProbeValues:
+            activations = []
+            for name, function in functions.items():
+                silent, units = dead.get(name, (None, 0))
+                activations.append(
+                    ActivationStats(
+                        name,
+                        dead=silent.value if silent is not None else None,
+                        saturated=saturated[name].value if name in saturated else None,
+                        units=units or None,
+                        function=function,
+                    )
+                )
+            measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
+            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
+
+        return part
+
+    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
         for name in sorted(self.suspects):
-            weights = modules[name]._parameters.values() if name in modules else ()
-            large = max((p for p in weights if p is not None and p.dim() > 1), key=torch.Tensor.numel, default=None)
-            if large is not None and not hasattr(large, "placements"):
-                numbers["fact", "spectral_norm", name] = spectral_norm(large.detach())
-        facts += self._end_of_gradient(reached)
-        self._units, self._facts, self._completed = theirs, {}, {}
-        return Seen(numbers, units, tuple(facts))
+            if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
+                yield (name, "spectral_norm"), spectral_norm(weight)
 
-    def _dead(self, name: str, fired: Tensor, entries: int) -> Tensor:
-        """Return the share of units that have been silent for longer than chance explains."""
-        before = self._silent.get(name)
-        silent = (
-            torch.full_like(fired, entries)
-            if before is None or before.shape != fired.shape or before.device != fired.device
-            else before + entries
-        )
-        silent = torch.where(fired > 0, torch.zeros_like(silent), silent)
-        self._silent[name] = silent
-        alive = (fired > 0).sum()
-        rate = fired.sum() / (alive * entries).clamp(min=1)
-        enough = torch.where(alive > 0, _SURE / rate.clamp(min=1e-9), torch.zeros_like(rate)).clamp(min=_ENOUGH)
-        return (silent >= enough).float().mean()
+    def _dead(self, fired: Mapping[str, Tensor], entries: int) -> Sequence[Tensor]:
+        """Return, for layers of as many units, the share that has been silent for longer than chance explains."""
+        now = torch.stack(list(fired.values()))
+        known = [self._silent.get(name) for name in fired]
+        before = [
+            rows.new_zeros(rows.shape) if old is None or old.shape != rows.shape or old.device != rows.device else old
+            for old, rows in zip(known, fired.values(), strict=True)
+        ]
+        silent = (torch.stack(before) + entries) * (now <= 0)
+        self._silent.update(zip(fired, silent.unbind(), strict=True))
+        alive = (now > 0).sum(1, keepdim=True)
+        rate = now.sum(1, keepdim=True) / (alive * entries).clamp(min=1)
+        spells = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate))
+        return (silent >= spells.clamp(min=SILENT_ENTRIES)).float().mean(1).unbind()
 
-    def _end_of_gradient(self, reached: Collection[str]) -> list[Fact]:
-        """Give, after each layer in question that the gradient did not reach, the last module that it did not reach and the first behind that it did."""
+    def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
+        """Tell of each layer in question that the gradient did not reach where it ended."""
         order = list(self._completed)
-        facts = []
         for at, name in enumerate(order):
             if name not in self.suspects or name in reached:
                 continue
-            behind = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
-            last = order[(behind if behind is not None else at + 1) - 1]
-            facts += [Fact(name, "done", float(at)), Fact(last, "unreached", float(self._completed[last]))]
-            if behind is not None:
-                facts.append(Fact(order[behind], "reached", float(behind)))
-        return facts
+            after = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
+            last = order[(after if after is not None else at + 1) - 1]
+            yield Cut(name, last, None if after is None else order[after], graph=self._completed[last])
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
-        self._names, self._units, self._facts, self._completed = {}, {}, {}, {}
+        self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+
+
+# Comparisons that give booleans, and sums of those, cost several times as much on CPU as arithmetic that says the same.
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
+    """Count by unit the entries that are not 0; a unit with a NaN counts with all of them."""
+    others = [d for d in range(rows.dim()) if d != dim]
+    ones = torch.abs(rows, out=scratch).clamp_(max=1).ceil_()
+    fired = ones.sum(others, dtype=torch.float32)
+    return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
+
+
+def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
+    """Return the share of entries farther from the middle than this; NaN is not."""
+    return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
+
+
+def _largest_weight(layer: nn.Module) -> Tensor | None:
+    weights = (p for p in layer._parameters.values() if p is not None and p.dim() > 1)
+    found = max(weights, key=torch.Tensor.numel, default=None)
+    return None if found is None or hasattr(found, "placements") else found.detach()
 
 
 def _dim(module: nn.Module, output: Tensor) -> int:
@@ -298,12 +350,12 @@ def _notes(node: Any) -> dict[object, Any]:  # noqa: ANN401  (nodes have no comm
     return found
 
 
-def _source(node: Any, key: object) -> Given | None:  # noqa: ANN401
+def _source(node: Any, key: object) -> UnitSource | None:  # noqa: ANN401
     """Return what layer an activation was made from: the nearest on the way back."""
     front = [node]
     for _ in range(_WALK):
         for one in front:
-            mark: Given | None = _notes(one).get(key)
+            mark: UnitSource | None = _notes(one).get(key)
             if mark is not None:
                 return mark
         front = [n for one in front for n, _ in one.next_functions if n is not None][:8]

@@ -17,15 +17,17 @@ CHANGED = 1e-3
 
 
 def has_unknown_scale(scale: object | None, changed: float | None) -> bool:
-    """Tell whether a factor that nobody knows, as a loss scale is, may be on the gradients that arrived in a backward pass.
+    """Tell whether an unknown factor, as a loss scale is, may be on the gradients that arrived in a backward pass.
 
-    It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is NaN, a
-    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only sizes:
-    ratios, shares and lag gains are free of the factor.
+    It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is
+        NaN, a
+    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only
+    sizes: ratios, shares and lag gains are free of the factor.
 
     Args:
         scale: the loss scale that was told and is divided out; None: nobody said whether there is one.
-        changed: how far a gradient at the step is from what arrived, see `Sentinel.difference`; None: nothing could be compared.
+        changed: how far a gradient at the step is from what arrived, see `Sentinel.difference`; None: nothing could be
+            compared.
 
     """
     return scale is None and (changed is None or not changed <= CHANGED)
@@ -37,12 +39,15 @@ def transformed() -> bool:
 
 
 def of_others(parameters: AbstractSet[int], mine: AbstractSet[int], others: AbstractSet[int]) -> bool:
-    """Tell whether what holds these parameters is no business of a step: only other optimizers step some of them, all by `id`."""
+    """Tell whether only other optimizers than those of a step train what holds these parameters, all by `id`."""
     return not parameters & mine and not parameters.isdisjoint(others)
 
 
 def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
-    """Let `hook` take what arrives at a tensor that is not a leaf, behind all hooks on it, and of a tensor that is edited in place later: before that."""
+    """Let `hook` take what arrives at a tensor that is not a leaf, after all hooks on it.
+
+    Of a tensor that is edited in place later, it is what arrives at the tensor as it is now.
+    """
     node, number = tensor.grad_fn, tensor.output_nr
     assert node is not None
     handle: RemovableHandle = node.register_prehook(lambda gradients: hook(gradients[number]))
@@ -64,7 +69,13 @@ class Sentinel:
         self._node: Any = None
         self._parameter: Tensor | None = None
         self._before: Tensor | None = None
-        self._sum: Tensor | None = None
+        self._sums: dict[int, Tensor] = {}
+        """Of what arrived, by backward pass."""
+
+    @property
+    def watching(self) -> bool:
+        """Whether a parameter is seen already."""
+        return self._handle is not None
 
     def watch(self, module: nn.Module) -> None:
         """Put a hook on the smallest trained parameter of the module, unless there is one already."""
@@ -89,26 +100,37 @@ class Sentinel:
                 or hasattr(arrived, "placements")
             ):
                 return
-            if sentinel._passes is not None and not sentinel._passes.get(torch._C._current_graph_task_id()):
+            task = torch._C._current_graph_task_id()
+            if sentinel._passes is not None and not sentinel._passes.get(task):
                 return
             try:
-                arrived = arrived.detach()
-                sentinel._sum = arrived.clone() if sentinel._sum is None else sentinel._sum + arrived
+                arrived, before = arrived.detach(), sentinel._sums.get(task)
+                sentinel._sums[task] = arrived.clone() if before is None else before + arrived
             except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
-                sentinel._sum = None
+                sentinel._sums.clear()
 
-        # On the node behind the parameter: what hangs on the parameter itself would travel with the model when that is saved or copied.
+        # On the parameter's node in the graph: what hangs on the parameter itself would travel with the model when that
+        # is saved or copied.
         self._node = get_gradient_edge(parameter).node
         self._handle = self._node.register_prehook(hook)
+
+    def forget(self, passes: AbstractSet[int]) -> None:
+        """Leave out what these backward passes brought."""
+        self._sums = {task: arrived for task, arrived in self._sums.items() if task not in passes}
 
     def difference(self) -> Tensor | None:
         """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
         parameter = self._parameter
-        if parameter is None or parameter.grad is None or self._sum is None or parameter.grad.shape != self._sum.shape:
+        if parameter is None or parameter.grad is None or not self._sums:
             return None
-        if parameter.grad.layout is not torch.strided or hasattr(parameter.grad, "placements"):
+        if (
+            type(parameter.grad) is not Tensor or parameter.grad.layout is not torch.strided
+        ):  # a class of its own may refuse
             return None
-        now, arrived = parameter.grad.detach().double(), self._sum.double()
+        whole = sum(self._sums.values(), torch.zeros_like(next(iter(self._sums.values()))))
+        if parameter.grad.shape != whole.shape:
+            return None
+        now, arrived = parameter.grad.detach().double(), whole.double()
         # What was there before the forward pass is still in it, or has been zeroed since.
         expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
         size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
@@ -123,4 +145,5 @@ class Sentinel:
         """Take the hook off."""
         if self._handle is not None:
             self._handle.remove()
-        self._handle = self._node = self._parameter = self._before = self._sum = None
+        self._handle = self._node = self._parameter = self._before = None
+        self._sums = {}

@@ -46,12 +46,12 @@ _ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_
 
 
 def clean(name: str) -> str:
-    """Remove the names that wrappers (torch.compile, Fabric, FSDP, checkpointing) put into a module's or parameter's name."""
+    """Remove what wrappers (torch.compile, Fabric, FSDP, checkpointing) put into the name of a module or parameter."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module under its clean name, the model itself as ""; what stands twice stands under its first name."""
+    """Return every module under its clean name, the model itself as ""; one that stands twice has its first name."""
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         found[clean(name)] = module  # a wrapper comes before what it wraps, and shares its name
@@ -64,9 +64,10 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def flattened(model: nn.Module) -> dict[int, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return shape and ranks, by `id`, of the parameters of which `FullyShardedDataParallel` keeps a piece of this process, which looks whole.
+    """Return shape and ranks, by `id`, of the parameters of which this process has a piece that looks whole.
 
-    There are no ranks where the wrapper is outside of the model, and does not tell.
+    That is what `FullyShardedDataParallel` leaves outside of a pass. There are no ranks where the wrapper is outside of
+    the model, and does not tell.
     """
     wrapper: Any = getattr(
         sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None
@@ -148,11 +149,11 @@ def _role(module: nn.Module, name: str, dimensions: int) -> Role:
         return "normalization"
     if isinstance(module, _EMBEDDINGS):
         return "embedding"
-    return "weight" if dimensions > 1 else "scale"
+    return "weight" if dimensions > 1 else "gain"
 
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
-    """Return file and line of the nearest class around the layer that is not a library's: the first of its methods that is its own."""
+    """Return file and line of the nearest class around a layer that is no library's: of its first method of its own."""
     for name in ancestry(layer):
         kind = type(modules[name]) if name in modules else None
         if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:

@@ -1,10 +1,15 @@
-"""Nested values -> the tensors in them, and copies of the same shape."""
+"""Nested values, as modules take and give them -> the tensors in them, and the same values with other tensors.
+
+One idea of what is nested: mappings (their values), lists and tuples, named ones too, and dataclasses (their fields),
+within each other as deep as one likes. A packed sequence is one tensor, its data: where its rows and timesteps lie is
+no value of the model's. Whatever else there is, is left as it is.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -12,63 +17,93 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 
-def floats(value: object) -> list[Tensor]:
-    """Return the floating-point tensors in what a module takes or gives."""
-    if isinstance(value, PackedSequence):
-        value = value.data
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
+def parts(value: object) -> Iterable[Any]:
+    """Return what is directly in a value, in its order; nothing where it is not nested."""
     if isinstance(value, Mapping):
-        value = list(value.values())
-    elif dataclasses.is_dataclass(value):
-        value = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    return [t for v in value for t in floats(v)] if isinstance(value, list | tuple) else []
+        return value.values()
+    if isinstance(value, list | tuple):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, each.name) for each in dataclasses.fields(value) if hasattr(value, each.name)]
+    return ()
 
 
-def differentiable(value: Any) -> Any:  # noqa: ANN401  (whatever a model takes)
-    """Copy the tensors in a value; floating-point ones are not leaves, so that they may be edited in place, but have a leaf behind them."""
-    return _copied(value, _with_leaf)
+def leaves(value: object, within: Callable[[object], Iterable[Any]] = parts) -> Iterator[Tensor | PackedSequence]:
+    """Yield the tensors and packed sequences in a value.
+
+    Args:
+        value: to go through.
+        within: returns what of a nested value is to be gone through.
+
+    """
+    if isinstance(value, Tensor | PackedSequence):
+        yield value
+        return
+    for part in within(value):
+        yield from leaves(part, within)
 
 
-def detached(value: Any) -> Any:  # noqa: ANN401
-    """Return the same value with tensors that keep no graph."""
-    return _copied(value, Tensor.detach)
+def data_of(leaf: Tensor | PackedSequence) -> Tensor:
+    """Return the tensor in which the numbers are."""
+    return leaf.data if isinstance(leaf, PackedSequence) else leaf
 
 
-def _with_leaf(tensor: Tensor) -> Tensor:
-    mine = tensor.detach()
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_nested:
-        return mine.clone()
-    return (mine.clone() if mine.is_inference() else mine).requires_grad_().clone()
+def tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in a value, of packed sequences their data."""
+    return map(data_of, leaves(value))
 
 
-def _copied(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (a line for each kind)
+def floats(value: object) -> list[Tensor]:
+    """Return the floating-point tensors in a value, of packed sequences their data."""
+    if isinstance(
+        value, Tensor
+    ):  # what modules take and give, nearly always: this runs at every call that a probe sees
+        return [value] if value.is_floating_point() else []
+    if type(value) is tuple:
+        return [tensor for part in value for tensor in floats(part)]
+    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (whatever a model takes)
+    """Return a value with other tensors. What holds one is copied; a type that cannot be made anew is left as it is.
+
+    Args:
+        value: it is not written to.
+        change: takes a tensor, of a packed sequence its data, and returns what takes its place.
+
+    """
     if isinstance(value, PackedSequence):
         return PackedSequence(change(value.data), value.batch_sizes, value.sorted_indices, value.unsorted_indices)
     if isinstance(value, Tensor):
         return change(value)
-    copied: Any
     if isinstance(value, MutableMapping):
-        copied = copy.copy(value)
+        mapping = copy.copy(value)
         for key in value:
-            copied[key] = _copied(value[key], change)
-        return copied
+            mapping[key] = mapped(value[key], change)
+        return mapping
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        copied = copy.copy(value)
+        record = copy.copy(value)
         for each in dataclasses.fields(value):
-            object.__setattr__(copied, each.name, _copied(getattr(value, each.name), change))
-        return copied
+            if hasattr(value, each.name):
+                object.__setattr__(record, each.name, mapped(getattr(value, each.name), change))
+        return record
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_copied(v, change) for v in value))
-    return type(value)(_copied(v, change) for v in value) if type(value) in (list, tuple) else value
+        return type(value)(*(mapped(part, change) for part in value))
+    return type(value)(mapped(part, change) for part in value) if type(value) in (list, tuple) else value
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:  # noqa: ANN401
-    """Return the tensors in a value, but for packed ones."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, PackedSequence):
-        return
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(item)
+def differentiable(value: Any) -> Any:  # noqa: ANN401
+    """Copy the tensors in a value; a floating-point one comes from a leaf, so that it may be edited in place itself."""
+    return mapped(value, _from_a_leaf)
+
+
+def detached(value: Any) -> Any:  # noqa: ANN401
+    """Return the same value with tensors that keep no graph."""
+    return mapped(value, Tensor.detach)
+
+
+def _from_a_leaf(tensor: Tensor) -> Tensor:
+    mine = tensor.detach()
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_nested:
+        return mine.clone()
+    return (mine.clone() if mine.is_inference() else mine).requires_grad_().clone()

@@ -14,13 +14,13 @@ import torch
 class StepListener(Protocol):
     """What hears of the steps of an optimizer. It must not raise."""
 
-    def on_look(self, slot: int) -> None:
+    def on_look(self) -> None:
         """Take note: the gradients of a step are complete, and it has not moved the weights yet."""
 
-    def on_loss(self, slot: int, loss: object) -> None:
+    def on_loss(self, loss: object) -> None:
         """Take note: a closure returned this."""
 
-    def on_stepped(self, slot: int) -> None:
+    def on_stepped(self) -> None:
         """Take note: the step is done."""
 
 
@@ -41,9 +41,8 @@ class StepHooks:
     The optimizer holds its hooks, and they the listener: a watcher that nobody keeps lives as long as its optimizer.
     """
 
-    def __init__(self, optimizer: Any, slot: int, listener: StepListener) -> None:  # noqa: ANN401  (any object with step())
-        """Attach; `slot` is handed back to the listener."""
-        self._slot = slot
+    def __init__(self, optimizer: Any, listener: StepListener) -> None:  # noqa: ANN401  (any object with step())
+        """Attach."""
         self._listener: StepListener | None = listener
         self._pid = os.getpid()
         self._depth = 0
@@ -92,7 +91,7 @@ class StepHooks:
                 self._evaluating = False
             if not self._seen:  # the first evaluation: the gradient at the weights that the step starts from
                 if (listener := self._live()) is not None:
-                    listener.on_loss(self._slot, loss)
+                    listener.on_loss(loss)
                 self._look()
             return loss
 
@@ -108,12 +107,12 @@ class StepHooks:
         if not self._seen:  # a closure that the optimizer never called
             self._look()
         if (listener := self._live()) is not None:
-            listener.on_stepped(self._slot)
+            listener.on_stepped()
 
     def _look(self) -> None:
         self._seen = True
         if (listener := self._live()) is not None:
-            listener.on_look(self._slot)
+            listener.on_look()
 
     def _live(self) -> StepListener | None:
         return self._listener if os.getpid() == self._pid else None  # a forked child is silent
@@ -133,8 +132,12 @@ def _nested(optimizer: object) -> bool:
     return False
 
 
-def _wrap_step(optimizer: Any, before: Callable[..., Any], after: Callable[..., None]) -> Callable[[], None]:  # noqa: ANN401
-    """Do by hand, for an object without step hooks, what torch's own `profile_hook_step` does; give what undoes it."""
+def _wrap_step(
+    optimizer: Any,  # noqa: ANN401  (any object with step())
+    before: Callable[..., Any],
+    after: Callable[..., None],
+) -> Callable[[], None]:
+    """Do by hand, for what has no step hooks, what torch's own `profile_hook_step` does; return what undoes it."""
     original = optimizer.step
     own = "step" in vars(optimizer)
 

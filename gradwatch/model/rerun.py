@@ -9,25 +9,34 @@ import random
 import sys
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as home
 
+from gradwatch.model.nested import parts
+
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextlib.contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put back, at the end, everything that a pass through the model may have changed; within, no tensor has a gradient.
+def as_it_was(model: nn.Module, generators: Sequence[torch.Generator] | None = None) -> Iterator[None]:
+    """Put back, at the end, all that a pass through the model may have changed; within, no tensor has a gradient.
 
-    That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list; parameters, buffers and tensors that modules
-    keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit; random generators that they keep; gradients; and the random states of
-    torch (of other devices only if they were drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an
-    object of another kind is not known here, nor what it does outside of Python. It takes the memory of a copy of all these tensors.
+    That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list;
+        parameters,
+    buffers and tensors that modules keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit;
+    random generators that they keep; gradients; and the random states of torch (of other devices only if they were
+    drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an
+    object of another kind is not known here, nor what it does outside of Python. It takes as many bytes as all these
+    tensors.
+
+    Args:
+        model: what will run.
+        generators: torch's; None: all of its own, see `torch_generators`.
 
     Raises:
         ValueError: parameters have no shape yet; nothing could take their coming back.
@@ -38,15 +47,13 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             "the parameters of model must have their shapes: lazy modules get them when a batch has gone through once"
         )
-    state = _State(model)
-    generators = _generators()
+    backup = _ModelBackup(model)
+    generators = torch_generators() if generators is None else generators
     before = [g.get_state() for g in generators]
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
-        for held in state.tensors:
-            if held.gradient is not None:
-                held.tensor.grad = None
+        backup.remove_gradients()
         yield
     finally:
         random.setstate(python_state)
@@ -55,13 +62,14 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         for generator, drawn in zip(generators, before, strict=True):
             if not torch.equal(generator.get_state(), drawn):
                 generator.set_state(drawn)
-        state.restore()
+        backup.restore()
 
 
 @contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
-    """Keep the hooks of the model's modules, and global ones, from running, but for torch's own: weight_norm, spectral_norm and pruning compute in theirs.
+    """Keep the hooks of the model's modules, and global ones, from running.
 
+    But for torch's own: weight_norm, spectral_norm and pruning compute in theirs.
     The tables are exchanged and not emptied, so that a hook that is removed meanwhile stays removed.
     """
     tables = [
@@ -88,25 +96,25 @@ def _of_torch(hook: Any) -> bool:  # noqa: ANN401  (any callable)
     return any(str(getattr(kind, "__module__", "")).startswith("torch.") for kind in kinds)
 
 
-class _Held(NamedTuple):
+class _TensorBackup(NamedTuple):
     """A tensor as it was."""
 
     tensor: Tensor
     place: Tensor
-    """Shares its memory: somebody may give it other memory by `.data = `."""
+    """Shares its storage: somebody may give it another by `.data = `."""
     copy: Tensor
     requires_grad: bool
     gradient: Tensor | None
 
 
-class _State:
+class _ModelBackup:
     """What modules hold, and how to put it back."""
 
     def __init__(self, model: nn.Module) -> None:
         """Copy it."""
-        self.tensors: list[_Held] = []
+        self._tensors: list[_TensorBackup] = []
         self._containers: list[tuple[Any, list[Any]]] = []
-        self._generators: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Callable[[Any], object], Any]] = []
         self._scripted: list[tuple[torch.jit.ScriptModule, dict[str, Any]]] = []
         seen: set[int] = set()
         waiting: list[Any] = [model]
@@ -115,41 +123,46 @@ class _State:
             if value is None or isinstance(value, bool | int | float | str | type) or id(value) in seen:
                 continue
             seen.add(id(value))
-            waiting += self._take(value)
+            self._remember(value)
+            waiting += self._held_by(value)
 
-    def _take(self, value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a module keeps)
-        """Remember one thing, and give what is in it."""
+    def _remember(self, value: Any) -> None:  # noqa: ANN401  (whatever a module keeps)
+        """Copy one thing; what is in it is a thing of its own."""
         if isinstance(value, Tensor):
-            copied = value.detach().clone()
-            # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that waits for its backward pass would stumble.
-            self.tensors.append(
-                _Held(value, value.data, copied, value.requires_grad, value.grad if value.is_leaf else None)
+            gradient = value.grad if value.is_leaf else None
+            # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that
+            # waits for its backward pass would stumble.
+            self._tensors.append(
+                _TensorBackup(value, value.data, value.detach().clone(), value.requires_grad, gradient)
             )
         elif isinstance(value, torch.jit.ScriptModule):
-            kept = {name: getattr(value, name) for name in value._concrete_type.get_attributes()}
-            self._scripted.append((value, kept))
-            return [*value.parameters(), *value.buffers(), *kept.values(), *value.children()]
-        elif isinstance(value, nn.Module) or (
-            dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
-        ):
-            return self._take(vars(value))
-        elif isinstance(value, dict):
+            self._scripted.append((value, _scripted_attributes(value)))
+        elif isinstance(value, dict | list | set | deque):
             self._containers.append((value, _content(value)))
-            return list(value.values())
-        elif isinstance(value, list | set | deque):
-            self._containers.append((value, _content(value)))
-            return list(value)
-        elif isinstance(value, tuple):
-            return value
         elif isinstance(value, torch.Generator):
             self._generators.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             self._generators.append((value.setstate, value.getstate()))
         elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.random.Generator):
-            self._generators.append(
-                (functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state)
-            )
-        return ()
+            bits = value.bit_generator
+            self._generators.append((functools.partial(setattr, bits, "state"), bits.state))
+
+    @staticmethod
+    def _held_by(value: Any) -> Iterable[Any]:  # noqa: ANN401
+        """Return what is in one thing, which may be more than what a model takes and gives."""
+        if isinstance(value, Tensor):
+            return ()
+        if isinstance(value, torch.jit.ScriptModule):
+            return [*value.parameters(), *value.buffers(), *_scripted_attributes(value).values(), *value.children()]
+        if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
+            return [vars(value)]  # which may get other keys
+        return value if isinstance(value, set | deque) else parts(value)
+
+    def remove_gradients(self) -> None:
+        """Leave no tensor with a gradient."""
+        for backup in self._tensors:
+            if backup.gradient is not None:
+                backup.tensor.grad = None
 
     def restore(self) -> None:
         """Put it back."""
@@ -160,17 +173,21 @@ class _State:
             for name, value in kept.items():
                 setattr(module, name, value)
         failed = []
-        for held in self.tensors:
+        for backup in self._tensors:
             try:
-                _put_back(held)
+                _put_back(backup)
             except RuntimeError as error:
-                failed.append(f"{tuple(held.copy.shape)}: {error}")
+                failed.append(f"{tuple(backup.copy.shape)}: {error}")
         for put, state in self._generators:
             put(state)
         if failed:
             raise RuntimeError(
                 f"{len(failed)} tensors of the model could not be put back as they were, the first of shape {failed[0]}"
             )
+
+
+def _scripted_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in module._concrete_type.get_attributes()}
 
 
 def _content(container: Any) -> list[Any]:  # noqa: ANN401  (a dict, list, set or deque)
@@ -189,11 +206,10 @@ def _same(now: list[Any], before: list[Any]) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
-def _put_back(held: _Held) -> None:
-    tensor, place, copy = held.tensor, held.place, held.copy
-    if tensor.layout is not torch.strided or hasattr(
-        tensor, "__tensor_flatten__"
-    ):  # sparse, or made of several: it has no memory of its own
+def _put_back(backup: _TensorBackup) -> None:
+    tensor, place, copy = backup.tensor, backup.place, backup.copy
+    # Sparse, or made of several: it has no storage of its own.
+    if tensor.layout is not torch.strided or hasattr(tensor, "__tensor_flatten__"):
         with torch.no_grad():
             tensor.copy_(copy)
     else:
@@ -203,10 +219,10 @@ def _put_back(held: _Held) -> None:
         if not (place.device.type == "cpu" and _equal(place, copy)):
             place.copy_(copy)
     if tensor.is_leaf:
-        if tensor.requires_grad != held.requires_grad:
-            tensor.requires_grad_(held.requires_grad)
-        if tensor.grad is not held.gradient:
-            tensor.grad = held.gradient
+        if tensor.requires_grad != backup.requires_grad:
+            tensor.requires_grad_(backup.requires_grad)
+        if tensor.grad is not backup.gradient:
+            tensor.grad = backup.gradient
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -219,7 +235,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(bits), other.view(bits))
 
 
-def _generators() -> list[torch.Generator]:
+def torch_generators() -> list[torch.Generator]:
     """Return torch's own generators, of all devices that have begun."""
     found = [torch.default_generator]
     for device in ("cuda", "xpu"):

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import TYPE_CHECKING
 
 from gradwatch.values.report import Alert, Report, Severity
-
-if TYPE_CHECKING:
-    pass
-
 
 _log = logging.getLogger("gradwatch")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -37,7 +32,7 @@ def log_alert(alert: Alert) -> None:
 
 
 def log_end(report: Report) -> None:
-    """Send what is still open at the end to the logger `gradwatch`, worst first, in one line; nothing where nothing is."""
+    """Send the alerts that are open at the end to the logger `gradwatch`, worst first, in one line; none is no line."""
     still = sorted(report.open, key=lambda alert: alert.severity, reverse=True)
     if still:
         said = "; ".join(
@@ -49,5 +44,5 @@ def log_end(report: Report) -> None:
 
 
 def printable(text: str) -> str:
-    """Return the text with what a terminal would obey in it, for instance in the names of a foreign record, made visible."""
+    """Return the text with what a terminal would obey made visible, for instance in the names of a foreign record."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
-from gradwatch.values.plain import from_json, from_plain, snapshot_from_plain, snapshot_to_plain, to_json, to_plain
+from gradwatch.sinks.deletion import refuse_deleted
+from gradwatch.values.plain import (
+    FORMAT,
+    alert_from_plain,
+    from_json,
+    model_from_plain,
+    snapshot_from_plain,
+    snapshot_to_plain,
+    to_json,
+    to_plain,
+)
 from gradwatch.values.report import Alert, Report, Severity
 from gradwatch.values.snapshot import ModelInfo, Snapshot
 
-if sys.platform != "win32":
-    pass
-
-from gradwatch.sinks.run_directory import release
-
-FORMAT = 1
 NAME = "record.jsonl"
 BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
@@ -26,8 +29,9 @@ steps of a model with 100 parameter tensors."""
 
 _LONGEST = 16 * 2**20
 """Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
-_MOST = 200_000
-"""Snapshots that are read into memory; past them every second of the older ones is dropped, as it is where a record is written. No record of the usual bound has so many."""
+MOST = 200_000
+"""Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
+is written. No record of the usual bound has so many."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,15 @@ class Run:
 class Record:
     """A sink that writes `record.jsonl` into a directory, which it makes at the first report."""
 
-    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND, claimed: bool = False) -> None:
+    outlives_watcher: ClassVar[bool] = True
+    """It refers to no watcher, model or optimizer, so it may be kept until it is closed even if the watcher is gone."""
+
+    def __init__(self, directory: str | os.PathLike[str], *, bound: int = BOUND) -> None:
         """Write into `directory`; a record that is there already is replaced.
 
         Args:
             directory: the folder to write into.
             bound: bytes that the record may take.
-            claimed: whether `claim` gave the directory to this record, which then lets go of it when it is closed; any other is
-                left as it is.
 
         Raises:
             TypeError, ValueError: `bound` is not a whole number above 0.
@@ -78,7 +83,6 @@ class Record:
             raise ValueError(f"bound must be at least 1 byte, got {bound}")
         self._path = Path(directory) / NAME
         self._bound = self._limit = bound
-        self._claimed = claimed
         self._file: TextIO | None = None
         self._size = 0
         self._thinned = 0
@@ -95,10 +99,7 @@ class Record:
 
         """
         file = self._file or self._begin()
-        if (
-            os.fstat(file.fileno()).st_nlink == 0 and not self._path.exists()
-        ):  # what is written now nobody will ever read
-            raise FileNotFoundError(f"{self._path} was deleted while it was written")
+        refuse_deleted(file)
         snapshot = report.snapshot
         if self._model is not snapshot.model:
             self._model, self._models = snapshot.model, self._models + 1
@@ -131,9 +132,6 @@ class Record:
             file, self._file = self._file, None
             if file is not None:
                 file.close()
-            if self._claimed:
-                self._claimed = False  # from now on it may be another's
-                release(self._path.parent)
 
     def _begin(self) -> TextIO:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +145,7 @@ class Record:
         return self._file
 
     def _whole_lines(self) -> bool:
-        """Take off the half line that a killed process left, because it would spoil the next one; tell whether anything is left."""
+        """Cut off the half line of a killed process, which would spoil the next; return whether anything is left."""
         with self._path.open("rb+") as file:
             return file.truncate(file.read().rfind(b"\n") + 1) > 0
 
@@ -158,12 +156,13 @@ class Record:
             self._size += len(text)
 
     def _thin(self) -> None:
-        """Drop every second snapshot of the older three quarters, into a new file that takes the place of the old one."""
+        """Replace the file by one without every second snapshot of the older three quarters."""
         if self._file is None:
             return
         self._file.close()
         self._file = None
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        written = from_json(lines[0])["format"]
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
@@ -172,7 +171,7 @@ class Record:
         fresh = self._path.with_suffix(".new")
         try:
             fresh.write_text(
-                "".join([to_json({"format": FORMAT, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
+                "".join([to_json({"format": written, "thinned": self._thinned}) + "\n", *kept]), encoding="utf-8"
             )
             fresh.replace(self._path)
         except OSError:
@@ -185,12 +184,12 @@ class Record:
 
 
 def _fold_alerts(lines: list[str]) -> set[int]:
-    """Put the newest word on each alert where the first one stands; give the numbers of the lines that then say nothing new."""
+    """Move the newest line of each alert to its first one's place; return the numbers of those then of no use."""
     first: dict[tuple[object, ...], int] = {}
     later = set()
     for number, line in enumerate(lines):
         if line.startswith('{"alert"'):
-            alert = from_plain(Alert, from_json(line)["alert"])
+            alert = alert_from_plain(from_json(line)["alert"])
             place = first.setdefault((*_key(alert), alert.began), number)
             if place != number:
                 lines[place] = line
@@ -198,65 +197,75 @@ def _fold_alerts(lines: list[str]) -> set[int]:
     return later
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
+def read_run(path: str | os.PathLike[str], *, most: int = MOST) -> Run:
     """Read the record of a run.
 
     Args:
         path: the record, its folder, or a log directory with one run in or below it.
+        most: snapshots to keep in memory; past them every second of the older ones is dropped and counted as `thinned`.
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: there are several runs (use `read_runs`), or this is not a record of this format.
+        ValueError: there are several runs (use `read_runs`), or this is not a record of this format; `most` is below 2.
 
     """
-    runs = read_runs(path)
+    runs = read_runs(path, most=most)
     if len(runs) > 1:
         raise ValueError(f"{path} holds {len(runs)} runs, and one is wanted: {', '.join(runs)}")
     return next(iter(runs.values()))
 
 
-def read_runs(path: str | os.PathLike[str]) -> dict[str, Run]:
+def read_runs(path: str | os.PathLike[str], *, most: int = MOST) -> dict[str, Run]:
     """Read every record in or below `path`, each under the name of its folder as seen from there.
+
+    Args:
+        path: a record, its folder, or a log directory.
+        most: snapshots of each to keep in memory; past them every second of the older ones is dropped.
 
     Raises:
         FileNotFoundError: there is no record.
-        ValueError: a file is not a record of this format.
+        ValueError: a file is not a record of this format; `most` is below 2.
 
     """
+    if most < 2:
+        raise ValueError(f"most must be at least 2, got {most}")
     top = Path(path)
     found = (
         [top] if top.is_file() else sorted(p for p in top.rglob(NAME) if p.is_file())
     )  # to open a pipe would wait for ever
     if not found:
         raise FileNotFoundError(f"no {NAME} in or below {top}: was it written by gradwatch.watch(..., logdir=...)?")
-    return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file) for file in found}
+    return {file.parent.relative_to(top).as_posix() if top.is_dir() else file.name: _read(file, most) for file in found}
 
 
 @dataclass
 class _Draft:
+    written: int = FORMAT
+    """The format of the record."""
     models: list[ModelInfo] = field(default_factory=list)
     snapshots: list[Snapshot] = field(default_factory=list)
     alerts: dict[tuple[object, ...], Alert] = field(default_factory=dict)
 
 
-def _read(file: Path) -> Run:
+def _read(file: Path, most: int = MOST) -> Run:
     draft, thinned, broken, truncated = _Draft(), 0, 0, False
     with file.open(encoding="utf-8", errors="replace") as stream:
         for number, line in enumerate(_lines(stream)):
             try:
                 content = from_json(line)
                 if number == 0:
-                    thinned = _begun(content)
+                    draft.written, thinned = _begun(content)
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
-                    raise ValueError(f"{file} is not a record of format {FORMAT}: {error!r:.80}") from error
+                    raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
-            if len(draft.snapshots) > _MOST:
-                thinned += len(draft.snapshots[1 : _MOST * 3 // 4 : 2])
-                del draft.snapshots[1 : _MOST * 3 // 4 : 2]
+            if len(draft.snapshots) > most:
+                older = slice(1, max(most * 3 // 4, 2), 2)
+                thinned += len(draft.snapshots[older])
+                del draft.snapshots[older]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is not a record of format {FORMAT}: it is empty")
+        raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: it is empty")
     return Run(
         tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
     )
@@ -271,23 +280,23 @@ def _lines(stream: TextIO) -> Iterator[str]:
         yield line if end is line else line[:80] + "\n"
 
 
-def _begun(content: dict[str, Any]) -> int:
-    """Check the first line, and give the number of snapshots that were dropped."""
-    if content["format"] != FORMAT:
+def _begun(content: dict[str, Any]) -> tuple[int, int]:
+    """Check the first line, and return the format and the number of snapshots that were dropped."""
+    if content["format"] not in (1, FORMAT):
         raise ValueError(f"format {content['format']!r}")
-    return int(content.get("thinned", 0))
+    return content["format"], int(content.get("thinned", 0))
 
 
 def _take(draft: _Draft, content: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
-        draft.models.append(from_plain(ModelInfo, content["model"]))
+        draft.models.append(model_from_plain(content["model"], draft.written))
     elif "snapshot" in content:
         plain = content["snapshot"]
-        draft.snapshots.append(snapshot_from_plain(plain, draft.models))
+        draft.snapshots.append(snapshot_from_plain(plain, draft.models, draft.written))
     elif "alert" in content:
-        alert = from_plain(Alert, content["alert"])
+        alert = alert_from_plain(content["alert"], draft.written)
         draft.alerts[(*_key(alert), alert.began)] = alert
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run: claimed by one live watcher, and let go of."""
+"""The directory of a run: claimed by one live watcher, with the files it writes, and let go of."""
 
 from __future__ import annotations
 
@@ -11,30 +11,71 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gradwatch.sinks.record import Record
+from gradwatch.sinks.tensorboard import TensorBoardSink
+from gradwatch.values.report import Sink
+
 if sys.platform != "win32":
     import fcntl
 
 
 _FORBIDDEN = re.compile(r"[^A-Za-z0-9_.-]")
 
-
 _held: dict[Path, int | None] = {}
 """Directories of the live watchers of this process, each with what locks it."""
 
 
-def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callable[[], object] = gc.collect) -> Path:
-    """Return the directory for a run below `logdir`, `gradwatch` or `gradwatch-<name>`, with `-2`, ... if a live watcher, of any process, holds it.
+class RunDirectory:
+    """A directory that no other watcher writes into until this is closed, and the sinks that write its files."""
 
-    Args:
-        logdir: the folder that it is to be in.
-        name: tells several apart.
-        free: makes watchers that nobody uses let go of theirs; called where this process holds the directory.
+    def __init__(
+        self,
+        logdir: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        events: bool = True,
+        free: Callable[[], object] = gc.collect,
+    ) -> None:
+        """Claim `gradwatch` or `gradwatch-<name>` in `logdir`, with `-2`, ... if any process has a live watcher there.
 
-    Raises:
-        TypeError, ValueError: `logdir` is no path.
-        NotADirectoryError: it is a file, or is to be in one.
+        Args:
+            logdir: the folder to make it in.
+            name: tells several apart.
+            events: write TensorBoard events too, beside the record.
+            free: makes watchers that nobody uses let go of theirs; called if this process holds the directory.
 
-    """
+        Raises:
+            TypeError, ValueError: `logdir` is not a path.
+            NotADirectoryError: it is a file, or is to be in one.
+
+        """
+        self.path = _claim(logdir, name, free)
+        self._closing = contextlib.ExitStack()  # closes in reverse, whatever fails: the files, then the lock
+        self._closing.callback(_release, self.path)
+        record = Record(self.path)
+        self._closing.callback(record.close)
+        self.sinks: list[Sink] = [record]
+        if events:
+            board = TensorBoardSink(self.path)
+            self._closing.callback(board.close)
+            self.sinks.insert(0, board)
+
+    def close(self) -> None:
+        """Close the files and let go of the directory, which is removed if it is empty; a second call does nothing.
+
+        Raises:
+            OSError: a file cannot be finished; everything is closed all the same.
+
+        """
+        self._closing.close()
+
+
+def held() -> frozenset[Path]:
+    """Return the directories that live watchers of this process hold."""
+    return frozenset(_held)
+
+
+def _claim(logdir: str | os.PathLike[str], name: str | None, free: Callable[[], object]) -> Path:
     if not isinstance(logdir, str | os.PathLike):
         raise TypeError(f"logdir must be a path, got {logdir!r:.80}")
     if not os.fspath(logdir) or "\0" in os.fspath(logdir):
@@ -53,8 +94,7 @@ def claim(logdir: str | os.PathLike[str], name: str | None = None, free: Callabl
     return next(top / n for n in names if _lock(top / n))
 
 
-def release(directory: Path) -> None:
-    """Let go of a directory that was claimed."""
+def _release(directory: Path) -> None:
     handle = _held.pop(directory, None)
     if handle is not None:
         if sys.platform != "win32":
@@ -66,10 +106,10 @@ def release(directory: Path) -> None:
 
 
 def _lock(directory: Path) -> bool:
-    """Hold a directory, which is made, until `release` or the end of this process; False where somebody holds it.
+    """Hold a directory, which is made, until `_release` or the end of this process; False where somebody holds it.
 
-    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with their process.
-    What cannot be made or locked is held within this process only: it is the record that will say why.
+    The directory itself is locked, so that nothing is left in it; Windows has no such locks, but files that go with
+    their process. What cannot be made or locked is held within this process only: the record will say why.
     """
     if directory in _held:
         return False

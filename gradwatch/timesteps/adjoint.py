@@ -1,8 +1,8 @@
 """The adjoint recurrences of RNN, LSTM and GRU, by hand, over states that a fused kernel went through.
 
-Everything here is laid out (time, rows, features), runs forward in time (a reverse direction is flipped before), and takes
-padding at the end of a row for what it is: no gradient is injected there, so none arises. Formulas: the backward pass of the
-equations in the documentation of torch.nn.RNN, torch.nn.LSTM and torch.nn.GRU.
+Everything here is laid out (time, rows, features), runs forward in time (a reverse direction is flipped before), and
+takes padding at the end of a row for what it is: no gradient is injected there, so none arises. Formulas: the backward
+pass of the equations in the documentation of torch.nn.RNN, torch.nn.LSTM and torch.nn.GRU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,21 +19,44 @@ from torch.nn import functional
 Carry = TypeVar("Carry", Tensor, Tensor | None)
 
 _CHUNK = 64
-"""Timesteps whose intermediate results are held at once: enough for one product of matrices to pay, and little memory."""
+"""Timesteps whose intermediate results are held at once: enough for one product of matrices to pay, and few bytes."""
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer and direction, as torch names and shapes them."""
+
+    ih: Tensor
+    """From the input, (gates x hidden, inputs)."""
+    hh: Tensor
+    """From the hidden state, (gates x hidden, width)."""
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    hr: Tensor | None = None
+    """The projection of the hidden state, (width, hidden)."""
 
 
 @dataclass
 class Cell(ABC):
-    """One layer and direction: its weights as torch keeps them, and the states that it went through."""
+    """One layer and direction: its weights, and the inputs and states that it went through."""
 
     x: Tensor
     """(T, R, inputs)"""
     before: Tensor
     """The hidden state that each timestep began with, (T, R, width)."""
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
+    weights: LayerWeights
+    kept: Tensor | None = field(default=None, init=False)
+    """After `run`: the share of the old state that a gate kept, (T, R, hidden); None where no gate does."""
+    through: Tensor | None = field(default=None, init=False)
+    """After `run`: the derivative of h' by c', (T, R, hidden); None where there is no cell state."""
+
+    @abstractmethod
+    def run(self, c0: Tensor | None) -> Tensor:
+        """Recompute the hidden states, (T, R, width), and keep what the way back needs.
+
+        Args:
+            c0: the cell state before the first timestep, (R, hidden); None where the kind has none.
+
+        """
 
     @abstractmethod
     def back(self, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -42,7 +65,7 @@ class Cell(ABC):
         Args:
             t: the timestep.
             dh: total gradient of its hidden state, (S, R, width).
-            dc: gradient of its cell state as it was carried from the future, (S, R, hidden); None but for an LSTM.
+            dc: gradient of its cell state as it was carried from the future, (S, R, hidden); None where there is none.
             out: where the gradient of the pre-activations goes, as the input sees them, (S, R, gates x hidden).
 
         Returns:
@@ -50,36 +73,42 @@ class Cell(ABC):
 
         """
 
-    def _gates(self, x: Tensor, h: Tensor) -> Tensor:
-        return functional.linear(x, self.w_ih, self.b_ih) + functional.linear(h, self.w_hh, self.b_hh)
+    def _from_input(self) -> Tensor:
+        return functional.linear(self.x, self.weights.ih, self.weights.b_ih)
+
+    def _from_state(self) -> Tensor:
+        return functional.linear(self.before, self.weights.hh, self.weights.b_hh)
 
 
-class Plain(Cell):
+@dataclass
+class Rnn(Cell):
     """h' = f(W_ih x + b_ih + W_hh h + b_hh), f = tanh or relu."""
 
-    def run(self, *, relu: bool) -> Tensor:
-        """Recompute the hidden states, (T, R, width)."""
-        a = self._gates(self.x, self.before)
-        h = a.relu() if relu else a.tanh()
-        self._slope = (a > 0).to(a.dtype) if relu else 1 - h * h
+    relu: bool = False
+
+    def run(self, c0: Tensor | None) -> Tensor:  # noqa: ARG002  (it has no cell state)
+        """Recompute the hidden states; see `Cell.run`."""
+        a = self._from_input() + self._from_state()
+        h = a.relu() if self.relu else a.tanh()
+        self._slope = (a > 0).to(a.dtype) if self.relu else 1 - h * h
         return h
 
     def back(self, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Go one timestep back; see `Cell.back`."""
         torch.mul(dh, self._slope[t], out=out)
-        return out @ self.w_hh, None, dc
+        return out @ self.weights.hh, None, dc
 
 
 class Gru(Cell):
     """r, z = sigmoid(...), n = tanh(W_in x + b_in + r (W_hn h + b_hn)), h' = (1 - z) n + z h."""
 
-    def run(self) -> Tensor:
-        """Recompute the hidden states, (T, R, width)."""
-        xr, xz, xn = functional.linear(self.x, self.w_ih, self.b_ih).chunk(3, -1)
-        hr, hz, q = functional.linear(self.before, self.w_hh, self.b_hh).chunk(3, -1)
+    def run(self, c0: Tensor | None) -> Tensor:  # noqa: ARG002  (it has no cell state)
+        """Recompute the hidden states; see `Cell.run`."""
+        xr, xz, xn = self._from_input().chunk(3, -1)
+        hr, hz, q = self._from_state().chunk(3, -1)
         r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
         n = (xn + r * q).tanh()
-        self._r, self.kept = r, z
+        self._r, self._z, self.kept = r, z, z
         dn = (1 - z) * (1 - n * n)
         self._k = torch.stack([dn * q * r * (1 - r), (self.before - n) * z * (1 - z), dn], -2)
         return n + z * (self.before - n)
@@ -88,58 +117,60 @@ class Gru(Cell):
         """Go one timestep back; see `Cell.back`."""
         parts = out.view(*out.shape[:-1], 3, -1)
         torch.mul(dh.unsqueeze(-2), self._k[t], out=parts)
-        inner = torch.cat(
-            [out[..., : 2 * dh.shape[-1]], parts[..., 2, :] * self._r[t]], -1
-        )  # the reset gate stands inside of n, on the side of h only
-        return torch.addcmul(inner @ self.w_hh, dh, self.kept[t]), None, dc
+        # The reset gate stands inside of n, on the side of h only.
+        inner = torch.cat([out[..., : 2 * dh.shape[-1]], parts[..., 2, :] * self._r[t]], -1)
+        return torch.addcmul(inner @ self.weights.hh, dh, self._z[t]), None, dc
 
 
 class Lstm(Cell):
     """i, f, o = sigmoid(...), g = tanh(...), c' = f c + i g, h' = o tanh(c'), or W_hr of that."""
 
-    def run(self, c: Tensor, w_hr: Tensor | None) -> Tensor:
-        """Recompute the hidden states, (T, R, width), from the cell state before the first of them, (R, hidden)."""
-        i, f, g, o = self._gates(self.x, self.before).chunk(4, -1)
+    def run(self, c0: Tensor | None) -> Tensor:
+        """Recompute the hidden states; see `Cell.run`."""
+        assert c0 is not None
+        i, f, g, o = (self._from_input() + self._from_state()).chunk(4, -1)
         i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
-        self._w_hr, self.kept = w_hr, f
+        self._f, self.kept = f, f
         new = i * g
         cells = torch.empty_like(new)
         earlier = torch.empty_like(new)
+        c = c0
         for t in range(len(new)):
             earlier[t] = c
             c = torch.addcmul(new[t], f[t], c, out=cells[t])
         squashed = cells.tanh_()
         self._k = torch.stack([g * i * (1 - i), earlier.mul_(f * (1 - f)), new.copy_(i * (1 - g * g))], -2)
         self._ko = squashed * o * (1 - o)
-        self.through = o * (1 - squashed * squashed)
+        self._through = self.through = o * (1 - squashed * squashed)
         h = squashed.mul_(o)
-        return h if w_hr is None else h @ w_hr.T
+        return h if self.weights.hr is None else h @ self.weights.hr.T
 
     def back(self, t: int, dh: Tensor, dc: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Go one timestep back; see `Cell.back`."""
         assert dc is not None
-        inner = dh if self._w_hr is None else dh @ self._w_hr
-        total = torch.addcmul(dc, inner, self.through[t])
+        inner = dh if self.weights.hr is None else dh @ self.weights.hr
+        total = torch.addcmul(dc, inner, self._through[t])
         hidden = total.shape[-1]
         torch.mul(total.unsqueeze(-2), self._k[t], out=out.view(*out.shape[:-1], 4, hidden)[..., :3, :])
         torch.mul(inner, self._ko[t], out=out[..., 3 * hidden :])
-        return out @ self.w_hh, total * self.kept[t], total
+        return out @ self.weights.hh, total * self._f[t], total
 
 
 @dataclass
 class Seam:
-    """Between two calls of the module that were joined to one sequence: what autograd says of the state that was handed on."""
+    """Where two calls were joined to one sequence: what autograd says of the state that was handed on."""
 
     h: Tensor | None
     """Total gradient of the hidden state, (R, width); None: none arrived."""
     c: Tensor | None
+    """The same of the cell state, (R, hidden)."""
     joined: bool
     """Whether the graph goes on through it; detached, nothing flows."""
 
 
 @dataclass
 class Walk:
-    """What came of walking back through one layer and direction. Squares are float64 and summed over features."""
+    """The gradients of one layer and direction. Squares are float64 and summed over features."""
 
     dx: Tensor
     """Gradients of the input, (T, S, R, inputs)."""
@@ -155,100 +186,114 @@ class Walk:
     """As `hidden`, of the cell state."""
 
 
+def walk_back(
+    cell: Cell,
+    direct: Tensor,
+    final_c: Tensor | None,
+    ends: Mapping[int, Tensor],
+    seams: Mapping[int, Seam],
+) -> Walk:
+    """Walk back through time with several streams of gradients at once: the training's, and the cotangents of lags.
+
+    Args:
+        cell: the layer and direction; it has run.
+        direct: gradients of the outputs from outside of the recurrence, (T, S, R, width).
+        final_c: gradient of the last cell state from outside, (S, R, hidden), for each row at its own end; None where
+            the kind has no cell state.
+        ends: which rows end with a timestep.
+        seams: by the last timestep of a call.
+
+    """
+    steps, streams, rows, width = direct.shape
+    chunk = min(_CHUNK, steps)
+
+    def squares() -> Tensor:
+        return direct.new_zeros((steps, streams, rows), dtype=torch.float64)
+
+    def buffer(features: int) -> Tensor:
+        return direct.new_empty((chunk, streams, rows, features))
+
+    dx = direct.new_empty((steps, streams, rows, cell.weights.ih.shape[1]))
+    hidden, outside, carried, state = squares(), squares(), squares(), squares()
+    cell_state = _CellState(squares(), *(buffer(final_c.shape[-1]) for _ in range(3))) if final_c is not None else None
+    total_h, carried_h, gates = buffer(width), buffer(width), buffer(cell.weights.ih.shape[0])
+    carry_h = direct.new_zeros((streams, rows, width))
+    carry_c = torch.zeros_like(final_c) if final_c is not None else None
+    for stop in range(steps, 0, -_CHUNK):
+        start = max(stop - _CHUNK, 0)
+        for t in range(stop - 1, start - 1, -1):
+            k = t - start
+            seam = seams.get(t)
+            carry_h, carry_c = _over(seam, carry_h), _over(seam, carry_c)
+            carried_h[k] = carry_h
+            if cell_state is not None and carry_c is not None:
+                cell_state.carried[k] = carry_c
+            carry_h, carry_c = _known(seam, carry_h, carry_c)
+            carry_c = _ended(carry_c, final_c, ends.get(t))
+            dh = torch.add(direct[t], carry_h, out=total_h[k])
+            if cell_state is not None and carry_c is not None:
+                cell_state.without_h[k] = carry_c
+            carry_h, carry_c, dc = cell.back(t, dh, carry_c, gates[k])
+            if cell_state is not None and dc is not None:
+                cell_state.total[k] = dc
+        size = stop - start
+        dx[start:stop] = gates[:size] @ cell.weights.ih
+        hidden[start:stop] = square(total_h[:size])
+        outside[start:stop] = square(direct[start:stop])
+        for t in seams.keys() & range(start, stop):  # what crossed and was not the next call's is used directly
+            outside[t] = _difference(total_h[t - start], carried_h[t - start])
+        carried[start:stop] = square(carried_h[:size])
+        state[start:stop] = hidden[start:stop]
+        if cell_state is not None:
+            cell_state.squares[start:stop] = square(cell_state.total[:size])
+            carried[start:stop] += square(cell_state.carried[:size])
+            state[start:stop] += square(cell_state.without_h[:size])
+    return Walk(
+        dx,
+        hidden.transpose(0, 1),
+        outside[:, 0],
+        carried[:, 0],
+        state[:, 0],
+        cell_state.squares.transpose(0, 1) if cell_state is not None else None,
+    )
+
+
 @dataclass
-class Walker:
-    """Walks back through the timesteps with several streams of gradients at once: the training's, and the cotangents of lags."""
+class _CellState:
+    """What walking back keeps of the cell state: squares of all timesteps, and gradients of those of one chunk."""
 
-    cell: Cell
-    direct: Tensor
-    """Gradients of the outputs from outside of the recurrence, (T, S, R, width)."""
-    final_c: Tensor | None
-    """Gradient of the last cell state from outside, (S, R, hidden), for each row at its own end."""
-    ends: Mapping[int, Tensor]
-    """Which rows end with a timestep."""
-    seams: Mapping[int, Seam] = field(default_factory=dict)
-    """By the last timestep of a call."""
-
-    def walk(self) -> Walk:
-        """Walk."""
-        steps, streams, rows, width = self.direct.shape
-        gates = self.cell.w_ih.shape[0]
-        lstm = self.final_c is not None
-        hidden_width = self.final_c.shape[-1] if self.final_c is not None else width
-        shape = (steps, streams, rows)
-        squares = {
-            name: self.direct.new_zeros(shape, dtype=torch.float64)
-            for name in ("hidden", "direct", "carried", "state", "cell")
-        }
-        dx = self.direct.new_empty((*shape, self.cell.w_ih.shape[1]))
-        carry_h = self.direct.new_zeros((streams, rows, width))
-        carry_c = self.direct.new_zeros((streams, rows, hidden_width)) if lstm else None
-        buffers = {
-            name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, width)) for name in ("total", "came")
-        }
-        cells = (
-            {
-                name: self.direct.new_empty((min(_CHUNK, steps), streams, rows, hidden_width))
-                for name in ("total", "came", "alone")
-            }
-            if lstm
-            else {}
-        )
-        da = self.direct.new_empty((min(_CHUNK, steps), streams, rows, gates))
-        for stop in range(steps, 0, -_CHUNK):
-            start = max(stop - _CHUNK, 0)
-            for t in range(stop - 1, start - 1, -1):
-                k = t - start
-                seam = self.seams.get(t)
-                carry_h, carry_c = _over(seam, carry_h), _over(seam, carry_c)
-                buffers["came"][k] = carry_h
-                if carry_c is not None:
-                    cells["came"][k] = carry_c
-                if seam is not None:
-                    carry_h, carry_c = _known(carry_h, seam.h), _known(carry_c, seam.c)
-                if carry_c is not None and self.final_c is not None and t in self.ends:
-                    carry_c = carry_c.index_add(1, self.ends[t], self.final_c[:, self.ends[t]])
-                dh = torch.add(self.direct[t], carry_h, out=buffers["total"][k])
-                if carry_c is not None:
-                    cells["alone"][k] = carry_c
-                carry_h, carry_c, dc = self.cell.back(t, dh, carry_c, da[k])
-                if dc is not None:
-                    cells["total"][k] = dc
-            size = stop - start
-            dx[start:stop] = da[:size] @ self.cell.w_ih
-            total, came = buffers["total"][:size], buffers["came"][:size]
-            squares["hidden"][start:stop] = square(total)
-            squares["direct"][start:stop] = square(self.direct[start:stop])
-            for t in self.seams.keys() & range(
-                start, stop
-            ):  # what crossed and was not the next call's is used directly
-                squares["direct"][t] = _difference(total[t - start], came[t - start])
-            squares["carried"][start:stop] = square(came)
-            squares["state"][start:stop] = squares["hidden"][start:stop]
-            if lstm:
-                squares["cell"][start:stop] = square(cells["total"][:size])
-                squares["carried"][start:stop] += square(cells["came"][:size])
-                squares["state"][start:stop] += square(cells["alone"][:size])
-        return Walk(
-            dx,
-            squares["hidden"].transpose(0, 1),
-            squares["direct"][:, 0],
-            squares["carried"][:, 0],
-            squares["state"][:, 0],
-            squares["cell"].transpose(0, 1) if lstm else None,
-        )
+    squares: Tensor
+    """Squared norms of the total gradient, (T, S, R)."""
+    total: Tensor
+    """(chunk, S, R, hidden), as the two below."""
+    carried: Tensor
+    """What the timestep after handed back."""
+    without_h: Tensor
+    """The total but for what comes through the hidden state of the same timestep."""
 
 
 def _over(seam: Seam | None, carry: Carry) -> Carry:
-    """Return what comes over a seam of what the call behind it hands back: nothing where it is detached."""
+    """Return what crosses a seam of what the call after it hands back: nothing where it is detached."""
     return carry if seam is None or seam.joined or carry is None else torch.zeros_like(carry)
 
 
-def _known(carry: Carry, known: Tensor | None) -> Carry:
-    """Take autograd's word for what the state at a seam has in the training's own stream; cotangents cross as they come."""
-    if carry is None:
+def _known(seam: Seam | None, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Replace the training's own stream at a seam by what autograd says; cotangents cross as they come."""
+    if seam is None:
+        return h, c
+    return _replaced(h, seam.h), None if c is None else _replaced(c, seam.c)
+
+
+def _replaced(carry: Tensor, first: Tensor | None) -> Tensor:
+    """Return a carry with another first stream; None: of zeros."""
+    return torch.cat([torch.zeros_like(carry[:1]) if first is None else first.unsqueeze(0), carry[1:]])
+
+
+def _ended(carry: Tensor | None, final: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Add the gradient of the last cell state in the rows that end here."""
+    if carry is None or final is None or rows is None:
         return carry
-    return torch.cat([torch.zeros_like(carry[:1]) if known is None else known.unsqueeze(0), carry[1:]])
+    return carry.index_add(1, rows, final[:, rows])
 
 
 def _difference(total: Tensor, part: Tensor) -> Tensor:

@@ -12,8 +12,12 @@ from gradwatch.timesteps.adjoint import square
 
 
 class Layout(Protocol):
-    """Takes apart what a sequence module takes and gives."""
+    """Takes apart the inputs, outputs and states of a sequence module, as the user's tensors are."""
 
+    single: bool
+    """Whether the call is one timestep: its tensors have no dimension of time."""
+    batched: bool
+    """Whether there is a dimension of rows."""
     steps: int
     rows: int
     """How many rows are looked at closely."""
@@ -27,11 +31,11 @@ class Layout(Protocol):
         ...
 
     def state(self, tensor: Tensor) -> Tensor:
-        """Copy those rows of a state of shape (layers x directions, B, features)."""
+        """Copy those rows of a state of shape (layers x directions, B, features), of a cell (B, features)."""
         ...
 
     def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum the squares over the features of all rows, (T, B), and give their lengths, (B,); None: all T."""
+        """Return the sums of squares over the features, (T, B), and the lengths of the rows, (B,); None: all T."""
         ...
 
     def inner(self, features: int) -> tuple[int, ...]:
@@ -47,9 +51,32 @@ class Layout(Protocol):
         ...
 
 
-def spaced(count: int, wanted: int) -> list[int]:
-    """Choose numbers below `count`, evenly spaced."""
-    if count <= wanted:
+def layout_of(value: Tensor | PackedSequence, time: int | None, rows: int | None = None) -> Layout:
+    """Return where rows and timesteps lie in what enters a sequence module.
+
+    Args:
+        value: the input: padded, unbatched or packed. A tensor of two dimensions of which time is the second is rows
+            and timesteps without features; else it is timesteps and features of one row.
+        time: its dimension of time; None: the call is one timestep. Of a packed sequence it is known.
+        rows: how many are looked at closely; None: all.
+
+    Raises:
+        IndexError: the tensor has no such dimension.
+
+    """
+    if isinstance(value, PackedSequence):
+        return Packed(value, rows)
+    if time is None:
+        return Padded(torch.Size((1, *value.shape)), 0, rows, batched=value.dim() > 1, single=True)
+    if not -value.dim() <= time < value.dim():
+        raise IndexError(f"time must be a dimension of the input of shape {tuple(value.shape)}, got {time}")
+    time %= value.dim()
+    return Padded(value.shape, time, rows, batched=value.dim() > 2 or time == 1)
+
+
+def spaced(count: int, wanted: int | None) -> list[int]:
+    """Choose `wanted` numbers below `count`, evenly spaced; None: all."""
+    if wanted is None or count <= wanted:
         return list(range(count))
     return [round(k * (count - 1) / max(wanted - 1, 1)) for k in range(wanted)]
 
@@ -57,8 +84,20 @@ def spaced(count: int, wanted: int) -> list[int]:
 class Padded:
     """A tensor with a dimension of time and one of rows, or none of rows."""
 
-    def __init__(self, shape: torch.Size, time: int, wanted: int, *, batched: bool = True) -> None:
-        """Take the shape of the input; `wanted` is how many rows may be looked at."""
+    def __init__(
+        self, shape: torch.Size, time: int, wanted: int | None, *, batched: bool, single: bool = False
+    ) -> None:
+        """Take the shape of the input.
+
+        Args:
+            shape: of the input; of a single timestep with a dimension of time in front.
+            time: which dimension that is.
+            wanted: how many rows may be looked at; None: all.
+            batched: whether there is a dimension of rows.
+            single: whether the tensors lack the dimension of time.
+
+        """
+        self.single, self.batched = single, batched
         self.lengths: list[int] | None = None
         self._time, self._batch = time, (1 - min(time, 1) if batched else None)
         self.steps = shape[time]
@@ -69,27 +108,27 @@ class Padded:
 
     def take(self, tensor: Tensor) -> Tensor:
         """Copy the rows that are looked at, (T, rows, features)."""
-        tensor = tensor.detach()
+        tensor = self._completed(tensor)
         if self._batch is None:
             return tensor.movedim(self._time, 0).flatten(1).unsqueeze(1).clone()
         return self._pick(tensor, self._batch).movedim((self._time, self._batch), (0, 1)).flatten(2).clone()
 
     def state(self, tensor: Tensor) -> Tensor:
-        """Copy those rows of a state of shape (layers x directions, B, features)."""
-        tensor = tensor.detach()
+        """Copy those rows of a state of shape (layers x directions, B, features), of a cell (B, features)."""
+        tensor = tensor.detach().unsqueeze(0) if self.single else tensor.detach()
         return tensor.unsqueeze(1).clone() if self._batch is None else self._pick(tensor, 1).clone()
 
     def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum the squares over the features of all rows, (T, B)."""
-        tensor = tensor.detach()
+        """Return the sums of squares over the features of all rows, (T, B)."""
+        tensor = self._completed(tensor)
         if self._batch is None:
             return square(tensor.movedim(self._time, 0).flatten(1)).unsqueeze(1), None
         # In pieces of time that stay in the cache once they are float64.
         laid = tensor.movedim((self._time, self._batch), (0, 1)).flatten(2)
+        if not len(laid):
+            return laid.new_zeros((0, laid.shape[1])), None
         piece = max(2**16 // max(laid[0].numel(), 1), 1)
-        return torch.cat([square(part) for part in torch.split(laid, piece)]) if len(laid) else laid.new_zeros(
-            (0, laid.shape[1])
-        ), None
+        return torch.cat([square(part) for part in torch.split(laid, piece)]), None
 
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""
@@ -103,17 +142,25 @@ class Padded:
         """Take the rows that are looked at from (..., B), in the order of `every`."""
         return self._pick(tensor, -1)
 
+    def _completed(self, tensor: Tensor) -> Tensor:
+        """Return a tensor with the dimension that it lacks: time of a single timestep, or features."""
+        tensor = tensor.detach()
+        if self.single:
+            tensor = tensor.unsqueeze(0)
+        return tensor.unsqueeze(-1) if tensor.dim() < (2 if self._batch is None else 3) else tensor
+
     def _pick(self, tensor: Tensor, dimension: int) -> Tensor:
-        return (
-            tensor if self.whole else tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
-        )
+        if self.whole:
+            return tensor
+        return tensor.index_select(dimension, torch.tensor(self._chosen, device=tensor.device))
 
 
 class Packed:
     """The data of a PackedSequence: rows in the order of their lengths, longest first."""
 
-    def __init__(self, packed: PackedSequence, wanted: int) -> None:
-        """Read the batch sizes, which are always on the CPU."""
+    def __init__(self, packed: PackedSequence, wanted: int | None) -> None:
+        """Read the batch sizes, which are always on the CPU; `wanted` as for `Padded`."""
+        self.single, self.batched = False, True
         sizes: list[int] = packed.batch_sizes.tolist()
         self.steps = len(sizes)
         offsets = [0]
@@ -148,7 +195,7 @@ class Packed:
         return tensor.detach().index_select(1, self._places)
 
     def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sum the squares over the features of all rows, (T, B), and give their lengths, (B,)."""
+        """Return the sums of squares over the features, (T, B), and the lengths of the rows, (B,)."""
         found = torch.zeros((self.steps, len(self._every)), dtype=torch.float64, device=tensor.device)
         found[self._time, self._row] = square(tensor.detach())
         return found, self._every

@@ -1,4 +1,4 @@
-"""Calls of a model that can be made once more, after the step."""
+"""Calls of a model that can be made again after the step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import detached
 
 
 @dataclass
-class Made:
-    """A call that can be made once more. It keeps neither the module nor a graph."""
+class RepeatableCall:
+    """A call of a module that can be made again. It keeps neither the module nor a graph."""
 
     module: Callable[[], nn.Module | None]
     args: tuple[Any, ...]
@@ -28,17 +29,19 @@ class Made:
     def autocast(self) -> contextlib.ExitStack:
         """Compute in the formats in which the call did."""
         stack = contextlib.ExitStack()
-        for device, dtype in self.casts:  # without its cache, in which weights would outlive the coming step
+        for device, dtype in self.casts:
+            # Without its cache, in which weights would outlive the coming step.
             stack.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=False))
         return stack
 
 
-class Calls:
-    """Keeps the arguments of calls that can be made once more: the outermost that held the first sequence module, and those of chosen modules."""
+class ModelCalls:
+    """Keeps calls that can be made again: of chosen modules, and the outermost that held the first sequence module."""
 
-    def __init__(self) -> None:
-        """Begin with none."""
-        self.made: dict[str, Made] = {}
+    def __init__(self, attempts: Attempts) -> None:
+        """Begin with none; `attempts` knows which calls an exception ended."""
+        self._attempts, self._attempt = attempts, 0
+        self.calls: dict[str, RepeatableCall] = {}
         """By name of the chosen module; "" for the outermost call."""
         self._wanted: Mapping[int, str] = {}
         self._targets: frozenset[int] = frozenset()
@@ -46,34 +49,34 @@ class Calls:
         self._held = False
 
     def arm(self, wanted: Mapping[int, str], targets: frozenset[int]) -> None:
-        """Look for the chosen modules, and for a call that holds one of `targets`, by `id`; any, where there are none."""
+        """Look for modules `wanted`, and for a call that holds one of `targets`, by `id`; without any, for all."""
         self.clear()
         self._wanted, self._targets = wanted, targets
 
     def entered(self, module: nn.Module) -> None:
-        """Note where a call begins."""
+        """Note that a call begins."""
         if torch._C._current_graph_task_id() != -1 or transformed():
             return
-        if torch.is_grad_enabled() and self._outer() is None:
+        if torch.is_grad_enabled() and (self._outer() is None or self._attempt in self._attempts.void):
+            self._attempt = self._attempts.now
             self._outer, self._held = weakref.ref(module), not self._targets
-        self._held = (
-            self._held or id(module) in self._targets
-        )  # also without gradients, as reentrant checkpoints run it
+        # Also without gradients, as reentrant checkpoints run it.
+        self._held = self._held or id(module) in self._targets
 
     def left(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the arguments of a call that is wanted."""
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1 or transformed():
             return
         if id(module) in self._wanted:
-            self.made[self._wanted[id(module)]] = _made(module, args, kwargs)
+            self.calls[self._wanted[id(module)]] = _repeatable(module, args, kwargs)
         if self._outer() is module:
             self._outer = lambda: None
             if self._held:
-                self.made[""] = _made(module, args, kwargs)
+                self.calls[""] = _repeatable(module, args, kwargs)
 
     def forget(self) -> None:
         """Let go of the calls, and look on."""
-        self.made = {}
+        self.calls = {}
         self._outer = lambda: None
 
     def clear(self) -> None:
@@ -82,8 +85,8 @@ class Calls:
         self._wanted, self._targets = {}, frozenset()
 
 
-def _made(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Made:
+def _repeatable(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RepeatableCall:
     casts = [
         (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
     ]
-    return Made(weakref.ref(module), detached(args), detached(dict(kwargs)), casts)
+    return RepeatableCall(weakref.ref(module), detached(args), detached(dict(kwargs)), casts)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats, memory
+from gradwatch.model.forward_hooks import Transfer
+from gradwatch.values.sequences import SequenceStats, horizon_of
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 Timesteps = Literal["auto"] | Mapping[str, int | None]
-"""Sequence modules beside the recurrent ones: by name, the dimension of time of their input; None where each call is one timestep."""
+"""Sequence modules beside the recurrent ones: by name, the dimension of time; None where each call is one timestep."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,16 @@ class ModelGain:
     """Float64: timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
     note: str | None = None
 
+    def collect(self, transfer: Transfer, share: float) -> Callable[[], SequenceStats]:
+        """Hand the numbers over, and return what makes a value of them once they have been copied."""
+        pending = transfer.add(self.numbers)
+        return lambda: self.stats(pending.values, share)
+
     def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
-        """Make the `numbers`, copied from the device, a value; below this share of its maximum a gain counts as gone."""
+        """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
         length = int(numbers[0])
         gain = tuple(numbers[1 : 1 + length])
-        found = memory(gain, share)
+        found = horizon_of(gain, share)
         return SequenceStats(
             "",
             "model",

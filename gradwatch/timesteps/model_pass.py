@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gradwatch.model.layers import named_modules
 from gradwatch.model.nested import differentiable
 from gradwatch.model.rerun import as_it_was, without_hooks
 from gradwatch.timesteps.input_tap import InputTap
+from gradwatch.timesteps.kinds import Fused, is_fused, kind_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import traces
@@ -30,11 +31,14 @@ def model_gain(
     timesteps: Timesteps = "auto",
     output: Callable[[Any], Any] | None = None,
     watched: nn.Module | None = None,
+    on_cudnn: Sequence[Fused] | None = None,
 ) -> ModelGain:
-    """Measure the gain by lag of a model on one batch: one forward pass, and one vector-Jacobian product by what enters its first sequence module.
+    """Measure the gain by lag of a model on one batch.
 
-    The model runs as the caller has it (its mode, autocast, devices), but without its hooks and not through what wraps it for several processes or for
-    torch.compile. Afterwards it, its gradients and all random states are what they were; the caller's tensors are not written to.
+    One forward pass, and one vector-Jacobian product by what enters its first sequence module. The model runs as the
+    caller has it (its mode, autocast, devices), but without its hooks and not through what wraps it for several
+    processes or for torch.compile. Afterwards it, its gradients and all random states are what they were; the caller's
+    tensors are not written to.
 
     Args:
         model: what is run.
@@ -43,22 +47,26 @@ def model_gain(
         timesteps: as for `gradwatch.horizon`.
         output: as for `gradwatch.horizon`.
         watched: the module that names are relative to, if that is not the model.
+        on_cudnn: its recurrent modules that cuDNN runs; None: those whose weights are on CUDA devices.
 
     Raises:
         TypeError, ValueError: an argument, or what the model gave, is not what it should be.
-        RuntimeError: the model cannot be run alone, or differentiated, or put back; the text says why. Also whatever the model raises.
+        RuntimeError: the model cannot be run alone, or differentiated, or put back; the text says why. Also whatever
+            the model raises.
 
     """
     model = _core(model)
     tap = InputTap(named_modules(model if watched is None else _unwrapped(watched)), timesteps)
-    with _left_alone(model) as notes:
+    with _left_alone(model, _on_cuda(model) if on_cudnn is None else on_cudnn) as notes:
         mine, keywords = tap.arguments(model, args, kwargs)
         with listening(tap.modules, tap.before, tap.after):
             gain = tap.gain(model(*mine, **keywords), output)
     return dataclasses.replace(gain, note="; ".join([*filter(None, [gain.note]), *notes]) or None)
 
 
-def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], place: str) -> tuple[Fact, ...]:
+def recurrence_facts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], place: str
+) -> tuple[Fact, ...]:
     """Measure, in one more pass, what makes a recurrent module forget; of another kind of module nothing is known.
 
     Args:
@@ -70,7 +78,7 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
     """
     model = _core(model)
     module = named_modules(model)[place]
-    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+    if kind_of(module) is None:
         return ()
     recorder = Recorder("auto")
     recorder.arm({place: module}, compiled=False)
@@ -83,7 +91,7 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         recorder.left(module, args, kwargs, output)
 
-    with _left_alone(model):
+    with _left_alone(model, _on_cuda(model)):
         with listening([module], before, after):
             model(*differentiable(args), **differentiable(dict(kwargs)))
         found = traces(recorder.targets.values(), torch.Generator(device="cpu").manual_seed(0))
@@ -95,12 +103,12 @@ def causes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], p
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[list[str]]:
-    """Let a model run with gradients, without its hooks, and leave it as it was; give what had to be changed for that, in words."""
+def _left_alone(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]]:
+    """Let a model run with gradients, without its hooks, and leave it as it was; yield what that changed, in words."""
     with (
         as_it_was(model),
         without_hooks(model),
-        _recurrent_on_cuda(model) as notes,
+        _runnable(model, on_cudnn) as notes,
         torch.inference_mode(mode=False),
         torch.enable_grad(),
     ):
@@ -153,16 +161,17 @@ def _waits(module: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def _recurrent_on_cuda(model: nn.Module) -> Iterator[list[str]]:
-    """Work around two limits of cuDNN's recurrent networks, and say what that changed.
+def _runnable(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]]:
+    """Work around two limits of cuDNN's recurrent networks, and yield what that changed, in words.
 
-    In eval mode cuDNN has no backward pass for them: torch's own kernels do. In training mode nobody can save the random state of its dropout, and it is
-    drawn anew where torch's own state is written: all dropout is left out then. `as_it_was` gives it back.
+    In eval mode cuDNN has no backward pass for them: torch's own kernels do. In training mode nobody can save the
+        random
+    state of its dropout, and it is drawn anew where torch's own state is written: all dropout is left out then.
+    `as_it_was` gives it back.
     """
     notes: list[str] = []
-    recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase) and _on_cuda(m)]
     enabled = torch.backends.cudnn.enabled
-    random = [m for m in recurrent if m.training and m.dropout > 0]
+    random = [m for m in on_cudnn if m.training and m.dropout > 0]
     if enabled and random:
         notes.append(
             "it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself"
@@ -173,12 +182,13 @@ def _recurrent_on_cuda(model: nn.Module) -> Iterator[list[str]]:
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.training = False
     try:
-        if any(not m.training for m in recurrent):
+        if any(not m.training for m in on_cudnn):
             torch.backends.cudnn.enabled = False
         yield notes
     finally:
         torch.backends.cudnn.enabled = enabled
 
 
-def _on_cuda(module: nn.Module) -> bool:
-    return any(p.is_cuda for p in module.parameters())
+def _on_cuda(model: nn.Module) -> list[Fused]:
+    """Return the recurrent modules that cuDNN runs."""
+    return [m for m in model.modules() if is_fused(m) and any(p.is_cuda for p in m.parameters())]

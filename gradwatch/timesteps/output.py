@@ -1,18 +1,26 @@
-"""What a model returned -> the tensor whose memory is asked, and its dimension of time."""
+"""What a model returned -> the tensor whose horizon is asked, and its newest timestep."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gradwatch.model.nested import data_of, leaves, parts
+from gradwatch.timesteps.input_calls import InputSequence, packed_lengths
 
-def chosen_of(returned: Any, output: Callable[[Any], Any] | None, steps: int | None) -> Tensor | PackedSequence:  # noqa: ANN401
-    """Choose the tensor whose memory is asked: by `output`, or else the first floating-point one, a scalar only where there is no other.
+
+def chosen_of(
+    returned: Any,  # noqa: ANN401  (whatever a model returns)
+    output: Callable[[Any], Any] | None,
+    steps: int | None,
+) -> Tensor | PackedSequence:
+    """Choose the tensor whose horizon is asked.
+
+    By `output`, or else the first floating-point one, a scalar only where there is no other.
 
     Args:
         returned: by the model.
@@ -30,7 +38,7 @@ def chosen_of(returned: Any, output: Callable[[Any], Any] | None, steps: int | N
                 f"output must give a floating-point tensor that depends on the model's input, got {_shown(chosen)}"
             )
         return chosen
-    found = [t for t in _outputs(returned, steps) if data_of(t).requires_grad]
+    found = [t for t in leaves(returned, _newest_of_lists(steps)) if data_of(t).requires_grad]
     if not found:
         raise ValueError(
             f"the model's output must hold a floating-point tensor that depends on its input, got {_shown(returned)}"
@@ -39,7 +47,15 @@ def chosen_of(returned: Any, output: Callable[[Any], Any] | None, steps: int | N
 
 
 def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -> int | None:
-    """Find the dimension of time in a tensor: of the size of the input's, beside one for the `rows` (None: there are none)."""
+    """Find the dimension of time in an output.
+
+    Args:
+        shape: of the output.
+        steps: sizes that it may have.
+        rows: how many there are, in the dimension beside it; None: there is no such dimension.
+        likely: the dimension to look at first.
+
+    """
     if rows is None:
         return likely if len(shape) > likely and shape[likely] in steps else None
     for time in dict.fromkeys((likely, 1, 0)):
@@ -48,24 +64,59 @@ def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -
     return None
 
 
-def data_of(value: Tensor | PackedSequence) -> Tensor:
-    """Return the tensor in which the numbers are."""
-    return value.data if isinstance(value, PackedSequence) else value
+def newest_of(
+    chosen: Tensor | PackedSequence, sequence: InputSequence, sizes: Iterable[tuple[int, int]]
+) -> tuple[Tensor, Tensor | None]:
+    """Return an output at the newest timestep of each row, and how long the rows are, if that is known by now.
+
+    Args:
+        chosen: the output; where it has no dimension of time, all of it is meant.
+        sequence: what entered the sequence module.
+        sizes: of the first two dimensions of the model's inputs.
+
+    """
+    if isinstance(chosen, PackedSequence):
+        lengths = packed_lengths(chosen)
+        starts = chosen.batch_sizes.cumsum(0) - chosen.batch_sizes
+        newest = starts[lengths - 1] + torch.arange(len(lengths), device="cpu")
+        return chosen.data[newest.to(chosen.data.device)], None
+    call, packed = sequence.calls[0], sequence.packed
+    time = _time_in_output(chosen, sequence, sizes)
+    if time is None:
+        return chosen, None
+    if not call.batched:
+        return chosen.movedim(time, 0)[-1:], None
+    laid = chosen.movedim((time, 1 - min(time, 1)), (0, 1))
+    every = torch.arange(sequence.rows, device=chosen.device)
+    if packed is None:
+        ends = sequence.full()
+        return laid[ends.to(chosen.device) - 1, every], ends
+    ends = packed_lengths(packed).to(chosen.device)
+    if packed.unsorted_indices is not None:
+        ends = ends[packed.unsorted_indices.to(chosen.device)]
+    return laid[ends - 1, every], None
 
 
-def _outputs(value: Any, steps: int | None) -> Iterator[Tensor | PackedSequence]:  # noqa: ANN401  (whatever a model returns)
-    if isinstance(value, Tensor | PackedSequence):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _outputs(item, steps)
-    elif isinstance(value, list | tuple):
-        series = len(value) == steps and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value)
-        for item in value[-1:] if series else value:
-            yield from _outputs(item, steps)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for each in dataclasses.fields(value):
-            yield from _outputs(getattr(value, each.name), steps)
+def _time_in_output(chosen: Tensor, sequence: InputSequence, sizes: Iterable[tuple[int, int]]) -> int | None:
+    call, rows = sequence.calls[0], sequence.rows
+    if sequence.packed is not None:
+        # It may have been padded to more than its own longest row, as the batch was.
+        padded = {n for pair in sizes for n, other in (pair, pair[::-1]) if other == rows and n >= sequence.steps}
+        return time_in(chosen.shape, {sequence.steps} | padded, rows, 1)
+    likely = 1 if call.time is None else call.time
+    return time_in(chosen.shape, {sequence.steps}, rows if call.batched else None, likely)
+
+
+def _newest_of_lists(steps: int | None) -> Callable[[object], Iterable[Any]]:
+    """Return what of a nested value counts: of a list with a tensor for each of so many timesteps, only the newest."""
+
+    def within(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a model returns)
+        every = isinstance(value, list | tuple) and len(value) == steps
+        if every and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
+            return [value[-1]]
+        return parts(value)
+
+    return within
 
 
 def _shown(value: object) -> str:

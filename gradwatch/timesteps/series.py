@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradwatch.model.gradient_hooks import has_unknown_scale
+from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
-from gradwatch.timesteps.recorder import Seen, Target
-from gradwatch.timesteps.replay import Call
-from gradwatch.timesteps.walk import Series, trace
-from gradwatch.values.sequences import SequenceStats, memory
-from gradwatch.values.snapshot import Fact
+from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
+from gradwatch.timesteps.walk import Series, gradients_through_time
+from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
+from gradwatch.values.snapshot import Fact, FactName
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Largest residual of the replay and of the adjoint; formats narrower than float32 lose more."""
@@ -26,7 +25,10 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 
 
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
-_NOT_FOLLOWED = "its calls run once more within the backward pass, one by one: reentrant checkpointing of single timesteps cannot be followed"
+_NOT_FOLLOWED = (
+    "its calls run once more within the backward pass, one by one:"
+    " reentrant checkpointing of single timesteps cannot be followed"
+)
 
 
 @dataclass
@@ -35,47 +37,55 @@ class Trace:
 
     module: str
     series: list[Series] = field(default_factory=list)
-    facts: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[tuple[FactName, str], Tensor] = field(default_factory=dict)
+    """By name and part."""
+    kind: RecurrenceName | None = None
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
     reached: int | None = None
-    """How many of the newest timesteps lie after the last detached state between its calls; None where none is detached."""
+    """How many of the newest timesteps lie after the last detached state between its calls; None: none is detached."""
     arrived: bool = False
     """Whether a gradient reached it: where none did, no factor is on what is shown."""
     tolerance: float = 0.0
     derived: bool = False
     """Whether the gradient of its input comes from the walk back, and not from autograd."""
     alone: bool = True
-    """Whether nothing but this module uses its input, so that a large adjoint residual means that the hidden series are wrong."""
+    """Whether nothing but this module uses its input: then a large adjoint residual condemns the hidden series."""
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
         """Return everything that is to be copied, by part and name."""
         found = {(series.part, name): value for series in self.series for name, value in series.values.items()}
         return (
             found
-            | {("fact", name): value for name, value in self.facts.items()}
+            | {("fact", f"{name} {part}"): value for (name, part), value in self.facts.items()}
             | {("check", name): value for name, value in self.checks.items()}
         )
 
-    def stats(
-        self,
-        values: Mapping[tuple[str, str], Sequence[float]],
-        scale: float | None,
-        share: float,
-        changed: float | None = None,
-    ) -> list[SequenceStats]:
-        """Make the numbers values.
+    def collect(
+        self, step: StepView, transfer: Transfer, share: float
+    ) -> Callable[[], tuple[list[SequenceStats], list[Fact]]]:
+        """Hand the numbers over, and return what makes values of them once they have been copied.
 
         Args:
-            values: what `tensors` gave, as numbers.
-            scale: the loss scale of the backward pass; None: whether there was one is not known.
+            step: that is measured.
+            transfer: copies the numbers.
             share: of its maximum, below which the lag gain counts as gone.
-            changed: how far a gradient of another module at the step is from what arrived, for a module that trains none; None: not known.
 
         """
+        pending = {key: transfer.add(tensor) for key, tensor in self.tensors().items()}
+
+        def values() -> tuple[list[SequenceStats], list[Fact]]:
+            numbers = {key: number.values for key, number in pending.items()}
+            return self._stats(numbers, step, share), self.measured(numbers)
+
+        return values
+
+    def _stats(
+        self, values: Mapping[tuple[str, str], Sequence[float]], step: StepView, share: float
+    ) -> list[SequenceStats]:
         checks = {name: values["check", name][0] for name in self.checks}
-        scaled = self.arrived and has_unknown_scale(scale, checks.get("changed", changed))
+        scaled, scale = self.arrived and step.scaled(checks.get("changed")), step.factor
         notes, reached = list(self.notes), self.reached
         if checks.get("carried", 0.0) > 0:
             notes.append("the state that was carried in is detached: the gradient ends where this sequence begins")
@@ -92,7 +102,7 @@ class Trace:
             if series.part and not trusted:
                 continue
             mine: dict[str, Any] = {name: tuple(values[series.part, name]) for name in series.values}
-            if scale is not None and scale != 1.0:
+            if scale != 1.0:
                 mine |= {name: tuple(v / scale for v in mine[name]) for name in _SCALED & mine.keys()}
             for name in ("replay_residual", "adjoint_residual"):
                 if mine.pop(name, None) and name in residuals:
@@ -101,13 +111,15 @@ class Trace:
                 mine.pop("lag_gain", None)
                 if self.derived:
                     mine.pop("grad_input", None)
-            known = memory(mine["lag_gain"], share) if "lag_gain" in mine else None
+            known = horizon_of(mine["lag_gain"], share) if "lag_gain" in mine else None
             found.append(
                 SequenceStats(
                     module=self.module,
                     part=series.part,
                     length=series.length,
                     rows=series.rows,
+                    kind=self.kind if not series.part else None,
+                    reverse=series.reverse,
                     censored=known.censored if known is not None else None,
                     scaled=scaled,
                     note="; ".join(notes) or None if not series.part else None,
@@ -115,14 +127,14 @@ class Trace:
                     **mine,
                 )
             )
-        return found or [SequenceStats(self.module, note="; ".join(notes) or None)]
+        return found or [SequenceStats(self.module, kind=self.kind, note="; ".join(notes) or None)]
 
     def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
         """Return the facts as values."""
         return [
-            Fact(self.module, name, values["fact", name][0])
-            for name in self.facts
-            if math.isfinite(values["fact", name][0])
+            Fact(self.module, name, value, part)
+            for name, part in self.facts
+            if math.isfinite(value := values["fact", f"{name} {part}"][0])
         ]
 
     def _trusted(self, residuals: dict[str, float], notes: list[str]) -> bool:
@@ -130,48 +142,46 @@ class Trace:
         replay, adjoint = residuals.get("replay_residual", 0.0), residuals.get("adjoint_residual", 0.0)
         if not replay <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: its outputs are not those of torch's equations (they differ by {replay:.1g} of the largest): an overridden"
-                " forward, a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
+                "the hidden series are left out: its outputs are not those of torch's equations"
+                f" (they differ by {replay:.1g} of the largest): an overridden forward,"
+                " a hook that changes what it gives, an edit in place, dropout that cannot be replayed, or NaN"
             )
             return False
         if not adjoint <= self.tolerance:
             notes.append(
-                f"the hidden series are left out: the gradient of its input is not what they lead to (it differs by {adjoint:.1g} of the largest):"
+                "the hidden series are left out: the gradient of its input is not what they lead to"
+                f" (it differs by {adjoint:.1g} of the largest):"
                 " a hook that changes a gradient, or an edit in place"
             )
             return False
         return True
 
 
-def traces(targets: Iterable[Target], generator: torch.Generator) -> list[Trace]:
-    """Work out what was seen of these in this step; nothing is copied from the device, and one that cannot be worked out says so alone."""
+def traces(targets: Iterable[SequenceModule], generator: torch.Generator) -> list[Trace]:
+    """Work out what was seen in this step, without a copy from the device; one module that fails says so alone."""
     found = []
     for target in targets:
         try:
-            found.append(_traced(target, generator))
+            found.append(_worked_out(target, generator))
         except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
-            found.append(Trace(target.name, notes=[f"it could not be worked out: {type(error).__name__}: {error}"]))
+            note = f"it could not be worked out: {type(error).__name__}: {error}"
+            found.append(Trace(target.name, kind=target.recurrence, notes=[note]))
     return found
 
 
-def _traced(target: Target, generator: torch.Generator) -> Trace:
-    result = Trace(target.name, notes=[target.note] if target.note else [])
-    passes = {s.number for s in target.seen if s.task is not None} or {s.number for s in target.seen}
+def _worked_out(target: SequenceModule, generator: torch.Generator) -> Trace:
+    result = Trace(target.name, kind=target.recurrence, notes=[target.note] if target.note else [])
+    passes = {s.number for s in target.calls if s.task is not None} or {s.number for s in target.calls}
     if target.repeated or not passes:
         if not target.note:
-            result.notes.append(
-                _NOT_FOLLOWED
-                if target.repeated
-                else "it ran without a graph"
-                if target.without_grad
-                else "it did not run in this step"
-            )
+            result.notes.append(_why_not(target))
         return result
     changed = target.sentinel.difference()
     if changed is not None:
         result.checks["changed"] = changed
-    mine = [s for s in target.seen if s.number == max(passes)]
-    chain = _chain(mine, result.notes) if target.recurrent else mine if mine[0].single else mine[-1:]
+    last = [c for c in target.calls if c.number == max(passes)]
+    newest = last if last[0].single else last[-1:]
+    chain = _chain(last, result.notes) if target.recurrent else newest
     _reached(target, chain, result.notes)
     result.arrived = any(s.task is not None for s in chain)
     own = _own_lengths(chain[0]) if len(chain) == 1 else None
@@ -195,127 +205,136 @@ def _traced(target: Target, generator: torch.Generator) -> Trace:
     return result
 
 
-def _reached(target: Target, chain: Sequence[Seen], notes: list[str]) -> None:
+def _why_not(target: SequenceModule) -> str:
+    """Say why there is nothing to work out."""
+    if target.repeated:
+        return _NOT_FOLLOWED
+    return "it ran without a graph" if target.without_grad else "it did not run in this step"
+
+
+def _reached(target: SequenceModule, chain: Sequence[SequenceCall], notes: list[str]) -> None:
     """Let only the last backward pass count, and say what there was besides."""
     tasks = {s.task for s in chain if s.task is not None}
     task = max(tasks, default=None)
-    for seen in chain:
-        if seen.task != task:
-            seen.squares = {}
-            if seen.call is not None:
-                seen.call.gradients = {}
+    for call in chain:
+        if call.task != task:
+            call.forget()
     if task is None:
         notes.append("no gradient reached it" if any(s.handles for s in chain) else _NO_GRADIENT)
-    passes = len(target.passes.union(s.number for s in target.seen if s.task is not None))
+    passes = len(target.passes.union(s.number for s in target.calls if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
-    backwards = max(len(tasks), *(s.tasks for s in chain))
+    backwards = max(len(tasks), *(len(s.tasks) for s in chain))
     if backwards > 1:
         notes.append(f"{backwards} backward passes reached it; the last is shown")
 
 
-def _walk(chain: Sequence[Seen], own: Tensor | None, result: Trace, generator: torch.Generator) -> None:
+def _walk(chain: Sequence[SequenceCall], own: Tensor | None, result: Trace, generator: torch.Generator) -> None:
     """Add what walking back through a recurrent module gives."""
-    calls = [s.call for s in chain if s.call is not None]
-    if len(calls) < len(chain):
-        result.notes.append("what it took and gave could not be kept")
+    records = [call.record for call in chain if call.record is not None]
+    reason = _why_not_walked(chain, records)
+    if reason is not None:
+        result.notes.append(reason)
         return
-    if not chain[0].layout.rows:
-        result.notes.append("its batch has no rows")
-        return
-    if any(s.derived for s in chain):
-        result.notes.append("the hidden series are left out: a gradient of a gradient went through it")
-        return
-    freed = any(
-        w.numel() and not w.untyped_storage().size() for call in calls for w in call.weights
-    )  # to read these would end the process
-    if freed or any(
-        w._version != v for s, c in zip(chain, calls, strict=True) for w, v in zip(c.weights, s.versions, strict=True)
-    ):
-        result.notes.append(
-            f"the hidden series are left out: its weights were {'freed' if freed else 'edited'} between the forward pass and the step"
-        )
-        return
-    if calls[0].spec.dropout and calls[0].random is None:
-        result.notes.append(
-            "what dropout kept between its layers cannot be known on this device; the gradient of its input is exact all the same"
-        )
-        return
-    if any(call.changed for call in calls):
+    if any(record.origin is StateOrigin.CHANGED for record in records):
         result.notes.append("its state is changed between its calls, so how far back it can see is not known")
-        result.series += _by_call(calls)
+        result.series += _by_call(records)
         return
-    result.reached = _since_the_cut(calls)
+    result.reached = _since_the_cut(records)
     if result.reached is not None:
         result.notes.append(f"the state is detached between its calls: gradients end {result.reached} timesteps back")
-    (module, *parts), result.facts = trace(calls, chain[0].layout.chosen(own) if own is not None else None, generator)
+    rows_own = chain[0].layout.chosen(own) if own is not None else None
+    (module, *parts), result.facts = gradients_through_time(records, rows_own, generator)
     result.derived = "grad_input" in module.values
     result.series[0].values.update(module.values)
     result.series += parts
     if chain[0].single:
-        parts[0].values.update(_of_every_row(chain, calls))
+        parts[0].values.update(_of_every_row(chain, records))
     # Of an output that is a view and was edited in place, autograd forgets who asked for its gradient.
-    result.alone = all(call.alone for call in calls) or not any(call.gradients.keys() - {"x"} for call in calls)
-    result.tolerance = max(_NARROW if call.narrow else _TOLERANCE.get(call.y.dtype, _NARROW) for call in calls)
-    if calls[0].carried:
-        result.checks["carried"] = calls[0].h0.abs().max()
+    result.alone = all(r.sole_user for r in records) or not any(r.gradients.keys() - {"x"} for r in records)
+    result.tolerance = max(_NARROW if r.narrow else _TOLERANCE.get(r.y.dtype, _NARROW) for r in records)
+    if records[0].origin is StateOrigin.CARRIED:
+        result.checks["carried"] = records[0].h0.abs().max()
 
 
-def _of_every_row(chain: Sequence[Seen], calls: Sequence[Call]) -> dict[str, Tensor]:
-    """Return what arrived at the states of a cell: the total, and not only of the rows that are looked at. Of a fused cell, a part of what c gets comes through h."""
-    names = {"h": "grad_hidden"} | ({"c": "grad_cell"} if all(call.total for call in calls) else {})
-    return {name: _series(chain, key, None) for key, name in names.items() if any(key in s.squares for s in chain)}
+def _why_not_walked(chain: Sequence[SequenceCall], records: Sequence[CallRecord]) -> str | None:
+    """Say why a recurrent module cannot be walked back through, if it cannot."""
+    if len(records) < len(chain):
+        return "what it took and gave could not be kept"
+    if not chain[0].layout.rows:
+        return "its batch has no rows"
+    if any(call.derived for call in chain):
+        return "the hidden series are left out: a gradient of a gradient went through it"
+    freed = any(record.freed for record in records)
+    if freed or any(record.edited for record in records):
+        what = "freed" if freed else "edited"
+        return f"the hidden series are left out: its weights were {what} between the forward pass and the step"
+    if records[0].recurrence.dropout and records[0].random is None:
+        return (
+            "what dropout kept between its layers cannot be known on this device;"
+            " the gradient of its input is exact all the same"
+        )
+    return None
 
 
-def _by_call(calls: Sequence[Call]) -> list[Series]:
-    """Return what arrived at the states of a cell, a call after the other: of each what autograd says, whatever happens between."""
-    found = {"grad_hidden": "h"} | (
-        {"grad_cell": "c"} if calls[0].total else {}
-    )  # of a fused cell, the rest comes through h
-    values = {name: torch.stack([_size(call, key) for call in calls]) for name, key in found.items()}
-    return [Series("l0", len(calls), calls[0].layout.rows, values)]
+def _of_every_row(chain: Sequence[SequenceCall], records: Sequence[CallRecord]) -> dict[str, Tensor]:
+    """Return what arrived at the states of a cell where that is the total: of all rows, not only of those looked at."""
+    names = {"h": "grad_hidden"}
+    if all(record.c_through_h for record in records):  # else a part of it comes through h
+        names["c"] = "grad_cell"
+    return {name: _series(chain, key, None) for key, name in names.items() if any(key in c.squares for c in chain)}
 
 
-def _size(call: Call, name: str) -> Tensor:
-    gradient = call.gradients.get(name)
-    return square(gradient).sum().sqrt() if gradient is not None else call.y.new_zeros((), dtype=torch.float64)
+def _by_call(records: Sequence[CallRecord]) -> list[Series]:
+    """Return what arrived at the states of a cell, call by call: what autograd says, whatever happens between."""
+    found = {"grad_hidden": "h"}
+    if records[0].c_through_h:
+        found["grad_cell"] = "c"
+    values = {name: torch.stack([_size(record, key) for record in records]) for name, key in found.items()}
+    return [Series("l0", len(records), records[0].layout.rows, values)]
 
 
-def _since_the_cut(calls: Sequence[Call]) -> int | None:
-    """Return how many of the newest timesteps lie after the last state that was handed on detached; None where none was."""
-    cuts = [k for k, call in enumerate(calls) if call.joined is False and k]
-    return sum(len(call.x) for call in calls[cuts[-1] :]) if cuts else None
+def _size(record: CallRecord, name: str) -> Tensor:
+    gradient = record.gradients.get(name)
+    return square(gradient).sum().sqrt() if gradient is not None else record.y.new_zeros((), dtype=torch.float64)
 
 
-def _chain(seen: list[Seen], notes: list[str]) -> list[Seen]:
+def _since_the_cut(records: Sequence[CallRecord]) -> int | None:
+    """Return how many of the newest timesteps lie after the last detached state; None where none was detached."""
+    cuts = [k for k, record in enumerate(records) if record.origin is StateOrigin.DETACHED and k]
+    return sum(len(record.x) for record in records[cuts[-1] :]) if cuts else None
+
+
+def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
     """Return the last calls that make one sequence, each with the state of the one before."""
-    chains: list[list[Seen]] = []
-    for one in seen:
-        if chains and one.call is not None and (one.call.joined is not None or one.call.changed):
-            chains[-1].append(one)
+    chains: list[list[SequenceCall]] = []
+    for call in calls:
+        if chains and call.record is not None and call.record.origin.continues:
+            chains[-1].append(call)
         else:
-            chains.append([one])
-    chosen = next((c for c in reversed(chains) if any(s.task is not None for s in c)), chains[-1])
+            chains.append([call])
+    # Those that no backward pass has reached are no part of the training.
+    chains = [chain for chain in chains if any(call.task is not None for call in chain)] or chains[-1:]
     if len(chains) > 1:
         notes.append(
             f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown"
         )
-    return chosen
+    return chains[-1]
 
 
-def _own_lengths(seen: Seen) -> Tensor | None:
-    """Return the lengths of rows, (B,), where they end in padding: timesteps whose input and gradient are exactly zero. None: all are full."""
-    if seen.lengths is not None:
-        return seen.lengths
-    if seen.blank is None or "x" not in seen.squares:
+def _own_lengths(call: SequenceCall) -> Tensor | None:
+    """Return the lengths of rows, (B,), where they end in timesteps of zero input and gradient; else None."""
+    if call.lengths is not None:
+        return call.lengths
+    if call.blank is None or "x" not in call.squares:
         return None
-    padding = (seen.blank & (seen.squares["x"] == 0)).flip(0).to(torch.int64).cumprod(0).sum(0)
+    padding = (call.blank & (call.squares["x"] == 0)).flip(0).to(torch.int64).cumprod(0).sum(0)
     if padding.device.type == "cpu" and not padding.any():  # elsewhere looking would be a synchronisation
         return None
-    return (seen.layout.steps - padding).clamp(min=1)
+    return (call.layout.steps - padding).clamp(min=1)
 
 
-def _series(chain: Sequence[Seen], name: str, lengths: Tensor | None) -> Tensor:
+def _series(chain: Sequence[SequenceCall], name: str, lengths: Tensor | None) -> Tensor:
     """Return the norm over rows and features per timestep, oldest first, aligned at the rows' ends; (T,)."""
     if lengths is not None:
         return by_lag(chain[0].squares[name], lengths)[0].flip(0).sqrt()

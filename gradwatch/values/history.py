@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.values.layer_columns import Layout
-from gradwatch.values.plain import from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.values.layer_columns import LayerColumns
+from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, PROBES, Thresholds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-KEPT = 50
-"""Snapshots and losses that are remembered, per optimizer."""
-EDGE = 5
-"""Losses over whose median the beginning and the end of a run are compared."""
-PROBES = 8
-"""Probes that saw sequences which are remembered, per optimizer: there may be hundreds of measured snapshots between two of them."""
+Key = tuple[str, str, str | None, int | None]
+"""Which alert a finding belongs to: code, place, parameter, optimizer."""
 
 
 @dataclass(slots=True)
@@ -61,15 +57,17 @@ class History:
     def __init__(self, thresholds: Thresholds | None = None) -> None:
         """Begin with nothing seen."""
         self.thresholds = thresholds or Thresholds()
-        self.open: Collection[tuple[str, str, str | None, int | None]] = frozenset()
-        """Keys of the alerts that are open, for hysteresis."""
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
+        self._open: frozenset[Key] = frozenset()
+        self._explained = False
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
         self._weight_norms: dict[str, float] = {}
-        self._layout: Layout | None = None
-        self._improved: tuple[bool | None] | None = None
+        self._columns: LayerColumns | None = None
+        self._weights: Floats | None = None
+        """What `LayerColumns.weights` gives for the newest norms of the weights; None until it is asked for."""
+        self._improved: bool | None = None
 
     def add(self, snapshot: Snapshot) -> None:
         """Fold one snapshot in."""
@@ -81,35 +79,41 @@ class History:
             for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
-        if self._layout is None or self._layout.model is not snapshot.model:
-            self._layout = Layout.of(snapshot.model, self._weight_norms)
-        layout = self._layout
-        if snapshot.weight_norm is not None:
-            self._weight_norms.update(
-                (p.name, w)
-                for p, w in zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
-                if w is not None
-            )
-            layout.weigh(self._weight_norms)
-        # The gradients of a skipped step are not those of the loss: its row says nothing.
-        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
-        sensitivity = layout.combine(norms)
         track.snapshots.append(snapshot)
         if snapshot.sequences is not None:
             track.probes.append(snapshot)
+        if snapshot.weight_norm is not None:
+            both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
+            self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
+            self._weights = None
+        columns = self.columns
+        if self._weights is None:
+            self._weights = columns.weights(self._weight_norms)
+        # The gradients of a skipped step are not those of the loss: its row says nothing.
+        norms = np.array(snapshot.norm if not snapshot.skipped else [None] * len(snapshot.norm), dtype=float)
+        sensitivity = columns.sensitivity(norms, self._weights)
         track.sensitivities.append(sensitivity)
-        track.ratios.append(layout.over_later(sensitivity))
-        self._improved = None
+        track.ratios.append(columns.over_later(sensitivity))
         track.added += 1
         if track.added % EDGE == 0:
             self._note_best(track)
-        if snapshot.skipped:
-            return
-        total = snapshot.norm_global
-        if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
-            track.first_norms.append(total)
-        if snapshot.loss is not None:
-            self._add_loss(track, snapshot.loss)
+        if not snapshot.skipped:
+            total = snapshot.norm_global
+            if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
+                track.first_norms.append(total)
+            if snapshot.loss is not None:
+                self._add_loss(track, snapshot.loss)
+        self._improved = self._has_improved()
+
+    def note_open(self, keys: Iterable[Key], *, explained: bool = False) -> None:
+        """Take note of the alerts that are open from now on, for hysteresis.
+
+        Args:
+            keys: `Finding.key` of each.
+            explained: whether one of them tells why a loss may stand still.
+
+        """
+        self._open, self._explained = frozenset(keys), explained
 
     def _note_best(self, track: Track) -> None:
         """Note where the ratios of the last snapshots were the best so far.
@@ -135,6 +139,16 @@ class History:
             track.best_loss = level
 
     # --- what detectors read ---
+
+    @property
+    def open(self) -> Collection[Key]:
+        """Keys of the alerts that are open."""
+        return self._open
+
+    @property
+    def explained(self) -> bool:
+        """Whether an alert that is open tells why the loss may stand still."""
+        return self._explained
 
     @property
     def begun(self) -> bool:
@@ -177,22 +191,28 @@ class History:
         return _last(self._track.snapshots, count)
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
-        """Return the last `count` of the snapshots that are kept and that have `activations` (default: all), oldest first."""
+        """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
         return _last([s for s in self.window() if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
-        """Return the norms of the parameters as they are now, or as far back as is remembered; None where they were not measured."""
+        """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
         window = self.window()
         return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
 
     def sensitivities(self, count: int) -> Floats:
-        """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none. Shape (<= count, layers)."""
+        """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none.
+
+        Shape (<= count, layers).
+        """
         import numpy as np
 
         return np.stack(_last(self._track.sensitivities, count))
 
     def ratios(self, count: int) -> Floats:
-        """Return each layer's sensitivity over the largest of the layers after it in the forward pass. Shape (<= count, layers)."""
+        """Return each layer's sensitivity over the largest of the layers after it in the forward pass.
+
+        Shape (<= count, layers).
+        """
         import numpy as np
 
         return np.stack(_last(self._track.ratios, count))
@@ -200,40 +220,28 @@ class History:
     @property
     def order(self) -> Sequence[int]:
         """Numbers of the layers in the order of the forward pass, as `ModelInfo.forward_order`."""
-        return self._shape.forward
+        return self.columns.order
 
     @property
     def numbers(self) -> Mapping[str, int]:
         """The number of each layer by its name."""
-        return self._shape.numbers
+        return self.columns.numbers
 
     @property
     def inner(self) -> Sequence[str]:
         """Names of the layers that no other layer lies in, in the order of the forward pass."""
-        return self._shape.inner
+        return self.columns.innermost
 
     def gains(self, *, first: bool = False) -> Floats:
-        """Give, by layer, the norm of its largest weight over that of one whose outputs have the variance of its inputs; NaN where it has none.
-
-        It is `||W|| / sqrt(rows)`: as it is now, or as far back as is remembered. Shape (layers,).
-        """
-        import numpy as np
-
-        known, shape = self.weight_norms(first=first), self._shape
-        found = np.full(len(self.model.layers), np.nan)
-        if known is not None:
-            found[shape.weighed] = np.array(known, dtype=float)[shape.largest] / shape.rows
-        return found
+        """Return the gain of each layer (see `LayerColumns.gains`), now or as far back as is remembered."""
+        return self.columns.gains(self.weight_norms(first=first))
 
     def elements(self, *roles: Role) -> Floats:
         """Return the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
-        import numpy as np
-
-        found: Floats = np.where(np.isin(self._shape.roles, roles), self._shape.elements, 0.0)
-        return found
+        return self.columns.elements(roles)
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
-        """Return the last snapshots that have `sequences`, at most `count` and eight, oldest first; none before the first step."""
+        """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
         return _last(self._track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
@@ -252,10 +260,8 @@ class History:
 
     @property
     def improved(self) -> bool | None:
-        """Whether the loss is well below where it began, and has not lost half of that again; None where it is not known."""
-        if self._improved is None:  # asked for by several detectors at every snapshot
-            self._improved = (self._has_improved(),)
-        return self._improved[0]
+        """Whether the loss is well below where it began, and has not lost half of that again; None where not known."""
+        return self._improved
 
     def _has_improved(self) -> bool | None:
         track = self._track
@@ -264,8 +270,9 @@ class History:
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
         if not math.isfinite(first) or not math.isfinite(last):
             return False
-        gain = first - track.best_loss
-        return first - last >= (1 - self.thresholds.improved) * abs(first) and last - track.best_loss <= gain / 2
+        gained, lost_again = first - track.best_loss, last - track.best_loss
+        enough = (1 - self.thresholds.improved) * abs(first)
+        return first - last >= enough and lost_again <= GIVEN_BACK * gained
 
     @property
     def at_best(self) -> bool:
@@ -283,22 +290,18 @@ class History:
         return any(key[0] == code and key[1] == place for key in self.open)
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
-        """Group layers that follow one another in the forward pass: one fault is one finding, however many layers it reaches.
+        """Group layers that follow one another in the forward pass.
+
+        One fault is one finding, however many layers it reaches.
 
         Args:
             chosen: numbers of the layers to group.
             among: the layers that count as neighbours; the others are passed over.
 
         """
-        found: list[list[int]] = []
-        before = False
-        for index in self.order:
-            if index not in among:
-                continue
-            if index in chosen:
-                found[-1].append(index) if before else found.append([index])
-            before = index in chosen
-        return found
+        neighbours = (index for index in self.order if index in among)
+        grouped = itertools.groupby(neighbours, key=lambda index: index in chosen)
+        return [list(run) for is_chosen, run in grouped if is_chosen]
 
     def since(self, holds: Iterable[bool]) -> int:
         """Return the step at which the newest unbroken run of `holds` (one per snapshot, the newest last) began."""
@@ -319,9 +322,7 @@ class History:
             return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
 
         for optimizer, track in self._tracks.items():
-            older = [
-                p for p in track.probes if not any(p is s for s in track.snapshots)
-            ]  # the others need not stand twice
+            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]
             tracks.append(
                 {
                     "optimizer": optimizer,
@@ -338,6 +339,7 @@ class History:
                 }
             )
         return {
+            "format": FORMAT,
             "models": [to_plain(m) for m in models],
             "tracks": tracks,
             "now": self._now,
@@ -346,15 +348,16 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Go on where `state_dict` was taken, be it in format 1 or 2."""
         import numpy as np
 
-        models = [from_plain(ModelInfo, m) for m in state["models"]]
+        written = state.get("format", 1)
+        models = [model_from_plain(m, written) for m in state["models"]]
         self._tracks = {}
         for plain in state["tracks"]:
             track = self._tracks[plain["optimizer"]] = Track()
-            track.snapshots.extend(snapshot_from_plain(s, models) for s in plain["snapshots"])
-            track.probes.extend(snapshot_from_plain(s, models) for s in plain.get("probes", ()))
+            track.snapshots.extend(snapshot_from_plain(s, models, written) for s in plain["snapshots"])
+            track.probes.extend(snapshot_from_plain(s, models, written) for s in plain.get("probes", ()))
             track.probes.extend(s for s in track.snapshots if s.sequences is not None)
             track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
             track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
@@ -363,20 +366,27 @@ class History:
             track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
+        self._columns = self._weights = None
+        self._improved = self._has_improved() if self.begun else None
 
     @property
     def _track(self) -> Track:
         return self._tracks[self._now]
 
     @property
-    def _shape(self) -> Layout:
-        if self._layout is None or self._layout.model is not self.model:  # after a resume
-            self._layout = Layout.of(self.model, self._weight_norms)
-        return self._layout
+    def columns(self) -> LayerColumns:
+        """How the columns of the newest snapshot fold into layers."""
+        if self._columns is None or self._columns.model is not self.model:
+            self._columns, self._weights = LayerColumns(self.model), None
+        return self._columns
 
 
 Detector = Callable[[History], Iterable[Finding]]
-"""A pure function of the history: what it finds wrong, now."""
+"""A pure function of the history: what it finds wrong, now.
+
+It may carry its rules as an attribute `rules`, an iterable of `gradwatch.Rule`: they give its findings their words, and
+say how its alerts behave. Without, an alert shows its numbers.
+"""
 
 
 def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:

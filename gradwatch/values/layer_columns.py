@@ -1,18 +1,20 @@
-"""Columns of parameters and how they fold into layers, as arrays."""
+"""How columns of parameters fold into layers: norms, sensitivities, ratios and order. Nothing else folds them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from gradwatch.values.snapshot import Column, ModelInfo, ParameterInfo, Snapshot
+from gradwatch.values.snapshot import Column, ModelInfo, ParameterInfo, Role, Snapshot
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Indices = NDArray[np.intp]
 
 
 def counts(parameter: ParameterInfo) -> bool:
@@ -20,7 +22,31 @@ def counts(parameter: ParameterInfo) -> bool:
 
     Biases, lone gains and shifts do not: they may begin at zero and mean something there.
     """
-    return parameter.role not in ("bias", "scale")
+    return parameter.role not in ("bias", "gain")
+
+
+def norms(model: ModelInfo, column: Column) -> dict[str, float | None]:
+    """Return the norm of each layer: the root of the sum of squares over its parameters.
+
+    Args:
+        model: its layers are the keys, in the order of the forward pass.
+        column: an L2 norm for each of its parameters.
+
+    Returns:
+        None for a layer none of whose parameters has a number. NaN and infinity are passed on.
+
+    """
+    found = group_norms(column, (p.layer for p in model.parameters))
+    return {model.layers[i].name: found.get(model.layers[i].name) for i in model.forward_order}
+
+
+def group_norms(column: Column, groups: Iterable[str]) -> dict[str, float]:
+    """Return the norm of each group of parameters, `groups` naming that of each; one without any number is left out."""
+    found: dict[str, list[float]] = {}
+    for group, norm in zip(groups, column, strict=True):
+        if norm is not None:
+            found.setdefault(group, []).append(norm)
+    return {group: math.hypot(*values) for group, values in found.items()}
 
 
 def sensitivities(snapshot: Snapshot) -> Column:
@@ -33,105 +59,138 @@ def sensitivities(snapshot: Snapshot) -> Column:
     return tuple(norm * weight if norm is not None and weight and counts(p) else None for norm, weight, p in both)
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """How the columns of a model fold into its layers; worked out once for a model."""
+def inside(name: str, around: str) -> bool:
+    """Tell whether a module is another one, or lies in it; everything lies in the model itself, ""."""
+    return not around or name == around or name.startswith(f"{around}.")
 
-    model: ModelInfo
-    counted: NDArray[np.intp]
-    """Parameters that count for the sensitivity; see `counts`."""
-    starts: NDArray[np.intp]
-    """Where each layer that has such parameters begins among them."""
-    owners: NDArray[np.intp]
-    """The numbers of those layers."""
-    order: NDArray[np.intp]
-    """Layers in the order of the forward pass."""
-    forward: Sequence[int]
-    """The same as plain numbers."""
-    numbers: Mapping[str, int]
-    inner: Sequence[str]
-    weighed: NDArray[np.intp]
-    """Numbers of the layers that have a weight."""
-    largest: NDArray[np.intp]
-    """The parameter that is the largest weight of each of those."""
-    rows: Floats
-    """The root of its first dimension."""
-    elements: Floats
-    """Number of entries of each parameter."""
-    roles: NDArray[np.str_]
-    weights: Floats
-    """Last known norm of each counted parameter; NaN where it is not known, or 0."""
 
-    @classmethod
-    def of(cls, model: ModelInfo, weight_norms: Mapping[str, float]) -> Layout:
-        """Work it out, with the weights' norms as far as they are known."""
+def trunk(model: ModelInfo) -> str:
+    """Return the deepest module that contains more than half of the layers."""
+    names = [layer.name.split(".") for layer in model.layers]
+    found: list[str] = []
+    while True:
+        depth = len(found) + 1
+        deeper = [name[:depth] for name in names if name[: depth - 1] == found and len(name) >= depth]
+        largest = max(deeper, key=deeper.count, default=found)
+        if deeper.count(largest) * 2 <= len(names):
+            return ".".join(found)
+        found = largest
+
+
+class LayerColumns:
+    """The layers of a model and which of its columns are theirs; worked out once for a model.
+
+    Arrays of layers have one entry for each of `model.layers`, arrays of parameters one for each of `model.parameters`.
+    """
+
+    def __init__(self, model: ModelInfo) -> None:
+        """Work it out."""
+        self.model = model
+        self.order: Sequence[int] = model.forward_order
+        """Numbers of the layers in the order of the forward pass."""
+        self.numbers: Mapping[str, int] = {layer.name: i for i, layer in enumerate(model.layers)}
+        """The number of each layer by its name."""
+
+    @functools.cached_property
+    def innermost(self) -> Sequence[str]:
+        """Names of the layers that no other layer lies in, in the order of the forward pass."""
+        names = [layer.name for layer in self.model.layers]
+        around = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."} | {""}
+        return [names[i] for i in self.order if names[i] not in around]
+
+    def weights(self, known: Mapping[str, float]) -> Floats:
+        """Return the norms of the parameters that count, by name known so far; NaN where one is not known, or 0."""
         import numpy as np
 
-        index = {layer.name: i for i, layer in enumerate(model.layers)}
-        counted = sorted(
-            (i for i, p in enumerate(model.parameters) if counts(p)), key=lambda i: index[model.parameters[i].layer]
-        )
-        layer_of = np.array([index[model.parameters[i].layer] for i in counted], dtype=np.intp)
-        owners, starts = np.unique(layer_of, return_index=True)
-        sizes, roles = (
-            np.array([p.elements for p in model.parameters], dtype=float),
-            np.array([p.role for p in model.parameters], dtype=str),
-        )
-        order = model.forward_order
-        around = {
-            layer.name[:at] for layer in model.layers for at, letter in enumerate(layer.name) if letter == "."
-        } | {""}
-        inner = [name for i in order if (name := model.layers[i].name) not in around]
-        at = np.array(order, dtype=np.intp)
-        largest: dict[int, int] = {}
-        for i, p in enumerate(model.parameters):
-            mine = index[p.layer]
-            if p.role == "weight" and sizes[i] > (sizes[largest[mine]] if mine in largest else 0):
-                largest[mine] = i
-        weighed, columns = (np.array(list(some), dtype=np.intp) for some in (largest, largest.values()))
-        rows = np.sqrt(np.array([max(model.parameters[i].shape[0], 1) for i in largest.values()], dtype=float))
-        layout = cls(
-            model,
-            np.array(counted, dtype=np.intp),
-            starts,
-            owners,
-            at,
-            order,
-            index,
-            inner,
-            weighed,
-            columns,
-            rows,
-            sizes,
-            roles,
-            np.empty(len(counted)),
-        )
-        layout.weigh(weight_norms)
-        return layout
+        names = [self.model.parameters[i].name for i in self._counted[0]]
+        return np.array([known.get(name) or np.nan for name in names], dtype=float)
 
-    def weigh(self, weight_norms: Mapping[str, float]) -> None:
-        """Take the newest norms of the parameters."""
-        self.weights[:] = [weight_norms.get(self.model.parameters[i].name) or float("nan") for i in self.counted]
+    def sensitivity(self, norms: Floats, weights: Floats) -> Floats:
+        """Return ||gradient|| x ||weight|| of each layer, over the parameters that count; NaN where none has both.
 
-    def combine(self, norms: Floats) -> Floats:
-        """Norm x weight, by root of the sum of squares over the parameters of each layer; NaN where it has none."""
+        Args:
+            norms: of the gradients, (parameters,).
+            weights: as `weights` gives them.
+
+        """
         import numpy as np
 
-        values = norms[self.counted] * self.weights
+        counted, owners, starts = self._counted
+        values = norms[counted] * weights
         known = ~np.isnan(values)
         total = np.full(len(self.model.layers), np.nan)
         if len(values):
-            total[self.owners] = np.hypot.reduceat(np.where(known, values, 0.0), self.starts)
-            total[self.owners[~np.logical_or.reduceat(known, self.starts)]] = np.nan
+            total[owners] = np.hypot.reduceat(np.where(known, values, 0.0), starts)
+            total[owners[~np.logical_or.reduceat(known, starts)]] = np.nan
         return total
 
     def over_later(self, sensitivity: Floats) -> Floats:
-        """Divide by the largest of the layers after it; NaN where there is none."""
+        """Return the sensitivity of each layer over the largest of the layers after it; NaN where there is none."""
         import numpy as np
 
-        ordered = sensitivity[self.order]
+        order = self._order
+        ordered = sensitivity[order]
         later = np.append(np.fmax.accumulate(ordered[::-1])[::-1][1:], np.nan)
         ratio = np.empty_like(sensitivity)
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio[self.order] = ordered / np.where(later > 0, later, np.nan)
+            ratio[order] = ordered / np.where(later > 0, later, np.nan)
         return ratio
+
+    def gains(self, weight_norms: Column | None) -> Floats:
+        """Return, of each layer, `||W|| / sqrt(rows)` of its largest weight: 1 keeps the variance of what enters.
+
+        NaN where it has no weight, or its norm is not known.
+        """
+        import numpy as np
+
+        found = np.full(len(self.model.layers), np.nan)
+        if weight_norms is not None:
+            for layer, column in self._largest.items():
+                norm, rows = weight_norms[column], self.model.parameters[column].shape[0]
+                found[layer] = np.nan if norm is None else norm / math.sqrt(max(rows, 1))
+        return found
+
+    def elements(self, roles: Iterable[Role]) -> Floats:
+        """Return the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
+        import numpy as np
+
+        sizes, mine = self._sizes
+        found: Floats = np.where(np.isin(mine, list(roles)), sizes, 0.0)
+        return found
+
+    @functools.cached_property
+    def _order(self) -> Indices:
+        import numpy as np
+
+        return np.array(self.order, dtype=np.intp)
+
+    @functools.cached_property
+    def _counted(self) -> tuple[Indices, Indices, Indices]:
+        """Parameters that count, layer by layer; the layers that have some; where each of those begins among them."""
+        import numpy as np
+
+        layer_of = [self.numbers[p.layer] for p in self.model.parameters]
+        columns = sorted((i for i, p in enumerate(self.model.parameters) if counts(p)), key=layer_of.__getitem__)
+        owners, starts = np.unique(np.array([layer_of[i] for i in columns], dtype=np.intp), return_index=True)
+        return np.array(columns, dtype=np.intp), owners, starts
+
+    @functools.cached_property
+    def _largest(self) -> Mapping[int, int]:
+        """The column of the largest weight, by layer."""
+        found: dict[int, int] = {}
+        for column, p in enumerate(self.model.parameters):
+            layer = self.numbers[p.layer]
+            size = self.model.parameters[found[layer]].elements if layer in found else 0
+            if p.role == "weight" and p.elements > size:
+                found[layer] = column
+        return found
+
+    @functools.cached_property
+    def _sizes(self) -> tuple[Floats, NDArray[np.str_]]:
+        """The number of entries and the role of each parameter."""
+        import numpy as np
+
+        parameters = self.model.parameters
+        return np.array([p.elements for p in parameters], dtype=float), np.array(
+            [p.role for p in parameters], dtype=str
+        )

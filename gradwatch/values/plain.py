@@ -12,7 +12,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from gradwatch.values.format_1 import alert_from_1, model_from_1, snapshot_from_1
+from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import ModelInfo, Snapshot
+
+FORMAT = 2
+"""The format of what is written here; 1 is read too. A field that is added and optional does not raise it."""
 
 # --- JSON: floats by repr, which is exact; NaN and the infinities, which JSON lacks, as {"float": "nan"}. ---
 
@@ -43,13 +48,16 @@ def snapshot_to_plain(snapshot: Snapshot, model: int) -> dict[str, Any]:
     }
 
 
-def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -> Snapshot:
-    """Return the snapshot that `snapshot_to_plain` took apart.
+def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], written: int = FORMAT) -> Snapshot:
+    """Return the snapshot that `snapshot_to_plain` took apart when the format was `written`.
 
     Raises:
-        KeyError, IndexError, TypeError, ValueError: `plain` is no snapshot, or its model is not among `models`.
+        KeyError, IndexError, TypeError, ValueError, AttributeError: `plain` is no snapshot, or its model is not among
+            `models`.
 
     """
+    if written == 1:
+        plain = snapshot_from_1(plain, models)
     snapshot = from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
     for column in (
         snapshot.norm,
@@ -66,6 +74,26 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -
                 f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}"
             )
     return snapshot
+
+
+def model_from_plain(plain: Any, written: int = FORMAT) -> ModelInfo:  # noqa: ANN401  (what `json.loads` gives)
+    """Return the model that `to_plain` took apart when the format was `written`.
+
+    Raises:
+        KeyError, TypeError, ValueError: `plain` is no model.
+
+    """
+    return from_plain(ModelInfo, model_from_1(plain) if written == 1 else plain)
+
+
+def alert_from_plain(plain: Any, written: int = FORMAT) -> Alert:  # noqa: ANN401
+    """Return the alert that `to_plain` took apart when the format was `written`.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: `plain` is no alert.
+
+    """
+    return from_plain(Alert, alert_from_1(plain) if written == 1 else plain)
 
 
 def from_plain(kind: type[T], plain: Any) -> T:  # noqa: ANN401  (what `json.loads` gives)

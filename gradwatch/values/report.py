@@ -42,9 +42,15 @@ class Finding:
     lag: int | None = None
     onset: int | None = None
     """First step of the unbroken run of measured snapshots that show the condition, as far back as is remembered."""
-    evidence: Mapping[str, float | str] = field(default_factory=dict)
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    """The numbers it rests on, by name."""
     optimizer: int | None = None
     """The optimizer on whose snapshots it was found: only those can clear it."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What the words need beside numbers: other modules, an activation, a number format."""
+    cause: str = ""
+    """What was measured to account for it, as a key of `gradwatch.detectors.cause_words.CAUSES`; "" where nothing
+    was."""
 
     @property
     def key(self) -> tuple[str, str, str | None, int | None]:

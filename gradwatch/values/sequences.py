@@ -6,30 +6,35 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-HORIZON_GAIN = 1e-3
-"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the newest timesteps'."""
+from gradwatch.values.thresholds import HORIZON_GAIN
+
+RecurrenceName = Literal["LSTM", "GRU", "RNN"]
+"""What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
 
 
-class Memory(NamedTuple):
+class Horizon(NamedTuple):
     """How far back a gain by lag reaches, and how it shrinks on the way."""
 
-    horizon: int
-    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n timesteps are within reach."""
+    timesteps: int
+    """The smallest n such that the gain stays below its share of the maximum for every lag >= n: the newest n
+    timesteps are within reach."""
     censored: bool
-    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one may be longer."""
+    """Whether the sequence ends before the gain is gone; the horizon is then the sequence's length, and the true one
+    may be longer."""
     decay_rate: float | None
     """The factor per timestep; None where fewer than two gains are there to tell."""
     half_life: float | None
     """Timesteps in which the gain halves, `ln 0.5 / ln decay_rate`; None where it does not shrink."""
 
 
-def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | None:
+def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizon | None:
     """Return the horizon of a gain by lag and the rate at which it decays.
 
-    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its maximum to the horizon, gains of
-    exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the backward pass.
+    The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its
+    maximum to the horizon, gains of exactly 0 left out. Its logarithm is the finite-time Lyapunov exponent of the
+    backward pass.
 
     Args:
         lag_gain: gains from lag 0, the newest timestep, back; any unit.
@@ -43,13 +48,13 @@ def memory(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Memory | N
         return None
     top = max(lag_gain)
     if top <= 0:
-        return Memory(0, censored=False, decay_rate=None, half_life=None)
+        return Horizon(0, censored=False, decay_rate=None, half_life=None)
     limit = share * top
     horizon = next((lag for lag in range(len(lag_gain), 0, -1) if lag_gain[lag - 1] >= limit), 0)
     peak = lag_gain.index(top)
     law = slope([(lag, math.log(gain)) for lag, gain in enumerate(lag_gain[peak : horizon + 1], peak) if gain > 0])
     half_life = math.log(0.5) / law if law is not None and law < 0 else None
-    return Memory(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
+    return Horizon(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -64,14 +69,16 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
 class SequenceStats:
     """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
 
-    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep, back. Norms are Frobenius over the
-    features and over rows of the batch: all of them for `grad_input`, and for the gradients at the states of a cell; else `rows` of them.
+    Series run from the oldest timestep to the newest, `length` entries; lag gains from lag 0, the newest timestep,
+    back. Norms are Frobenius over the features and over rows of the batch: all of them for `grad_input`, and for the
+    gradients at the states of a cell; else `rows` of them.
     """
 
     module: str
     """Name of the module; "" is the model itself."""
     part: str = ""
-    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the memory of the model as a whole."""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of it; "model" the horizon of the
+    model as a whole."""
     length: int = 0
     """Timesteps of the longest sequence."""
     rows: int = 0
@@ -85,7 +92,8 @@ class SequenceStats:
     grad_cell: tuple[float, ...] | None = None
     """Norm of the total dL/dc_t of an LSTM."""
     carry_ratio: tuple[float, ...] | None = None
-    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the state's gradient at t+1 (Pascanu, 2013)."""
+    """`length - 1` entries; entry t is the norm of the state's gradient carried from t+1 back to t, over that of the
+    state's gradient at t+1 (Pascanu, 2013)."""
     lag_gain: tuple[float, ...] | None = None
     """`||d out_T / d x_{T-lag}||`, root mean square over random cotangents and rows; on parts "" and "model"."""
     lag_gain_hidden: tuple[float, ...] | None = None
@@ -99,49 +107,60 @@ class SequenceStats:
     adjoint_residual: float | None = None
     """Largest difference of the recomputed dL/dx_t from autograd's, over its largest entry."""
     scaled: bool = False
-    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded: only their ratios mean something.
+    """Whether an unknown factor (a loss scale) is on the gradients, or cannot be excluded.
 
-    Lag gains are free of it.
+    Only their ratios mean something then. Lag gains are free of it.
     """
     note: str | None = None
     """Why something is missing."""
     need: int | None = None
-    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a need of the module)."""
+    """How many of the newest timesteps matter, as `horizon=` declares; on part "model" (one number) or on part "" (a
+    need of the module)."""
     reached: int | None = None
-    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on is detached; `length`
-    where it is the state that was carried into the sequence. None where it is not detached, or that is not known.
+    """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on
+    is detached; `length` where it is the state that was carried into the sequence. None where it is not detached, or
+    that is not known.
 
     On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
     """
+    kind: RecurrenceName | None = None
+    """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
+    reverse: bool = False
+    """Whether this part runs from the newest timestep to the oldest."""
 
     @property
-    def memory(self) -> Memory | None:
-        """What `memory` says of `lag_gain`; None where there is none."""
-        return None if self.lag_gain is None else memory(self.lag_gain)
+    def why_unknown(self) -> str:
+        """Why `lag_gain` is missing, in words; "" where that is not known."""
+        return self.note or ""
+
+    @property
+    def reach(self) -> Horizon | None:
+        """What `horizon_of` says of `lag_gain`; None where there is none."""
+        return None if self.lag_gain is None else horizon_of(self.lag_gain)
 
     @property
     def horizon(self) -> int | None:
-        """How many of the newest timesteps are within reach; `length` where the sequence ends before the gain is gone."""
-        return None if (found := self.memory) is None else found.horizon
+        """How many of the newest timesteps are within reach; `length` where the sequence ends first."""
+        return None if (found := self.reach) is None else found.timesteps
 
     @property
     def decay_rate(self) -> float | None:
         """Factor per timestep by which the gain shrinks on the way to the horizon."""
-        return None if (found := self.memory) is None else found.decay_rate
+        return None if (found := self.reach) is None else found.decay_rate
 
     @property
     def half_life(self) -> float | None:
         """Timesteps in which the gain halves; None where it does not shrink."""
-        return None if (found := self.memory) is None else found.half_life
+        return None if (found := self.reach) is None else found.half_life
 
 
-_memory = functools.lru_cache(maxsize=64)(memory)
-"""Between two probes the same memories are asked for at every measured step."""
+_remembered = functools.lru_cache(maxsize=64)(horizon_of)
+"""Between two probes the same horizons are asked for at every measured step."""
 
 
-def memory_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Memory | None:
-    """Return the memory that a gain by lag tells of; None where there is none, or it is not finite."""
-    return None if stats.lag_gain is None else _memory(stats.lag_gain, share)
+def reach_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Horizon | None:
+    """Return the horizon that a gain by lag tells of; None where there is none, or it is not finite."""
+    return None if stats.lag_gain is None else _remembered(stats.lag_gain, share)
 
 
 def subject(stats: SequenceStats) -> str:
@@ -149,37 +168,41 @@ def subject(stats: SequenceStats) -> str:
     return stats.module if stats.module and stats.part != "model" else "the model"
 
 
-def reach(who: str, found: Memory, length: int) -> str:
-    """Say how far back `who` learns: "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"."""
+def sentence(who: str, found: Horizon, length: int) -> str:
+    """Say how far back `who` learns.
+
+    "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)".
+    """
     much = (
         f"at least {length} of {length}"
         if found.censored
-        else f"the last {found.horizon} of {length}"
-        if found.horizon
+        else f"the last {found.timesteps} of {length}"
+        if found.timesteps
         else f"none of its {length}"
     )
     return f"{who} learns from {much} timesteps{_pace(found)}"
 
 
-def reaches(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
-    """Return everything whose memory was asked for with the sentence on it: the model itself first, then the modules as they ran.
+def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
+    """Return everything whose horizon was asked for with the sentence on it.
 
-    Where a memory could not be measured, the sentence says why.
+    The model itself comes first, then the modules as they ran. Where a horizon could not be measured, the sentence says
+    why.
     """
     whole = [s for s in sequences if s.part in ("", "model")]
     for stats in sorted(whole, key=lambda s: s.part != "model"):
-        found = memory_of(stats, share)
+        found = reach_of(stats, share)
         if found is not None:
-            yield stats, reach(subject(stats), found, stats.length)
+            yield stats, sentence(subject(stats), found, stats.length)
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"
         elif stats.note is not None:
             yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
 
 
-def _pace(found: Memory) -> str:
+def _pace(found: Horizon) -> str:
     if found.decay_rate is None:
-        return " (the gain does not shrink)" if found.censored and found.horizon > 1 else ""
+        return " (the gain does not shrink)" if found.censored and found.timesteps > 1 else ""
     rate = (
         f"{found.decay_rate:.2f}"
         if 0.1 <= found.decay_rate < 0.985
@@ -188,7 +211,9 @@ def _pace(found: Memory) -> str:
         else f"{found.decay_rate:.1g}"
     )
     grows = (
-        found.censored and found.half_life is not None and found.half_life * math.log2(1 / HORIZON_GAIN) < found.horizon
+        found.censored
+        and found.half_life is not None
+        and found.half_life * math.log2(1 / HORIZON_GAIN) < found.timesteps
     )  # up to a maximum far back
     if found.half_life is None or rate == "1" or grows:
         return " (the gain does not shrink)"
@@ -197,7 +222,10 @@ def _pace(found: Memory) -> str:
 
 
 def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
-    """Return the sequence module with the shortest memory, or the first where none was measured; None where there is no such module."""
+    """Return the sequence module with the shortest horizon, or the first where none was measured.
+
+    None where there is no such module.
+    """
     modules = [s for s in sequences if s.part == "" and s.module]
-    known = [(found.horizon, i) for i, s in enumerate(modules) if (found := memory_of(s, share)) is not None]
+    known = [(found.timesteps, i) for i, s in enumerate(modules) if (found := reach_of(s, share)) is not None]
     return modules[min(known)[1]] if known else next(iter(modules), None)

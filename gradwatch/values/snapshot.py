@@ -8,8 +8,9 @@ from typing import Literal
 
 from gradwatch.values.sequences import SequenceStats
 
-Role = Literal["weight", "bias", "normalization", "embedding", "scale"]
-"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, or any other gain."""
+Role = Literal["weight", "bias", "normalization", "embedding", "gain"]
+"""What a parameter does: a matrix or kernel, an added vector, the gain of a normalization, a lookup table, any other
+gain."""
 
 Stage = Literal["before_clip", "applied"]
 """Whether the gradients were read before clipping, or as the optimizer consumed them."""
@@ -17,6 +18,28 @@ Stage = Literal["before_clip", "applied"]
 Absent = Literal["frozen", "unused", "disconnected"]
 """Why a parameter has no gradient: `requires_grad` is False; no forward pass that was seen used its
 layer; its layer ran in the forward pass of this step and still nothing arrived."""
+
+Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax"]
+"""An activation; "relu" is any whose output is exactly 0 where its derivative is."""
+
+FactName = Literal[
+    "silent_by_bias",
+    "input_offset",
+    "spectral_norm",
+    "spectral_radius",
+    "forget_gate",
+    "forget_bias",
+    "update_gate",
+    "saturation",
+]
+"""What a `Fact` tells.
+
+silent_by_bias: of the units that are 0 for every input, the share that would not be without their bias.
+input_offset: norm of the input's mean over its spread; infinite where the input is the same for every sample.
+spectral_norm, spectral_radius: of the largest weight; of a recurrent module, of W_hh.
+forget_gate, update_gate: mean share of the state that the gates keep; forget_bias: mean of the forget gates' bias.
+saturation: share of a tanh network's outputs above 0.98.
+"""
 
 Column = tuple[float | None, ...]
 """One number per entry of `ModelInfo.parameters`; None where there is no gradient, which is never 0."""
@@ -87,22 +110,42 @@ class ActivationStats:
     grad_norm: float | None = None
     """L2 norm of the gradient of what it gave; None where none came, or several backward passes brought parts of it."""
     dead: float | None = None
-    """Share of its units that a ReLU-like activation behind it left at 0 for every input of many probes, for longer than chance explains."""
+    """Share of its units that a ReLU-like activation after it left at 0 for every input of many probes, for longer than
+    chance explains."""
     saturated: float | None = None
-    """Share of its entries that a bounded activation behind it put into the outer 1 % of its range, at either end."""
+    """Share of its entries that a bounded activation after it put into the outer 1 % of its range, at either end."""
     units: int | None = None
     """Features, or channels."""
     scaled: bool = False
     """Whether an unknown factor (a loss scale) is on the norm, or cannot be excluded."""
+    function: Function | None = None
+    """The activation that its output goes through; None where none was seen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A measured cause: a number called `name` (saturation, spectral_radius, ...) at a module."""
+    """A number measured at a module, that may be the cause of what is wrong there."""
 
     place: str
-    name: str
+    """Name of the module."""
+    name: FactName
     value: float
+    part: str = ""
+    """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of a recurrent one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where the gradient ended on its way back to a layer that ran and that it did not reach."""
+
+    layer: str
+    """The layer in question."""
+    unreached: str
+    """The last module that ran and that the gradient did not reach; perhaps the layer itself."""
+    reached: str | None
+    """The first module after that which it did reach; None where it reached none."""
+    graph: bool
+    """Whether the output of `unreached` has a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +184,20 @@ class Snapshot:
     update_ratio: Column | None = None
     """`||after - before|| / ||before||` of the parameter in this step; infinite if it was 0 and moved."""
     absent: tuple[Absent | None, ...] | None = None
-    """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)` leaves to a layer that did not run."""
+    """Why there is no gradient. An entry also stands beside a norm of exactly 0, which `zero_grad(set_to_none=False)`
+    leaves to a layer that did not run."""
     activations: tuple[ActivationStats, ...] | None = None
     sequences: tuple[SequenceStats, ...] | None = None
     facts: tuple[Fact, ...] | None = None
     notes: tuple[str, ...] = ()
     lost: Column | None = None
-    """Share of the entries with a gradient that the step left as they were; of parameters in a format of less than 32 bits."""
+    """Share of the entries with a gradient that the step left as they were;
+    of parameters in a format of less than 32 bits."""
+    cuts: tuple[Cut, ...] | None = None
+    """Of layers in question, where the gradient ended."""
+    computed_in: str | None = None
+    """The format that computed the gradients, where it is another than that of the parameters
+    ("float16" under autocast)."""
 
     @property
     def norm_global(self) -> float | None:

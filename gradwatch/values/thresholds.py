@@ -8,7 +8,85 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from gradwatch.values.sequences import HORIZON_GAIN
+HORIZON_GAIN = 1e-3
+"""Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the
+newest timesteps'."""
+
+# --- what is compared with what ---
+
+KEPT = 50
+"""Snapshots and losses that are remembered, per optimizer; over so many losses a loss stands still."""
+EDGE = 5
+"""Losses over whose median the beginning and the end of a run are compared, and ratios and norms over whose median a
+level is taken: a single batch proves nothing."""
+PROBES = 8
+"""Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
+GIVEN_BACK = 0.5
+"""Share of what the loss has gained that it may lose again and still count as improved."""
+OPENING_FLOOR = 0.01
+"""A layer that is opening must have come within this share of its limit: below it, noise rises and falls too."""
+BETWEEN_PROBES = 0.3
+"""Share of the steps between probes at which a layer must get a gradient not to be dead; a rare outlier that wakes a
+dead layer for a step does not revive it."""
+UPDATE_PROBES = 3
+"""Probes of a window at which a weight must change by more than itself, where no single change is large enough
+alone."""
+LINE_LAYERS = 6
+"""Layers from which on a line through their gradients says something."""
+LINE_CORRELATION = 0.8
+"""Correlation from which on it is a line: growth by depth, and not a few layers of another scale."""
+GROWTH_LAGS = 10
+"""Lags over which a gain must have grown: over fewer it is a step, not a law."""
+GROWTH_TO_INFINITY = 1e3
+"""Growth before infinity that makes it an explosion: a derivative that does not exist comes without any."""
+
+# --- what accounts for a fault ---
+
+TANH_GAIN = 5 / 3
+"""Gain of the weights that keeps a signal's variance through tanh (`torch.nn.init.calculate_gain`)."""
+NEEDED_GAIN: Mapping[str, float] = {
+    "relu": math.sqrt(2),
+    "tanh": TANH_GAIN,
+    "hardtanh": TANH_GAIN,
+    "sigmoid": 4.0,
+}
+"""Gain of the weights that keeps a gradient through the activation as large as it was, 1 for others (He, 2015; Glorot,
+2010). The derivative of the sigmoid is at most a quarter."""
+ENOUGH_GAIN: Mapping[str, float] = {"tanh": TANH_GAIN}
+"""Gain with which a bounded activation is not saturated, 1 for others (`torch.nn.init.calculate_gain`)."""
+LARGE_GAIN = 3.0
+"""A gain over what is needed that accounts for saturation or an explosion: initializations differ by less."""
+SMALL_GAIN = 0.7
+"""A gain over what is needed that counts as small where layer upon layer has it; 0.71, which Xavier initialization
+gives a ReLU network, is not yet small."""
+ACCOUNTED_FOR = 0.5
+"""Share of the missing orders of magnitude that small gains must make up to be named as the cause: the larger part."""
+MOSTLY_DEAD = 0.95
+"""Share of dead units, or of saturated entries, that accounts for a gradient of nothing."""
+MOSTLY_FLAT = 0.4
+"""Share of saturated entries that accounts for a gradient that is nearly gone: they pass at most 4 % of it, and layer
+upon layer has them."""
+OFF_CENTRE = 5.0
+"""Mean of an input over its spread from which on it counts as off-centre: of standardized input it is 0, of pixels in
+[0, 1] 2 or less."""
+KICK = 0.3
+"""An update over the weights that can move a layer's units out of reach: 1e-3 a step is the rule of thumb."""
+BY_BIAS = 0.5
+"""Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
+part."""
+SATURATED_OUTPUTS = 0.1
+"""Share of saturated outputs of a recurrent network that is worth a word."""
+OUTER_SHARE = 0.01
+"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient
+there, the sigmoid 1 %."""
+SILENT_ENTRIES = 64.0
+"""Entries in a row for which a unit must be silent before it counts as dead: two batches of 32."""
+SILENT_SPELLS = 7.0
+"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is
+silent for so long by chance once in 1,000 (e^-7)."""
+
+LARGEST_EXPONENT = 700.0
+"""`math.exp` of more overflows a float64, at 709.8."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +109,8 @@ class Thresholds:
     """Share of the window in which it must hold."""
     clear_factor: float = 3.0
     """An open alert clears only once its number is better than the limit by this factor: hysteresis."""
+    clear_share_factor: float = 1.5
+    """The same for limits that are a share of the whole, which has no room for a factor of 3."""
 
     vanishing_ratio: float = 1e-3
     """A layer's sensitivity over the largest of the layers after it. AutoTrainer (ICSE 2021) takes the same
@@ -58,13 +138,14 @@ class Thresholds:
     explosion_loss: float = 20.0
     """Median of the last losses over the best level before: a jump that lasts."""
     explosion_hopeless: float = 1e6
-    """Growth through time from which on a loss that has come down is no excuse: float32 keeps seven digits, so beside the oldest timesteps the newest no
-    longer count. The counterpart of `vanishing_hopeless`."""
+    """Growth through time from which on a loss that has come down is no excuse: float32 keeps seven digits, so beside
+    the oldest timesteps the newest no longer count. The counterpart of `vanishing_hopeless`."""
     explosion_depth: float = 1e4
-    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A healthy residual network without
-    normalization doubles it in a block; 1e4 are more than thirteen such blocks."""
+    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A
+    healthy residual network without normalization doubles it in a block; 1e4 are more than thirteen such blocks."""
     explosion_depth_gap: float = 0.7
-    """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of that layer's scale, not of depth."""
+    """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of
+    that layer's scale, not of depth."""
     norm_above: float | None = None
     """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
 
@@ -73,18 +154,20 @@ class Thresholds:
     disconnected_steps: int = 10
     """Measured snapshots without any gradient before a layer that ran counts as disconnected."""
     dead_units: float = 0.6
-    """Share of a layer's units that are silent for every input. Of a sound ReLU layer up to 0.4 may be (research of the labelled runs); DeepDiagnosis and
-    SageMaker's rule take 0.5 of one batch."""
+    """Share of a layer's units that are silent for every input. Of a sound ReLU layer up to 0.4 may be (research of
+    the labelled runs); DeepDiagnosis and SageMaker's rule take 0.5 of one batch."""
     dead_probes: int = 3
     """Probes in a row at which they must be: 20 steps at the beginning of a run, which outlasts the first updates."""
     flushed: float = 0.5
     """Share of the gradient's entries that are exactly 0, where nearly all others are too small for the format."""
     flushed_small: float = 0.9
-    """Share of the entries that are not 0 which must be below the smallest normal number of the format: zeros of ReLU and embeddings stand beside large ones."""
+    """Share of the entries that are not 0 which must be below the smallest normal number of the format: zeros of ReLU
+    and embeddings stand beside large ones."""
     lost_updates: float = 0.5
     """Share of low-precision weights that have a gradient and that a step leaves as they were."""
     below_epsilon: float = 1 / 3
-    """Root mean square of the gradient over the optimizer's epsilon; at a third of it steps are a quarter of what they should be."""
+    """Root mean square of the gradient over the optimizer's epsilon; at a third of it steps are a quarter of what
+    they should be."""
     underflow_probes: int = 2
     """Probes in a row at which entries must be flushed or updates lost."""
     stalled_after: int = 200
@@ -96,16 +179,21 @@ class Thresholds:
     horizon_gain: float = HORIZON_GAIN
     """Share of its maximum below which the lag gain counts as gone."""
     horizon_probes: int = 4
-    """Probes in a row at which the memory must be too short. Four separated the labelled runs that never learn from those that open in time."""
+    """Probes in a row at which the horizon must be too short. Four separated the labelled runs that never learn from
+    those that open in time."""
     horizon_rising: float = 1.5
-    """Not too short while the newest of these horizons is this much above the oldest: it is opening. More than the step by which estimates differ."""
+    """Not too short while the newest of these horizons is this much above the oldest: it is opening. More than the
+    step by which estimates differ."""
     horizon_share: float = 0.5
-    """Share of the sequence; where nobody has declared a need, a memory of at most that is worth a word, and never more than info."""
+    """Share of the sequence; where nobody has declared a need, a horizon of at most that is worth a word, and never
+    more than info."""
     horizon_met: int = 2
-    """Probes in a row that must reach the need before an open finding clears: hysteresis, in place of a factor, because a need met is met."""
+    """Probes in a row that must reach the need before an open finding clears: hysteresis, in place of a factor,
+    because a need met is met."""
     explosion_time: float = 1e4
-    """Growth of the gain by lag, along its fitted line up to its maximum. What trains well stays below: a recurrent matrix of 1.08 times the
-    identity, clipped, grows 50 times in 60 timesteps, two LSTM layers with wide open forget gates 700 times in 500; 1.2 times the identity 30,000 times in 60."""
+    """Growth of the gain by lag, along its fitted line up to its maximum. What trains well stays below: a recurrent
+    matrix of 1.08 times the identity, clipped, grows 50 times in 60 timesteps, two LSTM layers with wide open forget
+    gates 700 times in 500; 1.2 times the identity 30,000 times in 60."""
 
     layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -146,7 +234,8 @@ class Thresholds:
             unknown = [name for name in numbers if name not in PER_LAYER]
             if unknown:
                 raise ValueError(
-                    f"Thresholds.layers[{pattern!r}] must name fields that are looked up for each layer ({', '.join(PER_LAYER)}), got {', '.join(unknown)}"
+                    f"Thresholds.layers[{pattern!r}] must name fields that are looked up for each layer"
+                    f" ({', '.join(PER_LAYER)}), got {', '.join(unknown)}"
                 )
             dataclasses.replace(self, layers={}, **numbers)  # type: ignore[arg-type]  # which checks them
 
@@ -158,7 +247,7 @@ class Thresholds:
             if fnmatch.fnmatchcase(layer, pattern)
             for k, v in numbers.items()
         }
-        return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # numbers, as checked
+        return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # all checked
 
 
 _COUNTS = (
@@ -184,4 +273,5 @@ PER_LAYER = (
     "horizon_met",
     "explosion_time",
 )
-"""The fields that a layer may have of its own; the others are of the run as a whole, or of all of its layers together."""
+"""The fields that a layer may have of its own; the others are of the run as a whole, or of all of its layers
+together."""

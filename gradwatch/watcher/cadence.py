@@ -13,7 +13,7 @@ class Cadence:
     probe_every: int | None = None
 
     def measured(self, step: int) -> bool:
-        """Tell whether the gradients are read: at the first 200 steps and then every 10th, or at every n-th; at a probe always."""
+        """Tell whether gradients are read: at the first 200 steps, then every 10th, or every n-th; at each probe."""
         if self.every is None:
             return step < 200 or step % 10 == 0 or self.probed(step)
         return step % self.every == 0 or self.probed(step)

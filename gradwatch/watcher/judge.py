@@ -3,72 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gradwatch.detectors import explain
-from gradwatch.detectors.alerts import advance, muted
+from gradwatch.detectors import rules_of
+from gradwatch.detectors.alerts import judge
 from gradwatch.detectors.suspects import suspects
 from gradwatch.sinks.log import log_end, log_report
 from gradwatch.values.history import Detector, History
-from gradwatch.values.plain import from_plain, to_plain
-from gradwatch.values.report import Alert, Finding, GradientHealthError, Report, Severity, Sink
+from gradwatch.values.plain import alert_from_plain, to_plain
+from gradwatch.values.report import GradientHealthError, Report, Severity, Sink
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.watcher.warn_once import Once, name_of, said
-
-OnAlert = Literal["warn", "raise"] | Callable[[Alert], object]
+from gradwatch.watcher.options import Options
+from gradwatch.watcher.warn_once import WarnOnce, name_of, said
 
 
 class Judge:
     """Folds snapshots into the history and tells the sinks what the detectors make of it."""
 
     def __init__(
-        self,
-        history: History,
-        first: Snapshot,
-        *,
-        detectors: Sequence[Detector],
-        ignore: Sequence[str],
-        sinks: Sequence[Sink],
-        on_alert: OnAlert,
-        warn: Once,
-        strict: bool,
+        self, first: Snapshot, options: Options, sinks: Sequence[Sink], warn: WarnOnce, *, strict: bool
     ) -> None:
-        """Begin with a report without numbers."""
-        self.history = history
+        """Begin with a report without numbers, on the snapshot `first`.
+
+        Raises:
+            TypeError: what a detector carries as `rules` are no rules.
+
+        """
+        rules_of(options.detectors)
+        self.history = History(options.thresholds)
         self.sinks = list(sinks)
         self.report = Report(first)
-        self.error: GradientHealthError | None = None
-        """What `on_alert="raise"` wants to be raised."""
-        self._detectors, self._ignore, self._on_alert = list(detectors), tuple(ignore), on_alert
+        self._detectors, self._ignore, self._on_alert = list(options.detectors), options.ignore, options.on_alert
         self._warn, self._strict = warn, strict
 
-    def __call__(self, snapshot: Snapshot) -> Report:
-        """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks."""
-        history = self.history
-        self._note_open()
-        history.add(snapshot)
-        began, still, cleared = advance(
+    def __call__(self, snapshot: Snapshot) -> tuple[Report, GradientHealthError | None]:
+        """Hand a snapshot to the history, what the detectors find to the alerts, and the report to the sinks.
+
+        Returns:
+            The report, and what `on_alert="raise"` wants to be raised for it.
+
+        """
+        self.report = report = judge(
+            self.history,
+            snapshot,
             self.report.open,
-            [
-                dataclasses.replace(f, optimizer=snapshot.optimizer)
-                for f in self._findings()
-                if not muted(f, self._ignore)
-            ],
-            [s.step for s in history.window()],
-            optimizer=snapshot.optimizer,
-            patience=history.thresholds.window,
-            explain=explain,
+            detectors=self._detectors,
+            ignore=self._ignore,
+            failed=None if self._strict else self._without,
         )
-        self.report = report = Report(snapshot, began, still, cleared)
         for sink in tuple(self.sinks):
             try:
                 sink(report)
             except Exception as error:  # noqa: BLE001  (a full disk, a closed writer, a sink of the user's)
                 self.sinks.remove(sink)
                 self._warn(f"sink {id(sink)}", f"the sink {name_of(sink)} failed and is switched off: {said(error)}")
-        self._tell(report)
-        return report
+        return report, self._tell(report)
 
     def end(self) -> None:
         """Say what is still open, unless a function of the user's takes the alerts."""
@@ -77,8 +67,7 @@ class Judge:
 
     def suspects(self) -> frozenset[str]:
         """Return the layers of which the next probe is to measure more."""
-        self._note_open()
-        return suspects(self.history, self.report.snapshot.model)
+        return suspects(self.history, self.report.snapshot.model, self.report.open)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and the open alerts as plain values."""
@@ -88,35 +77,24 @@ class Judge:
         """Go on where `state_dict` was taken; the files too, instead of beginning anew.
 
         Raises:
-            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives, and nothing has changed.
+            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives; nothing has changed.
 
         """
-        alerts = tuple(from_plain(Alert, alert) for alert in state["alerts"])
+        written = state["history"].get("format", 1)
+        alerts = tuple(alert_from_plain(alert, written) for alert in state["alerts"])
         history = History(self.history.thresholds)
         history.load_state_dict(state["history"])
         self.history, self.report = history, dataclasses.replace(self.report, open=alerts)
         for sink in self.sinks:
             getattr(sink, "resume", lambda: None)()
 
-    def _note_open(self) -> None:
-        self.history.open = frozenset(alert.finding.key for alert in self.report.open)
+    def _without(self, detector: Detector, error: Exception) -> None:
+        self._detectors.remove(detector)
+        self._warn(
+            f"detector {id(detector)}", f"the detector {name_of(detector)} failed and is switched off: {said(error)}"
+        )
 
-    def _findings(self) -> list[Finding]:
-        findings: list[Finding] = []
-        for detector in tuple(self._detectors):
-            try:
-                findings += detector(self.history)
-            except Exception as error:  # a detector of the user's, perhaps
-                if self._strict:
-                    raise
-                self._detectors.remove(detector)
-                self._warn(
-                    f"detector {id(detector)}",
-                    f"the detector {name_of(detector)} failed and is switched off: {said(error)}",
-                )
-        return findings
-
-    def _tell(self, report: Report) -> None:
+    def _tell(self, report: Report) -> GradientHealthError | None:
         if callable(self._on_alert):
             try:
                 for alert in report.began:
@@ -126,5 +104,7 @@ class Judge:
                 self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {said(error)}")
         if not callable(self._on_alert):
             log_report(report)
-        if self._on_alert == "raise" and (errors := [a for a in report.began if a.severity is Severity.ERROR]):
-            self.error = GradientHealthError("\n".join(map(str, errors)), errors)
+        errors = [a for a in report.began if a.severity is Severity.ERROR]
+        if self._on_alert != "raise" or not errors:
+            return None
+        return GradientHealthError("\n".join(map(str, errors)), errors)

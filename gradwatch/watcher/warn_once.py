@@ -10,7 +10,7 @@ from gradwatch.values.report import GradwatchWarning
 _log = logging.getLogger("gradwatch")
 
 
-class Once:
+class WarnOnce:
     """Says each thing a single time."""
 
     def __init__(self) -> None:

@@ -1,67 +1,41 @@
-"""The step: measure, detect, emit."""
+"""The watcher: what users call, and what keeps a failure of gradwatch out of their training."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import numbers
 import operator
 import os
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeVarTuple
 
 from torch import Tensor, nn
 
-from gradwatch.measurement import loss_scale as scale
-from gradwatch.model.optimizer_hooks import StepHooks, unwrap
-from gradwatch.sinks.record import Record
-from gradwatch.sinks.tensorboard import TensorBoardSink
-from gradwatch.values.history import Detector, History
-from gradwatch.values.report import Report, Sink
+from gradwatch.measurement.model_map import ModelMap
+from gradwatch.measurement.processes import Processes
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.optimizer_hooks import unwrap
+from gradwatch.sinks.run_directory import RunDirectory
+from gradwatch.timesteps.sequences import Sequences
+from gradwatch.values.report import GradientHealthError, Report, Sink
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import Snapshot, Stage
-from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.forward import Forward, Visitors
-from gradwatch.watcher.inventory import Inventory, Slot
-from gradwatch.watcher.judge import Judge, OnAlert
-from gradwatch.watcher.processes import Processes
-from gradwatch.watcher.reading import Reading, undisturbed
-from gradwatch.watcher.through_time import Horizon, ThroughTime, Timesteps
-from gradwatch.watcher.warn_once import Once, said
+from gradwatch.values.snapshot import Snapshot
+from gradwatch.watcher.forward_pass import ForwardPass
+from gradwatch.watcher.judge import Judge
+from gradwatch.watcher.losses import Losses
+from gradwatch.watcher.optimizer_steps import OptimizerSteps, Training
+from gradwatch.watcher.options import Options
+from gradwatch.watcher.probes import Probes
+from gradwatch.watcher.warn_once import WarnOnce, said
 
 _log = logging.getLogger("gradwatch")
-P = ParamSpec("P")
+A = TypeVarTuple("A")
 
 _PATIENCE = 3
 """Measurements in a row that may fail before measuring is switched off."""
-_LOSSES = 10_000
-"""Losses that are remembered between two steps."""
-
-
-def _guarded(method: Callable[P, None]) -> Callable[P, None]:
-    """Keep every failure of gradwatch out of the training that calls it."""
-
-    @functools.wraps(method)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> None:
-        watcher: Watcher = args[0]  # type: ignore[assignment]
-        if watcher._off or os.getpid() != watcher._pid:
-            return
-        try:
-            method(*args, **kwargs)
-        except Exception as error:
-            if watcher._strict:
-                raise
-            watcher._failed(error)  # diagnostics never kill training
-        if watcher._judge.error is not None:  # unless they are asked to
-            wanted, watcher._judge.error = watcher._judge.error, None
-            raise wanted
-
-    return inside
 
 
 class Watcher:
@@ -74,62 +48,56 @@ class Watcher:
         self,
         model: nn.Module,
         optimizers: Sequence[Any],
+        options: Options,
         *,
-        cadence: Cadence,
-        thresholds: Thresholds,
-        ignore: Sequence[str],
-        detectors: Sequence[Detector],
-        sinks: Sequence[Sink],
-        on_alert: OnAlert,
+        directory: RunDirectory | None = None,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
-        timesteps: Timesteps = "auto",
-        horizon: Horizon = None,
         clock: Callable[[], int] | None = None,
         strict: bool = False,
     ) -> None:
         """Attach to the optimizers.
 
-        `clock` numbers the steps where the loop has an axis of its own; `strict` raises what goes wrong instead of
-        warning, for a caller that is not a training.
+        Args:
+            model: as for `gradwatch.watch`.
+            optimizers: unwrapped; none where the loop calls `step`.
+            options: checked already.
+            directory: takes the reports before the sinks do, and is closed with the watcher.
+            scaler: as for `gradwatch.watch`.
+            clock: numbers the steps where the loop has an axis of its own.
+            strict: raise what goes wrong instead of warning, for a caller that is not a training.
+
         """
         self._pid = os.getpid()
         self._off = False
         self._strict = strict
         self._failures = 0
-        self._warn = Once()
-        self._cadence, self._clock, self._scaler = cadence, clock, scaler
-        self._losses: deque[float | Tensor] = deque(maxlen=_LOSSES)
-        self._taken: set[int] = set()
-        """Optimizers that have stepped since a loss was recorded, and have had it."""
-        self._explicit = False
-        self._slots = [Slot(i, o) for i, o in enumerate(optimizers)] or [Slot(0, None)]
-        through_time = (
-            ThroughTime(timesteps, horizon, thresholds.horizon_gain, self._warn, strict=strict)
-            if timesteps is not False
-            else None
-        )
-        self._visitors = Visitors(through_time, self._warn, strict=strict)
-        self._inventory = Inventory(model, self._slots, self._visitors.all())
-        info = self._inventory.info
-        self._processes = Processes((p.name for p in info.parameters), self._warn, alone=strict)
+        self._wanted: GradientHealthError | None = None
+        """What `on_alert="raise"` wants to be raised, once what is under way is whole."""
+        self._warn = WarnOnce()
+        self._losses = Losses()
+        self._model_map = ModelMap(model, optimizers)
+        info = self._model_map.info
+        self._processes = Processes((p.name for p in info.parameters), alone=strict)
         self._judge = Judge(
-            History(thresholds),
             Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
-            detectors=detectors,
-            ignore=ignore,
-            sinks=sinks,
-            on_alert=on_alert,
-            warn=self._warn,
+            options,
+            [*(directory.sinks if directory is not None else ()), *options.sinks],
+            self._warn,
             strict=strict,
         )
-        # Sinks are also closed when the process ends, and files when the watcher goes. Only files are held for that: another
-        # sink may know the watcher, and would keep it and the optimizer alive.
-        files = [s for s in sinks if isinstance(s, Record | TensorBoardSink)]
-        others = [weakref.ref(s) for s in sinks if s not in files and hasattr(s, "close")]
-        self._close_sinks = weakref.finalize(self, _close, self._pid, files, others)
-        for slot in self._slots:
-            if slot.optimizer is not None:
-                slot.hooks = StepHooks(slot.optimizer, slot.index, self)
+        attempts = Attempts()
+        probes = Probes(_sequences(options, attempts), attempts, self._warn, strict=strict)
+        self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
+        training = Training(
+            self._model_map, self._forward_pass, self._losses, self._processes, options.cadence, scaler, clock
+        )
+        self._steps = [
+            OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(optimizers or [None])
+        ]
+        self._close_sinks = _closing_with(self, directory, options.sinks)
+        for steps in self._steps:
+            if steps.optimizer is not None:
+                steps.attach(self._guarded, self._emit)
 
     # --- what users call ---
 
@@ -139,9 +107,9 @@ class Watcher:
         return self._judge.report
 
     @property
-    def orphaned(self) -> bool:
-        """Whether the model is gone, so that there is nothing to measure any more."""
-        return self._inventory.model() is None
+    def model(self) -> nn.Module | None:
+        """The watched model, which a watcher does not keep; None once it is gone."""
+        return self._model_map.model
 
     def step(self, step: int | None = None, *, loss: float | Tensor | None = None, optimizer: object = None) -> None:
         """Read the gradients now: after `backward()`, before clipping.
@@ -156,9 +124,11 @@ class Watcher:
             ValueError: `optimizer` is not one of those that are watched.
 
         """
-        chosen = self._slots if optimizer is None else [s for s in self._slots if s.optimizer is unwrap(optimizer)]
+        if self._off:
+            return
+        chosen = self._steps if optimizer is None else [s for s in self._steps if s.optimizer is unwrap(optimizer)]
         if not chosen:
-            raise ValueError(f"optimizer must be one of the {len(self._slots)} that are watched, got {optimizer!r:.80}")
+            raise ValueError(f"optimizer must be one of the {len(self._steps)} that are watched, got {optimizer!r:.80}")
         if loss is not None:
             self.record(loss)
         if step is not None and not isinstance(step, numbers.Integral):
@@ -166,35 +136,53 @@ class Watcher:
                 "step", f"the number of a step must be a whole number, got {step!r:.80}; steps are counted instead"
             )
             step = None
-        self._step(chosen, None if step is None else operator.index(step))
+        self._guarded(self._read, chosen, None if step is None else operator.index(step))
+
+    def _read(self, chosen: Sequence[OptimizerSteps], step: int | None) -> None:
+        if any(steps.reevaluates for steps in chosen):
+            return  # a further evaluation of a closure whose first one was measured
+        for steps in self._steps:
+            steps.leave_to_reads()
+        self._end_skipped(chosen)
+        for steps in chosen:
+            self._losses.begin(steps.index)
+        for steps in chosen:
+            steps.read(step, self._emit)
+        for steps in chosen:
+            self._losses.taken(steps.index)
+
+    def _end_skipped(self, chosen: Sequence[OptimizerSteps]) -> None:
+        """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
+        waiting = [steps for steps in chosen if steps.waits]
+        for steps in waiting:
+            if len(waiting) == len(chosen):
+                steps.skip(self._emit)
+            else:  # of several optimizers read together, those that did not step were just not their turn
+                steps.drop()
 
     def record(self, loss: float | Tensor) -> None:
         """Tell the unscaled loss of the coming optimizer step; several calls before one step are averaged.
 
-        Of several optimizers, each that steps before the next loss is recorded has it. A tensor is held detached and copied with the rest at a measured
-        step; at others it is dropped.
+        Of several optimizers, each that steps before the next loss is recorded has it. A tensor is held detached and
+        copied with the rest at a measured step; at others it is dropped.
         """
         if self._off:
             return
         try:
-            told = loss.detach() if isinstance(loss, Tensor) else float(loss)
+            self._losses.record(loss)
         except Exception:  # noqa: BLE001  (whatever it is that somebody takes for a loss)
             self._warn("loss", f"the loss must be a number or a tensor, got {loss!r:.80}, and is left out")
-            return
-        if self._taken:
-            self._losses.clear()
-            self._taken.clear()
-        self._losses.append(told)
 
     def close(self) -> Report:
         """Take everything off, finish the files, and give the last report; a second call does nothing.
 
         Raises:
-            GradientHealthError: the last step was skipped, with it an alert of severity error began, and `on_alert="raise"`.
+            GradientHealthError: the last step was skipped, with it an alert of severity error began, and
+                `on_alert="raise"`.
 
         """
         try:
-            self._finish()
+            self._guarded(self._end_skipped, self._steps)
         finally:
             if not self._off and os.getpid() == self._pid:
                 self._judge.end()
@@ -204,16 +192,20 @@ class Watcher:
     def _detach(self) -> None:
         self._off = True
         self._processes.leave()
-        self._inventory.trace.disarm()
+        self._forward_pass.disarm()
         self._losses.clear()
-        for slot in self._slots:
-            slot.reading = None
-            slot.spare.clear()
-            if slot.hooks is not None:
-                slot.hooks.detach()
-                slot.hooks = None
-            slot.optimizer = None
+        for steps in self._steps:
+            steps.detach()
+        self._model_map.release()
         self._close_sinks()
+
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Look at the forward pass that runs within the block, as before a probe, and let no other watcher see it."""
+        with self._forward_pass.alone():
+            for steps in self._steps:
+                steps.look_ahead()
+            yield
 
     def __enter__(self) -> Self:
         """Watch within a `with` block."""
@@ -241,9 +233,12 @@ class Watcher:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the open alerts and the step as dicts, lists, numbers and strings."""
+        names = [parameter.name for parameter in self._model_map.info.parameters]
         return {
             "format": 1,
-            **self._inventory.state_dict(),
+            "counts": [steps.count for steps in self._steps],
+            "slots": [steps.state_dict(names) for steps in self._steps],
+            "order": dict(self._model_map.order),
             **self._judge.state_dict(),
         }
 
@@ -252,206 +247,56 @@ class Watcher:
 
         Raises:
             TypeError: the state is no mapping.
-            ValueError: it is of another format or of another number of optimizers, or not what `state_dict` gives; the watcher is then as it was.
+            ValueError: it is of another format or of another number of optimizers, or not what `state_dict` gives; the
+                watcher is then as it was.
 
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be what state_dict() gave, got {state!r:.80}")
         counts = state.get("counts")
-        if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._slots):
+        if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._steps):
             given = f"format {state.get('format')!r} for {counts!r:.80}"
             raise ValueError(
-                f"state must be of format 1 with a count of steps for each of {len(self._slots)} optimizers, got {given}"
+                f"state must be of format 1 with a count of steps for each of {len(self._steps)} optimizers,"
+                f" got {given}"
             )
+        names = [parameter.name for parameter in self._model_map.info.parameters]
         try:
-            go_on = self._inventory.reading_state(state)
+            order = {str(name): int(position) for name, position in state["order"].items()}
+            kept = zip(self._steps, counts, state["slots"], strict=True)
+            take = [steps.reading_state(count, its, names) for steps, count, its in kept]
             self._judge.load_state_dict(state)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"state must be what state_dict() gave, and could not be read: {said(error)}") from error
-        go_on()
-        self._arm_probes()
+        self._model_map.resume(order)
+        for apply in take:
+            apply()
+        self._guarded(self._take_up)
 
-    # --- what the hooks call ---
+    def _take_up(self) -> None:
+        for steps in self._steps:
+            steps.take_up()
 
-    @_guarded
-    def on_look(self, slot: int) -> None:
-        """Read the gradients, or if `step` has done so, see what clipping made of them; and copy weights at a probe."""
-        mine, had = self._slots[slot], slot in self._taken
-        if mine.reading is not None and mine.reading.stage == "before_clip" and not mine.reading.applied:
-            with undisturbed():
-                mine.reading.as_applied(*self._inventory.gradients(mine), mine.optimizer)
-                mine.reading.found_inf(mine.optimizer)
-                mine.reading.losses(() if had else self._losses)
-        elif not self._explicit:
-            if had:  # what was told is of its step before
-                self._losses.clear()
-            if self._clock is not None:
-                self._set_count(mine, self._clock())
-            mine.reading = self._read(mine, "applied") if self._due(mine) else None
-        if mine.reading is not None:
-            mine.reading.applied = True
-            if mine.reading.probe:
-                mine.turn = mine.reading.copy_weights(
-                    mine.columns, self._inventory.parameters(mine), mine.turn, mine.spare
-                )
-        self._taken.add(slot)
+    # --- what the steps of the optimizers call ---
 
-    @_guarded
-    def on_loss(self, slot: int, loss: object) -> None:
-        """Take what a closure returned for the loss, unless the loop has told it."""
-        reading = self._slots[slot].reading
-        told = bool(self._losses and not self._taken) or (reading is not None and reading.told and not reading.applied)
-        if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
-            self.record(loss)
-
-    @_guarded
-    def on_stepped(self, slot: int) -> None:
-        """Finish the reading of this step."""
-        mine = self._slots[slot]
-        reading, mine.reading = mine.reading, None
-        if slot not in self._taken:  # a closure was evaluated again, and told again
-            self._losses.clear()
-        if not self._explicit:
-            self._count_on(mine)
-        if reading is not None and not reading.empty:  # a step without any gradient moves nothing, and says nothing
-            with undisturbed():
-                reading.updates(mine.spare)
-            self._emit(mine, reading)
-
-    # --- the step ---
-
-    @_guarded
-    def _step(self, chosen: Sequence[Slot], step: int | None) -> None:
-        if any(s.hooks is not None and s.hooks.looked for s in chosen):
-            return  # a further evaluation of a closure whose first one was measured
-        self._explicit = True
-        self._flush_skipped(chosen)
-        if not self._taken.isdisjoint(s.index for s in chosen):
-            self._losses.clear()
-        for slot in chosen:
-            if step is not None:
-                self._set_count(slot, step)
-            reading = self._read(slot, "before_clip") if self._due(slot) else None
-            self._count_on(slot)
-            if slot.optimizer is not None:
-                slot.reading = reading
-            elif reading is not None and not reading.empty:
-                self._emit(slot, reading)
-        self._taken.update(s.index for s in chosen)
-
-    @_guarded
-    def _finish(self) -> None:
-        self._flush_skipped(self._slots)
-
-    def _flush_skipped(self, chosen: Sequence[Slot]) -> None:
-        """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
-        waiting = [
-            s for s in chosen if s.reading is not None and s.reading.stage == "before_clip" and not s.reading.applied
-        ]
-        for slot in waiting:
-            reading, slot.reading = slot.reading, None
-            # Of several optimizers read together, those that did not step were just not their turn.
-            if reading is not None and not reading.empty and len(waiting) == len(chosen):
-                self._emit(slot, reading, skipped=True)
-
-    @staticmethod
-    def _set_count(slot: Slot, step: int) -> None:
-        slot.stride = max(step - (slot.count - slot.stride), 1)
-        slot.count = step
-
-    def _count_on(self, slot: Slot) -> None:
-        """Count a step, and look at the forward pass of the next one if it is a probe."""
-        slot.count += slot.stride
-        if self._cadence.probed(slot.count) and not self._processes.silent:
-            self._arm(slot)
-
-    @_guarded
-    def _arm_probes(self) -> None:
-        """Look at the forward pass before steps that are to be probes, as the steps before them would have done."""
-        for slot in self._slots:
-            if (slot.extra or self._cadence.probed(slot.count)) and slot.count and not self._processes.silent:
-                self._arm(slot)
-
-    def _due(self, slot: Slot) -> bool:
-        return slot.extra or self._cadence.measured(slot.count)
-
-    def look_ahead(self) -> None:
-        """Look at the next forward pass, as at a probe."""
-        for slot in self._slots:
-            self._arm(slot)
-
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keep what runs now from the other watchers' look at the forward pass."""
-        return self._inventory.trace.alone()
-
-    def _arm(self, slot: Slot) -> None:
-        self._visitors.suspect(self._judge.suspects())
-        if not self._inventory.look_ahead(slot):
-            self._warn(
-                "compiled",
-                "the forward pass is not measured: torch.compile is in use, and compiled code calls no hooks",
-            )
-
-    def _read(self, slot: Slot, stage: Stage) -> Reading:
-        """Begin a reading: norms of the gradients, and at a probe of the weights, all left on the device."""
-        slot.owed = f"{slot.index}-{slot.count}"
-        with undisturbed():
-            probe, slot.extra = slot.extra or self._cadence.probed(slot.count), False
-            forward = self._forward(slot)
-            ran = self._inventory.take_trace(slot)
-            parameters = self._inventory.parameters(slot)
-            reading = Reading(slot.count, self._inventory.info, stage, probe=probe)
-            reading.holders = {c: self._inventory.spread[c] for c in slot.columns if c in self._inventory.spread}
-            gradients = [p.grad for p in parameters]
-            columns = [c for c, g in zip(slot.columns, gradients, strict=True) if g is not None]
-            if len(columns) < len(parameters) or ran is not None or slot.absent or self._inventory.frozen:
-                reading.absent = self._inventory.absent(slot, parameters, ran)
-            factor = scale.at_step(self._scaler, slot.optimizer, stage)
-            reading.gradients(columns, [g for g in gradients if g is not None], factor, half=self._inventory.trace.half)
-            reading.found_inf(slot.optimizer)
-            reading.forward(forward)
-            if probe or not slot.weighed:
-                reading.weights(slot.columns, parameters)
-                slot.weighed = True
-            reading.losses(self._losses)
-            return reading
-
-    def _forward(self, slot: Slot) -> Forward:
-        """Return what was seen of the forward pass of this step, and of what came back through it."""
-        model = self._inventory.model()
-        if not slot.tracing or model is None:
-            return Forward()
-        factor = scale.of_backward(self._scaler, slot.optimizer)
-        mine, others = (
-            set(map(id, self._inventory.parameters(slot))),
-            {id(p) for s in self._slots if s is not slot for p in self._inventory.parameters(s)},
-        )
-        return self._visitors.take(model, factor, mine, others)
-
-    def _emit(self, slot: Slot, reading: Reading, *, skipped: bool = False) -> None:
-        """Judge what was read; after a first finding the next step is a probe, so that what is wrong is looked at more closely at once."""
-        snapshot = reading.snapshot(
-            slot.index if slot.optimizer is not None else None, slot.owed or "", self._processes, skipped=skipped
-        )
-        slot.owed, self._failures = None, 0
-        began = snapshot is not None and bool(self._judge(snapshot).began)
-        if (
-            began and not reading.holders and not slot.extra and not self._cadence.probed(slot.count)
-        ):  # of pieces other processes know nothing of such a probe
-            slot.extra = True
-            self._arm(slot)
-        elif slot.tracing:
-            self._visitors.suspect(self._judge.suspects())
-
-    # --- failures ---
+    def _guarded(self, act: Callable[[*A], None], *args: *A) -> None:
+        """Keep every failure of gradwatch out of the training, and raise only what `on_alert` wants raised."""
+        if self._off or os.getpid() != self._pid:
+            return
+        try:
+            act(*args)
+        except Exception as error:
+            if self._strict:
+                raise
+            self._failed(error)  # diagnostics never kill training
+        if self._wanted is not None:  # unless they are asked to
+            wanted, self._wanted = self._wanted, None
+            raise wanted
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
-        for slot in self._slots:
-            slot.reading = None
-            if slot.owed is not None:
-                with contextlib.suppress(Exception):
-                    self._processes.send(slot.owed, None)
+        for steps in self._steps:
+            steps.give_up()
         self._off = self._failures >= _PATIENCE
         if self._off:
             self._processes.leave()
@@ -460,8 +305,37 @@ class Watcher:
             self._warn("failed", f"a measurement failed and is left out: {said(error)}")
         _log.debug("a measurement failed", exc_info=error)
 
+    def _emit(self, snapshot: Snapshot | None) -> bool:
+        """Judge a measured step (None: another process speaks for this one), and tell whether an alert has begun."""
+        self._failures = 0
+        began = False
+        if snapshot is not None:
+            report, wanted = self._judge(snapshot)
+            began, self._wanted = bool(report.began), wanted or self._wanted
+        if self._processes.alone:
+            self._warn("processes", f"{self._processes.alone}; the gradients of those parameters are not measured")
+        return began
 
-def _close(pid: int, files: Sequence[Sink], others: Sequence[weakref.ref[Any]]) -> None:
+
+def _sequences(options: Options, attempts: Attempts) -> Sequences | None:
+    if options.timesteps is False:
+        return None
+    return Sequences(options.timesteps, options.horizon, options.thresholds.horizon_gain, attempts)
+
+
+def _closing_with(watcher: Watcher, directory: RunDirectory | None, sinks: Sequence[Sink]) -> Callable[[], object]:
+    """Return what closes the sinks, and does when the process ends, and the files when the watcher goes.
+
+    Only files are held for that: another sink may know the watcher, and would keep it and the optimizer alive.
+    """
+    files: list[object] = [sink for sink in sinks if getattr(sink, "outlives_watcher", False)]
+    others = [weakref.ref(sink) for sink in sinks if sink not in files and hasattr(sink, "close")]
+    if directory is not None:
+        files.insert(0, directory)
+    return weakref.finalize(watcher, _close, os.getpid(), files, others)
+
+
+def _close(pid: int, files: Sequence[object], others: Sequence[weakref.ref[Any]]) -> None:
     if os.getpid() != pid:  # a forked child that ends; the files are its parent's
         return
     for sink in (*files, *(ref() for ref in others)):

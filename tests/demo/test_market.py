@@ -59,7 +59,7 @@ def test_too_few_bars_are_an_error_that_says_how_many_it_takes():
 
 def test_both_sources_have_the_same_shape():
     real = market.windows(market.sp500())
-    drawn = market.flow_windows(seed=0)
+    drawn = market.windows(market.prices_of("synthetic", seed=0))
 
     assert [a.shape for a in real] == [a.shape for a in drawn]
     assert [a.dtype for a in real] == [np.float32, np.float32]

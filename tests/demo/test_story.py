@@ -14,7 +14,9 @@ from interpreters import warm
 from rich.console import Console
 
 import gradwatch
-from gradwatch.demo.story import DEEP, FLOW, NEED, STOCK, demo, recurrent
+from gradwatch.demo.networks import DEEP, FLOW, STOCK, recurrent
+from gradwatch.demo.story import demo
+from gradwatch.demo.tasks import NEED
 
 ALL = [subject.name for subject in (*DEEP, *FLOW, *STOCK)]
 

@@ -6,6 +6,7 @@ import pytest
 
 from gradwatch import Finding, Severity
 from gradwatch.detectors.alerts import advance, muted
+from gradwatch.detectors.rule import Rule
 from gradwatch.values.report import Alert, Explanation
 
 
@@ -17,8 +18,11 @@ def explain(finding):
     return Explanation(f"{finding.place} is {finding.severity.value}", "because", "do")
 
 
+RULES = {"GW101": Rule("GW101", "vanishing-depth", explain)}
+
+
 def go(open_alerts, findings, recent, optimizer=0, patience=3):
-    return advance(open_alerts, findings, recent, optimizer=optimizer, patience=patience, explain=explain)
+    return advance(open_alerts, findings, recent, optimizer=optimizer, patience=patience, rules=RULES)
 
 
 def test_a_finding_begins_an_alert_which_lasts_while_it_is_found():

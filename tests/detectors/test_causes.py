@@ -216,7 +216,7 @@ def test_of_layers_in_question_the_input_and_the_bias_are_measured():
     assert known["spectral_norm"] == pytest.approx(
         float(torch.linalg.matrix_norm(model[0].weight.detach(), 2)), rel=0.05
     )
-    assert known["activation relu"] == 1.0
+    assert {a.module: a.function for a in snapshot.activations}["0"] == "relu"
 
 
 def test_an_input_that_is_always_the_same_is_infinitely_off_centre():
@@ -361,3 +361,50 @@ def test_when_a_run_is_closed_one_line_says_what_is_still_open(caplog):
     assert [r.getMessage() for r in caplog.records if "at the end" in r.getMessage()] == [
         "at the end 1 alert is open: GW501 non-finite at 1 since step 0"
     ]
+
+
+def test_where_the_gradient_ends_is_one_value_with_both_sides():
+    torch.manual_seed(0)
+    modules = {"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Linear(8, 1)}
+
+    def detached(m, x):
+        return m.c(m.b(m.a(x)).detach())
+
+    def without_graph(m, x):
+        with torch.no_grad():
+            given = m.b(m.a(x))
+        return m.c(given)
+
+    def unused(m, x):
+        m.b(m.a(x))
+        return m.c(x)
+
+    for run, cuts in {
+        detached: {"a": ("b", "c", True), "b": ("b", "c", True)},
+        without_graph: {"a": ("b", "c", False), "b": ("b", "c", False)},
+    }.items():
+        (snapshot,) = probes(Model(run, **modules), [draw(16, 8)])
+        assert {c.layer: (c.unreached, c.reached, c.graph) for c in snapshot.cuts} == cuts
+    (snapshot,) = probes(Model(unused, **modules), [draw(16, 8)])
+    assert {c.layer: c.graph for c in snapshot.cuts} == {"a": True, "b": True}
+    assert not any(f.name == "done" for f in snapshot.facts)
+
+
+def test_the_activation_after_every_layer_is_known_also_where_nothing_is_wrong():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    for snapshot in probes(model, [draw(100, 8, seed=i) for i in range(3)]):
+        assert {a.module: a.function for a in snapshot.activations if a.function} == {"0": "relu", "2": "tanh"}
+
+
+def test_the_format_that_computed_the_gradients_is_a_field():
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8)
+
+    def run(m, x):
+        with torch.autocast("cpu", dtype=torch.float16):
+            return m.layer(x).float()
+
+    assert probes(Model(run, layer=layer), [draw(16, 8)])[0].computed_in == "float16"
+    assert probes(Model(lambda m, x: m.layer(x), layer=layer), [draw(16, 8)])[0].computed_in is None

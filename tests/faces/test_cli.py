@@ -12,6 +12,7 @@ from interpreters import warm
 from torch import nn
 
 import gradwatch
+from gradwatch.cli import main
 
 
 def train(logdir, *, sick, steps=25, **options):
@@ -161,6 +162,14 @@ def test_wrong_usage_is_2_with_the_usage(arguments):
     assert done.returncode == 2
     assert done.stderr.startswith("usage: gradwatch")
     assert "Traceback" not in done.stderr
+
+
+def test_the_help_of_check_says_what_its_exit_status_means(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["check", "--help"])
+
+    said = " ".join(capsys.readouterr().out.split())
+    assert "exit status 0: none of severity warning or higher, 1: some, 2: unreadable" in said
 
 
 def test_the_version_is_the_packages():

@@ -167,7 +167,7 @@ def left_behind(module, optimizers, root):
         for name, p in module.named_parameters()
         if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
     ]
-    found += [str(path) for path in gradwatch.sinks.run_directory._held if Path(root) in path.parents]
+    found += [str(path) for path in gradwatch.sinks.run_directory.held() if Path(root) in path.parents]
     gc.collect()
     for thing in gc.get_objects():
         # By type(), because isinstance() asks objects for their __class__, and some of torch's answer with a warning.
@@ -597,6 +597,17 @@ def test_nothing_is_left_behind_after_an_exception_which_is_passed_on_unchanged(
     assert [s.step for s in gradwatch.read_run(tmp_path).snapshots] == [r.snapshot.step for r in reports] == [0]
 
 
+def test_a_watcher_that_cannot_be_attached_leaves_its_folder_to_the_next(pl, tmp_path, monkeypatch):
+    logger = pl.loggers.CSVLogger(tmp_path, name="", version="v")
+    with monkeypatch.context() as broken:
+        broken.setattr("gradwatch.watcher.watcher.Judge", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer(pl, tmp_path, watched()[0], logger=logger).fit(make(pl), loader())
+    trainer(pl, tmp_path, watched()[0], logger=logger).fit(make(pl), loader())
+    assert [p.parent.name for p in tmp_path.rglob("record.jsonl")] == ["gradwatch"]
+    assert not list(tmp_path.rglob("gradwatch-2"))
+
+
 def test_a_second_fit_goes_on(pl, tmp_path):
     callback, reports = watched()
     module = make(pl)
@@ -793,3 +804,93 @@ def test_an_option_that_cannot_be_is_refused_with_what_is_allowed(options, error
 def test_one_class_serves_the_trainers_of_both_packages():
     for name in ("lightning.pytorch", "pytorch_lightning"):
         assert issubclass(GradientMonitor, importlib.import_module(name).Callback)
+
+
+# --- watching again ---
+
+
+def logged(pl, root, version="v"):
+    return pl.loggers.TensorBoardLogger(root, name="", version=version)
+
+
+def interrupted(pl, root, monitor):
+    """Fit until the fourth batch fails, and another callback too, so that Lightning never tells the monitor; give the module and its Trainer."""
+
+    class Broken(pl.Callback):
+        def on_exception(self, *_):
+            raise KeyError("broken")
+
+    def training_step(self, batch, index):
+        if index == 3:
+            raise RuntimeError("out of memory")
+        return self.loss(batch)
+
+    module = make(pl, training_step=training_step)
+    run = trainer(pl, root, Broken(), monitor, logger=logged(pl, root))
+    with pytest.raises(KeyError, match="broken"):
+        run.fit(module, loader())
+    return module, run
+
+
+def test_a_fit_closes_the_watcher_that_an_interrupted_fit_has_left_on_its_module(pl, tmp_path):
+    first, reports = watched()
+    module, run = interrupted(pl, tmp_path, first)
+    assert run.optimizers[0]._optimizer_step_pre_hooks  # or nothing was left, and the test sees nothing
+    type(module).training_step = lambda self, batch, _: self.loss(batch)
+    second, later = watched()
+    trainer(pl, tmp_path, second, logger=logged(pl, tmp_path)).fit(module, loader())
+
+    assert (len(reports), len(later)) == (3, BATCHES)
+    assert [path.name for path in (tmp_path / "v").glob("gradwatch*")] == ["gradwatch"]
+    assert [s.step for s in gradwatch.read_run(tmp_path / "v").snapshots] == list(range(BATCHES))
+    assert left_behind(module, run.optimizers, tmp_path) == []
+
+
+def test_a_monitor_that_was_left_on_a_module_watches_it_again(pl, tmp_path):
+    callback, reports = watched()
+    module, run = interrupted(pl, tmp_path, callback)
+    type(module).training_step = lambda self, batch, _: self.loss(batch)
+    trainer(pl, tmp_path, callback).fit(module, loader())
+
+    assert len(reports) == 3 + BATCHES
+    assert left_behind(module, run.optimizers, tmp_path) == []
+
+
+def test_a_fit_closes_a_watcher_that_watch_has_left_on_its_module_and_watch_one_of_a_fit(pl, tmp_path):
+    module = make(pl)
+    optimizer, outside, closed = sgd(module.parameters()), [], []
+    gradwatch.watch(module, optimizer, sinks=[outside.append])
+    callback, reports = watched()
+
+    class Again(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            assert not optimizer._optimizer_step_pre_hooks
+            if trainer.global_step == 2:
+                gradwatch.watch(pl_module, trainer.optimizers[0], sinks=[closed.append])
+
+    trainer(pl, tmp_path, callback, Again()).fit(module, loader())
+    optimizer.step()
+
+    assert (len(outside), len(reports), len(closed)) == (0, 2, BATCHES - 2)
+
+
+def test_two_callbacks_of_one_fit_do_not_close_each_other(pl, tmp_path):
+    (a, of_a), (b, of_b) = watched(name="a"), watched(name="b")
+    module = make(pl)
+    for _ in range(2):
+        trainer(pl, tmp_path, a, b, logger=logged(pl, tmp_path)).fit(module, loader())
+
+    assert (len(of_a), len(of_b)) == (2 * BATCHES, 2 * BATCHES)
+    assert sorted(path.name for path in (tmp_path / "v").glob("gradwatch*")) == ["gradwatch-a", "gradwatch-b"]
+
+
+def test_a_fit_takes_the_directory_of_a_watcher_whose_model_is_gone(pl, tmp_path):
+    model = small()
+    optimizer = sgd(model.parameters())  # which keeps the watcher
+    gradwatch.watch(model, optimizer, logdir=tmp_path / "v")
+    del model
+    module = make(pl)
+    trainer(pl, tmp_path, GradientMonitor(), logger=logged(pl, tmp_path)).fit(module, loader())
+
+    assert [path.name for path in (tmp_path / "v").glob("gradwatch*")] == ["gradwatch"]
+    assert left_behind(module, [optimizer], tmp_path) == []

@@ -1,6 +1,7 @@
 """Trainings drawn at random, each run with and without gradwatch: not a bit may differ.
 
-A short run is in every test run; `GRADWATCH_DRAWS=600 pytest -s tests/test_noninterference_drawn.py` draws for ten minutes, and says how many trainings that were.
+A short run is in every test run; `GRADWATCH_DRAWS=600 pytest -s tests/laws/test_noninterference_drawn.py` draws for ten
+minutes, and says how many trainings that were.
 """
 
 from __future__ import annotations

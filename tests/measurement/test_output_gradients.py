@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
+from gradwatch.measurement import norms
 from gradwatch.sinks.record import read_run
 
 
@@ -432,3 +433,40 @@ def test_hooks_are_gone_after_the_step_though_the_graph_lives_on():
     watcher.close()
 
     assert by_name(reports[-1])["1"] == pytest.approx(before["1"], rel=1e-6)
+
+
+def test_a_tensor_that_several_modules_give_is_measured_once(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Identity())))
+    measured = []
+    kept = norms.norm
+    monkeypatch.setattr(norms, "norm", lambda gradient: measured.append(gradient) or kept(gradient))
+    watcher, optimizer, reports = watched(model)
+    step(optimizer, model(X).square().mean())
+    wanted = truth(model, lambda m: m(X.double()).square().mean(), ["", "0", "0.0", "0.0.0", "0.0.1", "0.0.2"])
+    step(optimizer, model(X).square().mean())
+    watcher.close()
+
+    assert by_name(reports[-1]) == pytest.approx(wanted, rel=1e-4)
+    assert len(measured) == 2
+
+
+def test_what_one_optimizer_has_heard_of_is_still_heard_for_the_other():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)))
+
+    class Still(torch.optim.Optimizer):  # the graph outlives its step
+        def step(self, closure=None):
+            pass
+
+    first, second = Still(model[0].parameters(), {}), torch.optim.SGD(model[1].parameters(), lr=0.0)
+    reports = []
+    with gradwatch.watch(model, [first, second], every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append]):
+        for _ in range(2):
+            given = model(X)  # the tensor of the model, of `1` and of `1.1`: the first step asks for the model alone
+            torch.autograd.backward(model[0].weight.sum())
+            first.step()
+            step(second, given.square().mean())
+
+    wanted = truth(model, lambda m: m(X.double()).square().mean(), ["1", "1.0", "1.1"])
+    assert {n: by_name(reports[-1]).get(n) for n in wanted} == pytest.approx(wanted, rel=1e-4)

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import random
+import types
 import weakref
 from collections import deque
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 import gradwatch
 from gradwatch.model.rerun import as_it_was, without_hooks
+from gradwatch.timesteps.model_pass import model_gain
 
 
 @dataclasses.dataclass
@@ -497,7 +499,7 @@ def test_no_hook_is_left_on_the_model_or_in_torch():
 # --- other devices ---
 
 
-def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from(monkeypatch):
+def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from():
     """Writing it makes cuDNN begin a new dropout sequence, even if it is the same state."""
 
     class Device:
@@ -513,18 +515,31 @@ def test_the_random_state_of_a_device_is_written_only_where_it_was_drawn_from(mo
 
     idle, drawn = Device(), Device()
     before = drawn.get_state()
-    monkeypatch.setattr("gradwatch.model.rerun._generators", lambda: [idle, drawn])
-    with as_it_was(nn.Linear(2, 2)):
+    with as_it_was(nn.Linear(2, 2), [idle, drawn]):
         torch.rand((), generator=drawn.generator)
     assert (idle.written, drawn.written) == (0, 1)
     assert torch.equal(drawn.get_state(), before)
 
 
+@dataclasses.dataclass(slots=True)
+class Slots:
+    """A dataclass without a dict of its attributes."""
+
+    kept: torch.Tensor
+
+
+def test_tensors_in_what_has_no_dict_of_attributes_are_put_back():
+    model = nn.Linear(2, 2)
+    model.slots, model.proxy = Slots(torch.zeros(3)), types.MappingProxyType({"kept": torch.zeros(3)})
+    with as_it_was(model):
+        model.slots.kept.add_(1)
+        model.proxy["kept"].add_(1)
+    assert torch.equal(model.slots.kept, torch.zeros(3))
+    assert torch.equal(model.proxy["kept"], torch.zeros(3))
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(
-    training, monkeypatch
-):
-    monkeypatch.setattr("gradwatch.timesteps.model_pass._on_cuda", lambda _: True)
+def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_lose_no_random_state(training):
     ran = []
 
     class Model(Net):
@@ -538,7 +553,7 @@ def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_
 
     model, x = Model().train(training), torch.randn(4, 9, 3)
     before = everything(model)
-    found = gradwatch.horizon(model, x)
+    found = model_gain(model, (x,), {}, on_cudnn=[model.memory])
     assert ran == [(True, 0.0, False, True) if training else (False, 0.5, False, False)]
     assert found.note == (
         "it was measured without dropout, because cuDNN keeps the random state of recurrent dropout to itself"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import io
+import itertools
 import math
+import shutil
 import signal
 import subprocess
 import time
@@ -34,20 +38,19 @@ from gradwatch import (
     read_run,
     read_runs,
 )
-from gradwatch.detectors import explain
-from gradwatch.detectors.alerts import advance
+from gradwatch.detectors.alerts import judge
 from gradwatch.sinks.record import FORMAT
-from gradwatch.sinks.run_directory import claim, release
+from gradwatch.sinks.run_directory import RunDirectory, held
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact
 
 MODEL = ModelInfo(
     layers=(LayerInfo("body", "Linear", 0, "net.py:3"), LayerInfo("head", "Linear")),
     parameters=(
         ParameterInfo("body.weight", "body", (4, 3), "float32", 0, "weight"),
         ParameterInfo("body.bias", "body", (4,), "bfloat16", None, "bias"),
-        ParameterInfo("head.weight", "head", (), "float64", 0, "scale"),
+        ParameterInfo("head.weight", "head", (), "float64", 0, "gain"),
     ),
     optimizers=(OptimizerInfo("Adam", adaptive=True, eps=1e-8),),
 )
@@ -72,7 +75,15 @@ def snapshot(step, model=MODEL, **fields):
 
 def alert(place="body", began=3, last=5, severity=Severity.WARNING, **fields):
     finding = Finding(
-        "GW101", "vanishing-depth", severity, place, onset=1, evidence={"ratio": 1e-9, "worst": "body"}, optimizer=0
+        "GW101",
+        "vanishing-depth",
+        severity,
+        place,
+        onset=1,
+        evidence={"ratio": 1e-9},
+        optimizer=0,
+        names={"worst": "body"},
+        cause="weak",
     )
     return Alert(finding, began, last, **fields)
 
@@ -104,13 +115,18 @@ def test_every_number_comes_back_exactly(tmp_path):
         subnormal=(None, None, None),
         update_ratio=(math.inf, 0.0, 1.7976931348623157e308),
         absent=(None, "frozen", "disconnected"),
-        activations=(ActivationStats("body", 1e-45, 0.0, None, 4, scaled=True), ActivationStats("head", math.nan)),
+        activations=(
+            ActivationStats("body", 1e-45, 0.0, None, 4, scaled=True),
+            ActivationStats("head", math.nan, function="tanh"),
+        ),
         sequences=(
             SequenceStats(
                 "lstm", "l0", 3, 2, grad_hidden=(math.nan, 0.0, math.inf), lag_gain=(), censored=False, note="é\n\u2028"
             ),
         ),
-        facts=(Fact("body", "saturation", math.inf),),
+        facts=(Fact("body", "saturation", math.inf), Fact("body", "saturation", 0.5, "l0_reverse")),
+        cuts=(Cut("body", "body", "head", graph=True), Cut("head", "head", None, graph=False)),
+        computed_in="float16",
         notes=("a", ""),
     )
     run = written(tmp_path, Report(hard))
@@ -200,7 +216,7 @@ models = st.builds(
             st.lists(steps, max_size=3).map(tuple),
             text,
             maybe(steps),
-            st.sampled_from(["weight", "bias", "scale"]),
+            st.sampled_from(["weight", "bias", "gain"]),
         ),
         max_size=3,
     ).map(tuple),
@@ -225,8 +241,11 @@ snapshots = st.builds(
         ).map(tuple)
     ),
     maybe(st.lists(sequences, max_size=2).map(tuple)),
-    maybe(st.lists(st.builds(Fact, text, text, floats), max_size=2).map(tuple)),
+    maybe(st.lists(st.builds(Fact, text, text, floats, text), max_size=2).map(tuple)),
     st.lists(text, max_size=2).map(tuple),
+    maybe(columns),
+    maybe(st.lists(st.builds(Cut, text, text, maybe(text), st.booleans()), max_size=2).map(tuple)),
+    maybe(text),
 )
 findings = st.builds(
     Finding,
@@ -297,13 +316,13 @@ def test_what_is_not_a_record_is_refused_with_its_name(tmp_path):
     for name, content in foreign.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content, encoding="utf-8", errors="surrogateescape")
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format {FORMAT}"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format 1 or {FORMAT}"):
             read_run(file)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "record.jsonl").touch()
-    with pytest.raises(ValueError, match="is not a record of format 1: it is empty"):
+    with pytest.raises(ValueError, match="is not a record of format 1 or 2: it is empty"):
         read_run(tmp_path)
 
 
@@ -353,14 +372,16 @@ def test_an_alert_that_wavers_for_ever_does_not_fill_the_record(tmp_path):
 
 
 def test_a_record_that_alerts_alone_fill_is_not_written_anew_at_every_step(tmp_path):
-    record, files = Record(tmp_path, bound=2_000), set()
+    record, files = Record(tmp_path, bound=2_000), []
     for step in range(300):
         began = (alert(f"layer{step}", began=step, last=step, cleared=step),)
         record(Report(snapshot(step), began, (), began))
-        files.add(record._file)
+        files.append((tmp_path / "record.jsonl").stat().st_ino)
     record.close()
     assert len(read_run(tmp_path).alerts) == 300
-    assert len(files) < 30
+    assert (
+        1 < sum(old != new for old, new in itertools.pairwise(files)) < 30
+    )  # a new file is never the one that it replaces
 
 
 def test_a_thinned_run_that_goes_on_remembers_how_much_is_gone(tmp_path):
@@ -482,9 +503,9 @@ def test_directories_of_live_watchers_are_not_shared(tmp_path):
     assert all(len(run.snapshots) == 3 for run in read_runs(tmp_path).values())
     for name in names:
         assert len(list((tmp_path / name).glob("events.out.tfevents.*"))) == 1
-    directory = claim(tmp_path)
-    release(directory)
-    assert directory.name == "gradwatch"  # all have let go
+    directory = RunDirectory(tmp_path)
+    directory.close()
+    assert directory.path.name == "gradwatch"  # all have let go
 
 
 def test_a_directory_that_nobody_claimed_is_left_as_it_is(tmp_path):
@@ -495,9 +516,9 @@ def test_a_directory_that_nobody_claimed_is_left_as_it_is(tmp_path):
         held = tmp_path / "runs" / "gradwatch"
         Record(held).close()
         assert held.is_dir()
-        other = claim(tmp_path / "runs")
-        assert other.name == "gradwatch-2"  # the watcher's lock is still on it
-        release(other)
+        other = RunDirectory(tmp_path / "runs")
+        assert other.path.name == "gradwatch-2"  # the watcher's lock is still on it
+        other.close()
 
 
 def test_a_claimed_directory_goes_with_a_watcher_that_has_reported_nothing(tmp_path):
@@ -505,16 +526,42 @@ def test_a_claimed_directory_goes_with_a_watcher_that_has_reported_nothing(tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_record_that_is_closed_twice_lets_go_of_its_directory_once(tmp_path):
-    record = Record(claim(tmp_path), claimed=True)
-    record.close()
-    held = claim(tmp_path)
-    record.close()
-    assert (held.name, held.is_dir()) == ("gradwatch", True)
-    other = claim(tmp_path)
-    assert other.name == "gradwatch-2"
-    release(other)
-    release(held)
+def test_a_directory_that_is_closed_twice_is_let_go_of_once(tmp_path):
+    first = RunDirectory(tmp_path)
+    first.close()
+    second = RunDirectory(tmp_path)
+    first.close()
+    assert (second.path.name, second.path.is_dir()) == ("gradwatch", True)
+    other = RunDirectory(tmp_path)
+    assert other.path.name == "gradwatch-2"
+    other.close()
+    second.close()
+
+
+def test_a_file_that_cannot_be_finished_keeps_neither_the_other_open_nor_the_directory_held(tmp_path):
+    directory = RunDirectory(tmp_path)
+    for sink in directory.sinks:
+        sink(Report(snapshot(0)))
+    shutil.rmtree(directory.path)
+    assert held() == {directory.path}
+
+    with pytest.raises(FileNotFoundError, match="was deleted while it was written"):
+        directory.close()  # draws the last picture into the events, which are gone
+
+    assert held() == frozenset()
+    kinds = (io.TextIOWrapper, io.BufferedWriter)
+    mine = [f for f in gc.get_objects() if type(f) in kinds and str(directory.path) in str(f.name)]
+    assert [f for f in mine if not f.closed] == []
+
+
+def test_a_directory_can_be_without_events(tmp_path):
+    directory = RunDirectory(tmp_path, "a/b", events=False)
+    for sink in directory.sinks:
+        sink(Report(snapshot(0)))
+    directory.close()
+    assert [p.relative_to(tmp_path.resolve()).as_posix() for p in directory.path.iterdir()] == [
+        "gradwatch-a-b/record.jsonl"
+    ]
 
 
 HOLDS = """
@@ -563,14 +610,14 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         [*warm(), "-c", HOLDS, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "ready\n"
-        held = claim(tmp_path)
-        release(held)
-        assert held.name == "gradwatch-2"
+        second = RunDirectory(tmp_path)
+        second.close()
+        assert second.path.name == "gradwatch-2"
         other.stdin.write("die\n")
     assert other.returncode == -signal.SIGKILL
-    held = claim(tmp_path)
-    release(held)
-    assert held.name == "gradwatch"
+    first = RunDirectory(tmp_path)
+    first.close()
+    assert first.path.name == "gradwatch"
 
 
 def test_a_cell_of_a_notebook_that_runs_again_takes_its_own_directory(tmp_path):
@@ -630,14 +677,9 @@ def folded(snapshots, detectors=DETECTORS):
     """Give the alerts that the detectors find in these snapshots, as `Watcher` folds them."""
     history, still, told = History(), (), {}
     for one in snapshots:
-        history.open = frozenset(a.finding.key for a in still)
-        history.add(one)
-        found = [dataclasses.replace(f, optimizer=one.optimizer) for detector in detectors for f in detector(history)]
-        recent = [s.step for s in history.window()]
-        _, still, cleared = advance(
-            still, found, recent, optimizer=one.optimizer, patience=history.thresholds.window, explain=explain
-        )
-        told.update({(*a.finding.key, a.began): a for a in (*still, *cleared)})
+        report = judge(history, one, still, detectors=detectors)
+        still = report.open
+        told.update({(*a.finding.key, a.began): a for a in (*report.open, *report.cleared)})
     return list(told.values())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import io
 import logging
 import math
 import os
@@ -21,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
 from gradwatch import GradwatchWarning, Record, Report, TensorBoardSink, read_run
+from gradwatch.sinks.run_directory import held
 
 
 class Net(nn.Sequential):
@@ -330,11 +333,45 @@ def test_a_process_that_ends_without_close_leaves_complete_files_and_keeps_its_e
     assert [i.step for i in events.Images("gradwatch_heatmap/layers")] == [11]  # the picture of the end
 
 
+def open_files(root):
+    """Return the files below a folder that this process writes."""
+    kinds = (io.TextIOWrapper, io.BufferedWriter)
+    return [f for f in gc.get_objects() if type(f) in kinds and not f.closed and str(root) in str(f.name)]
+
+
 def test_the_files_are_closed_with_the_watcher(tmp_path):
     record, board = Record(tmp_path), TensorBoardSink(tmp_path)
-    train(3, sinks=[record, board])
-    assert record._file is None
-    assert board._events._file is None
+    during = []
+    train(3, sinks=[record, board, lambda _: during.append(len(open_files(tmp_path)))])
+    assert set(during) == {3}  # the record as text and as bytes, and the events
+    assert [file.name for file in open_files(tmp_path)] == []
+
+
+def test_the_files_of_a_watcher_that_nobody_closed_are_finished_when_it_goes(tmp_path):
+    model, closing = Net(), Closing()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sinks = [Record(tmp_path / "mine"), TensorBoardSink(tmp_path / "mine")]
+    options = {"logdir": tmp_path, "every_n_steps": 1, "on_alert": lambda _: None}
+    watcher = gradwatch.watch(model, optimizer, sinks=[*sinks, closing], **options)
+    steps(model, optimizer, 12, poison=(9,))
+    assert open_files(tmp_path)
+    assert held() == {tmp_path.resolve() / "gradwatch"}
+
+    del watcher, sinks, model, optimizer
+    gc.collect()
+
+    assert open_files(tmp_path) == []
+    assert held() == frozenset()
+    assert closing.closed == 1
+    for folder in (
+        "gradwatch",
+        "mine",
+    ):  # with what only a close writes: the last word on an open alert, and the last picture
+        run = read_run(tmp_path / folder)
+        assert [(a.finding.code, a.began, a.last) for a in run.alerts] == [("GW501", 9, 9)]
+        events = EventAccumulator(str(tmp_path / folder))
+        events.Reload()
+        assert [i.step for i in events.Images("gradwatch_heatmap/layers")] == [11]
 
 
 # --- the logger ---

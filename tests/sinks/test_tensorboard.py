@@ -216,7 +216,7 @@ def test_sensitivity_is_norm_times_weight_norm_without_biases(run):
 @pytest.mark.parametrize("gain", ["gain", "bias", "weight of 0"])
 def test_the_sensitivity_that_is_drawn_is_the_one_that_is_judged(gain, tmp_path):
     """A layer with a matrix (gradient 1e-3, norm 1), one more matrix, and something of a far larger gradient that does not count."""
-    role, norm = {"gain": ("scale", 10.0), "bias": ("bias", 10.0), "weight of 0": ("weight", 0.0)}[gain]
+    role, norm = {"gain": ("gain", 10.0), "bias": ("bias", 10.0), "weight of 0": ("weight", 0.0)}[gain]
     parameters = (
         ParameterInfo("a.weight", "a", (4, 4), "float32", 0, "weight"),
         ParameterInfo("a.second", "a", (4, 4), "float32", 0, "weight"),
@@ -239,7 +239,7 @@ def test_the_sensitivity_that_is_drawn_is_the_one_that_is_judged(gain, tmp_path)
 def test_what_has_no_sensitivity_to_the_rules_has_none_in_the_charts():
     """A lone gain, and a layer whose weights are all 0."""
     parameters = (
-        ParameterInfo("norm.weight", "norm", (4,), "float32", 0, "scale"),
+        ParameterInfo("norm.weight", "norm", (4,), "float32", 0, "gain"),
         ParameterInfo("zero.weight", "zero", (4, 4), "float32", 0, "weight"),
         ParameterInfo("head.weight", "head", (4, 4), "float32", 0, "weight"),
     )

@@ -1,4 +1,4 @@
-"""What TensorBoard's own readers find of memories and gradients through time."""
+"""What TensorBoard's own readers find of horizons and gradients through time."""
 
 from __future__ import annotations
 

@@ -24,8 +24,10 @@ from gradwatch import (
     Severity,
     Snapshot,
 )
+from gradwatch.sinks.tensorboard import scalars
 from gradwatch.sinks.terminal import page as terminal
-from gradwatch.sinks.terminal.layer_table import layer_norms, layer_table
+from gradwatch.sinks.terminal.layer_table import layer_table
+from gradwatch.values.layer_columns import norms
 
 
 def model_of(*names):
@@ -123,8 +125,12 @@ def test_a_layers_norm_is_that_of_all_its_parameters():
     parameters = tuple(
         ParameterInfo(f"{layer}.{part}", layer, (1,), "float32", 0, "weight") for layer in "ab" for part in ("w", "b")
     )
-    norms = layer_norms(Snapshot(0, 1e9, ModelInfo(layers, parameters), norm=(3.0, 4.0, None, None)))
-    assert norms == {"a": 5.0, "b": None}
+    step = Snapshot(0, 1e9, ModelInfo(layers, parameters), norm=(3.0, 4.0, None, None), optimizer=0)
+    assert norms(step.model, step.norm) == {"a": 5.0, "b": None}
+    table = shown(layer_table(step))
+    assert [row(table, name)[2] for name in "ab"] == ["5.00e+00", "none"]
+    charts = {tag: value for tag, value in scalars(Report(step)).items() if tag.startswith("gradwatch_norm/")}
+    assert charts == {"gradwatch_norm/a": math.log10(5.0)}
 
 
 def test_longer_bars_are_larger_norms():

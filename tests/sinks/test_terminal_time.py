@@ -17,7 +17,7 @@ from gradwatch.detectors.time_words import words_of_horizon
 from gradwatch.sinks.terminal import page as terminal
 from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.sinks.terminal.lag_profile import LagProfile
-from gradwatch.values.sequences import Memory, SequenceStats, memory, reach, reaches, shortest
+from gradwatch.values.sequences import Horizon, SequenceStats, horizon_of, sentence, sentences, shortest
 from gradwatch.values.snapshot import Fact
 
 MODEL = ModelInfo((LayerInfo("rnn", "RNN", 0),), (ParameterInfo("rnn.w", "rnn", (2,), "float32", 0, "weight"),))
@@ -76,12 +76,12 @@ def shown(content, width=100, encoding="utf-8", *, colour=False):
     ],
 )
 def test_the_line_says_how_far_and_how_fast(lag_gain, said):
-    assert reach("rnn", memory(lag_gain), 250) == f"rnn {said}"
+    assert sentence("rnn", horizon_of(lag_gain), 250) == f"rnn {said}"
 
 
 def test_one_timestep_is_told_without_a_pace():
     assert (
-        reach("rnn", Memory(1, censored=True, decay_rate=None, half_life=None), 1)
+        sentence("rnn", Horizon(1, censored=True, decay_rate=None, half_life=None), 1)
         == "rnn learns from at least 1 of 1 timesteps"
     )
 
@@ -90,7 +90,7 @@ def test_the_models_own_line_comes_first_and_parts_have_none_and_what_is_not_mea
     part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(0.5))
     compiled, silent = SequenceStats("other", note="it was compiled"), SequenceStats("encoder", grad_input=(1.0,))
     broken = SequenceStats("bad", length=2, lag_gain=(1.0, math.nan))
-    said = [line for _, line in reaches((RNN, part, compiled, silent, broken, WHOLE))]
+    said = [line for _, line in sentences((RNN, part, compiled, silent, broken, WHOLE))]
 
     assert said == [
         WHOLE_LINE,
@@ -210,7 +210,7 @@ def test_what_has_no_profile_is_not_drawn(lag_gain):
 
 
 def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_plot():
-    facts = (Fact("encoder.rnn", "forget_gate_l0", 0.5), Fact("encoder.rnn", "forget_bias_l0", 0.01))
+    facts = (Fact("encoder.rnn", "forget_gate", 0.5, "l0"), Fact("encoder.rnn", "forget_bias", 0.01, "l0"))
     text = error(SequenceStats("", "model", 250, 8, lag_gain=gain(0.64)), 200, facts)
     flat = " ".join(text.split())
 

@@ -16,9 +16,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_se
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import gradwatch
-from gradwatch.measurement.output_gradients import Heard
-from gradwatch.timesteps import recorder as capture
-from gradwatch.timesteps.series import Trace
+from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.forward_hooks import ModelView, StepView, listening
+from gradwatch.timesteps.recorder import Recorder, bytes_per_row
+from gradwatch.timesteps.series import Trace, traces
 from gradwatch.timesteps.walk import Series
 
 T, B, D, H = 12, 3, 4, 5
@@ -65,6 +68,21 @@ def sequences(model, run, *, steps=2, optimizer=None, **options):
     assert found is not None
     assert len({(s.module, s.part) for s in found}) == len(found)
     return {(s.module, s.part): s for s in found}
+
+
+def recorded(model, run, **options):
+    """Let a recorder of its own see one pass; give what comes of it, by module."""
+    recorder = Recorder("auto", **options)
+    chosen = recorder.arm(dict(model.named_modules()), compiled=False)
+
+    def before(module, args, kwargs):
+        return recorder.entered(module, args) or args, kwargs
+
+    with listening(chosen.values(), before, recorder.left):
+        run(model)
+    found = traces(recorder.targets.values(), torch.Generator().manual_seed(0))
+    recorder.clear()
+    return {trace.module: trace for trace in found}
 
 
 def _fail(alert):
@@ -233,15 +251,14 @@ def test_pieces_that_are_joined_are_one_sequence(kind, every, pieces, layers):
     assert found["rnn", ""].note is None
 
 
-def test_pieces_and_cells_agree_with_the_whole_in_float32_and_over_many_rows(kind, every, monkeypatch):
+def test_pieces_and_cells_agree_with_the_whole_in_float32_and_over_many_rows(kind, every):
     torch.set_default_dtype(torch.float32)  # where other kernels run
     reader, x = Reader(kind, every=every), data(11, T, D)
     pieces = InPieces(kind, every=every, body=reader.rnn, pieces=5)
     pieces.head = reader.head
     true = sequences(reader, backward(x))
-    with monkeypatch.context() as patched:
-        patched.setattr(capture, "ROWS", 11)
-        of_every_row = sequences(reader, backward(x))
+    _, layer = recorded(reader, backward(x), rows=11)["rnn"].series
+    assert layer.rows == 11
     for model in (pieces, Loop(reader)):
         found = sequences(model, backward(x))
         assert found["rnn", ""].note is None
@@ -249,13 +266,11 @@ def test_pieces_and_cells_agree_with_the_whole_in_float32_and_over_many_rows(kin
         for part in ("", "l0"):
             for name in LAYER if part else MODULE:
                 # Of cells, the gradients at their states arrive for every row, and are there for nothing.
-                wanted = (of_every_row if isinstance(model, Loop) and name in ("grad_hidden", "grad_cell") else true)[
-                    "rnn", part
-                ]
-                if getattr(wanted, name) is not None:
-                    assert getattr(found["rnn", part], name) == pytest.approx(getattr(wanted, name), rel=1e-4, abs=0), (
-                        name
-                    )
+                wanted = getattr(true["rnn", part], name)
+                if isinstance(model, Loop) and name in ("grad_hidden", "grad_cell") and wanted is not None:
+                    wanted = layer.values[name].tolist()
+                if wanted is not None:
+                    assert getattr(found["rnn", part], name) == pytest.approx(wanted, rel=1e-4, abs=0), name
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -937,12 +952,18 @@ def test_of_a_frozen_module_another_tells_whether_a_loss_scale_is_on_its_gradien
     ],
 )
 def test_whether_an_unknown_loss_scale_is_on_it_has_one_answer(scale, changed, unknown):
-    told = None if changed is None else torch.tensor(changed)
-    heard = Heard({"rnn": torch.tensor(6.0)}, changed=told, scale=scale)
-    (activation,) = heard.values({key: float(tensor) for key, tensor in heard.tensors().items()})
+    layer, transfer, outputs = nn.Linear(2, 2), Transfer(), OutputGradients(Attempts())
+    outputs.arm(ModelView({"": layer}, {id(layer): ""}))
+    y = layer(torch.ones(1, 2))
+    outputs.left(layer, (), {}, y)
+    y.sum().backward()
+    told = [None if number is None else transfer.add(torch.tensor(number)) for number in (scale, changed)]
+    step = StepView({"": layer}, set(map(id, layer.parameters())), set(), *told)
     series = [Series("", 2, 1, {"grad_input": torch.ones(2)}), Series("l0", 2, 1, {"grad_hidden": torch.ones(2)})]
-    trace = Trace("rnn", series, checks={} if told is None else {"changed": told}, arrived=True)
-    parts = trace.stats({key: tensor.reshape(-1).tolist() for key, tensor in trace.tensors().items()}, scale, 1e-3)
+    seen = outputs.collect(step, transfer)
+    values = Trace("rnn", series, arrived=True).collect(step, transfer, 1e-3)
+    transfer.run()
+    (activation,), (parts, _) = seen().activations, values()
 
     assert [activation.scaled, *(s.scaled for s in parts)] == [unknown] * 3
 
@@ -1432,6 +1453,16 @@ def test_a_dimension_that_is_not_there_is_told():
     assert (
         found["body", ""].note == "its input has 3 dimensions, and number 3 is said to be that of time (counted from 0)"
     )
+
+
+def test_a_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so():
+    net = nn.LSTM(D, 6, batch_first=True)
+    three = 3 * bytes_per_row(steps=10, hidden=6)
+    for budget, rows in ((three, 3), (three - 1, 2), (0, 1), (100 * three, 8)):
+        found = recorded(net, lambda m: m(data(20, 10, D))[0].sum().backward(), budget=budget)[""]
+        assert [s.rows for s in found.series] == [rows, rows]
+        what = "row of the batch is" if rows == 1 else "rows of the batch are"
+        assert found.notes == ([] if rows == 8 else [f"{rows} {what} looked at: more would take above 0 MiB"])
 
 
 def test_a_batch_without_rows_is_told(kind):

@@ -121,12 +121,12 @@ def test_what_fails_while_sequences_are_looked_at_warns_once_and_takes_nothing_f
 
     monkeypatch.setattr(Recorder, "left", broken)
     with pytest.warns(
-        gradwatch.GradwatchWarning, match="a sequence module could not be looked at: RuntimeError: broken"
+        gradwatch.GradwatchWarning, match="a module could not be looked at: RuntimeError: broken"
     ) as caught:
         _, watcher = train(Readout())
 
     assert [str(w.message) for w in caught if w.category is gradwatch.GradwatchWarning] == [
-        "gradwatch: a sequence module could not be looked at: RuntimeError: broken"
+        "gradwatch: a module could not be looked at: RuntimeError: broken"
     ]
     assert watcher.report.snapshot.step == 2
     assert all(n is not None for n in watcher.report.snapshot.norm)

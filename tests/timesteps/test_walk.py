@@ -14,7 +14,10 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import gradwatch
-from gradwatch.values.sequences import memory
+from gradwatch.model.forward_hooks import listening
+from gradwatch.timesteps.recorder import Recorder
+from gradwatch.timesteps.walk import gradients_through_time
+from gradwatch.values.sequences import horizon_of
 
 INPUTS, HIDDEN, PROJECTED = 3, 4, 2
 LOOKED_AT, COTANGENTS = 8, 3
@@ -414,8 +417,8 @@ def check(case, number):
     assert found[""].replay_residual <= limit, case
     assert (found[""].adjoint_residual is not None) == truth.reached, case
     assert not truth.reached or found[""].adjoint_residual <= limit, case
-    known = memory(truth.series[""]["lag_gain"])
-    assert (found[""].horizon, found[""].censored) == (known.horizon, known.censored), case
+    known = horizon_of(truth.series[""]["lag_gain"])
+    assert (found[""].horizon, found[""].censored) == (known.timesteps, known.censored), case
     wrong = {name: error for name, error in worst.items() if not error <= limit}
     assert not wrong, (case, number, wrong)
     return worst
@@ -812,11 +815,46 @@ def test_the_memory_is_estimated_well_enough(name, inputs):
         module = stock(name, inputs, generator)
         x = torch.randn(60, LOOKED_AT, inputs, generator=generator)
         whole = seen(module, lambda m, x=x: m(x)[0][-1].square().sum())["", ""]
-        exact = memory(exact_gain(module, x))
+        exact = horizon_of(exact_gain(module, x))
         errors["decay_rate"].append(abs(whole.decay_rate / exact.decay_rate - 1))
         errors["half_life"].append(abs(whole.half_life / exact.half_life - 1))
-        errors["horizon"].append(abs(whole.horizon - exact.horizon))
+        errors["horizon"].append(abs(whole.horizon - exact.timesteps))
     worst = {what: sorted(values)[math.ceil(0.95 * trials) - 1] for what, values in errors.items()}
     assert worst["decay_rate"] <= 0.02, worst
     assert worst["half_life"] <= 0.05, worst
     assert worst["horizon"] <= 1, worst
+
+
+# --- working it out ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_working_it_out_twice_gives_the_same_twice_and_leaves_the_records_as_they_are(dtype):
+    torch.manual_seed(0)
+    cell, x = nn.LSTMCell(INPUTS, HIDDEN, dtype=dtype), torch.randn(6, 5, INPUTS, dtype=dtype, requires_grad=True)
+    recorder = Recorder("auto")
+    recorder.arm({"cell": cell}, compiled=False)
+
+    def before(module, args, kwargs):
+        return recorder.entered(module, args) or args, kwargs
+
+    with listening([cell], before, recorder.left):
+        state = None
+        for now in x:
+            state = cell(now, state)
+        (state[0].sin().sum() + state[1].square().sum()).backward()
+    (module,) = recorder.targets.values()
+    records = [call.record for call in module.calls]
+    assert all(record.c_through_h for record in records)  # what comes through h is taken from what arrived at c
+    arrived = [{name: gradient.clone() for name, gradient in record.gradients.items()} for record in records]
+    assert all({"h", "c"} <= gradients.keys() for gradients in arrived[:-1])
+
+    once, again = (gradients_through_time(records, None, torch.Generator().manual_seed(0)) for _ in range(2))
+
+    for record, before_it in zip(records, arrived, strict=True):
+        torch.testing.assert_close(record.gradients, before_it, rtol=0, atol=0)
+    assert [s.part for s in once[0]] == [s.part for s in again[0]] == ["", "l0"]
+    for one, other in zip(once[0], again[0], strict=True):
+        torch.testing.assert_close(one.values, other.values, rtol=0, atol=0)
+    torch.testing.assert_close(once[1], again[1], rtol=0, atol=0)
+    assert float(once[0][0].values["adjoint_residual"]) < LIMIT[dtype]

@@ -1,4 +1,4 @@
-"""How far back a gain by lag reaches: the closed forms, and what is remembered of it."""
+"""How far back a gain by lag reaches: the closed forms, and what is known of it."""
 
 from __future__ import annotations
 
@@ -11,82 +11,83 @@ from hypothesis import strategies as st
 
 from gradwatch import History, LayerInfo, ModelInfo, ParameterInfo, Snapshot
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
-from gradwatch.values.sequences import HORIZON_GAIN, Memory, SequenceStats, memory, slope
+from gradwatch.values.sequences import Horizon, SequenceStats, horizon_of, slope
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 
 @pytest.mark.parametrize("rate", [0.03, 0.3, 0.5, 0.64, 0.9, 0.97, 0.99])
 @pytest.mark.parametrize("unit", [1.0, 1e-200, 1e200])
 def test_a_geometric_decay_has_its_closed_form_in_any_unit(rate, unit):
-    found = memory([unit * rate**lag for lag in range(1000)])
+    found = horizon_of([unit * rate**lag for lag in range(1000)])
 
-    assert found.horizon == math.ceil(math.log(HORIZON_GAIN) / math.log(rate))
+    assert found.timesteps == math.ceil(math.log(HORIZON_GAIN) / math.log(rate))
     assert not found.censored
     assert found.decay_rate == pytest.approx(rate, rel=1e-9)
     assert found.half_life == pytest.approx(math.log(0.5) / math.log(rate), rel=1e-8)
 
 
 def test_a_decay_that_the_sequence_cuts_off_is_censored_at_its_length():
-    found = memory([0.9**lag for lag in range(30)])
+    found = horizon_of([0.9**lag for lag in range(30)])
 
-    assert (found.horizon, found.censored) == (30, True)
+    assert (found.timesteps, found.censored) == (30, True)
     assert found.decay_rate == pytest.approx(0.9)
 
 
 def test_a_flat_gain_does_not_shrink():
-    assert memory([3.0] * 64) == Memory(64, censored=True, decay_rate=1.0, half_life=None)
+    assert horizon_of([3.0] * 64) == Horizon(64, censored=True, decay_rate=1.0, half_life=None)
 
 
 def test_a_gain_that_grows_to_its_last_lag_has_no_rate():
-    assert memory([1.1**lag for lag in range(64)]) == Memory(64, censored=True, decay_rate=None, half_life=None)
+    assert horizon_of([1.1**lag for lag in range(64)]) == Horizon(64, censored=True, decay_rate=None, half_life=None)
 
 
 def test_the_rate_counts_from_the_maximum_and_not_from_the_newest_timestep():
     rise_and_fall = [0.2, 0.5, 1.0, *(0.8**lag for lag in range(1, 100))]
 
-    found = memory(rise_and_fall)
+    found = horizon_of(rise_and_fall)
 
     assert found.decay_rate == pytest.approx(0.8)
-    assert found.horizon == 2 + math.ceil(math.log(HORIZON_GAIN) / math.log(0.8))
+    assert found.timesteps == 2 + math.ceil(math.log(HORIZON_GAIN) / math.log(0.8))
 
 
 def test_a_receptive_field_ends_at_its_last_lag():
-    assert memory([1.0] * 15 + [0.0] * 85) == Memory(15, censored=False, decay_rate=1.0, half_life=None)
+    assert horizon_of([1.0] * 15 + [0.0] * 85) == Horizon(15, censored=False, decay_rate=1.0, half_life=None)
 
 
 def test_what_comes_back_counts():
-    assert memory([1.0, 1e-9, 1e-9, 0.5, 1e-9, 1e-9]).horizon == 4
+    assert horizon_of([1.0, 1e-9, 1e-9, 0.5, 1e-9, 1e-9]).timesteps == 4
 
 
 def test_exactly_the_share_is_still_within_reach():
-    assert memory([1.0, 0.25, 0.125], share=0.25).horizon == 2
+    assert horizon_of([1.0, 0.25, 0.125], share=0.25).timesteps == 2
 
 
 def test_nothing_reaches_anywhere_is_a_horizon_of_zero_and_not_censored():
-    assert memory([0.0, 0.0]) == Memory(0, censored=False, decay_rate=None, half_life=None)
+    assert horizon_of([0.0, 0.0]) == Horizon(0, censored=False, decay_rate=None, half_life=None)
 
 
 def test_one_timestep_is_all_there_is():
-    assert memory([7.0]) == Memory(1, censored=True, decay_rate=None, half_life=None)
+    assert horizon_of([7.0]) == Horizon(1, censored=True, decay_rate=None, half_life=None)
 
 
 @pytest.mark.parametrize("gain", [[], [1.0, math.nan], [math.inf, 1.0]])
-def test_there_is_no_memory_of_what_is_not_there_or_not_finite(gain):
-    assert memory(gain) is None
+def test_there_is_no_horizon_of_what_is_not_there_or_not_finite(gain):
+    assert horizon_of(gain) is None
 
 
 def test_a_cliff_of_the_whole_range_of_floats_is_no_error():
-    found = memory([1e308, 5e-324])
+    found = horizon_of([1e308, 5e-324])
 
-    assert found.horizon == 1
+    assert found.timesteps == 1
     assert found.decay_rate == 0.0
     assert found.half_life == pytest.approx(math.log(0.5) / (math.log(5e-324) - math.log(1e308)))
 
 
 @given(st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=60))
 def test_the_rate_is_that_of_a_least_squares_fit(gain):
-    found = memory(gain)
+    found = horizon_of(gain)
     peak = gain.index(max(gain))
-    lags = range(peak, min(found.horizon + 1, len(gain)))
+    lags = range(peak, min(found.timesteps + 1, len(gain)))
     points = [(lag, math.log(gain[lag])) for lag in lags]
 
     if len(points) < 2:
@@ -97,14 +98,14 @@ def test_the_rate_is_that_of_a_least_squares_fit(gain):
 
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.floats(1e-6, 1))
 def test_the_horizon_is_what_its_definition_says(gain, share):
-    found = memory(gain, share)
+    found = horizon_of(gain, share)
     if max(gain) == 0:
-        assert found.horizon == 0
+        assert found.timesteps == 0
         return
     limit = share * max(gain)
-    assert all(g < limit for g in gain[found.horizon :])
-    assert gain[found.horizon - 1] >= limit
-    assert found.censored == (found.horizon == len(gain))
+    assert all(g < limit for g in gain[found.timesteps :])
+    assert gain[found.timesteps - 1] >= limit
+    assert found.censored == (found.timesteps == len(gain))
 
 
 def test_a_slope_needs_two_points():
@@ -112,12 +113,12 @@ def test_a_slope_needs_two_points():
     assert slope([(0, 1.0), (2, 5.0)]) == 2.0
 
 
-def test_stats_know_their_memory_and_none_where_there_is_no_gain():
+def test_stats_know_their_horizon_and_none_where_there_is_no_gain():
     stats = SequenceStats("rnn", length=64, lag_gain=tuple(0.5**lag for lag in range(64)))
 
     assert (stats.horizon, stats.decay_rate, stats.half_life) == (10, pytest.approx(0.5), pytest.approx(1.0))
     empty = SequenceStats("rnn", grad_input=(1.0,))
-    assert (empty.memory, empty.horizon, empty.decay_rate, empty.half_life) == (None,) * 4
+    assert (empty.reach, empty.horizon, empty.decay_rate, empty.half_life) == (None,) * 4
 
 
 def test_stats_survive_json_to_the_last_bit():

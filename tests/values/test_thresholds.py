@@ -90,7 +90,7 @@ def test_what_may_be_said_of_a_layer_is_what_is_looked_up_for_it():
         gain = tuple((1.5 if step % 2 else 0.5) ** lag for lag in range(60))
         sequences = (SequenceStats("rnn", length=60, lag_gain=gain, need=50 if step < 30 else None),)
         adaptive = dataclasses.replace(model, optimizers=(OptimizerInfo("Adam", step > 30),))
-        history.open = frozenset({(code, "rnn", None, None) for code in ("GW301", "GW302")} if step > 40 else ())
+        history.note_open(frozenset({(code, "rnn", None, None) for code in ("GW301", "GW302")} if step > 40 else ()))
         history.add(
             Snapshot(
                 step,

@@ -9,6 +9,8 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gradwatch.sinks.deletion import refuse_deleted
+
 _SUFFIX = ".gradwatch"
 
 _files = itertools.count()
@@ -16,7 +18,10 @@ _files = itertools.count()
 
 
 class EventFile:
-    """An event file in TFRecord framing, written at once: no thread, so nothing hangs when the disk is full or the process forks."""
+    """An event file in TFRecord framing, written at once.
+
+    There is no thread, so nothing hangs when the disk is full or the process forks.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Write into a new file in `directory`, which is made at the first event."""
@@ -34,8 +39,8 @@ class EventFile:
         """
         if self._file is None:
             self._file = self._begin(event.wall_time)
-        elif os.fstat(self._file.fileno()).st_nlink == 0 and not Path(self._file.name).exists():
-            raise FileNotFoundError(f"{self._file.name} was deleted while it was written")
+        else:
+            refuse_deleted(self._file)
         _frame(self._file, event.SerializeToString())
         self._file.flush()
 
@@ -44,14 +49,10 @@ class EventFile:
 
         self._directory.mkdir(parents=True, exist_ok=True)
         if not self.resumed:
-            for old in self._directory.glob(
-                f"events.out.tfevents.*{_SUFFIX}"
-            ):  # an earlier run, whose record is replaced too
-                old.unlink()
-        file = (
-            self._directory.absolute()
-            / f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}.{next(_files)}{_SUFFIX}"
-        ).open("wb")
+            for old in self._directory.glob(f"events.out.tfevents.*{_SUFFIX}"):
+                old.unlink()  # of an earlier run, whose record is replaced too
+        name = f"events.out.tfevents.{int(wall_time)}.{socket.gethostname()}.{os.getpid()}.{next(_files)}{_SUFFIX}"
+        file = (self._directory.absolute() / name).open("wb")
         _frame(file, Event(wall_time=wall_time, file_version="brain.Event:2").SerializeToString())
         return file
 

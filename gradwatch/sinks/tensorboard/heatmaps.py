@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gradwatch.sinks.tensorboard.scalars import FLOOR
@@ -13,15 +13,22 @@ from gradwatch.sinks.tensorboard.scalars import FLOOR
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from PIL import Image, ImageDraw
 
     Floats = NDArray[np.float64]
+    Pixels = NDArray[np.uint8]
+    Label = tuple[float, float, str, str]
+    """Where a text stands, the text, and which of its points stands there, as PIL's anchors say."""
 
 _COLUMNS = 240
 """Steps that a heatmap shows; when there are more, every second is dropped."""
 _ROWS = 256
 """Rows of a heatmap of lags; when there are more lags, each row is of several."""
 _DEEPEST = -12.0
-"""log10 of the share of the maximum below which all lags have the same colour, so that what matters has most of the colours."""
+"""log10 of the share of the maximum below which all lags have one colour: what matters has most of the colours."""
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 8, 74, 56, 32
+"""Pixels of a heatmap and of its margins: above is the title, to the right the bar of colours, below are the steps."""
+_INSIDE = _WIDTH - _LEFT - _RIGHT
 
 Content = TypeVar("Content")
 
@@ -70,7 +77,7 @@ class LayerPicture:
         self._rows: list[str] = []
 
     def add(self, step: int, levels: Mapping[str, float], rows: Sequence[str]) -> None:
-        """Add the log10 of the norms of a step, by layer; `rows` are all layers in the order of the forward pass."""
+        """Add the log10 of a step's norms, by layer; `rows` are all layers in the order of the forward pass."""
         if set(rows) != set(self._names):  # another model, and another picture
             self._names, self.columns.kept = list(rows), []
         self._rows = list(rows)
@@ -156,13 +163,13 @@ def heatmap(
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
 
     Args:
-        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what is
-            exactly at `FLOOR` (a norm of exactly 0) black.
+        values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what
+            is exactly at `FLOOR` (a norm of exactly 0) black.
         rows: their names; the first and the last are written.
         steps: the numbers of the columns; the first, the middle and the last are written.
         title: written on top.
         line: drawn in white over each column, so many rows from the top; NaN where there is none.
-        deepest: what is below it has the colour of it.
+        deepest: what is below it has its colour.
 
     Returns:
         Width and height in pixels, and the PNG.
@@ -171,61 +178,92 @@ def heatmap(
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    font = ImageFont.load_default(size=18)
-    width, left, right, top, bottom = 480, 8, 74, 56, 32
+    low, high = _span(values, deepest)
+    pixels, legend = _coloured(values, low, high)
     body = min(max(24 * len(rows), 160), 560) if len(rows) <= 560 else len(rows)  # no row may fall between two pixels
-    inside = width - left - right
-    special = {
-        "black: exactly 0": (values == FLOOR, (0, 0, 0)),
-        "grey: none": (np.isnan(values), (150, 150, 150)),
-        "red: NaN or inf": (np.isinf(values), (220, 0, 0)),
-    }
+    picture = Image.new("RGB", (_WIDTH, _TOP + body + _BOTTOM + 24 * bool(legend)), "white")
+    bar = _viridis(np.linspace(1, 0, body)[:, None])
+    for part, width, left in ((pixels, _INSIDE, _LEFT), (bar, 14, _LEFT + _INSIDE + 8)):
+        picture.paste(Image.fromarray(part).resize((width, body), Image.Resampling.NEAREST), (left, _TOP))
+    pen = ImageDraw.Draw(picture)
+    if line is not None:
+        _draw_line(pen, line, body / len(rows), body)
+    below = _TOP + body + 22
+    font = ImageFont.load_default(size=18)
+    for x, y, text, anchor in (
+        (_LEFT, 20, title, "ls"),
+        (_LEFT, _TOP - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls"),
+        *_level_labels(low, high, body),
+        *_step_labels(steps, below),
+        (_LEFT, below + 24, ", ".join(legend), "ls"),
+    ):
+        pen.text((x, y), text, fill="black", font=font, anchor=anchor)
+    return picture.width, picture.height, _png(picture)
+
+
+def _span(values: Floats, deepest: float) -> tuple[float, float]:
+    """Return the lowest and the highest level that have a colour of their own."""
+    import numpy as np
+
     drawn = values[np.isfinite(values) & (values != FLOOR)]
     low, high = (float(drawn.min()), float(drawn.max())) if drawn.size else (-1.0, 0.0)
-    low = max(min(low, high - 3), deepest)  # a span of at least three decades: noise must not look like a fault
+    return max(min(low, high - 3), deepest), high  # at least three decades: noise must not look like a fault
+
+
+def _coloured(values: Floats, low: float, high: float) -> tuple[Pixels, list[str]]:
+    """Return the colours of a matrix, shape (rows, steps, 3), and what those mean that are no level."""
+    import numpy as np
+
     pixels = _viridis(np.clip((np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / (high - low), 0, 1))
     legend = []
-    for name, (where, colour) in special.items():
+    for name, where, colour in (
+        ("black: exactly 0", values == FLOOR, (0, 0, 0)),
+        ("grey: none", np.isnan(values), (150, 150, 150)),
+        ("red: NaN or inf", np.isinf(values), (220, 0, 0)),
+    ):
         pixels[where] = colour
         legend += [name] * bool(where.any())
-    picture = Image.new("RGB", (width, top + body + bottom + 24 * bool(legend)), "white")
-    picture.paste(Image.fromarray(pixels).resize((inside, body), Image.Resampling.NEAREST), (left, top))
-    bar = _viridis(np.linspace(1, 0, body)[:, None])
-    picture.paste(Image.fromarray(bar).resize((14, body), Image.Resampling.NEAREST), (width - right + 8, top))
-    pen = ImageDraw.Draw(picture)
-    for k, at in enumerate(line or ()):
+    return pixels, legend
+
+
+def _draw_line(pen: ImageDraw.ImageDraw, line: Sequence[float], row: float, body: int) -> None:
+    """Draw a white line over the columns, so many rows of so many pixels from the top of the body."""
+    for k, at in enumerate(line):
         if not math.isnan(at):
-            x, y = left + inside * k / len(steps), top + min(round(body * at / len(rows)), body - 2)
-            right_end = left + inside * (k + 1) / len(steps)
-            pen.rectangle((x, y - 3, right_end, y + 2), fill="black")  # so that it stands out from any colour
-            pen.rectangle((x, y - 1, right_end, y), fill="white")
+            y = _TOP + min(round(at * row), body - 2)
+            left, right = (_LEFT + _INSIDE * column / len(line) for column in (k, k + 1))
+            pen.rectangle((left, y - 3, right, y + 2), fill="black")  # so that it stands out from any colour
+            pen.rectangle((left, y - 1, right, y), fill="white")
 
-    def write(x: float, y: float, text: str, anchor: str) -> None:
-        pen.text((x, y), text, fill="black", font=font, anchor=anchor)
 
-    write(left, 20, title, "ls")
-    write(left, top - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls")
+def _level_labels(low: float, high: float, body: int) -> Iterator[Label]:
+    """Return the numbers beside the bar of colours."""
     digits = int(high - low < 6)
     for share, level, anchor in ((0.0, high, "la"), (0.5, (low + high) / 2, "lm"), (1.0, low, "ld")):
-        write(width - right + 26, top + share * body, f"{round(level, digits) + 0.0:.{digits}f}", anchor)
-    below = top + body + 22
-    write(left, below, f"step {steps[0]}", "ls")
+        yield _LEFT + _INSIDE + 26, _TOP + share * body, f"{round(level, digits) + 0.0:.{digits}f}", anchor
+
+
+def _step_labels(steps: Sequence[int], y: float) -> Iterator[Label]:
+    """Return the first, the middle and the last step."""
+    yield _LEFT, y, f"step {steps[0]}", "ls"
     if len(steps) > 2:
-        write(left + inside / 2, below, f"{steps[len(steps) // 2]}", "ms")
+        yield _LEFT + _INSIDE / 2, y, f"{steps[len(steps) // 2]}", "ms"
     if len(steps) > 1:
-        write(left + inside, below, f"{steps[-1]}", "rs")
-    write(left, below + 24, ", ".join(legend), "ls")
+        yield _LEFT + _INSIDE, y, f"{steps[-1]}", "rs"
+
+
+def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=6)
-    return picture.width, picture.height, buffer.getvalue()
+    return buffer.getvalue()
 
 
 def _short(name: str) -> str:
     return name if len(name) <= 20 else f"...{name[-17:].lstrip('.')}"
 
 
-def _viridis(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Colours by linear interpolation between nine anchors of matplotlib's map of that name (CC0)."""
+def _viridis(values: Floats) -> Pixels:
+    """Return the colours of values from 0 to 1, interpolated between nine of matplotlib's map of that name (CC0)."""
     import numpy as np
 
     anchors = np.array(

@@ -21,7 +21,10 @@ def image(tag: str, picture: tuple[int, int, bytes]) -> Any:  # noqa: ANN401  (a
 
 
 def profile(tag: str, levels: Sequence[float | None], width: int = 1) -> Any:  # noqa: ANN401
-    """Return a histogram whose bucket i is layer i, or `width` lags, as high as its log10 above -12: TensorBoard draws it as a ridge over the steps."""
+    """Return a histogram whose bucket i is layer i, or `width` lags, as high as its log10 above -12.
+
+    TensorBoard draws one ridge a step.
+    """
     from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 
     heights = [

@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 
-from gradwatch.values.layer_columns import sensitivities
+from gradwatch.values.layer_columns import group_norms, sensitivities
 from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
@@ -16,25 +16,27 @@ from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
 FLOOR = -45.0
 """log10 at which a size of exactly 0 is drawn: the smallest float32 above 0 is 1.4e-45."""
 GROUPS = 64
-"""Above so many layers the charts are of blocks: their names cut after as many parts as keeps them below."""
+"""Above so many layers there is one chart a block: layers whose names begin with the same parts, as many as fit."""
 
 
 class Groups:
     """Which parameters go into which chart."""
 
     def __init__(self, model: ModelInfo, *, parameters: bool = False, most: int = GROUPS) -> None:
-        """Group by layer (in the order of the forward pass), by block where there are more than `most`, or not at all."""
+        """Group by layer, in the order of the forward pass; by block if there are more than `most`; or not at all."""
         self.model = model
         self._blocked = not parameters and len(model.layers) > most
         if parameters:
-            self.members: dict[str, list[int]] = {tag_safe(p.name): [i] for i, p in enumerate(model.parameters)}
+            self.of = [tag_safe(p.name) for p in model.parameters]
+            """The group of each parameter."""
+            self.rows = list(self.of)
+            """All groups, in the order of the forward pass."""
         else:
             block = _blocks(model.layers, most)
             top = "model" if "model" not in block.values() else "(model)"
-            self.members = {tag_safe(block[model.layers[i].name] or top): [] for i in model.forward_order}
-            for i, p in enumerate(model.parameters):
-                self.members[tag_safe(block[p.layer] or top)].append(i)
-        self.rows = list(self.members)
+            name_of = {layer: tag_safe(name or top) for layer, name in block.items()}
+            self.of = [name_of[p.layer] for p in model.parameters]
+            self.rows = list(dict.fromkeys(name_of[model.layers[i].name] for i in model.forward_order))
 
     def unblocked(self) -> Groups:
         """Return the groups of the pictures, which have room for every layer."""
@@ -42,11 +44,16 @@ class Groups:
 
     def norms(self, column: Column) -> dict[str, float]:
         """Return the root of the sum of squares over each group; what has no number is left out."""
-        return {
-            name: math.hypot(*values)
-            for name, members in self.members.items()
-            if (values := [v for i in members if (v := column[i]) is not None])
-        }
+        found = group_norms(column, self.of)
+        return {row: found[row] for row in self.rows if row in found}
+
+    def largest(self, column: Column) -> dict[str, float]:
+        """Return the largest number of each group; what has none is left out."""
+        found: dict[str, float] = {}
+        for row, value in zip(self.of, column, strict=True):
+            if value is not None:
+                found[row] = max(found.get(row, value), value)
+        return {row: found[row] for row in self.rows if row in found}
 
 
 def scalars(report: Report) -> dict[str, float]:
@@ -81,23 +88,20 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
             for name, value in groups.norms(sensitivities(snapshot)).items()
         )
     if snapshot.update_ratio is not None:
-        ratios = snapshot.update_ratio
-        for name, members in groups.members.items():
-            moved = [r for i in members if (r := ratios[i]) is not None]
-            if moved:
-                found[f"gradwatch_update/{name}"] = log10(max(moved))
+        largest = groups.largest(snapshot.update_ratio)
+        found.update((f"gradwatch_update/{name}", log10(ratio)) for name, ratio in largest.items())
     found.update(_through_time(snapshot))
     return found
 
 
 def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
-    """Return the memories, the gain over its maximum at a few lags, and the gradients there."""
+    """Return the horizons, the gain over its maximum at a few lags, and the gradients there."""
     for name, stats in gains(snapshot).items():
-        memory = stats.memory
-        if memory is not None:
-            yield f"gradwatch/horizon/{name}", float(memory.horizon)
-            if memory.half_life is not None:
-                yield f"gradwatch/half_life/{name}", memory.half_life
+        reach = stats.reach
+        if reach is not None:
+            yield f"gradwatch/horizon/{name}", float(reach.timesteps)
+            if reach.half_life is not None:
+                yield f"gradwatch/half_life/{name}", reach.half_life
         levels = gain_levels(stats)
         yield from ((f"gradwatch_time/{name}/lag_{lag:05d}", levels[lag]) for lag in _few(len(levels)))
     for stats in snapshot.sequences or ():
@@ -118,13 +122,13 @@ def _few(length: int) -> Iterator[int]:
 
 
 def gains(snapshot: Snapshot) -> dict[str, SequenceStats]:
-    """Return what has a gain by lag, by the name that it has in tags: "model" is the model itself, its own memory before that of its input."""
+    """Return what has a gain by lag, by its name in tags; "model" is the model, its own horizon before its input's."""
     with_gain = [s for s in snapshot.sequences or () if s.lag_gain and s.part in ("", "model")]
     return {_name(s.module if s.part != "model" else ""): s for s in sorted(with_gain, key=lambda s: s.part == "model")}
 
 
 def _name(module: str) -> str:
-    # A module that is itself called so must not be taken for the model, and keeps its name whether or not the model is measured.
+    # A module called "model" must not be taken for the model itself, and keeps its tag whether that is measured or not.
     return f"model-{_mark('model')}" if module == "model" else tag_safe(module) or "model"
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from gradwatch.sinks.tensorboard import messages as parts
 from gradwatch.sinks.tensorboard.events import EventFile
@@ -21,17 +21,33 @@ _BUCKETS = 128
 class TensorBoardSink:
     """A sink that writes into its own event file in a directory, or through a user's SummaryWriter.
 
-    Tags: `gradwatch/norm_global`, `norm_min`, `norm_median`, `norm_max`, `zero_norms`, `alerts_open`, `clip_factor`, `loss`;
-    `gradwatch_norm/<layer>` at measured steps; `gradwatch_sensitivity/<layer>`, `gradwatch_update/<layer>`,
-    `gradwatch_profile/layers` at probes; `gradwatch_heatmap/layers` now and then and at the end; `gradwatch/alerts`.
-    Through time, at probes: `gradwatch/horizon/<module>`, `gradwatch/half_life/<module>` in timesteps; `gradwatch_time/<module>/lag_00064`, the gain by lag
-    over its maximum; `gradwatch_time_grad/<module>/<part>/lag_00064`, the gradients of input and hidden state, left out under a loss scale that is not known;
-    `gradwatch_heatmap/lags/<module>`, `gradwatch_profile/lags/<module>`. The module is "model" where it is the model itself.
-    Norms, sensitivities, updates, gains and gradients are log10; exactly 0 is drawn at -45.
+    Tags at measured steps: `gradwatch/norm_global`, `norm_min`, `norm_median`, `norm_max`, `zero_norms`, `alerts_open`,
+    `clip_factor`, `loss`, and `gradwatch_norm/<layer>`; `gradwatch/alerts` when one begins or clears.
+    At probes: `gradwatch_sensitivity/<layer>`, `gradwatch_update/<layer>`, `gradwatch_profile/layers`.
+    Through time, at probes: `gradwatch/horizon/<module>` and `gradwatch/half_life/<module>`, in timesteps;
+    `gradwatch_time/<module>/lag_00064`, the gain by lag over its maximum; `gradwatch_profile/lags/<module>`;
+    `gradwatch_time_grad/<module>/<part>/lag_00064`, the gradients of input and hidden state, left out while the loss
+    scale is unknown.
+    Now and then, and at the end: `gradwatch_heatmap/layers`, `gradwatch_heatmap/lags/<module>`.
+    The module is "model" where it is the model itself. Norms, sensitivities, updates, gains and gradients are log10;
+    exactly 0 is drawn at -45.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | Any, *, parameters: bool = False) -> None:  # noqa: ANN401  (torch's writer, or another's)
-        """Write to `target`, a directory or a SummaryWriter; with `parameters`, charts are of each parameter, not of each layer."""
+    outlives_watcher: ClassVar[bool] = True
+    """It refers to no watcher, model or optimizer, so it may be kept until it is closed even if the watcher is gone."""
+
+    def __init__(
+        self,
+        target: str | os.PathLike[str] | Any,  # noqa: ANN401  (torch's writer, or another's)
+        *,
+        parameters: bool = False,
+    ) -> None:
+        """Write to `target`, a directory or a SummaryWriter; with `parameters`, a chart is of a parameter, not a layer.
+
+        Raises:
+            TypeError: `target` is neither.
+
+        """
         if isinstance(target, str | os.PathLike):
             self._events: EventFile | None = EventFile(Path(target))
             self._write: Callable[[Any], None] = self._events.write
@@ -80,7 +96,7 @@ class TensorBoardSink:
         self._write(event)
 
     def resume(self) -> None:
-        """Leave the events of an earlier run where they are, because this one goes on with it."""
+        """Leave the events of an earlier run where they are, because this one continues it."""
         if self._events is not None:
             self._events.resumed = True
 
@@ -125,7 +141,7 @@ class TensorBoardSink:
                 self._events.close()
 
     def _fill(self, scalars: Mapping[str, float]) -> Any:  # noqa: ANN401  (a protobuf message)
-        """Put the numbers into an event that is kept from step to step: making the tags anew costs more than all else."""
+        """Return the one event, with these numbers: making its tags anew at each step costs more than all else."""
         from tensorboard.compat.proto.event_pb2 import Event
 
         tags = list(scalars)

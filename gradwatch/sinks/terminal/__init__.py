@@ -2,7 +2,7 @@
 
 import random
 
-# rich draws a random number while it is imported, and this package is imported in the middle of other people's trainings.
+# rich draws a random number while it is imported, and that may be in the middle of somebody's training.
 _random_state = random.getstate()
 
 import rich.console  # noqa: E402

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
-
-from gradwatch.values.report import Alert, Explanation, Report
-from gradwatch.values.sequences import HORIZON_GAIN, SequenceStats
-
-if TYPE_CHECKING:
-    pass
 
 from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.sinks.terminal.page import WIDTH, plain_text
+from gradwatch.values.report import Alert, Explanation, Report
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.thresholds import HORIZON_GAIN
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
@@ -37,14 +33,17 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
 
 
 def horizon_error(stats: SequenceStats, words: Explanation) -> str:
-    """Return the text of an error: the horizon that was measured, what a horizon is, why it is so short, what to do, and the gain by lag.
+    """Return the text of an error: the horizon, what a horizon is, why it is so short, what to do, and the gain by lag.
 
     Args:
         stats: what was measured; with a `need`.
         words: what that means.
 
     """
-    definition = f"horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below {HORIZON_GAIN:g} of its maximum from there on"
+    definition = (
+        "horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below"
+        f" {HORIZON_GAIN:g} of its maximum from there on"
+    )
     return plain_text(
         Group(
             Text(f"{words.message}\n"),

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from gradwatch.values.sequences import SequenceStats, memory_of, reaches, subject
-
-if TYPE_CHECKING:
-    pass
-
+from gradwatch.values.sequences import SequenceStats, reach_of, sentences, subject
 
 _MEMORIES = 12
 """Horizons that a summary tells of."""
 
 
 def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[RenderableType]:
-    """Say how far back it learns, in a line for each memory that was asked for, the model's own first; with the `name` of the run before the first."""
-    said = [line for _, line in reaches(sequences)]
+    """Return a line for each horizon that was asked for, the model's own first, after the `name` of the run."""
+    said = [line for _, line in sentences(sequences)]
     shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_MEMORIES])]
     shown += [f"({len(said) - _MEMORIES} more sequence modules)"] * (len(said) > _MEMORIES)
     return [Text(line, style="bold") for line in shown]
 
 
 class LagProfile:
-    """The gain by lag over its maximum as a small plot, one decade a row, with the horizon marked below; nothing where the terminal is too narrow."""
+    """The gain by lag over its maximum as a small plot, one decade a row, with the horizon marked below.
+
+    Where the terminal is too narrow there is nothing.
+    """
 
     def __init__(self, stats: SequenceStats) -> None:
         """Draw what has a `lag_gain`."""
@@ -36,7 +34,7 @@ class LagProfile:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw as many columns as there is room for, at most 60: each is the largest gain of its lags."""
-        gain, found = self._stats.lag_gain or (), memory_of(self._stats)
+        gain, found = self._stats.lag_gain or (), reach_of(self._stats)
         width = min(options.max_width - 6, 60)
         top = max(gain, default=0.0)
         if found is None or top <= 0 or width < 12:
@@ -49,7 +47,7 @@ class LagProfile:
         ]
         heights = [0.0 if level <= 0 else max(_DECADES + math.log10(level), 0.0) for level in levels]
         yield Text(f"\n{subject(self._stats)}: gain by lag, over its maximum")
-        within = sum(first < found.horizon for first in edges)
+        within = sum(first < found.timesteps for first in edges)
         for row in range(_DECADES - 1, -1, -1):
             bars = "".join(
                 blocks[round(min(max(height - row, 0.0), 1.0) * (len(blocks) - 1))] for height in heights
@@ -57,7 +55,7 @@ class LagProfile:
             label = {_DECADES - 1: "   1 ", _DECADES - 4: "1e-3 "}.get(row, "     ")  # of the row's upper edge
             yield Text.assemble(label, (bars[:within], "green"), (bars[within:], "red"))
         yield Text(f"1e-{_DECADES} {corner}{line * (width - 1)}")
-        marks = [(f"horizon: {'at least ' * found.censored}{found.horizon}", found.horizon)]
+        marks = [(f"horizon: {'at least ' * found.censored}{found.timesteps}", found.timesteps)]
         if self._stats.need is not None:
             marks.append((f"need: {self._stats.need}", self._stats.need))
         for label, lag in marks:

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from gradwatch.sinks.terminal.alert_text import COLOURS
+from gradwatch.values.layer_columns import norms
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    pass
-
-from gradwatch.sinks.terminal.alert_text import COLOURS
 
 
 def layer_table(
@@ -29,7 +25,8 @@ def layer_table(
 ) -> RenderableType:
     """Return the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
-    Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities: never names, norms and codes.
+    Where the terminal is narrow, the bars are left out, then the kinds, then the sensitivities; never the names, norms
+    and codes.
 
     Args:
         snapshot: the step to show; layers that only another optimizer steps are left out.
@@ -41,8 +38,8 @@ def layer_table(
     codes: dict[str, list[Alert]] = {}
     for alert in alerts:
         codes.setdefault(alert.finding.place, []).append(alert)
-    norms = layer_norms(snapshot)
-    known = [math.log10(n) for n in norms.values() if n is not None and 0 < n < math.inf]
+    norm_of = norms(snapshot.model, snapshot.norm)
+    known = [math.log10(n) for n in norm_of.values() if n is not None and 0 < n < math.inf]
     low, high = (min(*known, max(known) - 3), max(known)) if known else (-1.0, 0.0)
     mine = {p.layer for p in snapshot.model.parameters if p.optimizer in (None, snapshot.optimizer)}
     rows = [layer for i in snapshot.model.forward_order if (layer := snapshot.model.layers[i]).name in mine]
@@ -50,7 +47,7 @@ def layer_table(
     if most is not None and len(rows) > most:
         chosen = {
             layer.name
-            for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norms[layer.name])))[:most]
+            for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norm_of[layer.name])))[:most]
         }
         shown = [layer for layer in rows if layer.name in chosen]
 
@@ -66,7 +63,7 @@ def layer_table(
             made.add_column("log10", no_wrap=True)
         made.add_column("", overflow="fold")
         for layer in shown:
-            norm, wrong = norms[layer.name], codes.get(layer.name, ())
+            norm, wrong = norm_of[layer.name], codes.get(layer.name, ())
             gravest = max((a.severity for a in wrong), default=None)
             style = COLOURS[gravest] if gravest else ""
             cells = [
@@ -103,15 +100,6 @@ class _Fitting:
         unbounded = options.update_width(10_000)
         fitting = (r for r in self._renderings if Measurement.get(console, unbounded, r).maximum <= options.max_width)
         yield next(fitting, self._renderings[-1])
-
-
-def layer_norms(snapshot: Snapshot) -> dict[str, float | None]:
-    """Return the L2 norm of each layer's gradient over all of its parameters; None where there is none."""
-    found: dict[str, list[float]] = {layer.name: [] for layer in snapshot.model.layers}
-    for parameter, norm in zip(snapshot.model.parameters, snapshot.norm, strict=True):
-        if norm is not None:
-            found[parameter.layer].append(norm)
-    return {name: math.hypot(*norms) if norms else None for name, norms in found.items()}
 
 
 def _rank(norm: float | None) -> float:

@@ -11,26 +11,25 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
+from gradwatch.sinks.log import printable
+from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
+from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.values.history import History
 from gradwatch.values.report import Report, Severity
-from gradwatch.values.sequences import SequenceStats, reaches
+from gradwatch.values.sequences import SequenceStats, sentences
 from gradwatch.values.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from gradwatch.sinks.record import Run
 
-from gradwatch.sinks.log import printable
-from gradwatch.sinks.terminal.alert_text import alert_lines
-from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
-from gradwatch.sinks.terminal.layer_table import layer_table
-
 WIDTH = 100
 _PROFILES = 3
-"""Lag profiles that it draws."""
+"""Lag profiles that a summary draws."""
 
 
 class Harmless:
-    """What a terminal would obey in it, for instance in the names of a foreign record, is made visible."""
+    """Content in which what a terminal would obey, for instance in the names of a foreign record, is made visible."""
 
     def __init__(self, content: RenderableType) -> None:
         """Wrap anything that can be printed."""
@@ -72,7 +71,8 @@ def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 
 def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
     snapshot = report.snapshot
-    title = f"{sum(n is not None for n in snapshot.norm)} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
+    count = sum(n is not None for n in snapshot.norm)
+    title = f"{count} of {len(snapshot.norm)} parameters with a gradient at step {snapshot.step}"
     return Group(
         *reach_lines(snapshot.sequences or sequences),
         Text(title),
@@ -82,7 +82,10 @@ def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableTyp
 
 
 def run_summary(run: Run, name: str = "") -> RenderableType:
-    """Return what happened in a run: how far back it learns, the verdict, the lag profile, the layers with the least gradient, the alerts."""
+    """Return what happened in a run.
+
+    That is how far back it learns, the verdict, the lag profiles, the layers with the least gradient, and the alerts.
+    """
     history = History()
     newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
     for snapshot in run.snapshots:
@@ -91,7 +94,7 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
     sequences = next((s.sequences for s in reversed(run.snapshots) if s.sequences), ())
     lines = reach_lines(sequences, name)
     parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
-    parts += [LagProfile(stats) for stats, _ in reaches(sequences) if stats.lag_gain is not None][:_PROFILES]
+    parts += [LagProfile(stats) for stats, _ in sentences(sequences) if stats.lag_gain is not None][:_PROFILES]
     for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
         whose = (
@@ -99,7 +102,8 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
             if last.optimizer is not None and len(newest) > 1
             else ""
         )
-        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass (gradient: its L2 norm; of later layers: sensitivity over the largest behind)"
+        columns = "gradient: its L2 norm; of later layers: sensitivity over the largest of the layers after it"
+        title = f"\nThe layers{whose} at step {last.step}, in the order of the forward pass ({columns})"
         parts += [Text(title), layer_table(last, run.alerts, sensitivity=known, most=40)]
     parts += alert_lines(run.alerts)
     parts += note_lines(run)

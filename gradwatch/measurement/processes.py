@@ -5,46 +5,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 
+from gradwatch.measurement.columns import RAW, Numbers
 from gradwatch.values.plain import from_json, to_json
-from gradwatch.watcher.warn_once import Once
-
-Values = dict[Hashable, dict[int, float]]
-"""By quantity and column."""
 
 _PATIENCE = 10.0
 """Seconds that another process may be late; it has taken part in the same backward pass."""
 _KEPT = 2
 """Messages of one process that may lie unread."""
-
-
-def _root(*norms: float) -> float:
-    return math.nan if any(map(math.isnan, norms)) else math.hypot(*norms)
-
-
-def _sum(*numbers: float) -> float:
-    return sum(numbers)
-
-
-_TOGETHER: Mapping[str, Callable[..., float]] = {
-    "norm": _root,
-    "applied": _root,
-    "weight_norm": _root,
-    "update": _root,
-    "nonfinite": _sum,
-    "nonzero": _sum,
-    "tiny": _sum,
-    "lost": _sum,
-}
-"""Everything that `Reading` measures of a parameter, and how that of the whole comes of the numbers of its pieces."""
 
 _here: weakref.WeakSet[Processes] = weakref.WeakSet()
 """Those of this process, until they leave."""
@@ -58,17 +33,16 @@ class Processes:
     can stop nothing. A collective could not promise that.
     """
 
-    def __init__(self, names: Iterable[str], warn: Once, *, alone: bool = False) -> None:
+    def __init__(self, names: Iterable[str], *, alone: bool = False) -> None:
         """Take the names of the parameters; with `alone`, seek nobody."""
         digest = hashlib.sha1("\n".join(names).encode(), usedforsecurity=False).hexdigest()
         taken = {other._key for other in _here}
         self._key: str = next(key for k in itertools.count() if (key := f"gradwatch/{digest}/{k}") not in taken)
         self._token = secrets.token_hex(8)
         """The speaker's, so that what was sent to an earlier one is not taken for new."""
-        self._warn = warn
         self._store: Any = None
         self._sent: list[str] = []
-        self._alone: str | None = None
+        self.alone: str | None = None
         """Why the others' numbers are not to be had."""
         self._met = False
         """Whether the others' numbers have been had."""
@@ -93,6 +67,8 @@ class Processes:
         with contextlib.suppress(Exception):  # of MPI there is none
             store = dist.distributed_c10d._get_default_store()
             store.set(f"{self._key}/{self.rank}", self._token)
+            store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
+            store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
             self._store = store
 
     @property
@@ -107,18 +83,18 @@ class Processes:
                 self._token = self._store.get(f"{self._key}/{speaker}").decode()
         return self._silent
 
-    def send(self, step: Hashable, values: Values | None, columns: Iterable[int] = ()) -> None:
+    def send(self, step: str, numbers: Numbers | None, columns: Iterable[int] = ()) -> None:
         """Leave the numbers of the columns of a step for the speaker; None: there are none, the measurement has failed."""
         if self._store is None:
             return
-        mine = (
-            None
-            if values is None
-            else {q: {c: values[q][c] for c in columns if c in values[q]} for q in _TOGETHER if q in values}
-        )
+        mine = None
+        if numbers is not None:
+            mine = {
+                raw.name: {c: numbers[raw][c] for c in columns if c in numbers[raw]} for raw in RAW if raw in numbers
+            }
         self._put(self._message(self.rank, step), to_json(mine))
 
-    def _message(self, rank: int, step: Hashable) -> str:
+    def _message(self, rank: int, step: str) -> str:
         return f"{self._key}/{self._token}/{rank}/{step}"
 
     def _put(self, key: str, text: str) -> None:
@@ -127,49 +103,46 @@ class Processes:
         while len(self._sent) > _KEPT:  # the speaker takes away what it has read
             self._store.delete_key(self._sent.pop(0))
 
-    def join(self, step: Hashable, values: Values, holders: Mapping[int, tuple[int, ...]]) -> str | None:
+    def join(self, step: str, numbers: Numbers, holders: Mapping[int, tuple[int, ...]]) -> str | None:
         """Put the numbers of the other processes' pieces to those of this one's, in place.
 
         Args:
             step: for which it was sent.
-            values: of this process, by quantity and column.
+            numbers: of this process.
             holders: the ranks that hold pieces, by column.
 
         Returns:
-            What is missing, in words; those columns are then taken out of `values`, since a piece says nothing of the whole.
+            What is missing, in words; those columns are then taken out of `numbers`, since a piece says nothing of the whole.
 
         """
         ranks = sorted(set().union(*holders.values()) - {self.rank})
-        theirs = self._received(step, ranks) if self._alone is None else None
+        theirs = self._received(step, ranks) if self.alone is None else None
         if theirs is None:
-            for quantity in _TOGETHER:
+            for raw in RAW:
                 for column in holders:
-                    values.get(quantity, {}).pop(column, None)
-            return self._alone or "a process could not measure its part of the parameters"
-        for quantity, together in _TOGETHER.items():
+                    numbers.get(raw, {}).pop(column, None)
+            return self.alone or "a process could not measure its part of the parameters"
+        for raw in RAW:
             for column, its in holders.items():
-                found = [
-                    of[quantity][column]
-                    for rank in its
-                    if column in (of := values if rank == self.rank else theirs[rank]).get(quantity, {})
-                ]
+                pieces = [(numbers if rank == self.rank else theirs[rank]).get(raw, {}) for rank in its]
+                found = [piece[column] for piece in pieces if column in piece]
                 if found:
-                    values.setdefault(quantity, {})[column] = together(*found)
+                    numbers.setdefault(raw, {})[column] = raw.whole(found)
                 else:
-                    values.get(quantity, {}).pop(column, None)
+                    numbers.get(raw, {}).pop(column, None)
         return (
             None
             if all(holders.values())
             else "the gradients of parameters that FSDP flattens are not measured: watch the module that it wraps them in"
         )
 
-    def _received(self, step: Hashable, ranks: list[int]) -> dict[int, Values] | None:
+    def _received(self, step: str, ranks: list[int]) -> dict[int, Numbers] | None:
         keys = [self._message(rank, step) for rank in ranks]
         if self._store is None or not self._wait(keys, [f"{self._key}/{rank}" for rank in ranks]):
             if self._met:
-                self._give_up("a process does not measure its part of the parameters any more")
+                self.alone = "a process does not measure its part of the parameters any more"
             else:
-                self._give_up(
+                self.alone = (
                     "the parameters are spread over several processes, and not all of them watch: call watch() in each"
                 )
             return None
@@ -181,7 +154,7 @@ class Processes:
         if None in sent:
             return None
         return {
-            rank: {q: {int(c): n for c, n in of.items()} for q, of in one.items()}
+            rank: {raw: {int(c): n for c, n in one[raw.name].items()} for raw in RAW if raw.name in one}
             for rank, one in zip(ranks, sent, strict=True)
         }
 
@@ -196,10 +169,6 @@ class Processes:
                 time.sleep(pause)
                 pause = min(2 * pause, 5e-3)
         return True
-
-    def _give_up(self, reason: str) -> None:
-        self._alone = reason
-        self._warn("processes", f"{reason}; the gradients of those parameters are not measured")
 
     def leave(self) -> None:
         """Tell the speaker not to wait for this process any more."""

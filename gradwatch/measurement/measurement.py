@@ -1,0 +1,176 @@
+"""One step under way: its gradients, its loss and what probes saw, copied once, and made a snapshot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from gradwatch.measurement import norms
+from gradwatch.measurement.columns import APPLIED, NORM, Numbers, columns
+from gradwatch.measurement.parameters import Parameters
+from gradwatch.measurement.processes import Processes
+from gradwatch.measurement.transfer import Pending, Transfer
+from gradwatch.model.forward_hooks import Part, ProbeValues
+from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Snapshot, Stage
+
+
+class Measurement:
+    """The numbers of one step, on their way from the device to a `Snapshot`.
+
+    Begun where the gradients are complete, finished when the optimizer's step is done. Until then every number stays on
+    its device, and `snapshot` copies once per device.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        model: ModelInfo,
+        stage: Stage,
+        transfer: Transfer | None = None,
+        parts: Sequence[Part] = (),
+        *,
+        probe: bool,
+    ) -> None:
+        """Begin with nothing measured of the parameters.
+
+        Args:
+            step: number of the step.
+            model: as it is now.
+            stage: at which the gradients are read.
+            transfer: copies the numbers of the step; those of the `parts` travel with it already.
+            parts: what probes have seen.
+            probe: whether more than the gradients is measured.
+
+        """
+        self.step, self.model, self.stage, self.probe = step, model, stage, probe
+        self._transfer = transfer or Transfer()
+        self._parts = parts
+        self.parameters = Parameters(model, self._transfer, probe=probe)
+        self.empty = True
+        """Whether no gradient was there."""
+        self.absent: Sequence[Absent | None] = ()
+        self.notes: list[str] = []
+        self._half = False
+        self._scale: Pending | None = None
+        self._late_scale: Pending | None = None
+        self._found_inf: list[Pending] = []
+        self._losses: list[Pending] = []
+
+    @property
+    def told(self) -> bool:
+        """Whether the loss is known."""
+        return bool(self._losses)
+
+    def gradients(
+        self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
+    ) -> None:
+        """Measure the gradients as they are now; see `Parameters.gradients`."""
+        self.empty = not gradients and not self.parameters.holders
+        self._half = half and self.probe
+        if scale is not None:
+            self._scale = self._transfer.add(norms.number(scale))
+        self.parameters.gradients(columns, gradients, scale, half=half)
+
+    def as_applied(self, columns: Sequence[int], gradients: Sequence[Tensor], optimizer: object) -> None:
+        """Measure the gradients once more, as the optimizer takes them: after clipping."""
+        self.parameters.applied(columns, gradients)
+        scale = getattr(optimizer, "grad_scale", None)
+        if isinstance(scale, Tensor):  # a fused optimizer divides inside of its kernel, and nothing has divided before
+            self._late_scale = self._transfer.add(scale)
+
+    def found_inf(self, optimizer: object) -> None:
+        """Note whether a fused optimizer is told to skip this step."""
+        found = getattr(optimizer, "found_inf", None)
+        if isinstance(found, Tensor):
+            self._found_inf.append(self._transfer.add(found))
+
+    def losses(self, losses: Iterable[float | Tensor]) -> None:
+        """Take the losses of the step; their mean is that of the step."""
+        for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
+            tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
+            self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))
+
+    def snapshot(
+        self, optimizer: int | None, key: str, processes: Processes, *, skipped: bool = False
+    ) -> Snapshot | None:
+        """Copy what was measured, put what other processes measured to it, and make it a snapshot.
+
+        Args:
+            optimizer: index of the one that steps.
+            key: of this step among those of the watcher.
+            processes: that watch the model.
+            skipped: whether a scaler skipped the step.
+
+        Returns:
+            None where another process speaks for this one.
+
+        """
+        self._transfer.run()
+        numbers, holders = self.parameters.numbers(), self.parameters.holders
+        if processes.silent:
+            if holders:
+                processes.send(key, numbers, holders)
+            return None
+        if holders and (missing := processes.join(key, numbers, holders)):
+            self.notes.append(missing)
+        seen = _together([part() for part in self._parts])
+        scale, factor = self._unscale(numbers)
+        skipped = skipped or any(found.value for found in self._found_inf)
+        norm = numbers.get(NORM, {})
+        absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
+        return Snapshot(
+            step=self.step,
+            wall_time=time.time(),
+            model=self.model,
+            optimizer=optimizer,
+            stage=self.stage,
+            loss=statistics.fmean(loss.value for loss in self._losses) if self._losses else None,
+            scale=scale,
+            clip_factor=factor,
+            skipped=skipped,
+            **columns(numbers, self.model, skipped=skipped),
+            absent=absent if any(absent) else None,
+            activations=seen.activations or None,
+            sequences=seen.sequences or None,
+            facts=seen.facts or None,
+            cuts=seen.cuts or None,
+            computed_in="float16" if self._half else None,
+            notes=(*self.parameters.notes, *self.notes),
+        )
+
+    def _unscale(self, numbers: Numbers) -> tuple[float | None, float | None]:
+        """Divide out a loss scale that came to light late, and return the loss scale and the factor of clipping."""
+        scale = self._scale.value if self._scale is not None else None
+        if self._late_scale is not None:
+            late = self._late_scale.value
+            numbers[APPLIED] = {c: n / late for c, n in numbers.get(APPLIED, {}).items()}
+            if scale is None:
+                scale, numbers[NORM] = late, {c: n / late for c, n in numbers.get(NORM, {}).items()}
+        if APPLIED not in numbers:
+            return scale, None
+        before = math.hypot(*numbers.get(NORM, {}).values())
+        return scale, math.hypot(*numbers[APPLIED].values()) / before if before > 0 else None
+
+
+def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
+    """Put what several probes have seen together; what they have seen of one module becomes one."""
+    activations: dict[str, ActivationStats] = {}
+    found = ProbeValues()
+    for part in parts:
+        for stats in part.activations:
+            known = activations.get(stats.module)
+            if known is not None:
+                news = {
+                    f.name: value for f in dataclasses.fields(stats) if (value := getattr(stats, f.name)) != f.default
+                }
+                stats = dataclasses.replace(known, **news)  # noqa: PLW2901
+            activations[stats.module] = stats
+        found = ProbeValues(
+            (), (*found.sequences, *part.sequences), (*found.facts, *part.facts), (*found.cuts, *part.cuts)
+        )
+    return dataclasses.replace(found, activations=tuple(activations.values()))

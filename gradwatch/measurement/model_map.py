@@ -1,0 +1,174 @@
+"""The model as it is now: its layers and parameters, in which column each stands, and why some have no gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradwatch.model import layers
+from gradwatch.values.snapshot import Absent, ModelInfo
+
+
+class ModelMap:
+    """Knows the model without holding it, and describes it anew where parameters have come, gone or been replaced."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        """Describe the model as it is, with the optimizers that step its parameters."""
+        self._model = weakref.ref(model)
+        self._optimizers = list(optimizers)
+        self.order: Mapping[str, int] = {}
+        """Position of each layer in the first forward pass in which a probe has seen it."""
+        self._columns: dict[int, int] = {}
+        self._spread: dict[int, tuple[int, ...]] = {}
+        self._frozen: list[int] = []
+        self.info = self._describe(model)
+        """The newest description; one that says the same is the same object, by which the record knows it."""
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model; None once it is gone."""
+        return self._model()
+
+    def release(self) -> None:
+        """Let go of the optimizers."""
+        self._optimizers = []
+
+    # --- what it is ---
+
+    def describe(self) -> None:
+        """Describe the model anew."""
+        info = self._describe(self._present())
+        if info != self.info:
+            self.info = info
+
+    def _describe(self, model: nn.Module) -> ModelInfo:
+        flat = layers.flattened(model)
+        shapes = {i: shape for i, (shape, _) in flat.items()}
+        info, self._columns = layers.describe(model, self._optimizers, self.order, shapes)
+        self._spread = {self._columns[i]: ranks for i, (_, ranks) in flat.items() if i in self._columns}
+        known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
+        self._frozen = [
+            c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None
+        ]
+        return info
+
+    def _present(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the watched model is gone")
+        return model
+
+    def parameters(self, optimizer: Any) -> list[Tensor]:  # noqa: ANN401  (None: the loop has none)
+        """Return the parameters that an optimizer steps now, the model's or not; without one, those of the model.
+
+        Raises:
+            RuntimeError: the model is gone.
+
+        """
+        model = self._present()
+        if optimizer is None:
+            return list(model.parameters())
+        return [p for group in optimizer.param_groups for p in group["params"]]
+
+    def stepped_by_others(self, optimizer: Any) -> set[int]:  # noqa: ANN401
+        """Return the parameters of the model, by `id`, that any other optimizer steps now."""
+        own = set(map(id, self._present().parameters()))
+        return {id(p) for o in self._optimizers if o is not optimizer for p in self.parameters(o)} & own
+
+    def columns(self, ids: Iterable[int]) -> list[int]:
+        """Return the columns of those of these parameters, by `id`, that are the model's."""
+        return [self._columns[i] for i in ids if i in self._columns]
+
+    def __contains__(self, parameter: Tensor) -> bool:
+        """Tell whether a parameter is the model's."""
+        return id(parameter) in self._columns
+
+    def holders(self, columns: Iterable[int]) -> dict[int, tuple[int, ...]]:
+        """Return, by column, the ranks that hold pieces of what does not tell that itself, as a DTensor does."""
+        return {c: self._spread[c] for c in columns if c in self._spread} if self._spread else {}
+
+    # --- what ran ---
+
+    def learn_order(self, ran: Iterable[str]) -> None:
+        """Take note of the order in which modules ran for the first time; the next description has it."""
+        owners = {layer.name for layer in self.info.layers}
+        order = dict(self.order)
+        for name in self._used(ran):
+            if name in owners and name not in order:
+                order[name] = len(order)
+        self.order = order
+
+    def resume(self, order: Mapping[str, int]) -> None:
+        """Take the order of an earlier run."""
+        self.order = order
+
+    def _used(self, ran: Iterable[str]) -> Iterator[str]:
+        """Return the modules in the order of the forward pass, after each those whose weights it uses without a call.
+
+        Attention does that with its output projection, which would else seem to come last of all.
+        """
+        called = dict.fromkeys(ran)
+        modules = layers.named_modules(model) if (model := self.model) is not None else {}
+        uncalled: dict[str, list[str]] = {}
+        for layer in self.info.layers:
+            known = layer.name in modules and layer.name not in called
+            own = modules[layer.name]._parameters.values() if known else ()
+            caller = next((name for name in layers.ancestry(layer.name) if name in called), None)
+            if caller is not None and any(p is not None and p.grad is not None for p in own):
+                uncalled.setdefault(caller, []).append(layer.name)
+        for name in called:
+            yield name
+            yield from uncalled.get(name, ())
+
+    # --- what has no gradient ---
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether there are parameters that are frozen and that no optimizer steps, as of the last description."""
+        return bool(self._frozen)
+
+    def without_gradient(
+        self, columns: Sequence[int], parameters: Sequence[Tensor], ran: frozenset[str]
+    ) -> dict[int, Absent]:
+        """Say which columns have no gradient, or may be found to have zeros in its place, given the modules that ran.
+
+        Args:
+            columns: those of the parameters.
+            parameters: what an optimizer steps, after a backward pass.
+            ran: names of the modules that ran in the forward pass.
+
+        """
+        found: dict[int, Absent] = {}
+        for column, parameter in zip(columns, parameters, strict=True):
+            if self.info.parameters[column].layer not in ran:
+                found[column] = "unused"  # perhaps with zeros, by zero_grad(set_to_none=False)
+            elif parameter.grad is None and parameter.requires_grad:
+                found[column] = "disconnected"
+        return found
+
+    def absent(
+        self, columns: Sequence[int], parameters: Sequence[Tensor], known: Mapping[int, Absent]
+    ) -> list[Absent | None]:
+        """Say of every column why it has no gradient, if it has none or may be found to have zeros in its place.
+
+        Args:
+            columns: those of the parameters.
+            parameters: what an optimizer steps.
+            known: what the last look at a forward pass said, as `without_gradient`.
+
+        """
+        reasons: list[Absent | None] = [known.get(column) for column in range(len(self.info.parameters))]
+        for column in self._frozen:
+            reasons[column] = "frozen"
+        for column, parameter in zip(columns, parameters, strict=True):
+            if parameter.grad is not None:
+                if reasons[column] != "unused":
+                    reasons[column] = None
+            elif not parameter.requires_grad:
+                reasons[column] = "frozen"
+            elif reasons[column] is None:
+                reasons[column] = "unused"
+        return reasons

@@ -1,0 +1,217 @@
+"""Inputs of a sequence module, as parts of tensors to differentiate by -> gains by lag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils.rnn import PackedSequence
+
+from gradwatch.model.nested import data_of
+from gradwatch.timesteps.adjoint import by_lag
+from gradwatch.timesteps.layout import Layout, layout_of
+
+Root = tuple[int, int]
+"""A tensor by which a derivative is taken: its `id` and its version."""
+
+
+class _View(NamedTuple):
+    """Where the entries of a tensor lie in the storage of its base."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Roots:
+    """The tensors by which derivatives are taken, each at the version at which it was an input."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._edges: dict[Root, tuple[Tensor, GradientEdge]] = {}
+
+    def add(self, tensor: Tensor) -> tuple[Root, _View | None]:
+        """Return what to differentiate by for an input, and which part of that it is; None: all.
+
+        A view counts as the part of its base that it is: what else uses the base (a skip connection beside a transposed
+        input) counts too.
+        """
+        base = tensor._base
+        root, view = tensor, None
+        if base is not None and base.requires_grad and not base.is_leaf and base.dtype is tensor.dtype:  # noqa: SIM102
+            if _apart(tensor) and _apart(base):
+                offset = int(tensor.storage_offset()) - int(base.storage_offset())
+                root, view = base, _View(tensor.shape, tensor.stride(), offset)
+        key = (id(root), root._version)
+        if (
+            key not in self._edges
+        ):  # the edge, because the tensor itself may be edited in place before the model is done
+            self._edges[key] = root, get_gradient_edge(root)
+        return key, view
+
+    def gradients(self, output: Tensor, cotangent: Tensor, keys: Sequence[Root]) -> dict[Root, Tensor | None]:
+        """Return the derivatives, laid out in storage as the tensors are; None: the output does not depend on it."""
+        edges = [self._edges[key][1] for key in keys]
+        found = torch.autograd.grad([output], edges, [cotangent], allow_unused=True)
+        with torch.no_grad():
+            return {key: _laid_out_as(g, self._edges[key][0]) for key, g in zip(keys, found, strict=True)}
+
+
+@dataclass
+class InputCall:
+    """One call of the sequence module: where its rows and timesteps are."""
+
+    layout: Layout
+    root: Root
+    view: _View | None
+    shape: torch.Size
+    time: int | None
+    """The dimension of time; None: the call is one timestep."""
+    packed: PackedSequence | None
+    blank: Tensor
+    """(T, B): whether the input is exactly zero there, as padding is."""
+    begins: bool = False
+    """Whether it begins a sequence of its own, and does not go on with the state of the call before."""
+
+    @classmethod
+    def of(cls, value: Tensor | PackedSequence, time: int | None, roots: Roots) -> InputCall:
+        """Describe a call.
+
+        Args:
+            value: its input, of which what can be differentiated by is added to `roots`.
+            time: its dimension of time; None: the call is one timestep. Of a packed sequence it is known.
+            roots: of all calls.
+
+        Raises:
+            IndexError: the input has no such dimension.
+
+        """
+        tensor = data_of(value)
+        layout = layout_of(value, time, rows=1)
+        root, view = roots.add(tensor)
+        packed = value if isinstance(value, PackedSequence) else None
+        time = time % tensor.dim() if time is not None and packed is None else time
+        blank = layout.every(tensor)[0] == 0
+        return cls(layout, root, view, tensor.shape, time, packed, blank)
+
+    @property
+    def batched(self) -> bool:
+        """Whether the input has a dimension of rows."""
+        return self.layout.batched
+
+    def squares(self, gradients: Mapping[Root, Tensor | None]) -> Tensor:
+        """Return the sums over features of the squares of the input's gradient, (T, B)."""
+        gradient = gradients[self.root]
+        if gradient is None:
+            gradient = self.blank.new_zeros(self.shape, dtype=torch.float32)
+        elif self.view is not None:
+            offset = gradient.storage_offset() + self.view.offset
+            gradient = gradient.as_strided(self.view.shape, self.view.stride, offset)
+        return self.layout.every(gradient)[0]
+
+
+@dataclass
+class InputSequence:
+    """Calls that follow each other in time."""
+
+    calls: list[InputCall] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """How many timesteps it has."""
+        return sum(call.layout.steps for call in self.calls)
+
+    @property
+    def rows(self) -> int:
+        """How many rows, where most are."""
+        return max(call.blank.shape[1] for call in self.calls)
+
+    @property
+    def packed(self) -> PackedSequence | None:
+        """The packed sequence that it is; None where it is none."""
+        return self.calls[0].packed
+
+    def full(self) -> Tensor:
+        """Return how many timesteps of each row are not zeros at its end, (B,), where zeros can be padding.
+
+        They can where some row goes on to the end, as in a batch that is padded to its longest row; else all count.
+        """
+        alive = ~_stacked([call.blank for call in self.calls])
+        return torch.where(alive[-1].any(), _ends(alive), len(alive))
+
+    def squares(self, gradients: Mapping[Root, Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the squared norms of the gradient, (T, B), and how long each row is, (B,).
+
+        Args:
+            gradients: see `Roots.gradients`.
+            lengths: of the rows; None: a row ends with the last timestep that is not zero or has a gradient.
+
+        """
+        squares = [call.squares(gradients) for call in self.calls]
+        if self.packed is not None:
+            return squares[0], packed_lengths(self.packed).to(squares[0].device)
+        every = _stacked(squares)
+        if lengths is None:
+            lengths = _ends(~_stacked([call.blank for call in self.calls]) | (every != 0))
+        return every, lengths
+
+
+def packed_lengths(packed: PackedSequence) -> Tensor:
+    """Return the lengths of packed rows, longest first, on the CPU."""
+    rows = torch.arange(int(packed.batch_sizes[0]), device="cpu").unsqueeze(1)
+    return (packed.batch_sizes.unsqueeze(0) > rows).sum(1)
+
+
+def gain_by_lag(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the length of the longest row, and then the root mean square by lag over the rows that have this lag.
+
+    Args:
+        found: by sequence, the squared norms of gradients, (T, B), and the lengths of the rows, (B,).
+
+    """
+    most = max(len(squares) for squares, _ in found)
+    device = found[0][0].device
+    sums, counts = torch.zeros((2, most), dtype=torch.float64, device=device)
+    longest = torch.zeros((), dtype=torch.float64, device=device)
+    for squares, lengths in found:
+        own, rows = by_lag(squares, lengths)
+        sums[: len(own)] += own.to(device)
+        counts[: len(rows)] += rows.to(device)
+        longest = torch.maximum(longest, lengths.max().to(longest))
+    return torch.cat([longest.view(1), (sums / counts.clamp(min=1)).sqrt()])
+
+
+def _apart(tensor: Tensor) -> bool:
+    """Tell whether no two entries of a tensor are the same place in storage."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+def _laid_out_as(gradient: Tensor | None, root: Tensor) -> Tensor | None:
+    """Lay a gradient out in storage as its tensor is, so that a view of the one is a view of the other."""
+    if gradient is None or gradient.stride() == root.stride() or not _apart(root):
+        return gradient
+    return torch.empty_strided(root.shape, root.stride(), dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Put (T, B) next to each other in time; in a loop, rows that end before others are blank or zero from there on."""
+    most = max(part.shape[1] for part in parts)
+    blank = parts[0].dtype is torch.bool
+    return torch.cat([nn.functional.pad(part, (0, most - part.shape[1]), value=float(blank)) for part in parts])
+
+
+def _ends(alive: Tensor) -> Tensor:
+    """Return for each row of (T, B) how many timesteps there are up to the last that is alive; all where none is."""
+    steps = len(alive)
+    order = torch.arange(1, steps + 1, device=alive.device).unsqueeze(1)
+    ends = (alive * order).amax(0)
+    return torch.where(ends == 0, steps, ends)

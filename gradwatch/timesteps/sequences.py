@@ -1,0 +1,167 @@
+"""The gradients through time of a step: what was recorded of it, and the model's horizon where a need is declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gradwatch.model.attempts import Attempts
+from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
+from gradwatch.timesteps.model_calls import ModelCalls
+from gradwatch.timesteps.model_gain import ModelGain
+from gradwatch.timesteps.model_pass import model_gain
+from gradwatch.timesteps.recorder import Recorder
+from gradwatch.timesteps.series import Trace, traces
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import Fact
+
+_log = logging.getLogger("gradwatch")
+
+Timesteps = Literal["auto", False] | Mapping[str, int | None]
+"""`watch`'s argument: recurrent modules alone, nothing, or other modules too, each with its dimension of time."""
+Need = int | Mapping[str, int] | None
+"""How many of the newest timesteps matter: to the model, or to modules by name."""
+
+
+def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> list[SequenceStats]:
+    """Put the memory of a module, measured on itself, beside what was seen of it."""
+    found = []
+    for one in stats:
+        if (one.module, one.part) == (name, ""):
+            notes = "; ".join(note for note in (one.note, own.note) if note) or None
+            one = dataclasses.replace(  # noqa: PLW2901
+                one,
+                lag_gain=own.lag_gain,
+                censored=own.censored,
+                rows=own.rows or one.rows,
+                length=one.length or own.length,
+                note=notes,
+            )
+        found.append(one)
+    return found
+
+
+class Sequences:
+    """Sees sequence modules, and what their gradients through time are worked out from; a `Probe`."""
+
+    def __init__(self, timesteps: Timesteps, need: Need, share: float, attempts: Attempts) -> None:
+        """Begin with nothing seen.
+
+        Args:
+            timesteps: as for `gradwatch.watch`.
+            need: how many of the newest timesteps matter, as `horizon=` declares.
+            share: of its maximum, below which a lag gain counts as gone.
+            attempts: knows which calls and backward passes an exception ended.
+
+        """
+        self._timesteps, self._need, self._share = timesteps, need, share
+        self._recorder = Recorder("auto" if timesteps is False else timesteps, attempts)
+        self._calls = ModelCalls(attempts) if need is not None else None
+        self._compiled = False
+        self._generator = torch.Generator(device="cpu").manual_seed(0)  # a private one: the training's must not move
+
+    def arm(self, view: ModelView) -> dict[int, nn.Module]:
+        """Choose the sequence modules, by `id`; all modules where a need is declared."""
+        self._compiled, modules = view.compiled, view.modules
+        chosen = self._recorder.arm(modules, compiled=view.compiled)
+        if self._calls is not None and not view.compiled:
+            needs = self._need if isinstance(self._need, Mapping) else {}
+            self._calls.arm({id(modules[n]): n for n in needs if n in modules}, frozenset(self._recorder.targets))
+            chosen |= {id(m): m for m in modules.values()}
+        return chosen
+
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Take note of the inputs; what is returned takes their place."""
+        if self._calls is not None and not self._compiled:
+            self._calls.entered(module)
+        return self._recorder.entered(module, inputs)
+
+    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        """Take note of the output."""
+        if self._calls is not None and not self._compiled:
+            self._calls.left(module, inputs, kwargs)
+        self._recorder.left(module, inputs, kwargs, output)
+
+    def clear(self) -> None:
+        """Let go of what was seen."""
+        self._recorder.clear()
+        if self._calls is not None:
+            self._calls.clear()
+
+    def collect(self, step: StepView, transfer: Transfer) -> Part:
+        """Work out the gradients through time of this step, and the horizons that were asked for."""
+        self._recorder.leave_out_void()
+        targets = self._recorder.owned(step.mine, step.others)
+        found = traces(targets, self._generator)
+        self._recorder.next_step(targets)
+        if not step.others:
+            found += [Trace(name, notes=["the model has no module of this name"]) for name in self._recorder.missing()]
+        need: Need = self._need
+        if isinstance(need, Mapping):
+            theirs = {t.name for t in self._recorder.targets.values()} - {t.name for t in targets}
+            need = {name: count for name, count in need.items() if name not in theirs}
+        walked = {t.name for t in targets if t.recurrent}
+        asked = [""] if isinstance(need, int) else [name for name in need or {} if name not in walked]
+        gains = [(name, self._gain(step.modules[""], name)) for name in asked]
+        if self._calls is not None and not step.others:  # the next optimizer asks for the same
+            self._calls.forget()
+        if not found and not gains:
+            return ProbeValues
+        walks = [trace.collect(step, transfer, self._share) for trace in found]
+        horizons = [(n, g if isinstance(g, str) else g.collect(transfer, self._share)) for n, g in gains]
+
+        def part() -> ProbeValues:
+            stats: list[SequenceStats] = []
+            facts: list[Fact] = []
+            for walk in walks:
+                mine, measured = walk()
+                stats += mine
+                facts += measured
+            for name, own in horizons:
+                gain = SequenceStats("", "model", note=own) if isinstance(own, str) else own()
+                if name:
+                    stats = _joined(stats, name, gain)
+                else:
+                    stats.insert(0, gain)
+            return ProbeValues(sequences=tuple(_needed(stats, need)), facts=tuple(facts))
+
+        return part
+
+    def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
+        call = self._calls.calls.get(name) if self._calls is not None else None
+        if call is None and self._compiled:
+            return "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
+        if call is None:
+            return "its memory is not measured: it was not called with gradients in this step"
+        module = call.module()
+        if module is None:
+            return "its memory is not measured: what was called is gone"
+        timesteps: Any = self._timesteps or "auto"
+        if name:  # its own input
+            timesteps = (
+                {"": self._timesteps[name]}
+                if isinstance(self._timesteps, Mapping) and name in self._timesteps
+                else "auto"
+            )
+        try:
+            with call.autocast():
+                return model_gain(module, call.args, call.kwargs, timesteps=timesteps, watched=None if name else model)
+        except Exception as error:  # noqa: BLE001  (whatever a model does when it is run once more)
+            _log.debug("the memory of %s", name or "the model", exc_info=error)
+            return f"the memory of {name or 'the model'} could not be measured: {type(error).__name__}: {error}"
+
+
+def _needed(stats: Sequence[SequenceStats], need: Need) -> Iterator[SequenceStats]:
+    """Put to each the need that was declared for it."""
+    needs = (
+        {("", "model"): need} if isinstance(need, int) else {(name, ""): count for name, count in (need or {}).items()}
+    )
+    for one in stats:
+        yield dataclasses.replace(one, need=needs.pop((one.module, one.part), None))
+    for (name, part), count in needs.items():
+        yield SequenceStats(name, part, need=count, note="nothing was seen of it in this step")

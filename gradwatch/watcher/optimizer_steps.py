@@ -1,0 +1,349 @@
+"""The steps of one optimizer: from its hooks, or `Watcher.step`, to the snapshot that is emitted."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import Tensor
+
+from gradwatch.measurement import loss_scale
+from gradwatch.measurement.measurement import Measurement
+from gradwatch.measurement.model_map import ModelMap
+from gradwatch.measurement.parameters import undisturbed
+from gradwatch.measurement.processes import Processes
+from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.forward_hooks import Part
+from gradwatch.model.optimizer_hooks import StepHooks
+from gradwatch.values.snapshot import Absent, ModelInfo, Snapshot, Stage
+from gradwatch.watcher.cadence import Cadence
+from gradwatch.watcher.forward_pass import ForwardPass
+from gradwatch.watcher.losses import Losses
+
+Guard = Callable[..., None]
+"""Calls its first argument with the others, and keeps every failure out of the training."""
+Emit = Callable[[Snapshot | None], bool]
+"""Takes what was measured (None: another process speaks for this one), and tells whether an alert has begun."""
+
+
+class State(enum.Enum):
+    """Where an optimizer stands in a step that is measured."""
+
+    IDLE = "idle"
+    """Nothing has been measured, or it was let go of."""
+    READ = "read"
+    """`Watcher.step` has read the gradients, and the optimizer has not come for them."""
+    APPLIED = "applied"
+    """The optimizer has come for the gradients, and moves the weights."""
+    DONE = "done"
+    """The step that was measured last is done."""
+    SKIPPED = "skipped"
+    """The optimizer never came: a scaler skipped the step."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training that a watcher watches: what its optimizers have in common."""
+
+    model_map: ModelMap
+    forward_pass: ForwardPass
+    losses: Losses
+    processes: Processes
+    cadence: Cadence
+    scaler: Any = None
+    clock: Callable[[], int] | None = None
+    """Numbers the steps where the loop has an axis of its own."""
+
+
+class OptimizerSteps:
+    """Hears each step of one optimizer (None: the loop has none), measures it if it is due, and emits a snapshot of it.
+
+    A step that the hooks alone tell of is IDLE, then APPLIED, then DONE. One that `Watcher.step` reads before clipping
+    is READ first; if its optimizer never comes for it, it ends SKIPPED. Without an optimizer it is DONE at once.
+    """
+
+    _guard: Guard  # these two while the hooks are on, so that who hears them lives as long as the optimizer
+    _emit: Emit
+
+    def __init__(self, index: int, optimizer: Any, training: Training) -> None:  # noqa: ANN401  (any with step())
+        """Begin at step 0, without hooks."""
+        self.index, self.optimizer, self._training = index, optimizer, training
+        self._losses, self._model_map = training.losses, training.model_map
+        self._cadence, self._clock = training.cadence, training.clock
+        self._hooks: StepHooks | None = None
+        self._by_hooks = True
+        """Whether the hooks begin the measurement and count the steps; else `read` does."""
+        self.count = 0
+        """The number of the next step."""
+        self._stride = 1
+        self._extra = False
+        """Whether the next step is a probe out of turn, because an alert has begun."""
+        self.state = State.IDLE
+        self._measurement: Measurement | None = None
+        """There while the state is READ or APPLIED."""
+        self._owed: str | None = None
+        """The step for which the process that speaks for this one waits."""
+        self._ids: list[int] = []
+        self._columns: list[int] = []
+        self._described: ModelInfo | None = None
+        """The description that `_columns` belongs to."""
+        self._weighed = False
+        """Whether the weights were measured since `_columns` was made."""
+        self._absent: dict[int, Absent] = {}
+        """What the last look at a forward pass said of columns that have no gradient or may have zeros in its place."""
+        self._spare: dict[int, Tensor] = {}
+        """By column, memory of the last probe's copies of weights."""
+        self._turn = 0
+        """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
+
+    def attach(self, guard: Guard, emit: Emit) -> None:
+        """Hang hooks on the optimizer; what they tell of goes through `guard`, and what comes of it to `emit`."""
+        self._guard, self._emit = guard, emit
+        self._hooks = StepHooks(self.optimizer, self)
+
+    def detach(self) -> None:
+        """Take the hooks off, and let go of everything but the counts."""
+        self.drop()
+        self._spare.clear()
+        if self._hooks is not None:
+            self._hooks.detach()
+            self._hooks = None
+            del self._guard, self._emit
+        self.optimizer = None
+
+    # --- a step as the hooks tell of it ---
+
+    def on_look(self) -> None:
+        """Take note: the gradients of a step are complete, and it has not moved the weights yet."""
+        self._guard(self._look)
+
+    def _look(self) -> None:
+        if self._measurement is not None and self.state is State.READ:
+            self._compare(self._measurement)
+        elif self._by_hooks:
+            self._losses.begin(self.index)
+            if self._clock is not None:
+                self._number(self._clock())
+            self._begin("applied")
+        if self._measurement is not None:
+            self.state = State.APPLIED
+            if self._measurement.probe:
+                parameters = self._parameters()
+                self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
+        self._losses.taken(self.index)
+
+    def on_loss(self, loss: object) -> None:
+        """Take note: a closure returned this."""
+        self._guard(self._hear, loss)
+
+    def _hear(self, loss: object) -> None:
+        """Take what a closure returned for the loss, unless the loop has told it."""
+        waiting = self._measurement if self.state is State.READ else None
+        told = self._losses.fresh or (waiting is not None and waiting.told)
+        if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
+            self._losses.record(loss)
+
+    def on_stepped(self) -> None:
+        """Take note: the step is done."""
+        self._guard(self._finish, self._emit)
+
+    def _finish(self, emit: Emit) -> None:
+        self._losses.end(self.index)
+        if self._by_hooks:
+            self._count_on()
+        if self._measurement is not None:
+            if not self._measurement.empty:
+                with undisturbed():
+                    self._measurement.parameters.updates(self._spare)
+            self._end(State.DONE, emit)
+
+    # --- a step that `Watcher.step` reads ---
+
+    @property
+    def reevaluates(self) -> bool:
+        """Whether a closure is evaluated again, for a step whose gradients have been read."""
+        return self._hooks is not None and self._hooks.looked
+
+    @property
+    def waits(self) -> bool:
+        """Whether gradients were read before clipping, and their optimizer has not come for them."""
+        return self.state is State.READ
+
+    def leave_to_reads(self) -> None:
+        """From now on leave it to `read` to begin a measurement and to count."""
+        self._by_hooks = False
+
+    def read(self, step: int | None, emit: Emit) -> None:
+        """Read the gradients before clipping, if the step is due; None: the steps are counted."""
+        if step is not None:
+            self._number(step)
+        self._begin("before_clip")
+        self._count_on()
+        if self.optimizer is None:
+            self._end(State.DONE, emit)
+
+    def skip(self, emit: Emit) -> None:
+        """Emit what was read, as skipped."""
+        self._end(State.SKIPPED, emit)
+
+    def drop(self) -> None:
+        """Let go of what is being measured."""
+        self._measurement, self.state = None, State.IDLE
+
+    def give_up(self) -> None:
+        """Let go of what is being measured, which has failed, and tell the process that waits for it."""
+        self.drop()
+        if self._owed is not None:
+            with contextlib.suppress(Exception):
+                self._training.processes.send(self._owed, None)
+
+    # --- the measurement ---
+
+    def _begin(self, stage: Stage) -> None:
+        """Measure the gradients of the step if it is due, and at a probe more."""
+        if self._measurement is not None:
+            self.drop()
+        if self._extra or self._cadence.measured(self.count):
+            self._owed = f"{self.index}-{self.count}"
+            with undisturbed():
+                self._measurement = self._measure(stage)
+            if stage == "before_clip":
+                self.state = State.READ
+
+    def _measure(self, stage: Stage) -> Measurement:
+        """Return the norms of the gradients, and at a probe of the weights, all left on the device."""
+        probe, self._extra = self._extra or self._cadence.probed(self.count), False
+        transfer = Transfer()
+        parts, ran = self._seen(transfer)
+        parameters = self._parameters()
+        measurement = Measurement(self.count, self._model_map.info, stage, transfer, parts, probe=probe)
+        measurement.parameters.holders = self._model_map.holders(self._columns)
+        columns, gradients = self._gradients(parameters)
+        if ran is not None:
+            self._absent = self._model_map.without_gradient(self._columns, parameters, ran)
+        if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
+            measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
+        factor = loss_scale.at_step(self._training.scaler, self.optimizer, stage)
+        measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
+        measurement.found_inf(self.optimizer)
+        if probe or not self._weighed:
+            measurement.parameters.weights(self._columns, parameters)
+            self._weighed = True
+        measurement.losses(self._losses.of(self.index))
+        return measurement
+
+    def _seen(self, transfer: Transfer) -> tuple[list[Part], frozenset[str] | None]:
+        """Return what the probes saw of this step, and the modules that ran; nothing and None where nobody looked."""
+        look = self._training.forward_pass
+        parts: list[Part] = []
+        if look.awaited_by(self.index) and self._model_map.model is not None:
+            scale = loss_scale.of_backward(self._training.scaler, self.optimizer)
+            mine = set(map(id, self._parameters()))
+            parts = look.seen(scale, mine, self._model_map.stepped_by_others(self.optimizer), transfer)
+        ran = look.release(self.index)
+        if ran is None:
+            return parts, None
+        self._model_map.learn_order(ran)
+        self._ids = []  # describe it anew: for the order, and for parameters that were replaced under the same id
+        return parts, frozenset(ran)
+
+    def _compare(self, measurement: Measurement) -> None:
+        """See what clipping has made of the gradients that were read before it."""
+        with undisturbed():
+            columns, gradients = self._gradients(self._parameters())
+            measurement.as_applied(columns, gradients, self.optimizer)
+            measurement.found_inf(self.optimizer)
+            measurement.losses(self._losses.of(self.index))
+
+    def _parameters(self) -> list[Tensor]:
+        """Return the parameters that are stepped now, in line with `_columns`; what is not of the model is left out."""
+        every = self._model_map.parameters(self.optimizer)
+        ids = list(map(id, every))
+        if ids != self._ids:  # some have come, gone or been replaced
+            self._model_map.describe()
+            self._ids, self._described = ids, None
+        if self._described is not self._model_map.info:
+            self._described, self._weighed = self._model_map.info, False
+            self._columns = self._model_map.columns(ids)
+        return every if len(self._columns) == len(ids) else [p for p in every if p in self._model_map]
+
+    def _gradients(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+        """Return the gradients that there are, each with its column."""
+        found = [(c, g) for c, p in zip(self._columns, parameters, strict=True) if (g := p.grad) is not None]
+        return [c for c, _ in found], [g for _, g in found]
+
+    # --- the end of a step ---
+
+    def _end(self, end: State, emit: Emit) -> None:
+        """Emit what was measured; once an alert has begun, the next step is a probe, which looks more closely."""
+        measurement, self._measurement = self._measurement, None
+        if measurement is None:
+            return
+        self.state = end
+        if measurement.empty:  # a step without any gradient moves nothing, and says nothing
+            return
+        optimizer = self.index if self.optimizer is not None else None
+        key = self._owed or ""
+        snapshot = measurement.snapshot(optimizer, key, self._training.processes, skipped=end is State.SKIPPED)
+        self._owed = None
+        began = emit(snapshot)
+        # Of a probe out of turn, the processes that hold the other pieces know nothing.
+        alone = not measurement.parameters.holders
+        if began and alone and not self._extra and not self._cadence.probed(self.count):
+            self._extra = True
+            self.look_ahead()
+        else:
+            self._training.forward_pass.look_closer(self.index)
+
+    # --- the count ---
+
+    def _number(self, step: int) -> None:
+        """Take the number of this step, and from the distance to the last one that of the next."""
+        self._stride = max(step - (self.count - self._stride), 1)
+        self.count = step
+
+    def _count_on(self) -> None:
+        """Count a step, and look at the forward pass of the next one if it is a probe."""
+        self.count += self._stride
+        if self._cadence.probed(self.count) and not self._training.processes.silent:
+            self.look_ahead()
+
+    def take_up(self) -> None:
+        """Look at the forward pass of the next step if it is a probe: the step before was of another process."""
+        probe = self._extra or self._cadence.probed(self.count)
+        if probe and self.count and not self._training.processes.silent:
+            self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Look at the forward pass of the next step."""
+        self._training.forward_pass.look_ahead(self.index)
+
+    # --- from one process to the next ---
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
+        absent = {names[c]: reason for c, reason in self._absent.items() if c < len(names)}
+        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent}
+
+    def reading_state(self, count: int, state: Mapping[str, Any], names: Sequence[str]) -> Callable[[], None]:
+        """Read what `state_dict` gave, and change nothing before the function that is returned is called.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is not what that gives.
+
+        """
+        if not set(state["absent"].values()) <= set(get_args(Absent)):
+            raise ValueError(f"absent must be of {get_args(Absent)}, got {state['absent']!r:.80}")
+        columns = {name: c for c, name in enumerate(names)}
+        absent = {columns[name]: reason for name, reason in state["absent"].items() if name in columns}
+        number, stride = max(operator.index(count), 0), max(operator.index(state["stride"]), 1)
+        turn, extra = max(operator.index(state["turn"]), 0), bool(state["extra"])
+
+        def apply() -> None:
+            self.count, self._stride, self._turn, self._extra, self._absent = number, stride, turn, extra, absent
+
+        return apply
