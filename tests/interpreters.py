@@ -17,6 +17,7 @@ import importlib.util
 import marshal
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
