@@ -17,6 +17,7 @@ import importlib.util
 import marshal
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -101,13 +102,18 @@ def serve(address: str) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     running: dict[int, tuple[int, socket.socket]] = {}  # by what tells of its end
-    while sys.stdin not in (told := select.select([sys.stdin, listener, *running], [], [])[0]):
+    while sys.stdin not in (
+        told := select.select([sys.stdin, listener, *running, *(asker for _, asker in running.values())], [], [])[0]
+    ):
         for end in set(told) & running.keys():
             child, asker = running.pop(end)
             os.close(end)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             with contextlib.suppress(OSError), asker:
                 asker.sendall(marshal.dumps(status))
+        for child, asker in running.values():
+            if asker in told:  # nobody waits any more
+                os.kill(child, signal.SIGKILL)
         if listener in told:
             asker = listener.accept()[0]
             request, files, *_ = socket.recv_fds(asker, 2**20, 3)

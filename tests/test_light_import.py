@@ -68,12 +68,12 @@ def loaded(code: str, *arguments: str | Path, python: Sequence[str] = (sys.execu
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_loading_it_imports_no_torch(module):
-    assert "torch" not in loaded(f"import {module}")
+    assert "torch" not in loaded(f"import {module}", python=warm())
 
 
 def test_this_test_can_fail():
-    assert "torch" in loaded("import torch")
-    assert "torch" in loaded("import gradwatch.watcher.watcher")
+    assert "torch" in loaded("import torch", python=warm())
+    assert "torch" in loaded("import gradwatch.watcher.watcher", python=warm())
 
 
 def test_the_package_itself_loads_neither_numpy_nor_rich_nor_tensorboard():

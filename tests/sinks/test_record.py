@@ -565,12 +565,14 @@ def test_a_directory_can_be_without_events(tmp_path):
 
 
 HOLDS = """
-import sys, torch, gradwatch
+import os, signal, sys, torch, gradwatch
 model = torch.nn.Linear(3, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 watcher = gradwatch.watch(model, optimizer, logdir=sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
+    if line == "die\\n":
+        os.kill(os.getpid(), signal.SIGKILL)
     for _ in range(5):
         optimizer.zero_grad()
         model(torch.randn(4, 3)).sum().backward()
@@ -611,7 +613,8 @@ def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(t
         second = RunDirectory(tmp_path)
         second.close()
         assert second.path.name == "gradwatch-2"
-        other.kill()
+        other.stdin.write("die\n")
+    assert other.returncode == -signal.SIGKILL
     first = RunDirectory(tmp_path)
     first.close()
     assert first.path.name == "gradwatch"
