@@ -1,10 +1,9 @@
-"""The raw columns: what is measured of each parameter, how the pieces of several processes combine, and the columns of a snapshot that follow."""
+"""The raw columns: what is measured of a parameter, how pieces of several processes combine, and what follows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 from gradwatch.values.snapshot import Column, ModelInfo
@@ -53,14 +52,6 @@ class Columns(TypedDict):
     subnormal: Column | None
     update_ratio: Column | None
     lost: Column | None
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """What a late loss scale and clipping leave to say of the norms."""
-
-    norm: Mapping[int, float]
-    clip_factor: float | None
 
 
 def columns(numbers: Numbers, model: ModelInfo, *, skipped: bool) -> Columns:

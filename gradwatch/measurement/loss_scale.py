@@ -31,7 +31,7 @@ class ScaleSentinel:
     def entered(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         """Need nothing of the inputs."""
 
-    def left(self, module: nn.Module, _inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, _inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Put a hook on a parameter of the first module whose output has a graph."""
         if self._sentinel.watching or not torch.is_grad_enabled() or transformed():
             return
@@ -39,7 +39,9 @@ class ScaleSentinel:
             self._sentinel.watch(module)
 
     def changed(self, step: StepView, broken: AbstractSet[int], transfer: Transfer) -> Pending | None:
-        """Return how far the gradient at this step is from what arrived, as a share of it; None where nothing can be compared.
+        """Return how far the gradient at this step is from what arrived, as a share of it.
+
+        None where nothing can be compared.
 
         Args:
             step: that is measured.
@@ -64,7 +66,7 @@ class ScaleSentinel:
         self._changed = None
 
 
-def at_step(scaler: Any, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401  (torch has several scalers and no common type)
+def at_step(scaler: Any, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401  (no common type)
     """Return the loss scale that is still in the gradients; None if there is none, or nobody said."""
     fused = getattr(optimizer, "grad_scale", None)
     if isinstance(fused, Tensor):

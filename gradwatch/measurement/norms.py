@@ -1,4 +1,4 @@
-"""Gradients and weights -> norms and counts, on the device and without a synchronisation (on CPU there is none to fear)."""
+"""Gradients and weights -> norms and counts, on the device and without a synchronisation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm  # torch does not say what it returns
 
-# What the fastest exact way is depends on the size, on CPU. Above _BIG entries a copy converted to float64 would leave the cache
-# and cost 10 to 25 times the float32 norm; so rows of about _ROW entries are reduced in float32, and float64 combines them.
-# From _MANY tensors of one shape on, a stack of them is reduced at once: a call for each costs more than its arithmetic.
+# What the fastest exact way is depends on the size, on CPU. Above _BIG entries a copy converted to float64 would leave
+# the cache and cost 10 to 25 times the float32 norm; so rows of about _ROW entries are reduced in float32, and float64
+# combines them. From _MANY tensors of one shape on, a stack of them is reduced at once: a call for each costs more
+# than its arithmetic.
 _BIG = 16384
 _ROW = 512
 _MANY = 16
@@ -27,7 +28,10 @@ _ORDINARY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float
 
 
 def plain(gradient: Tensor) -> Tensor:
-    """Return the stored entries of a sparse, complex or narrow gradient as a real strided tensor with the same norm; of a `DTensor`, those of its piece here."""
+    """Return the stored entries of any gradient as a real strided tensor with the same norm.
+
+    Of a `DTensor` those of its piece here.
+    """
     gradient = gradient.detach()
     if type(gradient) is Tensor and gradient.layout is torch.strided and gradient.dtype in _ORDINARY:
         return gradient
@@ -49,7 +53,7 @@ def piece(tensor: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # of a collective that is under way
 
 
-def holders(tensor: Any) -> tuple[int, ...] | None:  # noqa: ANN401  (torch.distributed.tensor is costly to import, and nearly nobody has it)
+def holders(tensor: Any) -> tuple[int, ...] | None:  # noqa: ANN401  (a DTensor, which is costly to import)
     """Return the ranks whose pieces make up a `DTensor`, copies of them left out; None where it is whole here.
 
     Raises:
@@ -145,7 +149,7 @@ def _chunks(members: list[int], size: int) -> Iterable[list[int]]:
 
 
 def _fits(width: int) -> bool:
-    """Tell whether rows of this width are short enough for float32 to lose nothing, and long enough to be worth a call."""
+    """Tell whether rows of this width are short enough for float32 to lose nothing, and long enough for a call."""
     return _ROW // 8 <= width <= _ROW * 3 // 2
 
 
@@ -234,9 +238,9 @@ def _small_on_cpu(tensor: Tensor, limit: float) -> tuple[int, int]:
 
 
 def spectral_norm(tensor: Tensor, iterations: int = 8) -> Tensor:
-    """Return the largest singular value of a weight, its first dimension against all others, from below and within a few percent; float32, shape ().
+    """Return the largest singular value of a weight, its first dimension against all others; float32, shape ().
 
-    By power iteration from a fixed start, so that no random number is drawn.
+    From below and within a few percent, by power iteration from a fixed start, so that no random number is drawn.
     """
     matrix = tensor.reshape(tensor.shape[0], -1).float()
     vector = torch.cos(torch.arange(matrix.shape[1], device=matrix.device, dtype=torch.float32) ** 1.5)

@@ -35,8 +35,10 @@ class Output:
 class OutputGradients:
     """Sees the gradients at the outputs of all modules; a `Probe`.
 
-    The norm of a module is that of the gradient of everything that it gave in the step: of several outputs, calls and micro-batches the root of the sum of
-    squares. A backward pass counts if it adds to the gradient of a parameter; one for a gradient penalty, or of a validation, does not.
+    The norm of a module is that of the gradient of everything that it gave in the step: of several outputs, calls and
+        micro-batches the root of the sum of
+    squares. A backward pass counts if it adds to the gradient of a parameter; one for a gradient penalty, or of a
+    validation, does not.
     """
 
     def __init__(self, attempts: Attempts) -> None:
@@ -63,13 +65,13 @@ class OutputGradients:
         return {id(module): module for module in view.modules.values()}
 
     def entered(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        """Take note of what runs without a graph: reentrant checkpointing runs it once more within the backward pass, and that is the real run."""
+        """Take note of what runs without a graph: reentrant checkpoints run it within the backward pass, and that counts."""
         if not torch.is_grad_enabled():
             self._without_graph.add(id(module))
         elif torch._C._current_graph_task_id() == -1:
             self._without_graph.discard(id(module))
 
-    def left(self, module: nn.Module, _inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, _inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Hang hooks on the nodes of what a module gives."""
         name = self._names.get(id(module))
         if name is None or not torch.is_grad_enabled() or transformed():

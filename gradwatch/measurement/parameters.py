@@ -133,7 +133,7 @@ class Parameters:
         tensors: Sequence[Tensor],
         measure: Callable[[Sequence[int], Sequence[Tensor]], None],
     ) -> None:
-        """Measure all at once, or, where a class of tensors refuses, those that are not plain one by one, and note which did."""
+        """Measure all at once; where a class of tensors refuses, those that are not plain one by one, and note which."""
         before = len(self._measured)
         try:
             measure(columns, tensors)
@@ -157,7 +157,8 @@ class Parameters:
     def copy(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]) -> int:
         """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
 
-        `spare` holds the memory of the last probe's copies, where they were small: fresh memory costs more than copying.
+        `spare` holds the memory of the last probe's copies, where they were small: fresh memory costs more than
+        copying.
 
         Returns:
             The number to begin with the next time.
@@ -192,7 +193,7 @@ class Parameters:
         return 0
 
     def updates(self, spare: dict[int, Tensor]) -> None:
-        """Measure how far the parameters have moved from their copies, whose memory goes to `spare` if there is not much of it."""
+        """Measure how far the parameters have moved from their copies; memory of small ones goes to `spare`."""
         copies, self._copies = self._copies, []
         for numbers, olds in by_device(range(len(copies)), [copy for _, _, copy in copies]):
             # In place: half of the memory and two thirds of the time.
@@ -240,9 +241,9 @@ def by_device(columns: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[S
 
 
 def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
-    """Return the smallest normal number of a gradient that float16 has computed, with the loss scale in it, and that is kept in another format.
+    """Return the smallest normal number of a gradient that float16 has computed and that is kept in another format.
 
-    Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest number of float16.
+    The loss scale is in it. Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest number of float16.
     """
     own, half = torch.finfo(gradient.dtype).smallest_normal, torch.finfo(torch.float16)
     if scale is not None:

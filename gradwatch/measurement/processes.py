@@ -28,8 +28,10 @@ _here: weakref.WeakSet[Processes] = weakref.WeakSet()
 class Processes:
     """The processes that watch one model, each with a copy or with pieces of it.
 
-    The lowest rank that watches a model of these names, nearly always 0, speaks for the others. They send it the numbers of their pieces, through the store
-    by which the process group was set up: nobody but the speaker ever waits, and it not for long, so that a process that does not watch, fails or leaves
+    The lowest rank that watches a model of these names, nearly always 0, speaks for the others. They send it the
+    numbers of their pieces, through the store
+    by which the process group was set up: nobody but the speaker ever waits, and it not for long, so that a process
+        that does not watch, fails or leaves
     can stop nothing. A collective could not promise that.
     """
 
@@ -84,7 +86,7 @@ class Processes:
         return self._silent
 
     def send(self, step: str, numbers: Numbers | None, columns: Iterable[int] = ()) -> None:
-        """Leave the numbers of the columns of a step for the speaker; None: there are none, the measurement has failed."""
+        """Leave the numbers of the columns of a step for the speaker; None: the measurement has failed."""
         if self._store is None:
             return
         mine = None
@@ -112,7 +114,8 @@ class Processes:
             holders: the ranks that hold pieces, by column.
 
         Returns:
-            What is missing, in words; those columns are then taken out of `numbers`, since a piece says nothing of the whole.
+            What is missing, in words; those columns are then taken out of `numbers`, since a piece says nothing of the
+            whole.
 
         """
         ranks = sorted(set().union(*holders.values()) - {self.rank})
@@ -133,7 +136,8 @@ class Processes:
         return (
             None
             if all(holders.values())
-            else "the gradients of parameters that FSDP flattens are not measured: watch the module that it wraps them in"
+            else "the gradients of parameters that FSDP flattens are not measured:"
+            " watch the module that it wraps them in"
         )
 
     def _received(self, step: str, ranks: list[int]) -> dict[int, Numbers] | None:

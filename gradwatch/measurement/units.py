@@ -49,7 +49,7 @@ _CHANNELS_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 class UnitSource(NamedTuple):
-    """The layer whose output a node computes, written at that node: so it is known from there, and goes with the graph."""
+    """The layer whose output a node computes: written at that node, it is known from there and goes with the graph."""
 
     layer: str
     dim: int
@@ -95,8 +95,8 @@ class UnitCounts:
 class Units:
     """Sees what activations make of the outputs of layers; a `Probe`.
 
-    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer from
-    whose output it was made.
+    An activation is known by its node in the graph, whether a module made it or a function, and belongs to the layer
+    from whose output it was made.
     """
 
     def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
@@ -135,7 +135,7 @@ class Units:
             for tensor in floats(inputs):
                 self._look(tensor)
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
         name = self._names.get(id(module))
         if name is None or transformed():
@@ -210,7 +210,7 @@ class Units:
             units.looks = [look for look in units.looks if look.attempt not in self._attempts.void]
 
     def _question(self, name: str, module: nn.Module, inputs: list[Tensor], output: Tensor) -> None:
-        """Measure why the units of a layer may be silent or saturated: its input is off-centre or always the same, or its bias is too large."""
+        """Measure why units may be silent or saturated: an input off-centre or always the same, or a large bias."""
         dim = _dim(module, output)
         others = [d for d in range(output.dim()) if d != dim]
         bias = module._parameters.get("bias")

@@ -76,7 +76,7 @@ class StepView:
     """How far a parameter's gradient at the step is from what arrived; None: nothing could be compared."""
 
     def of_others(self, parameters: AbstractSet[int]) -> bool:
-        """Tell whether what holds these parameters is no business of this step: only other optimizers step some of them."""
+        """Tell whether what holds these parameters is none of this step: only other optimizers step some of them."""
         return of_others(parameters, self.mine, self.others)
 
     @property
@@ -111,7 +111,7 @@ Part = Callable[[], ProbeValues]
 
 
 class Probe(Protocol):
-    """What sees chosen modules take their inputs and give their outputs in the forward pass of a step, and tells of it at the step."""
+    """What sees inputs and outputs of chosen modules in the forward pass of a step, and tells of it at the step."""
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose the modules to see, by `id`, and let go of what was seen before."""
@@ -121,7 +121,13 @@ class Probe(Protocol):
         """Take note of the inputs; what is returned takes their place."""
         ...
 
-    def left(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:  # noqa: ANN401
+    def left(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,  # noqa: ANN401  (whatever a module gives)
+    ) -> None:
         """Take note of the output."""
         ...
 
@@ -140,10 +146,12 @@ _alone: ForwardTrace | None = None
 class ForwardTrace:
     """Sees which modules run, in which order, between `arm` and `disarm`, through global hooks; and takes probes along.
 
-    A hook on the modules themselves would travel with `torch.save(model)`, `deepcopy` and pickle; a global one does not.
-    A disarmed hook costs as much as an armed one, so between probes none is registered. Where torch.compile is in use, a
-    global hook would be traced, cost a recompilation when it leaves, and never fire: there the modules that probes choose are
-    hooked by themselves, by objects that leave no trace in a copy, and nothing else is seen.
+    A hook on the modules themselves would travel with `torch.save(model)`, `deepcopy` and pickle; a global one does
+    not. A disarmed hook costs as much as an armed one, so between probes none is registered. Where torch.compile is in
+    use, a
+    global hook would be traced, cost a recompilation when it leaves, and never fire: there the modules that probes
+        choose
+    are hooked by themselves, by objects that leave no trace in a copy, and nothing else is seen.
     """
 
     def __init__(
@@ -162,7 +170,7 @@ class ForwardTrace:
         """
         self.probes, self._failed, self._attempts = tuple(probes), failed, attempts or Attempts()
         self._chosen: list[tuple[Probe, frozenset[int]]] = []
-        """Each probe that looks, with the modules that it wants to see, by `id`: a watcher that is kept must not keep a model."""
+        """Each probe that looks, with its modules, by `id`: a watcher that is kept must not keep a model."""
         self._undo: weakref.finalize[..., Any] | None = None
         self._names: Mapping[int, str] = {}
         self._model: weakref.ref[nn.Module] | None = None
@@ -178,7 +186,7 @@ class ForwardTrace:
         return self._undo is not None
 
     def arm(self, modules: Mapping[str, nn.Module]) -> bool:
-        """Begin to look for these modules; False where torch.compile is in use, and all but the probes' are left out."""
+        """Begin to look; False where torch.compile is in use, and only what the probes choose is seen."""
         self.disarm()
         self.compiled = _compiled()
         self._attempts.clear()
@@ -280,7 +288,7 @@ def _autocast_to_half() -> bool:
 
 
 class _Before:
-    """A forward pre-hook that passes on to a trace. A copy or a saved model that it hangs on carries a builtin that does nothing."""
+    """A forward pre-hook that passes on to a trace. A copy of a model that it hangs on carries a harmless builtin."""
 
     def __init__(self, trace: ForwardTrace) -> None:
         self._trace = weakref.ref(trace)
@@ -305,8 +313,9 @@ class _After:
     def __init__(self, trace: ForwardTrace) -> None:
         self._trace = weakref.ref(trace)
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *kwargs_and_output: Any) -> None:  # noqa: ANN401  (any module's)
-        # A hook that ran before this one may have taken it off, as when a watcher is collected there: torch calls it all the same.
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *kwargs_and_output: Any) -> None:  # noqa: ANN401
+        # A hook that ran before this one may have taken it off, as when a watcher is collected there: torch calls it
+        # all the same, and without keywords.
         if len(kwargs_and_output) < 2:
             return
         kwargs, output = kwargs_and_output
@@ -323,8 +332,9 @@ class _After:
 
 @functools.cache
 def _untraced(kind: type[Any]) -> type[Any]:
-    """Make hooks of this kind that torch.compile calls as they are; else it would compile what they do, and nothing would ever be called again."""
-    return type(kind.__name__, (kind,), {"__call__": torch.compiler.disable(kind.__call__)})  # type: ignore[no-untyped-call]  # torch's
+    """Make hooks that torch.compile calls as they are; else it would compile them, and never call them again."""
+    call = torch.compiler.disable(kind.__call__)  # type: ignore[no-untyped-call]  # torch's
+    return type(kind.__name__, (kind,), {"__call__": call})
 
 
 def _remove(handles: Sequence[RemovableHandle]) -> None:
@@ -343,8 +353,9 @@ def _compiled() -> bool:
 def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
     """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` around the calls of these modules.
 
-    For a pass of our own, without all other hooks (`rerun.without_hooks`): on the modules themselves, because global hooks are not shown keywords. What
-    torch.compile has made runs as it was written meanwhile, because compiled code calls no hooks.
+    For a pass of our own, without all other hooks (`rerun.without_hooks`): on the modules themselves, because global
+    hooks are not shown keywords. What torch.compile has made runs as it was written meanwhile, because compiled code
+    calls no hooks.
     """
     with contextlib.ExitStack() as stack:
         if _compiled():
