@@ -108,7 +108,7 @@ def assert_healthy(
 def _projection(output: Any) -> Tensor:  # noqa: ANN401
     """Multiply every floating-point output with random numbers of its own, and add up.
 
-    A plain sum would be constant behind a normalization, whose outputs always add up to the same: its gradient is zero.
+    A plain sum would be constant after a normalization, whose outputs always add up to the same: its gradient is zero.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     parts = []

@@ -65,7 +65,7 @@ class OutputGradients:
         return {id(module): module for module in view.modules.values()}
 
     def entered(self, module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        """Take note of what runs without a graph: reentrant checkpoints run it within the backward pass, and that counts."""
+        """Take note of what runs without a graph: reentrant checkpoints run it within the backward pass again."""
         if not torch.is_grad_enabled():
             self._without_graph.add(id(module))
         elif torch._C._current_graph_task_id() == -1:

@@ -133,7 +133,7 @@ class Parameters:
         tensors: Sequence[Tensor],
         measure: Callable[[Sequence[int], Sequence[Tensor]], None],
     ) -> None:
-        """Measure all at once; where a class of tensors refuses, those that are not plain one by one, and note which."""
+        """Measure all at once; where a class of tensors refuses, one by one those not plain, and note which."""
         before = len(self._measured)
         try:
             measure(columns, tensors)
@@ -243,7 +243,8 @@ def by_device(columns: Sequence[int], tensors: Sequence[Tensor]) -> list[tuple[S
 def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
     """Return the smallest normal number of a gradient that float16 has computed and that is kept in another format.
 
-    The loss scale is in it. Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest number of float16.
+    The loss scale is in it. Where nobody said what the scale was, it was 1 if all entries are multiples of the smallest
+    number of float16.
     """
     own, half = torch.finfo(gradient.dtype).smallest_normal, torch.finfo(torch.float16)
     if scale is not None:
