@@ -1596,6 +1596,21 @@ def test_closing_within_a_step_ends_it_quietly():
     assert hooks_of(optimizer) == 0
 
 
+def test_a_loss_that_is_told_after_the_gradients_were_read_takes_the_place_of_what_was_told_before():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).sum().backward()
+        watched.watcher.step(loss=float(step))
+        if step != 1:
+            watched.watcher.record(step + 0.5)
+        optimizer.step()
+
+    assert [s.loss for s in watched.snapshots] == [0.5, 1.0, 2.5]
+
+
 # --- failures ---
 
 
