@@ -1,4 +1,4 @@
-"""What a record holds is what was measured: exactly, also after a kill, within its bound, and enough to find every alert again."""
+"""A record holds what was measured: exactly, also after a kill, within its bound, and enough to find every alert."""
 
 from __future__ import annotations
 

@@ -374,7 +374,7 @@ def scaled_loop(
     unscale=False,
     **optimizer_options,
 ):
-    """Train under a CPU GradScaler; give what was watched, the unscaled truth of each step, and the weights' updates."""
+    """Train under a CPU GradScaler; return what was watched, each step's unscaled truth, and the weights' updates."""
     model = tall()
     optimizer = optimizer_type(model.parameters(), lr=0.01, **optimizer_options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -500,7 +500,7 @@ class Troubled(torch.optim.SGD):
 
 
 def chain_of(kind):
-    """Make optimizer classes that torch has not seen yet: it prepares `step` for hooks when a class is first instantiated."""
+    """Make optimizer classes new to torch: it prepares `step` for hooks when a class is first instantiated."""
 
     class Base(Troubled):
         pass
@@ -1758,7 +1758,8 @@ def test_a_forked_child_is_silent(explicit):
 LEFT = """
 import os, pathlib, sys, torch, gradwatch
 torch.manual_seed(0)
-model = torch.nn.Sequential(*(layer for _ in range(14) for layer in (torch.nn.Linear(6, 6), torch.nn.Sigmoid())), torch.nn.Linear(6, 1))
+pairs = ((torch.nn.Linear(6, 6), torch.nn.Sigmoid()) for _ in range(14))
+model = torch.nn.Sequential(*(layer for pair in pairs for layer in pair), torch.nn.Linear(6, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 closed = []
 class Mine:
