@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from models import deep
 from torch import nn
+from truth import codes
 
 import gradwatch
 from gradwatch import (
@@ -54,10 +56,6 @@ def fold(info, rows, *, losses=None, thresholds=None, weights=1.0, **columns):
             )
         )
     return history, findings(history)
-
-
-def codes(findings):
-    return [(f.code, f.place, f.severity) for f in findings]
 
 
 STILL = [1.0] * 200
@@ -436,26 +434,26 @@ def train(net, *, steps=60, lr=0.05, scale=1.0, loss=True, optimizer=torch.optim
     return [(a.finding.code, a.finding.place, a.severity, a.began) for a in alerts]
 
 
-def deep(activation, depth=16):
+def network(activation, depth=16):
     torch.manual_seed(1)
-    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(8, 8), activation())), nn.Linear(8, 1))
+    return deep(depth, 8, activation)
 
 
 @pytest.mark.parametrize("loss", [True, False])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_a_deep_sigmoid_network_alerts_at_its_first_layer(loss, optimizer):
-    assert train(deep(nn.Sigmoid), loss=loss, optimizer=optimizer, lr=1e-2) == [("GW101", "0", Severity.WARNING, 19)]
+    assert train(network(nn.Sigmoid), loss=loss, optimizer=optimizer, lr=1e-2) == [("GW101", "0", Severity.WARNING, 19)]
 
 
 @pytest.mark.parametrize("loss", [True, False])
 def test_a_shallow_network_does_not(loss):
-    assert train(deep(nn.Tanh, depth=2), loss=loss, steps=120) == []
+    assert train(network(nn.Tanh, depth=2), loss=loss, steps=120) == []
 
 
 def test_muting_by_code_and_by_place():
-    assert train(deep(nn.Sigmoid), ignore=["GW101"]) == []
-    assert train(deep(nn.Sigmoid), ignore=["GW101:0"]) == []
-    assert train(deep(nn.Sigmoid), ignore=["GW101:head"]) != []
+    assert train(network(nn.Sigmoid), ignore=["GW101"]) == []
+    assert train(network(nn.Sigmoid), ignore=["GW101:0"]) == []
+    assert train(network(nn.Sigmoid), ignore=["GW101:head"]) != []
 
 
 def test_numpy_numbers_do_not_leak_into_findings():

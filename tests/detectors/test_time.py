@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from truth import codes, gain
 
 import gradwatch
 from gradwatch import (
@@ -41,10 +42,6 @@ RNN = model(rnn="RNN", head="Linear")
 TWO = model(encoder="LSTM", decoder="GRU", head="Linear")
 
 
-def gain(rate, length=250):
-    return tuple(rate**lag for lag in range(length))
-
-
 def whole(rate, need=200, length=250, **fields):
     return SequenceStats(
         "", "model", length, lag_gain=None if rate is None else gain(rate, length), need=need, **fields
@@ -69,10 +66,6 @@ def fold(*probes, info=RNN, every=10, facts=(), opened=(), thresholds=None, loss
 
 def found(*probes, **options):
     return list(through_time(fold(*probes, **options)))
-
-
-def codes(findings):
-    return [(f.code, f.place, f.severity) for f in findings]
 
 
 SHORT, LONG = 0.64, 0.99  # horizons 16, and 688
@@ -266,7 +259,7 @@ def test_a_module_with_a_need_of_its_own_that_has_no_gain_says_why():
 
 
 def test_parts_have_no_horizon_of_their_own_to_judge():
-    part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(SHORT))
+    part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(SHORT, 250))
 
     assert found(*[(own(LONG), part)] * 4) == []
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from interpreters import warm
+from models import deep
 from torch import nn
 
 import gradwatch
@@ -19,7 +20,7 @@ def train(logdir, *, sick, steps=25, **options):
     torch.manual_seed(0)
     act = nn.Sigmoid if sick else nn.Tanh
     depth = 14 if sick else 2
-    model = nn.Sequential(*(layer for _ in range(depth) for layer in (nn.Linear(6, 6), act())), nn.Linear(6, 1))
+    model = deep(depth, 6, act)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x, y = torch.randn(16, 6), torch.randn(16, 1)
     with gradwatch.watch(model, optimizer, logdir=logdir, on_alert=lambda _: None, **options) as watcher:

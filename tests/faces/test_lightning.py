@@ -19,6 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional
+from truth import by_hand
 
 import gradwatch
 from gradwatch import GradientHealthError, Severity, Thresholds
@@ -53,11 +54,6 @@ def loader(batches=BATCHES, *, same=False):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=4, shuffle=False)
 
 
-def norms(module):
-    """Give the truth: float64 norms of the gradients that are there now."""
-    return {name: p.grad.double().norm().item() for name, p in module.named_parameters() if p.grad is not None}
-
-
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05)
 
@@ -85,11 +81,11 @@ def make(pl, net=None, *, optimizer=sgd, **methods):
             return optimizer(self.parameters())
 
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            self.before.append(norms(self))
+            self.before.append(by_hand(self))
             self.clip_gradients(
                 optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
             )
-            self.after.append(norms(self))
+            self.after.append(by_hand(self))
 
     for name, method in methods.items():
         setattr(Module, name, method)
@@ -344,7 +340,7 @@ def test_a_step_of_lbfgs_is_one_snapshot_of_its_first_evaluation(pl, tmp_path):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
         if len(self.before) < len(first):
-            self.before.append(norms(self))
+            self.before.append(by_hand(self))
 
     module = make(
         pl,
@@ -370,7 +366,7 @@ def fit_mixed(pl, root, optimizer, init_scale, batches=8):
     moved, truth = [], []
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-        truth.append({name: n / (scaler.get_scale() if handled else 1.0) for name, n in norms(self).items()})
+        truth.append({name: n / (scaler.get_scale() if handled else 1.0) for name, n in by_hand(self).items()})
 
     class Moved(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):

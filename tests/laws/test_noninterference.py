@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import torch
 from interpreters import warm
+from models import Loop
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.utils.checkpoint import checkpoint
+from truth import bits
 
 import gradwatch
 from gradwatch import watch
@@ -55,18 +57,6 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.body, self.first(x), use_reentrant=self.reentrant)
-
-
-class Cells(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell, self.head = nn.LSTMCell(4, 6), nn.Linear(6, 2)
-
-    def forward(self, x):
-        state = None
-        for now in x:
-            state = self.cell(now, state)
-        return self.head(state[0])
 
 
 def recurrent(kind, **options):
@@ -227,7 +217,7 @@ CASES = {
     "bfloat16 autocast, adamw": lambda: (mlp(), using(torch.optim.AdamW), plain(5, 4, autocast=True)),
     "the step inside of autocast, sgd": lambda: (mlp(), SGD, inside_autocast),
     "bfloat16 weights, adam": lambda: (nn.Sequential(mlp(), nn.Linear(2, 2)).bfloat16(), ADAM, on_bfloat16),
-    "cells in a loop, adam": lambda: (Cells(), ADAM, plain(6, 5, 4)),
+    "cells in a loop, adam": lambda: (Loop(nn.LSTMCell, 4, 6), ADAM, plain(6, 5, 4)),
     "scaler, sgd": lambda: (mlp(), SGD, scaled(unscale=False)),
     "scaler unscaled, adam": lambda: (mlp(), ADAM, scaled(unscale=True)),
     "scaler, adam fused": lambda: (mlp(), using(torch.optim.Adam, fused=True), scaled(unscale=False)),
@@ -242,23 +232,6 @@ CASES = {
         by_closure,
     ),
 }
-
-
-def bits(value):
-    """Give nested values with every tensor and array as its bytes, so that == is bitwise, for NaN too."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        value = value.coalesce().to_dense() if value.is_sparse else value
-        return (
-            (str(value.dtype), tuple(value.shape), bytes(value.contiguous().view(-1).view(torch.uint8).numpy()))
-            if value.numel()
-            else tuple(value.shape)
-        )
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    if isinstance(value, dict):
-        return [(k, bits(v)) for k, v in value.items()]
-    return [bits(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def trained(case, form, tmp_path):

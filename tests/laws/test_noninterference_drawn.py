@@ -31,6 +31,7 @@ from torch.nn.modules import module as torch_modules
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.optim import optimizer as torch_optimizers
 from torch.utils.checkpoint import checkpoint
+from truth import bits
 
 import gradwatch
 
@@ -495,18 +496,6 @@ def in_the_middle(watcher, what, again):
     if what == "report":
         str(watcher.report), repr(watcher)
     return again() if what in {"watched again", "without closing"} else watcher
-
-
-def bits(tensor):
-    if tensor is None:
-        return None
-    tensor = tensor.detach()
-    tensor = (tensor.coalesce().to_dense() if tensor.is_sparse else tensor).contiguous()
-    return (
-        str(tensor.dtype),
-        tuple(tensor.shape),
-        tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"",
-    )
 
 
 def flat(value):

@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 import torch
 from interpreters import warm
+from models import Loop
 from torch import nn
 from torch.nn.modules import module as torch_modules
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
+from truth import bits
 
 from gradwatch import Thresholds, detectors, watch
 from gradwatch.timesteps.model_calls import ModelCalls
@@ -111,20 +113,6 @@ class Packed(nn.Module):
         lengths = [T, T - 1, 4, 2, 1] if self.ordered else [4, T, 1, T - 1, 2]
         y, _ = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=self.ordered))
         return self.head(pad_packed_sequence(y)[0])
-
-
-class Loop(nn.Module):
-    """Calls a cell once a timestep."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.cell, self.head = kind(IN, H), nn.Linear(H, 2)
-
-    def forward(self, x):
-        state = None
-        for now in x:
-            state = self.cell(now, state)
-        return self.head(state[0] if isinstance(state, tuple) else state)
 
 
 class OwnCell(nn.Module):
@@ -483,12 +471,12 @@ KINDS = {
     ),
     "gru packed": Kind(lambda: Packed(nn.GRU, ordered=True, num_layers=2, dropout=0.4)),
     "gru packed, unsorted": Kind(lambda: Packed(nn.GRU, ordered=False)),
-    "lstm cells": Kind(lambda: Loop(nn.LSTMCell), seen={"cell"}),
-    "gru cells": Kind(lambda: Loop(nn.GRUCell), seen={"cell"}),
-    "rnn cells": Kind(lambda: Loop(nn.RNNCell), seen={"cell"}, optimizers=sgd),
-    "own cells": Kind(lambda: Loop(OwnCell), seen={"cell"}, timesteps=CELL),
+    "lstm cells": Kind(lambda: Loop(nn.LSTMCell, IN, H), seen={"cell"}),
+    "gru cells": Kind(lambda: Loop(nn.GRUCell, IN, H), seen={"cell"}),
+    "rnn cells": Kind(lambda: Loop(nn.RNNCell, IN, H), seen={"cell"}, optimizers=sgd),
+    "own cells": Kind(lambda: Loop(OwnCell, IN, H), seen={"cell"}, timesteps=CELL),
     "a linear layer in a loop": Kind(
-        lambda: Loop(LinearCell), seen={"cell", "cell.linear"}, timesteps=CELL | {"cell.linear": None}
+        lambda: Loop(LinearCell, IN, H), seen={"cell", "cell.linear"}, timesteps=CELL | {"cell.linear": None}
     ),
     "transformer embedded": Kind(
         lambda: Encoder(embedded=True), seen={"encoder"}, hidden=False, timesteps={"encoder": 1}
@@ -526,24 +514,9 @@ KINDS = {
         lambda: Fused(num_layers=2, dropout=0.4), step=lambda: by_turns, optimizers=two
     ),
     "lbfgs": Kind(lambda: Fused(num_layers=2, dropout=0.4), step=lambda: by_closure, optimizers=lbfgs),
-    "gradient penalty": Kind(lambda: Loop(nn.GRUCell), seen={"cell"}, hidden=False, step=lambda: penalized),
+    "gradient penalty": Kind(lambda: Loop(nn.GRUCell, IN, H), seen={"cell"}, hidden=False, step=lambda: penalized),
     "scaler": Kind(Fused, step=scaled, optimizers=sgd),
 }
-
-
-def bits(value):
-    """Give nested values with every tensor and array as its bytes, so that == is bitwise, for NaN too."""
-    if isinstance(value, torch.Tensor):
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            bytes(value.detach().contiguous().view(-1).view(torch.uint8).numpy()) if value.numel() else b"",
-        )
-    if isinstance(value, np.ndarray):
-        return value.tobytes()
-    if isinstance(value, dict):
-        return [(k, bits(v)) for k, v in value.items()]
-    return [bits(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def kept_by(module):

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from models import deep
 from torch import nn
 
 import gradwatch
@@ -13,7 +14,7 @@ import gradwatch
 
 def sick():
     torch.manual_seed(0)
-    return nn.Sequential(*(m for _ in range(14) for m in (nn.Linear(8, 8), nn.Sigmoid())), nn.Linear(8, 1)), 0.05, 60
+    return deep(14, 8), 0.05, 60
 
 
 def well():

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from truth import bits
 
 import gradwatch
 from gradwatch.model.rerun import as_it_was, without_hooks
@@ -93,15 +94,6 @@ class Busy(nn.Module):
         if self.fail:
             raise RuntimeError("mine")
         return out
-
-
-def bits(tensor):
-    tensor = tensor.detach()
-    return (
-        tensor.to_dense().numpy().tobytes()
-        if tensor.layout is not torch.strided
-        else tensor.contiguous().view(-1).numpy().tobytes()
-    )
 
 
 def described(value, seen):

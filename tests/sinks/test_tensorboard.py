@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
+from truth import decode
 
 import gradwatch
 from gradwatch import (
@@ -490,10 +491,6 @@ def test_neither_a_folder_nor_a_writer_is_refused_with_what_is_allowed():
 
 
 # --- the picture ---
-
-
-def decode(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
 def test_the_image_of_a_run_has_the_size_that_it_states_and_is_drawn_at_the_end(run):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from truth import decode, gain
 
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Report, Snapshot, TensorBoardSink
 from gradwatch.sinks.tensorboard import scalars
@@ -18,10 +19,6 @@ from gradwatch.values.sequences import SequenceStats
 
 MODEL = ModelInfo((LayerInfo("rnn", "RNN", 0),), (ParameterInfo("rnn.w", "rnn", (2,), "float32", 0, "weight"),))
 TOP, LEFT, RIGHT, BOTTOM = 56, 8, 74, 32
-
-
-def gain(rate, length=64):
-    return tuple(rate**lag for lag in range(length))
 
 
 def report(*sequences, step=1):
@@ -48,7 +45,7 @@ def through_time(events):
 
 def test_a_memory_is_two_numbers_and_its_gain_at_a_few_lags(tmp_path):
     unit = 7.0
-    stats = SequenceStats("net.rnn", length=64, lag_gain=tuple(unit * g for g in gain(0.5)))
+    stats = SequenceStats("net.rnn", length=64, lag_gain=tuple(unit * g for g in gain(0.5, 64)))
     found = through_time(write(tmp_path, report(stats)))
 
     lags = {f"gradwatch_time/net.rnn/lag_{lag:05d}": lag * math.log10(0.5) for lag in (0, 1, 2, 4, 8, 16, 32)}
@@ -58,7 +55,7 @@ def test_a_memory_is_two_numbers_and_its_gain_at_a_few_lags(tmp_path):
 
 
 def test_there_is_a_point_at_each_probe_and_none_between(tmp_path):
-    stats = SequenceStats("rnn", length=64, lag_gain=gain(0.5))
+    stats = SequenceStats("rnn", length=64, lag_gain=gain(0.5, 64))
     events = write(tmp_path, report(stats, step=1), report(step=2), report(stats, step=10))
 
     assert [e.step for e in events.Scalars("gradwatch/horizon/rnn")] == [1, 10]
@@ -150,7 +147,7 @@ def test_nothing_that_arrives_anywhere_is_at_the_floor(tmp_path):
 
 
 def test_a_logger_that_knows_only_numbers_gets_them_too():
-    numbers = scalars(report(SequenceStats("rnn", length=64, lag_gain=gain(0.5))))
+    numbers = scalars(report(SequenceStats("rnn", length=64, lag_gain=gain(0.5, 64))))
 
     assert numbers["gradwatch/horizon/rnn"] == 10
     assert numbers["gradwatch_time/rnn/lag_00008"] == pytest.approx(8 * math.log10(0.5))
@@ -181,12 +178,10 @@ def test_the_ridge_plot_of_a_long_sequence_is_bounded_and_loses_no_peak(tmp_path
     assert histogram.bucket_limit[1234 // 16] == (1234 // 16 + 1) * 16 - 0.5
 
 
-def decode(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-
 def test_the_heatmaps_of_lags_and_layers_are_drawn_at_the_end(tmp_path):
-    events = write(tmp_path, *(report(SequenceStats("rnn", length=64, lag_gain=gain(0.5)), step=s) for s in (1, 10)))
+    events = write(
+        tmp_path, *(report(SequenceStats("rnn", length=64, lag_gain=gain(0.5, 64)), step=s) for s in (1, 10))
+    )
 
     assert set(events.Tags()["images"]) == {"gradwatch_heatmap/layers", "gradwatch_heatmap/lags/rnn"}
     (image,) = events.Images("gradwatch_heatmap/lags/rnn")

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from interpreters import warm
 from rich.console import Console
+from truth import gain
 
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Record, Report, Snapshot
 from gradwatch.detectors.time_words import words_of_horizon
@@ -27,13 +28,9 @@ def error(stats: SequenceStats, need: int, *facts, **place) -> str:
     return horizon_error(replace(stats, need=need), words_of_horizon(stats, need, *facts, **place))
 
 
-def gain(rate, length=250):
-    return tuple(rate**lag for lag in range(length))
-
-
-RNN = SequenceStats("rnn", length=250, rows=8, lag_gain=gain(0.64))
+RNN = SequenceStats("rnn", length=250, rows=8, lag_gain=gain(0.64, 250))
 LINE = "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
-WHOLE = SequenceStats("", "model", 250, 8, lag_gain=gain(0.99), need=200)
+WHOLE = SequenceStats("", "model", 250, 8, lag_gain=gain(0.99, 250), need=200)
 WHOLE_LINE = (
     "the model learns from at least 250 of 250 timesteps "
     "(the gain shrinks to 0.99 of itself a step, half-life 69.0 steps)"
@@ -57,25 +54,25 @@ def shown(content, width=100, encoding="utf-8", *, colour=False):
 @pytest.mark.parametrize(
     ("lag_gain", "said"),
     [
-        (gain(0.64), LINE.removeprefix("rnn ")),
-        (gain(0.99), WHOLE_LINE.removeprefix("the model ")),
+        (gain(0.64, 250), LINE.removeprefix("rnn ")),
+        (gain(0.99, 250), WHOLE_LINE.removeprefix("the model ")),
         (
-            gain(0.9972),
+            gain(0.9972, 250),
             (
                 "learns from at least 250 of 250 timesteps "
                 "(the gain shrinks to 0.9972 of itself a step, half-life 247 steps)"
             ),
         ),
-        (gain(0.999999), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
-        (gain(1.0), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
-        (gain(1.1), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
+        (gain(0.999999, 250), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
+        (gain(1.0, 250), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
+        (gain(1.1, 250), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
         (
             (*gain(1.1, 240), *(1.1**240 * 0.5**lag for lag in range(10))),
             "learns from at least 250 of 250 timesteps (the gain does not shrink)",
         ),
         ((1.0,) * 15 + (0.0,) * 235, "learns from the last 15 of 250 timesteps (the gain does not shrink)"),
         (
-            gain(0.002),
+            gain(0.002, 250),
             "learns from the last 2 of 250 timesteps (the gain shrinks to 0.002 of itself a step, half-life 0.1 steps)",
         ),
         ((0.0,) * 250, "learns from none of its 250 timesteps"),
@@ -93,7 +90,7 @@ def test_one_timestep_is_told_without_a_pace():
 
 
 def test_the_models_own_line_comes_first_and_parts_have_none_and_what_is_not_measured_says_why():
-    part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(0.5))
+    part = SequenceStats("rnn", "l0", 250, lag_gain_hidden=gain(0.5, 250))
     compiled, silent = SequenceStats("other", note="it was compiled"), SequenceStats("encoder", grad_input=(1.0,))
     broken = SequenceStats("bad", length=2, lag_gain=(1.0, math.nan))
     said = [line for _, line in sentences((RNN, part, compiled, silent, broken, WHOLE))]
@@ -217,7 +214,7 @@ def test_what_has_no_profile_is_not_drawn(lag_gain):
 
 def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_plot():
     facts = (Fact("encoder.rnn", "forget_gate", 0.5, "l0"), Fact("encoder.rnn", "forget_bias", 0.01, "l0"))
-    text = error(SequenceStats("", "model", 250, 8, lag_gain=gain(0.64)), 200, facts)
+    text = error(SequenceStats("", "model", 250, 8, lag_gain=gain(0.64, 250)), 200, facts)
     flat = " ".join(text.split())
 
     assert flat.startswith(LINE.replace("rnn learns", "the model learns") + ", and the need is 200")
@@ -241,7 +238,7 @@ def test_the_error_without_facts_says_so_and_gives_a_remedy_all_the_same():
     assert "why: cause not measured" in text
     assert "try: in rnn: a longer field of view" in text
     assert "for an LSTM, set its forget-gate bias to 5.3" in " ".join(
-        error(SequenceStats("", "model", 250, lag_gain=gain(0.64)), 200).split()
+        error(SequenceStats("", "model", 250, lag_gain=gain(0.64, 250)), 200).split()
     )
     assert "set the update-gate bias of rnn to 5.3" in " ".join(error(RNN, 200, (), place="rnn", kind="GRU").split())
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from interpreters import warm
+from models import deep
 from torch import nn
 
 import gradwatch
@@ -21,7 +22,7 @@ FOLDERS = [str(folder) for folder in Path(__file__).parents[:2]]
 
 def setting(logdir, optimizers=1):
     torch.manual_seed(0)
-    model = nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(6, 6), nn.Sigmoid())), nn.Linear(6, 1))
+    model = deep(8, 6)
     parts = (
         [list(model.parameters())] if optimizers == 1 else [list(model[:4].parameters()), list(model[4:].parameters())]
     )
