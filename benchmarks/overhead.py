@@ -56,7 +56,7 @@ class Gpt(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give the logits of the next token."""
+        """Return the logits of the next token."""
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
         return self.head(
             self.norm(self.blocks(self.tokens(x) + self.places(torch.arange(x.shape[1])), mask=mask, is_causal=True))
@@ -79,7 +79,7 @@ class Lstm(nn.Module):
         self.lstm, self.head = nn.LSTM(32, hidden, 2, batch_first=True), nn.Linear(hidden, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give one number per sequence."""
+        """Return one number per sequence."""
         return self.head(self.lstm(x)[0][:, -1])
 
 
@@ -121,13 +121,13 @@ class Clock:
         return timed
 
     def take(self) -> float:
-        """Give what has added up, and begin anew."""
+        """Return what has added up, and begin anew."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
 def shown(values: list[float], scale: float = 1.0, unit: str = "") -> str:
-    """Give the median and the quartiles."""
+    """Return the median and the quartiles."""
     q = statistics.quantiles(values, n=4)
     return f"{q[1] * scale:8.2f}{unit} [{q[0] * scale:.2f}, {q[2] * scale:.2f}]"
 
@@ -288,7 +288,7 @@ class Still(torch.optim.Optimizer):
 
 
 def idle(rounds: int) -> None:
-    """Give what a step costs that is not measured, by the number of parameters."""
+    """Return what a step costs that is not measured, by the number of parameters."""
     for tensors in (10, 1000, 10_000):
         parameters = nn.ParameterList(nn.Parameter(torch.zeros(1)) for _ in range(tensors))
         bare, watched = Still(parameters.parameters()), Still(parameters.parameters())
@@ -310,7 +310,7 @@ def idle(rounds: int) -> None:
 
 
 def importing(processes: int) -> None:
-    """Give the seconds of `import gradwatch` in a fresh process, and whether torch came along."""
+    """Return the seconds of `import gradwatch` in a fresh process, and whether torch came along."""
     code = (
         "import time; a = time.perf_counter(); import gradwatch; print(time.perf_counter() - a); "
         "import sys; print('torch' in sys.modules)"

@@ -74,11 +74,11 @@ class Plot:
         self._pen = ImageDraw.Draw(self.picture)
 
     def x(self, lag: float) -> float:
-        """Give the column of a lag."""
+        """Return the column of a lag."""
         return LEFT + (RIGHT - LEFT) * lag / (self.lags - 1)
 
     def y(self, decades: float) -> float:
-        """Give the row of a gain so many decades below the maximum."""
+        """Return the row of a gain so many decades below the maximum."""
         return TOP + (BOTTOM - TOP) * min(decades, DECADES) / DECADES
 
     def write(self, x: float, y: float, text: str, *, size: int = 22, colour: str = INK, anchor: str = "ls") -> None:

@@ -181,7 +181,7 @@ def _move(optimizers: Iterable[Optimizer], scaler: torch.amp.GradScaler | None) 
 
 
 def fit(batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
-    """Give the loss of what a model makes of all of a batch but the last, against the last."""
+    """Return the loss of what a model makes of all of a batch but the last, against the last."""
 
     def loss_of(model: Any, i: int) -> Any:
         *inputs, target = batch(i)
@@ -191,12 +191,12 @@ def fit(batch: Batch, loss: Callable[[Tensor, Tensor], Tensor]) -> LossOf:
 
 
 def mse(forecast: Tensor, target: Tensor) -> Tensor:
-    """Give the mean squared error, never in less than float32."""
+    """Return the mean squared error, never in less than float32."""
     return (forecast.to(torch.promote_types(forecast.dtype, target.dtype)) - target).pow(2).mean()
 
 
 def xent(logits: Tensor, target: Tensor) -> Tensor:
-    """Give the cross-entropy, never in less than float32."""
+    """Return the cross-entropy, never in less than float32."""
     return functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target)
 
 
@@ -216,7 +216,7 @@ class Net(nn.Module):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Give a layer."""
+            """Return a layer."""
 
     def forward(self, *inputs: Tensor) -> Any:
         """Do it."""
@@ -298,7 +298,7 @@ def residual(
 
 
 def draw(seed: int, i: int) -> torch.Generator:
-    """Give the random numbers of a batch."""
+    """Return the random numbers of a batch."""
     return torch.Generator().manual_seed(1_000_003 * (seed + 1) + i)
 
 

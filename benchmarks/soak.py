@@ -36,7 +36,7 @@ class Net(nn.Module):
         self.sick = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give two numbers for each row."""
+        """Return two numbers for each row."""
         low = self.lower(x)
         states: Tensor = self.rnn(low.detach() + 0 * low if self.sick else low)[0]
         out: Tensor = self.head(states[:, -1])
@@ -87,7 +87,7 @@ class Training:
 
 
 def resident() -> float:
-    """Give the resident memory of this process, in MiB."""
+    """Return the resident memory of this process, in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -98,7 +98,7 @@ def ours() -> int:
 
 
 def by_kind(folder: str) -> dict[str, int]:
-    """Give the bytes of events by what they hold; a scalar has no metadata of its own."""
+    """Return the bytes of events by what they hold; a scalar has no metadata of its own."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
 

@@ -33,12 +33,12 @@ class Readout(nn.Module):
         self.rnn, self.head = kind(INPUTS, hidden, batch_first=True), nn.Linear(hidden, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give one number per sequence."""
+        """Return one number per sequence."""
         return self.head(self.rnn(x)[0][:, -1])
 
 
 def trainer(net: nn.Module, x: torch.Tensor) -> tuple[torch.optim.Optimizer, Callable[[], float]]:
-    """Give an optimizer, and a function that makes a training step and gives its thread CPU seconds."""
+    """Return an optimizer, and a function that makes a training step and gives its thread CPU seconds."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
 
     def step() -> float:

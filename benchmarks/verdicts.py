@@ -103,7 +103,7 @@ def judged(run: Run, *, loss: bool) -> Outcome:
 
 
 def table(outcomes: list[Outcome]) -> list[str]:
-    """Give recall by kind, false alarms, places and delays, in lines."""
+    """Return recall by kind, false alarms, places and delays, in lines."""
     rows = [row for o in outcomes for row in o.found()]
     well = [o for o in outcomes if not o.run.faults]
     hits, delays = [hit for *_, hit in rows if hit is not None], [delay for _, delay, _ in rows if delay is not None]

@@ -29,7 +29,7 @@ NETWORKS = {"LSTM": LSTM, "GRU": GRU, "RNN": RNN}
 
 
 def series(prices: market.Prices) -> pd.DataFrame:
-    """Give the bars in the library's long form; y, which is forecast, is the log of each bar's range."""
+    """Return the bars in the library's long form; y, which is forecast, is the log of each bar's range."""
     return pd.DataFrame(
         {
             "unique_id": prices.name,

@@ -27,14 +27,14 @@ class Forecast(LightningModule):
         self.head = nn.Linear(32, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], _index: int) -> Tensor:
-        """Give the loss of one batch."""
+        """Return the loss of one batch."""
         x, y = batch
         loss = nn.functional.mse_loss(self.head(self.lstm(x)[0][:, -1]).flatten(), y)
         self.log("loss", loss)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Give Adam."""
+        """Return Adam."""
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 

@@ -28,7 +28,7 @@ class Regime(nn.Module):
         self.head = nn.Linear(UNITS, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give two logits for each sequence of shape (bars, features)."""
+        """Return two logits for each sequence of shape (bars, features)."""
         return self.head(self.lstm(x)[0][:, -1])
 
 

@@ -491,7 +491,7 @@ class Busy(nn.Module):
 
 
 def everything(model):
-    """Give all that could change, so that two of these can be compared: values, and identities where they matter."""
+    """Return all that could change, so that two of these can be compared: values, and identities where they matter."""
     values, objects = {}, {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():

@@ -505,7 +505,7 @@ def ragged(lengths):
 
 
 def by_row(function, rows, v):
-    """Give the gain by lag of rows that know nothing of each other, each from its own end."""
+    """Return the gain by lag of rows that know nothing of each other, each from its own end."""
     squares = torch.zeros(len(rows), max(map(len, rows))).double()
     for number, row in enumerate(rows):
         jacobian = torch.autograd.functional.jacobian(lambda x: function(x.unsqueeze(0))[0], row)

@@ -185,7 +185,7 @@ class Gate(nn.Module):
 
 
 def last_at_zero(*layers, frozen=False):
-    """Give a branch whose last layer gives zero at first."""
+    """Return a branch whose last layer gives zero at first."""
     for p in layers[-1].parameters():
         nn.init.zeros_(p)
         p.requires_grad_(not frozen)

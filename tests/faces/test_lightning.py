@@ -30,7 +30,7 @@ BATCHES = 6
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
 def pl(request):
-    """Give the package under its one name and then under its other; a Trainer of either refuses the other's classes."""
+    """Return the Callback, Trainer and LightningModule of each package that there is."""
     logging.getLogger(request.param).setLevel(logging.ERROR)
     return importlib.import_module(request.param)
 
@@ -116,7 +116,7 @@ def watched(**options):
 
 
 def measured(report):
-    """Give the norms of a report by name, None left out."""
+    """Return the norms of a report by name, None left out."""
     snapshot = report.snapshot
     return {p.name: n for p, n in zip(snapshot.model.parameters, snapshot.norm, strict=True) if n is not None}
 

@@ -77,7 +77,7 @@ def normed():
 
 
 def plain(*shape, clip=None, autocast=False, create_graph=False):
-    """Give one step of an ordinary loop on inputs of this shape."""
+    """Return one step of an ordinary loop on inputs of this shape."""
 
     def step(model, optimizer, look):
         optimizer.zero_grad()
@@ -457,7 +457,7 @@ def test_functional_transforms_and_scripting_work_in_the_armed_window(net):
 
 
 def tables(model):
-    """Give everything that hangs on the modules and parameters of a model, and on torch's modules as a whole."""
+    """Return everything that hangs on the modules and parameters of a model, and on torch's modules as a whole."""
     per_module = [
         (sorted(vars(m)), {k: len(v) for k, v in vars(m).items() if k.endswith("hooks")}) for m in model.modules()
     ]

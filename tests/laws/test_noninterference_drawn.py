@@ -252,7 +252,7 @@ class Super(torch.optim.SGD):
 
 
 def in_backward(parameters):
-    """Give an optimizer to each parameter, which steps as soon as its gradient is there."""
+    """Return an optimizer to each parameter, which steps as soon as its gradient is there."""
 
     def stepping(p):
         o = torch.optim.SGD([p], lr=0.05, momentum=0.9)
@@ -526,7 +526,7 @@ def hooks_of(model, optimizers):
 
 
 def made(training: Training):
-    """Give the model, its optimizers and the scaler of a training."""
+    """Return the model, its optimizers and the scaler of a training."""
     for begin in (torch.manual_seed, random.seed, np.random.seed):
         begin(training.start)
     model = Net(training.blocks).to(PRECISIONS[training.precision])

@@ -442,7 +442,7 @@ class Kind:
 
     @property
     def needs(self):
-        """Give a need for each of its modules that a probe sees, and one of its readout."""
+        """Return a need for each of its modules that a probe sees, and one of its readout."""
         return dict.fromkeys([*self.seen, "head"], 3)
 
 
@@ -520,7 +520,7 @@ KINDS = {
 
 
 def kept_by(module):
-    """Give what a module keeps as attributes of its own: tensors, numbers, names of the rest."""
+    """Return what a module keeps as attributes of its own: tensors, numbers, names of the rest."""
     return {
         k: v if isinstance(v, torch.Tensor | tuple | int | float) else str(type(v))
         for k, v in vars(module).items()
@@ -781,7 +781,7 @@ def kept_of(model):
 
 
 def ours():
-    """Give the functions of gradwatch that were made while a forward pass ran: hooks on its tensors."""
+    """Return the functions of gradwatch that were made while a forward pass ran: hooks on its tensors."""
     return [
         f
         for f in gc.get_objects()
@@ -978,7 +978,7 @@ def things():
 
 
 def growth(name, steps, *, watched=True, settle=60, **options):
-    """Give how many objects and tensors a training leaves behind, with nobody to collect cycles."""
+    """Return how many objects and tensors a training leaves behind, with nobody to collect cycles."""
     begin()
     kind = KINDS[name]
     model = kind.model()

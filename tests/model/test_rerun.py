@@ -565,7 +565,7 @@ def test_recurrent_networks_of_cudnn_run_so_that_they_can_be_differentiated_and_
 
 @pytest.fixture
 def one_process():
-    """Give a process group of one."""
+    """Return a process group of one."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

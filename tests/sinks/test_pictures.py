@@ -19,7 +19,7 @@ def pictures(monkeypatch):
 
 
 def coloured(picture, colour):
-    """Give the columns and rows in which a colour stands."""
+    """Return the columns and rows in which a colour stands."""
     wanted = tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
     pixels = picture.convert("RGB").load()
     return [

@@ -686,7 +686,7 @@ def test_a_run_that_goes_on_is_appended(tmp_path):
 
 
 def folded(snapshots, detectors=DETECTORS):
-    """Give the alerts that the detectors find in these snapshots, as `Watcher` folds them."""
+    """Return the alerts that the detectors find in these snapshots, as `Watcher` folds them."""
     history, still, told = History(), (), {}
     for one in snapshots:
         report = judge(history, one, still, detectors=detectors)

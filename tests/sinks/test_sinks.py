@@ -67,7 +67,7 @@ def equal(a, b):
 
 
 def warned(**options):
-    """Give the weights after a training, and what gradwatch warned of."""
+    """Return the weights after a training, and what gradwatch warned of."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights = train(**options)

@@ -74,14 +74,14 @@ def train(logdir=None, steps=25, sinks=()):
 
 
 def read(folder):
-    """Give TensorBoard's own view of a run, with nothing sampled away."""
+    """Return TensorBoard's own view of a run, with nothing sampled away."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "histograms": 0, "tensors": 0})
     events.Reload()
     return events
 
 
 def raw(folder):
-    """Give the events of the only file of a folder, read with TensorBoard's own check of every checksum."""
+    """Return the events of the only file of a folder, read with TensorBoard's own check of every checksum."""
     (file,) = folder.glob("events.out.tfevents.*")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TensorBoard's own readers leave files to the garbage collector

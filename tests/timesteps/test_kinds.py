@@ -114,7 +114,7 @@ def _wide():
 
 
 def recorded(model, module, run):
-    """Give what comes of one pass, by part: series and facts."""
+    """Return what comes of one pass, by part: series and facts."""
     recorder = Recorder("auto", kinds=(*KINDS, MGU))
     chosen = recorder.arm({"rnn": module}, compiled=False)
     assert list(chosen.values()) == [module]
@@ -272,7 +272,7 @@ EQUATIONS = {"Rnn", "Gru", "Lstm"}
 
 
 def mentions(path):
-    """Give the kinds that the code of a file names, in whatever way but in prose."""
+    """Return the kinds that the code of a file names, in whatever way but in prose."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = {

@@ -13,7 +13,7 @@ from gradwatch.values.report import Finding, Severity
 
 
 def seen(steps, **options):
-    """Give the numbers of the steps that were measured, and of those that were probed."""
+    """Return the numbers of the steps that were measured, and of those that were probed."""
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     watched = Watched(model, optimizer, **options)

@@ -109,7 +109,7 @@ WAYS = {"model": before, "in place": in_place, "children": children, "function":
 
 
 def compilations():
-    """Give what dynamo has counted since it was reset: frames, breaks of the graph, graphs."""
+    """Return what dynamo has counted since it was reset: frames, breaks of the graph, graphs."""
     counters = torch._dynamo.utils.counters
     return dict(counters["frames"]), sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
 
