@@ -1,4 +1,4 @@
-"""What judging costs: all detectors together on one measured snapshot, by the number of layers, in sound and in ill models.
+"""What judging costs: all detectors together on one measured snapshot, by number of layers, in sound and ill models.
 
 python -m benchmarks.detectors           # --quick: seconds
 """
@@ -98,7 +98,8 @@ def main() -> None:
     quick = parsed(parser(__doc__)).quick
     rounds = 3 if quick else 30
     print(
-        f"all detectors on one snapshot; median of {2 * rounds}, lower and upper quartile, in ms; control: the same history against itself, in turn"
+        f"all detectors on one snapshot; median of {2 * rounds}, lower and upper quartile, in ms; "
+        "control: the same history against itself, in turn"
     )
     for state in STATES:
         for layers in LAYERS[:1] if quick else LAYERS:
@@ -112,7 +113,8 @@ def main() -> None:
             low, middle, high = statistics.quantiles(times[0], n=4)
             control = middle / statistics.median(times[1])
             print(
-                f"{state:12} {layers:5} layers  {middle:7.3f}  [{low:.3f}, {high:.3f}]  control {control:.2f}  {count} findings"
+                f"{state:12} {layers:5} layers  {middle:7.3f}  [{low:.3f}, {high:.3f}]  "
+                f"control {control:.2f}  {count} findings"
             )
 
 

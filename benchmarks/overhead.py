@@ -33,7 +33,7 @@ ALONE = Processes((), alone=True)
 def mlp(
     layers: int, width: int, batch: int, kind: type[nn.Module] = nn.ReLU, *, vanished: bool = False
 ) -> tuple[nn.Module, Step]:
-    """Build a plain network with He initialization, so that its gradients have the size of a sound network's: two tensors per layer."""
+    """Build a plain network with He initialization, for gradients of a sound network's size: two tensors a layer."""
     net = nn.Sequential(*(m for _ in range(layers) for m in (nn.Linear(width, width), kind())), nn.Linear(width, 1))
     for module in net:
         if isinstance(module, nn.Linear) and not vanished:
@@ -133,7 +133,7 @@ def shown(values: list[float], scale: float = 1.0, unit: str = "") -> str:
 
 
 def measuring(name: str, build: Build, rounds: int) -> None:
-    """Compare reading the gradients, and a probe of the parameters, with `clip_grad_norm_` on the same gradients in the same steps."""
+    """Compare reading the gradients, and a probe of the parameters, with `clip_grad_norm_` on the same gradients."""
     torch.manual_seed(0)
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
@@ -182,12 +182,13 @@ def measuring(name: str, build: Build, rounds: int) -> None:
     base = statistics.median(times["clip"])
     ratios = {what: [t / base for t in ts] for what, ts in times.items()}
     tensors, size = len(parameters), sum(p.numel() * p.element_size() for p in parameters) / 2**20
-    print(f"{name:15} {tensors:5} tensors {size:6.1f} MB  clip {base * 1e6:8.0f} us   measure / clip {shown(ratios['measure'])}"
+    print(f"{name:15} {tensors:5} tensors {size:6.1f} MB  clip {base * 1e6:8.0f} us"
+          f"   measure / clip {shown(ratios['measure'])}"
           f"   probe / clip {shown(ratios['probe'])}   control {shown(ratios['control'])}", flush=True)  # fmt: skip
 
 
 def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
-    """Compare all of it with the bare step: measuring, detectors, record and TensorBoard, at every step and at the default cadence."""
+    """Compare measuring, detectors, record and TensorBoard with the bare step: every step, and the default cadence."""
     torch.manual_seed(0)
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
@@ -204,7 +205,8 @@ def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
             )
             mine, clock = watcher._steps[0], Clock()
             mine.count = begin
-            mine.on_look, mine.on_stepped = clock.around(mine.on_look), clock.around(mine.on_stepped)  # type: ignore[method-assign]
+            mine.on_look = clock.around(mine.on_look)  # type: ignore[method-assign]
+            mine.on_stepped = clock.around(mine.on_stepped)  # type: ignore[method-assign]
             inside, bare = [], []
             for number in range(beginning + steps):
                 began = time.thread_time()
@@ -222,15 +224,17 @@ def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
             figures[label] = [statistics.mean(inside), statistics.median(bare), statistics.median(inside), max(inside)]
     for label, (mean, step, median, worst) in figures.items():
         print(
-            f"{name:15} {label:24} step {step * 1e3:8.2f} ms   gradwatch {mean / step:7.2%} (mean {mean * 1e6:7.0f} us, median {median * 1e6:7.0f}, max {worst * 1e6:7.0f})",
+            f"{name:15} {label:24} step {step * 1e3:8.2f} ms   gradwatch {mean / step:7.2%} "
+            f"(mean {mean * 1e6:7.0f} us, median {median * 1e6:7.0f}, max {worst * 1e6:7.0f})",
             flush=True,
         )
 
 
 def forward_trace(name: str, build: Build, rounds: int) -> None:
-    """Give what a probe's look at activations costs, in turn with the same step without it: while no layer is in question, and while half of them are.
+    """Measure what a probe's look at activations costs, in turn with the same step without it.
 
-    That is all of it: arming, the hooks of the forward and the backward pass, what is worked out at the step, and the values in the end.
+    Once while no layer is in question, and once while half of them are. That is all of it: arming, the hooks of the
+    forward and the backward pass, what is worked out at the step, and the values in the end.
     """
     torch.manual_seed(0)
     net, loss = build()
@@ -299,14 +303,18 @@ def idle(rounds: int) -> None:
                 watcher.record(0.5)
         extra = statistics.median(times["watched"]) - statistics.median(times["bare"])
         print(
-            f"a step that is not measured, {tensors:6} tensors: {extra:6.1f} us more than the bare {statistics.median(times['bare']):.1f} us",
+            f"a step that is not measured, {tensors:6} tensors: "
+            f"{extra:6.1f} us more than the bare {statistics.median(times['bare']):.1f} us",
             flush=True,
         )
 
 
 def importing(processes: int) -> None:
     """Give the seconds of `import gradwatch` in a fresh process, and whether torch came along."""
-    code = "import time; a = time.perf_counter(); import gradwatch; print(time.perf_counter() - a); import sys; print('torch' in sys.modules)"
+    code = (
+        "import time; a = time.perf_counter(); import gradwatch; print(time.perf_counter() - a); "
+        "import sys; print('torch' in sys.modules)"
+    )
     seconds = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
         for _ in range(processes)
@@ -319,7 +327,8 @@ def main() -> None:
     quick = parsed(parser(__doc__)).quick
     torch.set_num_threads(1)
     print(
-        f"torch {torch.__version__}, one thread; medians [quartiles] of thread CPU; control: clip_grad_norm_ against itself"
+        f"torch {torch.__version__}, one thread; medians [quartiles] of thread CPU; "
+        "control: clip_grad_norm_ against itself"
     )
     if quick:
         small: dict[str, Build] = {

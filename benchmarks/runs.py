@@ -1,9 +1,10 @@
-"""Labelled training runs of our own, none of them in the zoo: healthy ones that look ill, and faulty ones with a cured twin.
+"""Labelled training runs of our own, none in the zoo: healthy ones that look ill, and faulty ones with a cured twin.
 
-python -m benchmarks.runs                # first and last loss of each, plain and cured: the labels are not gradwatch's, which is not used
+python -m benchmarks.runs    # first and last loss of each, plain and cured: the labels come without gradwatch's help
 
-They are there to tell whether detectors fit the zoo or training at large. A label is known from how its run is made, and was checked
-against the gradients alone (in float64 where precision is in doubt): nothing here may be changed to suit a detector.
+They are there to tell whether detectors fit the zoo or training at large. A label is known from how its run is
+made, and was checked against the gradients alone (in float64 where precision is in doubt): nothing here may be
+changed to suit a detector.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class Training:
     model: nn.Module
     optimizers: list[Optimizer]
     step: Callable[[int, Tell], None]
-    """Make step i, and tell the loss just before an optimizer's step, when gradients are complete, unscaled and not clipped."""
+    """Make step i, and tell the loss just before an optimizer's step, when gradients are complete and unscaled.
+
+    They are not clipped yet.
+    """
     loss_of: LossOf | None = None
     """The loss of step i, of this model or of a copy of it: for those who check the labels."""
     steps: int = 0
@@ -200,7 +204,7 @@ def xent(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """Layers by name, and what they do with their inputs, in the precision of the first weight: most networks here are used once."""
+    """Layers by name, and what they do with their inputs, in the precision of the first weight: most are used once."""
 
     def __init__(self, does: Callable[..., Any], **layers: nn.Module | nn.Parameter) -> None:
         """Take both."""
@@ -461,7 +465,7 @@ def rezero_twelve() -> Training:
 
 @healthy()
 def fixup() -> Training:
-    """Fixup: the last layer of every branch and the head begin at zero, so that nothing but the head gets a gradient at first."""
+    """Fixup: the last layer of every branch and the head begin at zero, so at first only the head gets a gradient."""
     net = nn.Sequential(nn.Linear(6, 32), residual(32, 6), nn.Linear(32, 1))
     he(net)
     for name, weight in net.named_parameters():
@@ -493,7 +497,7 @@ def frozen_backbone() -> Training:
 
 @healthy()
 def experts_by_regime() -> Training:
-    """One of twelve experts for each row, by its regime: in most batches some experts have no rows, and then no gradient."""
+    """One of twelve experts for each row, by its regime: in most batches some experts have no rows, and no gradient."""
     experts = nn.ModuleList(mlp(6, 12, 1, act=nn.Tanh) for _ in range(12))
     slopes, often = torch.randn(12, 6, generator=draw(6, -1)), 1 / torch.arange(1.0, 13.0)
 
@@ -573,7 +577,7 @@ def panel_attention() -> Training:
 
 @healthy()
 def tiny_returns() -> Training:
-    """Forecast returns of 1e-4: losses of 1e-8 and gradients to match, and an optimizer whose epsilon is set for that."""
+    """Forecast returns of 1e-4: losses of 1e-8, gradients to match, and an optimizer with its epsilon set for that."""
     net = Net(lambda n, x: 1e-4 * n.net(x), net=he(mlp(6, 32, 32, 1)))
     task = waves(10)
     return train(net, RMSprop(net.parameters(), 2e-3, eps=1e-14), fit(lambda i: (task(i)[0], 1e-4 * task(i)[1]), mse))
@@ -617,7 +621,7 @@ def deep_relu() -> Training:
 
 @healthy()
 def sparse_code() -> Training:
-    """Keep the code of 48 ReLU units of an autoencoder sparse by a penalty: a quarter of them are active for a sample, each of them for some."""
+    """Keep 48 ReLU units of an autoencoder sparse by a penalty: a quarter are active for a sample, each for some."""
     net = Net(
         lambda n, x: n.decoder(n.code(x)), code=nn.Sequential(nn.Linear(20, 48), nn.ReLU()), decoder=nn.Linear(48, 20)
     )
@@ -682,7 +686,7 @@ def book_accumulated() -> Training:
 
 @healthy(steps=120)
 def gru_heavy_tails() -> Training:
-    """Read returns with so heavy tails that single batches have many times the gradient of others; clipped, as one does."""
+    """Read returns with tails so heavy that single batches have many times others' gradient; clipped, as one does."""
     net = last(nn.GRU(1, 24, batch_first=True), 1)
     return train(net, Adam(net.parameters(), 5e-3), fit(returns(20), mse), clip=1.0)
 
@@ -708,7 +712,7 @@ def lstm_summed() -> Training:
 
 @healthy(steps=150)
 def tcn_volatility() -> Training:
-    """Forecast volatility by dilated convolutions, with biases before batch norm, whose gradient is zero but for rounding."""
+    """Forecast volatility by dilated convolutions whose biases before batch norm have no gradient but for rounding."""
     net = temporal(4, 16, 1, (1, 2, 4, 8, 16), nn.BatchNorm1d)
     return train(net, Adam(net.parameters(), 3e-3), fit(volatility(23, 64), mse))
 
@@ -718,7 +722,7 @@ def tcn_volatility() -> Training:
 
 @healthy(steps=100)
 def wasserstein_returns() -> Training:
-    """Train a generator of returns against a critic with a gradient penalty, which is differentiated twice: two optimizers, two losses."""
+    """Train a generator of returns against a critic with a twice differentiated penalty: two optimizers, two losses."""
     net = Net(
         lambda n, z: n.generator(z),
         generator=mlp(4, 32, 32, 2, act=nn.LeakyReLU),
@@ -843,7 +847,7 @@ def bfloat16_large_steps() -> Training:
 
 @healthy()
 def scaler_overflows() -> Training:
-    """Float16 autocast with a scale that begins at 2**26 and grows every 12 steps: steps are skipped now and again, as designed."""
+    """Float16 autocast with a scale from 2**26 on, growing every 12 steps: steps are skipped at times, as designed."""
 
     def does(n: Any, x: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.float16, enabled=x.dtype is not torch.float64):
@@ -856,7 +860,7 @@ def scaler_overflows() -> Training:
 
 @healthy()
 def q_learning() -> Training:
-    """Q-learning of when to trade: the target network is a frozen copy that is refreshed every 20 steps, and the optimizer does not know it."""
+    """Q-learning of when to trade: the target is a frozen copy, renewed every 20 steps, unknown to the optimizer."""
     online, target = he(mlp(4, 32, 32, 3)), he(mlp(4, 32, 32, 3)).requires_grad_(requires_grad=False)
     net = Net(lambda n, x: n.online(x), online=online, target=target)
 
@@ -908,7 +912,7 @@ def sigmoid_convolutions(*, cured: bool) -> Training:
     also={LOST},
 )
 def closed_highway(*, cured: bool) -> Training:
-    """Close the gates of a highway network to what should be carried through (bias 5 instead of -2), over weak layers."""
+    """Close the gates of a highway network to what should be carried (bias 5 instead of -2), over weak layers."""
 
     def block() -> Net:
         made = Net(
@@ -931,7 +935,7 @@ def closed_highway(*, cured: bool) -> Training:
 
 @faulty(Label(DEPTH, ("branches",)), also={LOST})
 def branches_that_do_not_count(*, cured: bool) -> Training:
-    """Residual branches that are multiplied by 1e-5, which was meant to be learnt and is a constant: all but the trunk stands still."""
+    """Residual branches times 1e-5, which was meant to be learnt and is a constant: all but the trunk stands still."""
     net = Net(
         lambda n, x: n.head(n.branches(n.inp(x))),
         inp=nn.Linear(6, 32),
@@ -943,7 +947,7 @@ def branches_that_do_not_count(*, cured: bool) -> Training:
 
 @faulty(Label(DEPTH, tuple(str(2 * k) for k in range(16))), also={DEAD, LOST})
 def deep_relu_by_default(*, cured: bool) -> Training:
-    """Twenty-four ReLU layers with torch's own initialization, under which signals shrink at each; healthy is `deep_relu`."""
+    """Twenty-four ReLU layers with torch's initialization: signals shrink at each. The healthy one is `deep_relu`."""
     net = mlp(16, *[64] * 24, 5)
     return train(
         he(net) if cured else net, SGD(net.parameters(), 2e-3, momentum=0.9), fit(clusters(44), xent), clip=5.0
@@ -1013,7 +1017,7 @@ def convolution_then_gru(*, cured: bool) -> Training:
 
 @faulty(Label(EXPLODING), also={NAN, DEAD, DEPTH, CUT}, steps=80)
 def sum_over_assets(*, cured: bool) -> Training:
-    """Sum the messages between 12 assets instead of averaging them: several times as much at each of four layers, forth and back."""
+    """Sum the messages between 12 assets instead of averaging: several times too much at each of four layers."""
 
     def does(n: Any, x: Tensor) -> Any:
         h = n.inp(x)
@@ -1038,7 +1042,7 @@ def typo_in_the_schedule(*, cured: bool) -> Training:
 
 @faulty(Label(EXPLODING), also={NAN, DEAD, TIME, DEPTH, CUT}, steps=60)
 def growing_state(*, cured: bool) -> Training:
-    """Let the matrix of a ReLU RNN make its state 1.5 times as large at each of 50 bars; clipping keeps the steps small, and the training goes nowhere."""
+    """Let the matrix of a ReLU RNN grow its state by 1.5 at each of 50 bars; clipped, its small steps lead nowhere."""
     net = last(nn.RNN(4, 24, nonlinearity="relu", batch_first=True), 2)
     with torch.no_grad():
         net.rnn.weight_hh_l0.copy_((0.9 if cured else 1.5) * torch.eye(24))
@@ -1065,7 +1069,7 @@ def functional_relus(*, cured: bool) -> Training:
 
 @faulty(Label(DEAD, ("blocks",)), also={DEPTH, CUT}, steps=150)
 def dead_behind_batchnorm(*, cured: bool) -> Training:
-    """Shift what all residual blocks compute by -8 in their batch norms: the blocks are dead, and training goes round them."""
+    """Shift what all residual blocks compute by -8 in their batch norms: all dead, and training goes round them."""
 
     def branch() -> nn.Sequential:
         return nn.Sequential(
@@ -1088,7 +1092,7 @@ def dead_behind_batchnorm(*, cured: bool) -> Training:
 
 @faulty(Label(DEAD, ("0", "1", "2", "3"), onset=83), also={EXPLODING, DEPTH, CUT})
 def kicked_dead(*, cured: bool) -> Training:
-    """Take eight steps with 300 times the learning rate, from step 80 on: the ReLUs end up where no order book reaches them."""
+    """Take eight steps with 300 times the learning rate, from step 80 on: then no order book reaches the ReLUs."""
     task = book(72, noise=0.1)
     net = he(mlp(10, 48, 48, 2))
     optimizer = SGD(net.parameters(), 0.01, momentum=0.9)
@@ -1102,7 +1106,7 @@ def kicked_dead(*, cured: bool) -> Training:
 
 @faulty(Label(DEAD, ("0", "1", "2", "3"), onset=2), also={DEPTH, CUT, EXPLODING})
 def raw_sizes(*, cured: bool) -> Training:
-    """Logarithms of order sizes as they come, all of them about 12: the first steps push whole layers below zero for good."""
+    """Logarithms of order sizes as they come, all about 12: the first steps push whole layers below zero for good."""
     net = he(mlp(10, 48, 48, 2))
     return train(net, SGD(net.parameters(), 0.05, momentum=0.9), fit(book(73, noise=0.1, raw=not cured), xent))
 
@@ -1124,7 +1128,7 @@ def encoder_through_a_list(*, cured: bool) -> Training:
 
 @faulty(Label(CUT, ("encoder",)), also={DEPTH})
 def code_of_signs(*, cured: bool) -> Training:
-    """Use a code of signs without a straight-through estimator: its derivative is zero, so the encoder's gradient is there and exactly zero."""
+    """Use a code of signs without a straight-through estimator: the encoder's gradient is there and exactly zero."""
 
     def does(n: Any, x: Tensor) -> Any:
         soft = torch.tanh(n.encoder(x))
@@ -1151,7 +1155,7 @@ def masked_tower(*, cured: bool) -> Training:
 
 @faulty(Label(NAN, onset=60), also={EXPLODING}, steps=120)
 def burst_of_orders(*, cured: bool) -> Training:
-    """Fit counts of orders with an intensity of exp(score): at step 60 four inputs are a thousand times too large, and exp has no bound."""
+    """Fit order counts with an intensity of exp(score), unbounded: at step 60 four inputs are 1000 times too large."""
     net = he(mlp(6, 32, 32, 1))
     a = torch.randn(6, generator=draw(90, -1)) / 3
 
@@ -1169,7 +1173,7 @@ def burst_of_orders(*, cured: bool) -> Training:
 
 @faulty(Label(NAN, onset=40), also={EXPLODING}, steps=120)
 def halted_stock(*, cured: bool) -> Training:
-    """Features are divided by their deviation over time: a halted stock has none, and the slope of a root at zero is infinite; the loss is finite."""
+    """Divide features by their deviation over time: a halted stock has none, and a root's slope at zero is infinite."""
 
     def does(n: Any, x: Tensor) -> Any:
         h = n.conv(x.transpose(1, 2))
@@ -1193,7 +1197,7 @@ def halted_stock(*, cured: bool) -> Training:
 
 @faulty(Label(LOST), also={DEPTH, CUT})
 def half_precision_returns(*, cured: bool) -> Training:
-    """Forecast returns of 1e-3 in float16: what comes back from a loss of 1e-6 is below the smallest number there is."""
+    """Forecast returns of 1e-3 in float16: what comes back from a loss of 1e-6 is below the smallest number it has."""
     net = Net(lambda n, x: 1e-3 * n.net(x), net=he(mlp(6, 48, 48, 1, act=nn.SiLU))).to(
         torch.float32 if cured else torch.float16
     )
@@ -1203,7 +1207,7 @@ def half_precision_returns(*, cured: bool) -> Training:
 
 @faulty(Label(LOST))
 def bfloat16_fine_steps(*, cured: bool) -> Training:
-    """Weights in bfloat16 and Adam with a learning rate of 5e-5: most weights are so much larger that they stay what they are."""
+    """Weights in bfloat16 and Adam with a learning rate of 5e-5: most weights are too large to be changed by that."""
     net = Net(lambda n, x: n.net(x), net=mlp(16, 96, 96, 5, norm=nn.LayerNorm)).to(
         torch.float32 if cured else torch.bfloat16
     )
@@ -1212,7 +1216,7 @@ def bfloat16_fine_steps(*, cured: bool) -> Training:
 
 @faulty(Label(LOST))
 def epsilon_over_returns(*, cured: bool) -> Training:
-    """Forecast returns of 3e-5, those of minutes, under Adam as torch makes it: its epsilon of 1e-8 is all that it divides by."""
+    """Forecast returns of 3e-5, those of minutes, under Adam as torch makes it: its epsilon of 1e-8 dominates."""
     net = Net(lambda n, x: 3e-5 * n.net(x), net=he(mlp(6, 32, 32, 1)))
     task = waves(102)
     return train(
@@ -1224,7 +1228,7 @@ def epsilon_over_returns(*, cured: bool) -> Training:
 
 @faulty(Label(LOST), steps=120)
 def epsilon_of_one(*, cured: bool) -> Training:
-    """Take an epsilon of 1, as recommended for one image network, on an LSTM whose gradients are a thousandth: Adam becomes a slow SGD."""
+    """Take an epsilon of 1, meant for one image network, on an LSTM with gradients of 1e-3: Adam becomes a slow SGD."""
     net = last(nn.LSTM(4, 16, batch_first=True), 1)
     return train(net, Adam(net.parameters(), 3e-3, eps=1e-8 if cured else 1.0), fit(volatility(103, 30), mse))
 
@@ -1244,7 +1248,9 @@ def main() -> None:
             began = time.perf_counter()
             run.build(cured=cured).run(lambda loss, losses=losses: losses.append(float(loss)))  # type: ignore[misc]
             many = min(10, len(losses))
-            line += f"  {'cured' if cured else 'loss':5} {sum(losses[:many]) / many:10.3g} to {sum(losses[-many:]) / many:10.3g} ({time.perf_counter() - began:.1f} s)"
+            start, end = sum(losses[:many]) / many, sum(losses[-many:]) / many
+            seconds = time.perf_counter() - began
+            line += f"  {'cured' if cured else 'loss':5} {start:10.3g} to {end:10.3g} ({seconds:.1f} s)"
         print(line, flush=True)
 
 

@@ -1,6 +1,7 @@
-"""Opens the real TensorBoard on a run in a headless Chromium, and takes a picture of every tab that gradwatch writes to.
+"""Opens the real TensorBoard on a run in a headless Chromium, and pictures every tab that gradwatch writes to.
 
-gradwatch demo && pip install playwright && python -m benchmarks.screenshots runs/demo pictures    # --quick: one, of a run of three steps
+gradwatch demo && pip install playwright && python -m benchmarks.screenshots runs/demo pictures
+    # --quick: one, of a run of three steps
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from benchmarks.command import parsed, parser
 from gradwatch.sinks.record import BOUND
 
 _SICK = (400, 100)
-"""Of every so many steps, so many are trained with a loss that does not reach the lower layers: alerts begin and clear."""
+"""Of every so many steps, so many train with a loss that does not reach the lower layers: alerts begin and clear."""
 
 
 class Net(nn.Module):
@@ -123,7 +123,8 @@ def main() -> None:
         files, threads = len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
         watched, bare, other = Training(Path(folder)), Training(None), Training(None)
         print(
-            f"torch {torch.__version__}, one thread; every step measured, every 10th a probe with horizon=; medians of step time; control: bare / bare"
+            f"torch {torch.__version__}, one thread; every step measured, every 10th a probe with horizon=; "
+            "medians of step time; control: bare / bare"
         )
         for _ in range(10):
             part = steps // 10
@@ -138,8 +139,9 @@ def main() -> None:
             }
             w, b, c = (statistics.median(times[k]) * 1e6 for k in ("watched", "bare", "control"))
             print(
-                f"step {watched.number:6}  resident {resident():6.1f} MiB  objects {ours():6}  record {sizes['record'] / 2**20:5.1f} MiB"
-                f"  events {sizes['events'] / 2**20:5.1f} MiB  step {w:6.0f} us watched, {b:6.0f} bare, control {c / b:.2f}"
+                f"step {watched.number:6}  resident {resident():6.1f} MiB  objects {ours():6}"
+                f"  record {sizes['record'] / 2**20:5.1f} MiB  events {sizes['events'] / 2**20:5.1f} MiB"
+                f"  step {w:6.0f} us watched, {b:6.0f} bare, control {c / b:.2f}"
                 f"  alerts {watched.began:4} began, {watched.cleared:4} cleared",
                 flush=True,
             )
@@ -148,7 +150,8 @@ def main() -> None:
         grown = len(list(Path("/proc/self/fd").iterdir())) - files, threading.active_count() - threads
         run = gradwatch.read_run(folder)
         print(
-            f"after close: {grown[0]:+} open files, {grown[1]:+} threads; the record (at most {BOUND / 2**20:.0f} MiB) reads back: {len(run.snapshots)} snapshots,"
+            f"after close: {grown[0]:+} open files, {grown[1]:+} threads; "
+            f"the record (at most {BOUND / 2**20:.0f} MiB) reads back: {len(run.snapshots)} snapshots,"
         )
         print(f"{run.thinned} thinned out, {run.broken} broken lines, {len(run.alerts)} alerts")
         print(

@@ -52,7 +52,7 @@ def trainer(net: nn.Module, x: torch.Tensor) -> tuple[torch.optim.Optimizer, Cal
 
 
 def input_alone(watcher: Watcher) -> None:
-    """Take the recurrent modules for ones that cannot be walked back through: what is left is the gradient of their inputs."""
+    """Take the recurrent modules for ones that cannot be walked back through: the gradient of their inputs is left."""
     recorder = watcher._forward_pass._probes._asked[-1]._recorder
     arm = recorder.arm
 
@@ -68,7 +68,8 @@ def input_alone(watcher: Watcher) -> None:
 def ratios(kind: type[nn.RNNBase], steps: int, hidden: int, batch: int, rounds: int) -> None:
     """Compare steps: plain, with the input's gradient per timestep, and with all of it on 8 rows.
 
-    What a probe of the parameters takes is measured beside and taken off: it is no part of either, and has its own benchmark.
+    What a probe of the parameters takes is measured beside and taken off: it is no part of either, and has its own
+    benchmark.
     """
     torch.manual_seed(0)
     x = torch.randn(batch, steps, INPUTS)
@@ -106,7 +107,10 @@ def ratios(kind: type[nn.RNNBase], steps: int, hidden: int, batch: int, rounds: 
 
 
 def average(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]], name: str, rounds: int) -> None:
-    """Give what the default cadence costs after step 200, with time on and no `horizon=`: one probe in 50 steps, five measured besides."""
+    """Measure the default cadence after step 200, with time on and no `horizon=`.
+
+    That is one probe in 50 steps, five measured besides.
+    """
     torch.manual_seed(0)
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
@@ -129,7 +133,8 @@ def average(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]], n
     plain, measured, probe = (statistics.median(times[what]) for what in ("plain", "measured", "probe"))
     share = ((probe - plain) + 4 * (measured - plain)) / 50 / plain
     print(
-        f"{name}   unmeasured {plain * 1e3:.1f} ms, measured {measured / plain:.3f}x, probe {probe / plain:.3f}x: on average {share:.2%} of a step"
+        f"{name}   unmeasured {plain * 1e3:.1f} ms, measured {measured / plain:.3f}x, "
+        f"probe {probe / plain:.3f}x: on average {share:.2%} of a step"
     )
 
 
@@ -157,7 +162,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def memory(steps: int, hidden: int, batch: int, processes: int) -> None:
-    """Compare the peak of resident memory of processes that take plain steps and probe steps; a base without a step is taken off both."""
+    """Compare the peak resident memory of processes with plain and with probe steps, less a base without a step."""
     command, sizes = [sys.executable, "-c", MEMORY], [str(hidden), str(batch), str(steps)]
     peak = {
         what: statistics.median(
@@ -168,7 +173,8 @@ def memory(steps: int, hidden: int, batch: int, processes: int) -> None:
     }
     plain, probe = peak["plain"] - peak["base"], peak["probe"] - peak["base"]
     print(
-        f"LSTM T={steps} H={hidden} B={batch}, 8 rows: peak of plain steps {plain:.0f} MiB, of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more"
+        f"LSTM T={steps} H={hidden} B={batch}, 8 rows: peak of plain steps {plain:.0f} MiB, "
+        f"of probe steps {probe:.0f} MiB: {(probe - plain) / plain:.2f} of it more"
     )
 
 
@@ -208,7 +214,8 @@ def main() -> None:
     quick = parsed(parser(__doc__)).quick
     torch.set_num_threads(1)
     print(
-        f"torch {torch.__version__}, one thread; thread CPU of a training step over that of a plain one, medians [quartiles]; control: plain again"
+        f"torch {torch.__version__}, one thread; thread CPU of a training step over that of a plain one, "
+        "medians [quartiles]; control: plain again"
     )
     for kind, steps, hidden, batch in [(k, 16, 8, 4) for k in (nn.LSTM, nn.GRU, nn.RNN)] if quick else SHAPES:
         ratios(kind, steps, hidden, batch, 2 if quick else 6 if steps * hidden * batch > 2**20 else 40)

@@ -1,6 +1,6 @@
-"""What the verdicts are worth: the labelled runs of `benchmarks.runs`, and of the zoo where it is importable, with other tools' rules beside ours.
+"""What the verdicts are worth: `benchmarks.runs`, and the zoo where it is importable, beside other tools' rules.
 
-python -m benchmarks.verdicts -v                                # our own runs; every run that is missed or falsely accused is named
+python -m benchmarks.verdicts -v                                # our own runs; names all missed or falsely accused
 PYTHONPATH=../shared python -m benchmarks.verdicts --write      # with the zoo; the tables go into benchmarks/RESULTS.md
 """
 
@@ -61,7 +61,7 @@ class Outcome:
         ]
 
     def found(self) -> list[tuple[str, int | None, bool | None]]:
-        """Give, for each fault, its kind, the delay (None: missed), and whether an alert names one of its places (None: it has none)."""
+        """Return each fault's kind, delay (None: missed), and whether an alert names one of its places (None: none)."""
         rows: list[tuple[str, int | None, bool | None]] = []
         for label in self.run.faults:
             mine = [(s, a) for s, a in self.alerts if a.finding.kind == label.kind and s >= label.onset]
@@ -109,15 +109,20 @@ def table(outcomes: list[Outcome]) -> list[str]:
     hits, delays = [hit for *_, hit in rows if hit is not None], [delay for _, delay, _ in rows if delay is not None]
     kinds = {kind: [delay is not None for k, delay, _ in rows if k == kind] for kind in sorted({k for k, *_ in rows})}
     stray = sum(bool(o.wrong) for o in outcomes if o.run.faults)
-    found = f"recall {sum(map(sum, kinds.values()))}/{len(rows)}, false alarms {sum(bool(o.alerts) for o in well)}/{len(well)}"
-    where = f"stray {stray}/{len(outcomes) - len(well)}, place {sum(hits)}/{len(hits)}, median delay {statistics.median(delays or [math.nan]):.0f}"
+    caught, accused = sum(map(sum, kinds.values())), sum(bool(o.alerts) for o in well)
+    found = f"recall {caught}/{len(rows)}, false alarms {accused}/{len(well)}"
+    median = statistics.median(delays or [math.nan])
+    where = f"stray {stray}/{len(outcomes) - len(well)}, place {sum(hits)}/{len(hits)}, median delay {median:.0f}"
     return [f"{found}, {where}", "  " + ", ".join(f"{kind} {sum(found)}/{len(found)}" for kind, found in kinds.items())]
 
 
 def own(runs: Sequence[Run], *, verbose: bool) -> list[str]:
     """Judge our own runs, with and without the loss."""
     lines = [
-        f"{len(runs)} runs of our own ({sum(bool(r.faults) for r in runs)} faulty, {sum(not r.faults for r in runs)} healthy)"
+        (
+            f"{len(runs)} runs of our own "
+            f"({sum(bool(r.faults) for r in runs)} faulty, {sum(not r.faults for r in runs)} healthy)"
+        )
     ]
     for loss in (True, False):
         outcomes = [judged(run, loss=loss) for run in runs]

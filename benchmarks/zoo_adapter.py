@@ -16,7 +16,7 @@ class Observer:
     """Attaches at the start of a run, hands over the loss, and collects what begins."""
 
     def __init__(self, *, loss: bool, horizon: int | None) -> None:
-        """Tell the watcher the loss of each step, or not, and how many of the newest timesteps matter, where that is known."""
+        """Tell the watcher the loss of each step, or not, and how many of the newest timesteps matter, where known."""
         self._loss, self._horizon = loss, horizon
         self.alarms: list[Alarm] = []
 

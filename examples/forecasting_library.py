@@ -50,7 +50,7 @@ def show(report: Report) -> None:
 
 
 def main() -> None:
-    """Train one of the library's networks, forecast with it, and say how far back it learned at its first and last probe."""
+    """Train one of the library's networks, forecast, and say how far back it learned at its first and last probe."""
     parser = argparse.ArgumentParser(description="a forecasting library's own network, watched")
     parser.add_argument("--network", choices=NETWORKS, default="LSTM")
     parser.add_argument("--steps", type=int, default=300)
@@ -73,7 +73,8 @@ def main() -> None:
         windows_batch_size=64,
         max_steps=options.steps,
         random_seed=0,
-        # What the network does not know goes to the Trainer. The library copies it all; a sink is how the reports come back.
+        # What the network does not know goes to the Trainer. The library copies it all;
+        # a sink is how the reports come back.
         callbacks=[GradientMonitor(horizon=options.horizon, sinks=[reports.append])],
         logger=TensorBoardLogger(options.logdir, name=None),
         accelerator="cpu",

@@ -33,7 +33,7 @@ class Regime(nn.Module):
 
 
 def remember(lstm: nn.LSTM, timesteps: int) -> None:
-    """Set the forget-gate bias to the log of the timesteps: the cell then keeps 1 - 1/timesteps of itself at each of them."""
+    """Set the forget-gate bias to the log of the timesteps: the cell then keeps 1 - 1/timesteps of itself at each."""
     forget = slice(lstm.hidden_size, 2 * lstm.hidden_size)  # the order of torch's gates: input, forget, cell, output
     with torch.no_grad():
         lstm.bias_ih_l0[forget] = math.log(timesteps)

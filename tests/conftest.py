@@ -1,4 +1,4 @@
-"""Every test begins on one thread, with the same random state and nothing left of the last: neither machine nor chance decides."""
+"""Every test begins on one thread, with the same random state and nothing left of the last: chance decides nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def one_seed() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Forget what a test has compiled and collect watchers that it has not closed: the next test would see them."""
+    """Forget what a test compiled, and collect watchers it left open: both outlive it in this process."""
     yield
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.utils.counters:
@@ -57,7 +57,7 @@ def nothing_left() -> Iterator[None]:
 
 @functools.cache
 def lstm_under_autocast() -> bool:
-    """Tell whether torch can run an LSTM in bfloat16 on this machine: on some processors its library has nothing for it."""
+    """Tell whether torch can run an LSTM in bfloat16 here: for some processors its library has no kernel."""
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             torch.nn.LSTM(2, 2)(torch.zeros(2, 1, 2))

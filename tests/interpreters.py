@@ -1,7 +1,8 @@
-"""Python processes that need not load torch: each is forked from an interpreter that has loaded it, and hides it until it is imported.
+"""Python processes that need not load torch: each is forked from an interpreter that has loaded it, and hides it.
 
-`[*warm(), "-c", program]` is a command like `[sys.executable, "-c", program]`, for `subprocess` and the like, and saves two seconds of a processor.
-What it starts is a process of its own that ends as any does; what is hidden is in its `sys.modules` only after it has imported it.
+`[*warm(), "-c", program]` is a command like `[sys.executable, "-c", program]`, for `subprocess` and the like, and
+saves two seconds of a processor. What it starts is a process of its own that ends as any does; what is hidden
+is in its `sys.modules` only after it has imported it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The structure of the package, held against a table: imports go down, parts do not know each other, torch stays in its world."""
+"""The structure of the package, held against a table.
+
+Imports go down, parts do not know each other, torch stays in its world.
+"""
 
 from __future__ import annotations
 

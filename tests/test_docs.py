@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import subprocess
@@ -129,6 +130,23 @@ def test_the_map_names_every_file_of_the_package_and_no_other():
     named = mapped((ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"))
 
     assert sorted(named) == sorted(there)
+
+
+def test_the_methods_that_the_pages_for_developers_name_are_there():
+    sources = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(package.__file__).parent.rglob("*.py")]
+    methods = {
+        f"{node.name}.{item.name}"
+        for source in sources
+        for node in ast.walk(source)
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.FunctionDef)
+    }
+    text = "".join((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8") for page in ("architecture", "extending"))
+    named = set(re.findall(r"`([A-Z]\w+\.[a-z_]\w*)`", text))
+
+    assert len(named) > 20
+    assert sorted(named - methods) == []
 
 
 def test_what_pages_say_of_other_files_is_there():

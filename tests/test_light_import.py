@@ -1,4 +1,4 @@
-"""`import gradwatch`, the pytest plugin, the readers and the command line load no torch: every pytest run of an environment pays for it."""
+"""`import gradwatch`, the pytest plugin, the readers and the command line load no torch: every pytest run pays."""
 
 from __future__ import annotations
 

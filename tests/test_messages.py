@@ -1,4 +1,7 @@
-"""Bad input gets an error that says what was given and what is allowed; in a training, a warning; and from a file of others, never more than that."""
+"""Bad input gets an error that says what was given and what is allowed; in a training, a warning.
+
+From someone else's file it gets never more than a warning.
+"""
 
 from __future__ import annotations
 

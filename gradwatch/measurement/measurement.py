@@ -89,8 +89,11 @@ class Measurement:
         if isinstance(found, Tensor):
             self._found_inf.append(self._transfer.add(found))
 
-    def losses(self, losses: Iterable[float | Tensor]) -> None:
-        """Take the losses of the step; their mean is that of the step."""
+    def losses(self, losses: Sequence[float | Tensor]) -> None:
+        """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it."""
+        if not losses:
+            return
+        self._losses = []
         for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
             tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
             self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))

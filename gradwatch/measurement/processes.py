@@ -70,7 +70,6 @@ class Processes:
             store = dist.distributed_c10d._get_default_store()
             store.set(f"{self._key}/{self.rank}", self._token)
             store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
-            store.check([f"{self._key}/{self.rank}"])  # `set` waits for no answer, and another process might ask before
             self._store = store
 
     @property

@@ -129,14 +129,18 @@ class Sentinel:
         return bool(self._seen)
 
     def watch(self, module: nn.Module) -> None:
-        """Put hooks on the two smallest trained parameters of the module, unless some are seen already."""
+        """Put hooks on the smallest trained parameters of two shapes, unless some are seen already."""
         if self._seen:
             return
         # A sparse gradient, as an embedding may have, has no arithmetic.
         dense = [m for m in module.modules() if not getattr(m, "sparse", False)]
-        trained = {id(p): p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf}
-        smallest = sorted(trained.values(), key=torch.Tensor.numel)[:2]
-        self._seen = [_Arrivals(parameter, self._passes) for parameter in smallest]
+        trained = [p for m in dense for p in m.parameters(recurse=False) if p.requires_grad and p.is_leaf]
+        # What gets no gradient, as the projection of an LSTM where the loss takes cell states alone, has the same shape
+        # in every layer and direction.
+        smallest: dict[torch.Size, Tensor] = {}
+        for parameter in sorted(trained, key=torch.Tensor.numel):
+            smallest.setdefault(parameter.shape, parameter)
+        self._seen = [_Arrivals(parameter, self._passes) for parameter in list(smallest.values())[:2]]
 
     def forget(self, passes: AbstractSet[int]) -> None:
         """Leave out what these backward passes brought."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradwatch.values.snapshot import LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Role
+from gradwatch.model.optimizers import optimizer_info
+from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Role
 
 _WRAPPERS = frozenset({"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _NORMALIZATIONS = (
@@ -25,24 +26,6 @@ _NORMALIZATIONS = (
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})  # also where they run from their sources
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-# What divides the gradient by a running measure of its own size. Optimizers of others are known by their state, below.
-_ADAPTIVE = (
-    "Adam",
-    "AdamW",
-    "Adamax",
-    "NAdam",
-    "RAdam",
-    "SparseAdam",
-    "Adagrad",
-    "Adadelta",
-    "RMSprop",
-    "Rprop",
-    "Adafactor",
-    "Muon",
-    "Lion",
-    "LAMB",
-)
-_ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
 
 
 def clean(name: str) -> str:
@@ -139,7 +122,7 @@ def describe(
                     role=_role(module, name, len(shape)),
                 )
             )
-    return ModelInfo(tuple(layers), tuple(parameters), tuple(map(_optimizer, optimizers))), columns
+    return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns
 
 
 def _role(module: nn.Module, name: str, dimensions: int) -> Role:
@@ -172,20 +155,3 @@ def ancestry(name: str) -> Iterable[str]:
         yield name
         name = name.rpartition(".")[0]
     yield ""
-
-
-def _optimizer(optimizer: torch.optim.Optimizer) -> OptimizerInfo:
-    kind = type(optimizer).__name__
-    names = {base.__name__ for base in type(optimizer).__mro__}
-    kept = {
-        key
-        for state in list(getattr(optimizer, "state", {}).values())[:1]
-        if isinstance(state, Mapping)
-        for key in state
-    }
-    eps = (getattr(optimizer, "defaults", None) or {}).get("eps")
-    return OptimizerInfo(
-        kind,
-        bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
-        float(eps) if isinstance(eps, int | float) else None,
-    )

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from gradwatch.values.format_1 import alert_from_1, model_from_1, snapshot_from_1
 from gradwatch.values.report import Alert
-from gradwatch.values.snapshot import ModelInfo, Snapshot
+from gradwatch.values.snapshot import Absent, Column, ModelInfo, Snapshot
 
 FORMAT = 2
 """The format of what is written here; 1 is read too. A field that is added and optional does not raise it."""
@@ -59,21 +59,19 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], w
     if written == 1:
         plain = snapshot_from_1(plain, models)
     snapshot = from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
-    for column in (
-        snapshot.norm,
-        snapshot.nonfinite,
-        snapshot.weight_norm,
-        snapshot.zeros,
-        snapshot.subnormal,
-        snapshot.update_ratio,
-        snapshot.lost,
-        snapshot.absent,
-    ):
+    for column in (getattr(snapshot, name) for name in _columns()):
         if column and len(column) != len(snapshot.model.parameters):
             raise ValueError(
                 f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}"
             )
     return snapshot
+
+
+@functools.cache
+def _columns() -> tuple[str, ...]:
+    """Return the names of the fields of a snapshot that run along its parameters: by their types."""
+    kinds = (Column, Column | None, tuple[Absent | None, ...] | None)
+    return tuple(name for name, hint in _hints(Snapshot).items() if hint in kinds)
 
 
 def model_from_plain(plain: Any, written: int = FORMAT) -> ModelInfo:  # noqa: ANN401  (what `json.loads` gives)

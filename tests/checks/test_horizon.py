@@ -1,4 +1,7 @@
-"""`horizon` and `assert_horizon`: a model's own gain by lag, against float64 Jacobians and closed forms, for any model, leaving nothing behind."""
+"""`horizon` and `assert_horizon`: a model's gain by lag, against float64 Jacobians and closed forms.
+
+They work for any model, and leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ def cotangent(shape, width):
 
 
 def truth(function, x):
-    """Give the gain by lag from the Jacobian of `function`, from (B, T, F) to the newest output of each row, (B, ...), or a scalar."""
+    """Return the gain by lag from the Jacobian of `function`.
+
+    It maps (B, T, F) to the newest output of each row, (B, ...), or to a scalar.
+    """
     jacobian = torch.autograd.functional.jacobian(function, x)
     shape = jacobian.shape[: -x.dim()]
     rows = len(x)
@@ -409,7 +415,7 @@ def test_a_hand_written_cell_that_is_named_has_its_calls_as_timesteps():
 
 
 class Stepwise(nn.Module):
-    """A fused network that is called once a timestep or once for several, with the state carried on, detached or not."""
+    """A fused network called once a timestep, or once for several, with its state carried on, detached or not."""
 
     def __init__(self, steps, *, detached=False):
         super().__init__()
@@ -1010,9 +1016,9 @@ def test_a_model_that_forgets_fails_with_horizon_definition_cause_and_remedy():
         gradwatch.assert_horizon(model, x, at_least=200)
     said = " ".join(str(caught.value).split())
     assert (
-        f"learns from the last {found.horizon} of 60 timesteps (the gain shrinks to {found.decay_rate:.2f} of itself a step"
-        in said
-    )
+        f"learns from the last {found.horizon} of 60 timesteps "
+        f"(the gain shrinks to {found.decay_rate:.2f} of itself a step"
+    ) in said
     assert "the need is 200" in said
     assert "0.001 of its maximum" in said
     assert "set the forget-gate bias of memory to 5.3 (the log of 200)" in said

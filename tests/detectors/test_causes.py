@@ -30,7 +30,10 @@ class Model(nn.Module):
 
 
 def probes(model, inputs, *, lr=0.0, optimizer=None, skip=1, **options):
-    """Train, every step a probe, and give the snapshots behind the first `skip`: a watcher sees no forward pass before its first step."""
+    """Train, every step a probe, and return the snapshots after the first `skip`.
+
+    A watcher sees no forward pass before its first step.
+    """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     found = []
     with gradwatch.watch(

@@ -1,4 +1,4 @@
-"""What an alert says is wrong is measured, and what it says to do makes it go away: each kind, before and after its own remedy."""
+"""What an alert says is wrong is measured, and what it says to do makes it go away: each kind, before and after."""
 
 from __future__ import annotations
 
@@ -221,9 +221,9 @@ class Cut(nn.Module):
 def test_a_graph_that_is_cut_between_two_modules():
     for how in ("detach", "round"):
         alert = of(alerts(Cut(how)), "GW401")
-        assert (
-            alert.cause
-            == "the gradient comes back to head and ends there: the output of encoder has a graph, and head uses none of it"
+        assert alert.cause == (
+            "the gradient comes back to head and ends there: "
+            "the output of encoder has a graph, and head uses none of it"
         )
         assert "look between encoder and head for detach()" in alert.remedy
 

@@ -1,4 +1,7 @@
-"""Gradients that are zero by construction are no faults, and those that look the same and are faults are found; under names that say nothing."""
+"""Gradients that are zero by construction are no faults, and faults that look the same are found.
+
+The names of their modules say nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def adam(net):
 
 
 def train(build, *, optimizer=sgd, told=True, none=True, wait=0, until=lambda serious: False):
-    """Train, and return what is serious, codes and places, and the parameters that got nothing or next to nothing at one step at least.
+    """Train, and return what is serious (codes and places), and the parameters that at some step got next to nothing.
 
     `until` tells from what is serious whether the rest of the training would add nothing.
     """
@@ -348,7 +351,10 @@ HEALTHY = {
     "head-quiet-now-and-then": (lambda: Tower(2), "b.weight"),
     "head-quiet-at-every-probe": (lambda: Tower(3, 10), "b.weight"),
 }
-"""Each with a parameter that gets nothing, or rounding noise, at some steps; where it is a part of one that gets nothing, there is none to name."""
+"""Each with a parameter that gets nothing, or rounding noise, at some steps.
+
+Where it is a part of one that gets nothing, there is none to name.
+"""
 
 FAULTY = {
     "normalization-of-one-value": (

@@ -290,9 +290,9 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
     ).message
 
     assert rate < 0.64  # the cliff is in the fit
-    assert (
-        said
-        == "the model learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps), and the need is 200"
+    assert said == (
+        "the model learns from the last 15 of 250 timesteps "
+        "(the gain shrinks to 0.64 of itself a step, half-life 1.6 steps), and the need is 200"
     )
 
 
@@ -308,7 +308,10 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
                 ("forget_bias", "l1"): 0.02,
             },
             "its forget gates keep 0.52 of the cell at each step and their bias is 0.01",
-            "set the forget-gate bias of rnn to 5.3 (the log of 200); or a skip connection or attention from the timesteps that matter, or shorter windows",
+            (
+                "set the forget-gate bias of rnn to 5.3 (the log of 200); or a skip connection or attention "
+                "from the timesteps that matter, or shorter windows"
+            ),
         ),
         (
             "GRU",
@@ -320,12 +323,18 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
             "RNN",
             {("spectral_radius", "l0"): 0.58, ("spectral_norm", "l0"): 1.1, ("saturation", "l0"): 0.02},
             "the spectral radius of W_hh is 0.58",
-            "initialize weight_hh of rnn as an orthogonal or identity matrix, or use an LSTM or GRU in its place with its gate bias set to 5.3 (the log of 200)",
+            (
+                "initialize weight_hh of rnn as an orthogonal or identity matrix, "
+                "or use an LSTM or GRU in its place with its gate bias set to 5.3 (the log of 200)"
+            ),
         ),
         (
             "RNN",
             {("spectral_radius", "l0"): 1.4, ("saturation", "l0"): 0.34},
-            "the spectral radius of W_hh is 1.40, but the derivative of the activation takes more than that away, and 34% of its outputs are saturated",
+            (
+                "the spectral radius of W_hh is 1.40, but the derivative of the activation takes more than that away, "
+                "and 34% of its outputs are saturated"
+            ),
             "initialize weight_hh of rnn",
         ),
         ("LSTM", {}, "cause not measured", "set the forget-gate bias of rnn to 5.3"),
@@ -350,9 +359,8 @@ def test_cause_and_remedy_are_those_of_the_module(kind, facts, cause, remedy):
 def test_without_a_need_the_remedy_names_no_number():
     (finding,) = found(*[(own(SHORT, kind="RNN"),)] * 4)
 
-    assert (
-        explain(finding).message
-        == "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
+    assert explain(finding).message == (
+        "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
     )
     assert "to the log of the number of timesteps that matter" in explain(finding).remedy
 
@@ -409,7 +417,8 @@ def test_a_gain_that_fades_before_the_cut_has_both_causes_and_both_cures():
     said = explain(found(*[probe] * 4, facts=[Fact("rnn", "spectral_radius", 0.58, "l0")])[0])
 
     assert said.cause == (
-        "the spectral radius of W_hh is 0.58; and the state that it carries on is detached: no gradient goes back beyond the last 30 timesteps"
+        "the spectral radius of W_hh is 0.58; and the state that it carries on is detached: "
+        "no gradient goes back beyond the last 30 timesteps"
     )
     assert said.remedy.startswith("initialize weight_hh of rnn")
     assert said.remedy.endswith("; and carry the state of rnn on without detach() for 64 timesteps")
@@ -500,9 +509,9 @@ def test_a_gain_that_grows_ten_thousandfold_by_a_law_explodes_at_the_second_prob
     assert codes([finding]) == EXPLODED
     assert finding.evidence["growth"] == pytest.approx(1.2**59)
     assert (finding.evidence["rate"], finding.lag, finding.onset) == (pytest.approx(1.2), 59, 10)
-    assert (
-        explain(finding).message
-        == "the gain by lag of rnn grows to 4.7e+04 times itself within 59 timesteps on its way back (1.20 times a step), since step 10"
+    assert explain(finding).message == (
+        "the gain by lag of rnn grows to 4.7e+04 times itself within 59 timesteps on its way back "
+        "(1.20 times a step), since step 10"
     )
     assert found((grows,)) == []
     assert found((own(1.0),), (grows,)) == []

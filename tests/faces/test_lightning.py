@@ -356,7 +356,10 @@ def test_a_step_of_lbfgs_is_one_snapshot_of_its_first_evaluation(pl, tmp_path):
 
 
 def fit_mixed(pl, root, optimizer, init_scale, batches=8):
-    """Fit in float16 with a real GradScaler; give the reports, and for each batch the true norms and whether the weights moved."""
+    """Fit in float16 with a real GradScaler.
+
+    Return the reports, and for each batch the true norms and whether the weights moved.
+    """
     precision = importlib.import_module(f"{pl.__name__}.plugins.precision")
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
     handled = getattr(optimizer([nn.Parameter(torch.zeros(1))]), "_step_supports_amp_scaling", False)
@@ -810,7 +813,10 @@ def logged(pl, root, version="v"):
 
 
 def interrupted(pl, root, monitor):
-    """Fit until the fourth batch fails, and another callback too, so that Lightning never tells the monitor; give the module and its Trainer."""
+    """Fit until the fourth batch fails, and another callback too; return the module and its Trainer.
+
+    So Lightning never tells the monitor.
+    """
 
     class Broken(pl.Callback):
         def on_exception(self, *_):

@@ -1,4 +1,4 @@
-"""Every face that watches takes the options of `watch`: the same names, defaults and types, refused with the same words."""
+"""Every face that watches takes the options of `watch`: the same names, defaults, types and words of refusal."""
 
 from __future__ import annotations
 

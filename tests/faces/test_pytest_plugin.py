@@ -13,7 +13,8 @@ SESSION = """
 import json, pathlib, sys
 
 def pytest_sessionfinish(session):
-    found = {name: name in sys.modules for name in ("torch", "numpy", "rich", "tensorboard", "gradwatch.pytest_plugin", "gradwatch.watcher.watcher")}
+    names = ("torch", "numpy", "rich", "tensorboard", "gradwatch.pytest_plugin", "gradwatch.watcher.watcher")
+    found = {name: name in sys.modules for name in names}
     found["plugin"] = session.config.pluginmanager.has_plugin("gradwatch")
     pathlib.Path("found.json").write_text(json.dumps(found))
 """

@@ -1,4 +1,4 @@
-"""Training that is watched is bitwise the training that is not, and what is saved in between carries nothing of gradwatch."""
+"""Training that is watched is bitwise the training that is not, and what it saves carries nothing of gradwatch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STEPS = 4
 
 def batch(*shape):
     """Draw from all three random generators, so that one more draw by anybody changes everything after it."""
-    return torch.randn(*shape) + random.random() + float(np.random.rand())  # noqa: NPY002  (the generator of the whole process)
+    return torch.randn(*shape) + random.random() + float(np.random.rand())  # noqa: NPY002  (the process's generator)
 
 
 class Tied(nn.Module):
@@ -359,7 +359,7 @@ def net(tmp_path, monkeypatch):
 
 
 def in_armed_window(model, optimizer, **options):
-    """Train until a probe is next, and one reading waits for its optimizer; in this state a checkpoint may be written."""
+    """Train until the next step is a probe and one reading awaits its optimizer: a checkpoint may be written here."""
     watcher = watch(model, optimizer, probe_every_n_steps=1, **options)
     for _ in range(2):
         optimizer.zero_grad()

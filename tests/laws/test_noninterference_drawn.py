@@ -93,7 +93,7 @@ def edited(m, x):
 
 
 def noisy(m, x):
-    return m.inner(x) + torch.randn_like(x) * random.random() * float(np.random.rand())  # noqa: NPY002  (the generator of the whole process)
+    return m.inner(x) + torch.randn_like(x) * random.random() * float(np.random.rand())  # noqa: NPY002  (global)
 
 
 def tokens(x):
@@ -631,7 +631,11 @@ def run(training: Training, how: Settings | None, folder=None):
         "parameters": flat(dict(model.state_dict())),
         "gradients": [bits(p.grad) for p in model.parameters()],
         "optimizers": [flat(o.state_dict()) for o in optimizers],
-        "generators": [bits(torch.get_rng_state()), random.getstate(), np.random.get_state()[1].tolist()],  # noqa: NPY002
+        "generators": [
+            bits(torch.get_rng_state()),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),  # noqa: NPY002
+        ],
         "modes": [m.training for m in model.modules()],
         "hooks": hooks_of(model, optimizers),
     }
@@ -694,5 +698,6 @@ def test_no_drawn_training_differs_by_a_bit_where_it_is_watched():
     finally:
         torch.set_num_threads(threads)
         gc.collect()
-        print(f"{DRAWS['drawn']} trainings drawn, {DRAWS['compared']} compared")  # noqa: T201  (the figure that a long run is for)
+        # The figure that a long run is for.
+        print(f"{DRAWS['drawn']} trainings drawn, {DRAWS['compared']} compared")  # noqa: T201
     assert DRAWS["compared"] > DRAWS["drawn"] / 2  # else the draws are too wild to say anything

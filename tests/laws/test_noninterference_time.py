@@ -1,4 +1,7 @@
-"""Gradients through time at every step change no bit of training, and leave nothing behind in what is saved, copied, or has failed."""
+"""Gradients through time at every step change no bit of training.
+
+They leave nothing behind in what is saved or copied, nor where a step has failed.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,7 @@ class Softened(Fused):
 
 
 class Hooked(Fused):
-    """Has hooks of its user, which edit the input in place and read it as an array: neither can be done with a leaf that has a gradient."""
+    """Has user hooks that edit the input in place and read it as an array: a leaf with a gradient allows neither."""
 
     def __init__(self):
         super().__init__()
@@ -239,7 +242,7 @@ class CheckpointedCells(nn.Module):
 
 
 class CutOff(nn.Module):
-    """Checkpoints, in the reentrant way, a layer whose input has no gradient: that layer learns nothing, and must not begin to."""
+    """Checkpoints, in the reentrant way, a layer whose input has no gradient: it learns nothing, and must not begin."""
 
     def __init__(self):
         super().__init__()
@@ -850,7 +853,8 @@ class Cells(nn.Module):
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), 1, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
 
     def forward(self, x):
         self.given = self.encoder(x)
@@ -1008,7 +1012,10 @@ def growth(name, steps, *, watched=True, settle=60, **options):
 
 
 def grows(name, steps, horizon, settle=60):
-    """Compare what is left behind with what torch itself leaves: a checkpoint makes cycles, in the model's own pass too, and LBFGS a history."""
+    """Compare what is left behind with what torch itself leaves.
+
+    A checkpoint makes cycles, in the model's own pass too, and LBFGS keeps a history.
+    """
     objects, tensors = growth(name, steps, watched=False, settle=settle)
     more_objects, more_tensors = growth(name, steps, horizon=horizon, settle=settle)
     return more_tensors > max(tensors, 0) or more_objects - (1 + (horizon is not None)) * max(objects, 0) > steps / 2

@@ -1,4 +1,7 @@
-"""The principles of verdicts, on real trainings: free of scale, relative, patient, aware of the loss where it is known, and never of what it would have to invent."""
+"""The principles of verdicts, on real trainings: free of scale, relative, patient, and aware of the loss where known.
+
+They never depend on what a watcher would have to invent.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +157,7 @@ def optimizer_of(net, training, way):
 
 
 def train(training, way=None, **options):
-    """Train, and give the alerts and the verdicts: code, place and severity, each with the step at which it was first open."""
+    """Train, and return the alerts and the verdicts: code, place, severity, and the step at which each first opened."""
     way = way or Way()
     torch.manual_seed(0)
     net = training.build()

@@ -1,4 +1,4 @@
-"""Gradients of what modules give, at probes, against autograd's own: in one step, and in every situation in which hooks on modules go wrong."""
+"""Gradients of what modules return, at probes, against autograd's: in one step, and wherever module hooks go wrong."""
 
 from __future__ import annotations
 

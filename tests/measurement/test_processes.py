@@ -1,4 +1,7 @@
-"""Real processes on gloo, two and four: what rank 0 says of a model that several train, against the gathered gradients; and that nothing ever waits for gradwatch."""
+"""Two and four real processes on gloo: what rank 0 says of a model that several train, against the gathered gradients.
+
+Nothing ever waits for gradwatch.
+"""
 
 from __future__ import annotations
 

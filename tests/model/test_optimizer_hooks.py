@@ -38,7 +38,7 @@ class Troubled(torch.optim.SGD):
 
 
 def chain_of(kind):
-    """Make optimizer classes that torch has not seen yet: it prepares `step` for hooks when a class is first instantiated."""
+    """Make optimizer classes new to torch: it prepares `step` for hooks when a class is first instantiated."""
 
     class Base(Troubled):
         pass

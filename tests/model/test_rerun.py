@@ -1,4 +1,7 @@
-"""A pass through a model leaves nothing behind: bits of all that modules hold, random states, gradients, modes; and its hooks are not called."""
+"""A pass through a model leaves nothing behind, and its hooks are not called.
+
+Bits of all that modules hold, random states, gradients and modes stay as they were.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,8 @@ class Busy(nn.Module):
             self.carried += 1
             self.carried.requires_grad_(False)
         self.hidden = out.mean(0)
-        self.drawn = random.random() + np.random.rand() + torch.rand(()) + self.dice.random() + self.rng.random()  # noqa: NPY002  (the global state is what is tested)
+        self.drawn = random.random() + np.random.rand()  # noqa: NPY002  (the global state is what is tested)
+        self.drawn = self.drawn + torch.rand(()) + self.dice.random() + self.rng.random()
         torch.rand((), generator=self.generator)
         self.calls += 1
         self.log.append(out)
@@ -93,7 +97,7 @@ class Busy(nn.Module):
 
 
 def described(value, seen):
-    """Give all of a value that could change, to any depth: bits and places of tensors, what containers hold, identities of objects."""
+    """Return all of a value that could change, to any depth: tensors' bits and places, contents, identities."""
     if id(value) in seen:
         return id(value)
     seen.add(id(value))

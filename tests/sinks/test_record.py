@@ -1,4 +1,4 @@
-"""What a record holds is what was measured: exactly, also after a kill, within its bound, and enough to find every alert again."""
+"""A record holds what was measured: exactly, also after a kill, within its bound, and enough to find every alert."""
 
 from __future__ import annotations
 
@@ -581,6 +581,18 @@ for line in sys.stdin:
         watcher.close()
     print("done", flush=True)
 """
+
+
+@pytest.mark.parametrize("column", [f.name for f in dataclasses.fields(Snapshot) if "Column" in str(f.type)])
+def test_a_column_that_is_not_as_long_as_there_are_parameters_is_a_broken_line(column, tmp_path):
+    model = ModelInfo((LayerInfo("l", "Linear"),), (ParameterInfo("l.weight", "l", (1,), "float32", 0, "weight"),) * 2)
+    record = Record(tmp_path)
+    record(Report(dataclasses.replace(Snapshot(0, 1.0, model, norm=(1.0, 1.0)), **{column: (1.0,)})))
+    record(Report(Snapshot(1, 2.0, model, norm=(1.0, 1.0))))
+    record.close()
+    run = read_run(tmp_path)
+
+    assert ([s.step for s in run.snapshots], run.broken) == ([1], 1)
 
 
 def test_two_processes_do_not_share_a_directory_and_one_that_is_gone_leaves_it(tmp_path):

@@ -216,7 +216,7 @@ def test_sensitivity_is_norm_times_weight_norm_without_biases(run):
 
 @pytest.mark.parametrize("gain", ["gain", "bias", "weight of 0"])
 def test_the_sensitivity_that_is_drawn_is_the_one_that_is_judged(gain, tmp_path):
-    """A layer with a matrix (gradient 1e-3, norm 1), one more matrix, and something of a far larger gradient that does not count."""
+    """Return a layer with a matrix (gradient 1e-3, norm 1), another, and a far larger gradient that does not count."""
     role, norm = {"gain": ("gain", 10.0), "bias": ("bias", 10.0), "weight of 0": ("weight", 0.0)}[gain]
     parameters = (
         ParameterInfo("a.weight", "a", (4, 4), "float32", 0, "weight"),

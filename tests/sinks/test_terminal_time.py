@@ -31,7 +31,10 @@ def error(stats: SequenceStats, need: int, *facts, **place) -> str:
 RNN = SequenceStats("rnn", length=250, rows=8, lag_gain=gain(0.64, 250))
 LINE = "rnn learns from the last 16 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)"
 WHOLE = SequenceStats("", "model", 250, 8, lag_gain=gain(0.99, 250), need=200)
-WHOLE_LINE = "the model learns from at least 250 of 250 timesteps (the gain shrinks to 0.99 of itself a step, half-life 69.0 steps)"
+WHOLE_LINE = (
+    "the model learns from at least 250 of 250 timesteps "
+    "(the gain shrinks to 0.99 of itself a step, half-life 69.0 steps)"
+)
 
 
 def snapshot(*sequences, step=1):
@@ -55,7 +58,10 @@ def shown(content, width=100, encoding="utf-8", *, colour=False):
         (gain(0.99, 250), WHOLE_LINE.removeprefix("the model ")),
         (
             gain(0.9972, 250),
-            "learns from at least 250 of 250 timesteps (the gain shrinks to 0.9972 of itself a step, half-life 247 steps)",
+            (
+                "learns from at least 250 of 250 timesteps "
+                "(the gain shrinks to 0.9972 of itself a step, half-life 247 steps)"
+            ),
         ),
         (gain(0.999999, 250), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
         (gain(1.0, 250), "learns from at least 250 of 250 timesteps (the gain does not shrink)"),
@@ -213,7 +219,10 @@ def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_p
 
     assert flat.startswith(LINE.replace("rnn learns", "the model learns") + ", and the need is 200")
     for part in (
-        "horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), stays below 0.001 of its maximum from there on",
+        (
+            "horizon: the smallest n such that the gain, the norm of d(newest output)/d(input n steps back), "
+            "stays below 0.001 of its maximum from there on"
+        ),
         "why: its forget gates keep 0.50 of the cell at each step and their bias is 0.01",
         "try: set the forget-gate bias of encoder.rnn to 5.3 (the log of 200); or a skip connection",
         "^ horizon: 16",

@@ -1,4 +1,4 @@
-"""The table of kinds: a kind of somebody's own takes a row and its equations, and nothing else in the package tells kinds apart."""
+"""The table of kinds: a kind of one's own takes a row and its equations, and nothing else here tells kinds apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Gradients through time in every situation of a real training, held against autograd; where they cannot be known, nothing wrong is shown, and why is said."""
+"""Gradients through time in every situation of a real training, held against autograd.
+
+Where they cannot be known, nothing wrong is shown, and the reason is given.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ def _wide():
 
 
 def sequences(model, run, *, steps=2, optimizer=None, **options):
-    """Train; `run(model)` makes the forward and backward pass of a step. Give the sequences of the last step by module and part."""
+    """Train; `run(model)` makes the forward and backward pass of a step.
+
+    Return the sequences of the last step by module and part.
+    """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.0)
     reports = []
     with gradwatch.watch(
@@ -168,7 +174,7 @@ class Loop(nn.Module):
 
 
 def truth(reader, x, loss_of):
-    """Norms by timestep of the total gradients of h, and the gradient of x, by the cell in a loop; nothing of gradwatch in it."""
+    """Return norms by timestep of h's total gradients, and x's gradient, by the cell in a loop, without gradwatch."""
     loop, x = Loop(reader), x.clone().requires_grad_()
     loss = loss_of(loop(x))
     hidden = [state[0] if isinstance(state, tuple) else state for state in loop.went]

@@ -1,4 +1,4 @@
-"""A watcher with a need for memory: whose memory is measured, what is said where it cannot be, and the same in a Lightning fit."""
+"""A watcher with a need for memory: whose is measured, what is said where it cannot be, and the same in Lightning."""
 
 from __future__ import annotations
 

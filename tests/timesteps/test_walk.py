@@ -430,7 +430,8 @@ def grid():
     yes_no = (False, True)
     options = itertools.product(
         ("LSTM", "GRU", "RNN_TANH", "RNN_RELU"), (1, 2), yes_no, yes_no, yes_no, yes_no, (0.0, 0.4),
-        ("time-first", "batch-first", "unbatched", "packed", "shuffled"), ("all", "last", "h_n", "c_n", "both", "projection", "nothing"), LIMIT,
+        ("time-first", "batch-first", "unbatched", "packed", "shuffled"),
+        ("all", "last", "h_n", "c_n", "both", "projection", "nothing"), LIMIT,
     )  # fmt: skip
     for mode, layers, bidirectional, bias, projected, state, dropout, form, loss, dtype in options:
         if (mode != "LSTM" and (projected or loss == "c_n")) or (layers == 1 and dropout):

@@ -1,4 +1,4 @@
-"""A forward or backward pass that an exception ends leaves nothing behind: the next one is measured as if there had been none."""
+"""A forward or backward pass that an exception ends leaves nothing behind: the next one is measured as usual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where torch.compile is in use, training and compiling go as they go without gradwatch, and fused recurrent modules are measured all the same."""
+"""Under torch.compile, training and compiling go as without gradwatch, and fused recurrent modules are measured."""
 
 from __future__ import annotations
 

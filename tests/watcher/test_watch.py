@@ -302,7 +302,7 @@ def scaled_loop(
     unscale=False,
     **optimizer_options,
 ):
-    """Train under a CPU GradScaler; give what was watched, the unscaled truth of each step, and the weights' updates."""
+    """Train under a CPU GradScaler; return what was watched, each step's unscaled truth, and the weights' updates."""
     model = tall()
     optimizer = optimizer_type(model.parameters(), lr=0.01, **optimizer_options)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -926,6 +926,21 @@ def test_closing_within_a_step_ends_it_quietly():
     assert hooks_of(optimizer) == 0
 
 
+def test_a_loss_that_is_told_after_the_gradients_were_read_takes_the_place_of_what_was_told_before():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(4, 2)).sum().backward()
+        watched.watcher.step(loss=float(step))
+        if step != 1:
+            watched.watcher.record(step + 0.5)
+        optimizer.step()
+
+    assert [s.loss for s in watched.snapshots] == [0.5, 1.0, 2.5]
+
+
 # --- failures ---
 
 
@@ -1011,7 +1026,8 @@ def test_a_forked_child_is_silent(explicit):
 LEFT = """
 import os, pathlib, sys, torch, gradwatch
 torch.manual_seed(0)
-model = torch.nn.Sequential(*(layer for _ in range(14) for layer in (torch.nn.Linear(6, 6), torch.nn.Sigmoid())), torch.nn.Linear(6, 1))
+pairs = ((torch.nn.Linear(6, 6), torch.nn.Sigmoid()) for _ in range(14))
+model = torch.nn.Sequential(*(layer for pair in pairs for layer in pair), torch.nn.Linear(6, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 closed = []
 class Mine:
