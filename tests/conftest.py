@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import sys
 from collections.abc import Generator, Iterator
 
 import pytest
 import torch
 from torch.nn.modules import module as torch_modules
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # without which sums on a CUDA device have no one order
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a device that is not there."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -37,7 +37,8 @@ def run(pytester, test, *options):
     """Run pytest on `test` in a process of its own; give the result, and what was imported at its end."""
     pytester.makeconftest(SESSION)
     pytester.makepyfile(test)
-    result = pytester.run(*warm(), "-m", "pytest", "--basetemp=kept", *options)
+    others = "no:hypothesispytest"  # the plugin of somebody else, which takes half a second
+    result = pytester.run(*warm(), "-m", "pytest", "--basetemp=kept", "-p", others, *options)
     return result, json.loads((pytester.path / "found.json").read_text())
 
 

@@ -264,7 +264,7 @@ def trained(case, form, tmp_path):
         "optimizer": optimizer.state_dict(),
         "torch": torch.get_rng_state(),
         "numpy": list(np.random.get_state()),  # noqa: NPY002  (the generator of the whole process)
-        "python": random.getstate(),
+        "python": repr(random.getstate()),
         "mode": [m.training for m in model.modules()],
         "attributes": [sorted(vars(m)) for m in model.modules()],
     }

@@ -554,7 +554,7 @@ def trained(name, low, *, explicit=False, **options):
     states = []
     for _ in range(STEPS):
         loss = step(model, optimizers, look, kind.data, low)
-        states.append((loss, torch.get_rng_state(), list(np.random.get_state()), random.getstate()))  # noqa: NPY002
+        states.append((loss, torch.get_rng_state(), list(np.random.get_state()), repr(random.getstate())))  # noqa: NPY002
     result = bits(
         {
             "losses and random states": states,

@@ -578,14 +578,19 @@ def test_the_colours_are_labelled_to_a_tenth_where_whole_decades_would_not_tell_
 
 @pytest.mark.parametrize("count", [3, 4, 17, 239, 240])
 def test_the_step_in_the_middle_is_that_of_the_column_above_it(written, count):
-    for marked in range(count):
+    def drawn(marked):
+        """Draw the marked columns grey; return the step in the middle, and whether the column above it is grey."""
         written.clear()
-        values = np.full((1, count), -1.0)
-        values[0, marked] = math.nan
+        values = np.where(marked, math.nan, -1.0)[None]
         _, _, png = heatmap(values, ["a"], range(0, 10 * count, 10), title="t")
         ((text, (x, _), _),) = [one for one in written if one[2] == "ms"]
-        grey = decode(png)[56 + 80, int(x)].tolist() == [150, 150, 150]
-        assert grey == (text == str(10 * marked))
+        return text, decode(png)[56 + 80, int(x)].tolist() == [150, 150, 150]
+
+    columns = np.arange(count)
+    text, _ = drawn(columns < 0)
+    (column,) = columns[columns * 10 == int(text)]
+    assert drawn(columns == column) == (text, True)
+    assert drawn(columns != column) == (text, False)  # nor is it that of any other
 
 
 def test_a_thousand_layers_lose_no_row():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -89,6 +90,18 @@ def trained(net, batches, fault="", error=StruckError, *, again=True, parts=1, *
     return [dataclasses.replace(s, wall_time=0.0) for s in snapshots], [p.detach() for p in net.parameters()]
 
 
+@functools.cache
+def unharmed(again, parts):
+    """Return what the training is without a fault, and without the batch that a fault takes away."""
+    net, batches = begun()
+    return trained(net, batches if again else torch.cat([batches[:STRUCK], batches[STRUCK + 1 :]]), parts=parts)
+
+
+def begun():
+    torch.manual_seed(0)
+    return Net(), torch.randn(STEPS, 6, 5, 3)
+
+
 FAULTS = [
     "between modules",
     "between calls",
@@ -105,13 +118,11 @@ FAULTS = [
 @pytest.mark.parametrize("error", [StruckError, KeyboardInterrupt])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_an_exception_ends_leaves_nothing_behind(fault, error, again, parts):
-    net, batches = Net(), torch.randn(STEPS, 6, 5, 3)
-    kept = batches if again else torch.cat([batches[:STRUCK], batches[STRUCK + 1 :]])
-    expected, weights = trained(net, kept, parts=parts)
-    found, others = trained(net, batches, fault, error, again=again, parts=parts)
+    expected, weights = unharmed(again, parts)
+    found, others = trained(*begun(), fault, error, again=again, parts=parts)
 
     assert all(map(torch.equal, weights, others))
-    assert len(found) == len(expected) == len(kept)
+    assert len(found) == len(expected) == STEPS - (not again)
     for one, other in zip(expected, found, strict=True):
         for field in dataclasses.fields(one):
             assert repr(getattr(one, field.name)) == repr(getattr(other, field.name)), (one.step, field.name)
