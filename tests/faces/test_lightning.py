@@ -30,7 +30,7 @@ BATCHES = 6
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
 def pl(request):
-    """Return the Callback, Trainer and LightningModule of each package that there is."""
+    """Return the package under either of its names; a Trainer of one refuses the other's classes."""
     logging.getLogger(request.param).setLevel(logging.ERROR)
     return importlib.import_module(request.param)
 
