@@ -13,7 +13,7 @@ from gradwatch.values.report import Explanation, Finding
 class Rule:
     """What belongs to one code.
 
-    A detector that carries its rules as `rules`, an iterable of them, has words for what it finds.
+    A detector that carries its rules as `rules`, a list or tuple of them, has words for what it finds.
     """
 
     code: str

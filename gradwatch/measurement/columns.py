@@ -71,6 +71,8 @@ def columns(numbers: Numbers, model: ModelInfo, *, skipped: bool) -> Columns:
     def optional(raw: Raw, value: Callable[[int, float], float]) -> Column | None:
         return column({c: value(c, n) for c, n in numbers[raw].items()}) if raw in numbers else None
 
+    updates = {c: _ratio(n, weight[c]) for c, n in numbers.get(UPDATE, {}).items() if c in weight}
+
     def elements(c: int) -> int:
         parameter = model.parameters[c]
         return max(parameter.elements * (1 + parameter.dtype.startswith("complex")), 1)
@@ -81,7 +83,7 @@ def columns(numbers: Numbers, model: ModelInfo, *, skipped: bool) -> Columns:
         weight_norm=column(weight) if weight else None,
         zeros=optional(NONZERO, lambda c, n: 1.0 - n / elements(c)) if nonzero else None,
         subnormal=optional(TINY, lambda c, n: n / max(nonzero[c], 1.0)) if numbers.get(TINY) else None,
-        update_ratio=None if skipped else optional(UPDATE, lambda c, n: _ratio(n, weight[c])),
+        update_ratio=column(updates) if UPDATE in numbers and not skipped else None,
         lost=None if skipped else optional(LOST, lambda c, n: n / max(nonzero.get(c, 0.0), 1.0)),
     )
 

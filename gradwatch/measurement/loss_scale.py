@@ -16,10 +16,10 @@ from gradwatch.values.snapshot import Stage
 
 
 class ScaleSentinel:
-    """Sees the gradient of one parameter as it arrives, to compare it with the gradient at the step; a `Probe`."""
+    """Sees gradients of a module as they arrive, to compare them with those at the step; a `Probe`."""
 
     def __init__(self, passes: Mapping[int, bool]) -> None:
-        """Begin without a parameter; `passes` says of each backward pass, by its number, whether it counts."""
+        """Begin without a module; `passes` says of each backward pass, by its number, whether it counts."""
         self._sentinel = Sentinel(passes)
         self._changed: Tensor | None = None
 
@@ -32,7 +32,7 @@ class ScaleSentinel:
         """Need nothing of the inputs."""
 
     def left(self, module: nn.Module, _inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
-        """Put a hook on a parameter of the first module whose output has a graph."""
+        """Watch two small parameters of the first module whose output has a graph."""
         if self._sentinel.watching or not torch.is_grad_enabled() or transformed():
             return
         if any(t.grad_fn is not None and not hasattr(t, "placements") for t in floats(output)):
@@ -61,7 +61,7 @@ class ScaleSentinel:
         return ProbeValues
 
     def clear(self) -> None:
-        """Let go of the parameter."""
+        """Let go of the parameters."""
         self._sentinel.remove()
         self._changed = None
 

@@ -133,6 +133,8 @@ class OutputGradients:
         sizes: dict[str, Pending] = {}
         unknown = []
         broken = self._attempts.broken
+        outputs = self._outputs.items()  # those of other optimizers too: the gradient did come by
+        came = {name for name, given in outputs if any(task not in broken for one in given for task in one.norms)}
         for name in tuple(self._outputs):
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module.parameters()))):
@@ -144,7 +146,7 @@ class OutputGradients:
             elif parts:
                 sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norm(torch.stack(parts)))
         self.passes.clear()
-        self.reached = frozenset((*sizes, *unknown)) if self._names else None
+        self.reached = frozenset(came) if self._names else None
 
         def part() -> ProbeValues:
             scaled = step.scaled()

@@ -96,12 +96,13 @@ class _Arrivals:
         if gradient is None or not self._sums or type(gradient) is not Tensor or gradient.layout is not torch.strided:
             return None
         whole = sum(self._sums.values(), torch.zeros_like(next(iter(self._sums.values()))))
-        if gradient.shape != whole.shape:
+        if gradient.shape != whole.shape or gradient.device != whole.device:
             return None
-        now, arrived = gradient.detach().double(), whole.double()
+        wide = torch.float32 if whole.device.type == "mps" else torch.float64  # which that device lacks
+        now, arrived = gradient.detach().to(wide), whole.to(wide)
         # What was there before the forward pass is still in it, or has been zeroed since.
-        expected = [arrived] if self._before is None else [arrived, arrived + self._before.double()]
-        size = torch.linalg.vector_norm(arrived).clamp(min=1e-300)
+        expected = [arrived] if self._before is None else [arrived, arrived + self._before.to(wide)]
+        size = torch.linalg.vector_norm(arrived).clamp(min=torch.finfo(wide).tiny)
         difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
         return difference
 

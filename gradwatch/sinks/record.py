@@ -166,7 +166,7 @@ class Record:
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
         drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
         self._thinned += len(drop)
-        drop |= _fold_alerts(lines)
+        drop |= _fold_alerts(lines, written)
         kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]
         fresh = self._path.with_suffix(".new")
         try:
@@ -183,13 +183,13 @@ class Record:
         self._file = self._path.open("a", encoding="utf-8")
 
 
-def _fold_alerts(lines: list[str]) -> set[int]:
+def _fold_alerts(lines: list[str], written: int) -> set[int]:
     """Move the newest line of each alert to its first one's place; return the numbers of those then of no use."""
     first: dict[tuple[object, ...], int] = {}
     later = set()
     for number, line in enumerate(lines):
         if line.startswith('{"alert"'):
-            alert = alert_from_plain(from_json(line)["alert"])
+            alert = alert_from_plain(from_json(line)["alert"], written)
             place = first.setdefault((*_key(alert), alert.began), number)
             if place != number:
                 lines[place] = line

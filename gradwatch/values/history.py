@@ -348,10 +348,17 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, be it in format 1 or 2."""
+        """Go on where `state_dict` was taken, be it in format 1 or 2.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives.
+
+        """
         import numpy as np
 
         written = state.get("format", 1)
+        if written not in (1, FORMAT):
+            raise ValueError(f"the format of a history must be 1 or {FORMAT}, got {written!r:.80}")
         models = [model_from_plain(m, written) for m in state["models"]]
         self._tracks = {}
         for plain in state["tracks"]:
@@ -384,8 +391,8 @@ class History:
 Detector = Callable[[History], Iterable[Finding]]
 """A pure function of the history: what it finds wrong, now.
 
-It may carry its rules as an attribute `rules`, an iterable of `gradwatch.Rule`: they give its findings their words, and
-say how its alerts behave. Without, an alert shows its numbers.
+It may carry its rules as an attribute `rules`, a list or tuple of `gradwatch.Rule`: they give its findings their words,
+and say how its alerts behave. Without, an alert shows its numbers.
 """
 
 

@@ -29,9 +29,12 @@ class ForwardPass:
         self._model_map, self._probes, self._suspects, self._warn = model_map, probes, suspects, warn
         self._trace = ForwardTrace(probes.all(), probes.failed, probes.attempts)
         self._waiting: set[int] = set()
+        self._closed = False
 
     def look_ahead(self, optimizer: int) -> None:
         """Look at the forward pass of this optimizer's next step; under torch.compile, at recurrent modules alone."""
+        if self._closed:
+            return
         self._probes.suspect(self._suspects())
         model = self._model_map.model
         if not self._trace.armed and model is not None:
@@ -76,6 +79,7 @@ class ForwardPass:
         """Let no other watcher see what runs within the block."""
         return self._trace.alone()
 
-    def disarm(self) -> None:
-        """Look no more."""
+    def close(self) -> None:
+        """Look no more, whoever asks."""
+        self._closed = True
         self._trace.disarm()

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradwatch.detectors import rules_of
 from gradwatch.detectors.alerts import judge
 from gradwatch.detectors.suspects import suspects
 from gradwatch.sinks.log import log_end, log_report
@@ -24,13 +23,7 @@ class Judge:
     def __init__(
         self, first: Snapshot, options: Options, sinks: Sequence[Sink], warn: WarnOnce, *, strict: bool
     ) -> None:
-        """Begin with a report without numbers, on the snapshot `first`.
-
-        Raises:
-            TypeError: what a detector carries as `rules` are no rules.
-
-        """
-        rules_of(options.detectors)
+        """Begin with a report without numbers, on the snapshot `first`."""
         self.history = History(options.thresholds)
         self.sinks = list(sinks)
         self.report = Report(first)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gradwatch.detectors import DETECTORS
+from gradwatch.detectors import DETECTORS, rules_of
 from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Sink
@@ -55,6 +55,7 @@ class Options:
         if not isinstance(self.ignore, list | tuple) or not all(isinstance(rule, str) for rule in self.ignore):
             raise TypeError(f'ignore must be a list of texts such as ["GW101:encoder.*"], got {self.ignore!r}')
         _check_functions("detectors", self.detectors)
+        rules_of(self.detectors)
         if not callable(self.on_alert) and self.on_alert not in ("warn", "raise"):
             raise ValueError(
                 f'on_alert must be "warn", "raise" or a function that takes an Alert, got {self.on_alert!r}'

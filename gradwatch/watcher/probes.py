@@ -67,7 +67,15 @@ class Probes:
         self.attempts.settle()
         told = transfer.add(norms.number(scale)) if scale is not None else None
         step = StepView(named_modules(model), mine, others, told)
-        step = StepView(step.modules, mine, others, told, self._sentinel.changed(step, self.attempts.broken, transfer))
+        try:
+            changed = self._sentinel.changed(step, self.attempts.broken, transfer)
+        except Exception as error:  # then it is not known whether a loss scale is on it
+            if self._strict:
+                raise
+            changed = None
+            self._sentinel.clear()
+            self.failed(error)
+        step = StepView(step.modules, mine, others, told, changed)
         parts = []
         for probe in self._asked:
             try:

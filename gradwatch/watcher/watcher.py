@@ -147,6 +147,8 @@ class Watcher:
         for steps in chosen:
             self._losses.begin(steps.index)
         for steps in chosen:
+            if self._off:  # closed by who was told of the step before
+                return
             steps.read(step, self._emit)
         for steps in chosen:
             self._losses.taken(steps.index)
@@ -174,7 +176,7 @@ class Watcher:
             self._warn("loss", f"the loss must be a number or a tensor, got {loss!r:.80}, and is left out")
 
     def close(self) -> Report:
-        """Take everything off, finish the files, and give the last report; a second call does nothing.
+        """Take everything off, finish the files, and return the last report; a second call does nothing.
 
         Raises:
             GradientHealthError: the last step was skipped, with it an alert of severity error began, and
@@ -191,8 +193,9 @@ class Watcher:
 
     def _detach(self) -> None:
         self._off = True
-        self._processes.leave()
-        self._forward_pass.disarm()
+        if os.getpid() == self._pid:  # a forked child speaks to the store as its parent
+            self._processes.leave()
+        self._forward_pass.close()
         self._losses.clear()
         for steps in self._steps:
             steps.detach()

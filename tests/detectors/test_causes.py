@@ -411,3 +411,23 @@ def test_the_format_that_computed_the_gradients_is_a_field():
 
     assert probes(Model(run, layer=layer), [draw(16, 8)])[0].computed_in == "float16"
     assert probes(Model(lambda m, x: m.layer(x), layer=layer), [draw(16, 8)])[0].computed_in is None
+
+
+def test_where_the_gradient_ends_is_the_same_place_whichever_optimizer_trains_what_lies_beyond():
+    torch.manual_seed(0)
+    modules = {name: nn.Linear(8, 8) for name in ("a", "b", "head", "out")}
+    net = Model(lambda m, x: m.out(m.head(m.b(m.a(x)).detach())), **modules)
+    first = torch.optim.SGD([p for name in ("a", "b", "out") for p in modules[name].parameters()], lr=0.1)
+    second = torch.optim.SGD(modules["head"].parameters(), lr=0.1)
+    snapshots = []
+    sinks = [lambda report: snapshots.append(report.snapshot)]
+    options = {"every_n_steps": 1, "probe_every_n_steps": 1}
+    with gradwatch.watch(net, [first, second], sinks=sinks, **options):
+        for _ in range(6):
+            net(draw(16, 8)).square().mean().backward()
+            first.step()
+            second.step()
+            net.zero_grad()
+    found = [{c.layer: (c.unreached, c.reached) for c in s.cuts} for s in snapshots if s.cuts]
+    assert found
+    assert all(cuts == {"a": ("b", "head"), "b": ("b", "head")} for cuts in found)

@@ -99,3 +99,31 @@ def test_where_all_refuse_each_says_so(recwarn):
         "the gradient of bias is not measured",
     ]
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("refused", [REFUSED, (torch._foreach_sub_,)], ids=["norms", "differences"])
+def test_a_weight_that_refuses_costs_its_own_numbers_alone(refused):
+    kind = type("Refuser", (Refusing,), {"refused": refused})
+    found = []
+    for of in (None, kind):
+        torch.manual_seed(0)
+        net, snapshots = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), []
+        if of is not None:
+            net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(of))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, foreach=False)
+        sinks = [lambda report, snapshots=snapshots: snapshots.append(report.snapshot)]
+        with gradwatch.watch(net, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=sinks, detectors=[]):
+            for _ in range(3):
+                optimizer.zero_grad()
+                net(torch.ones(2, 3)).as_subclass(Tensor).square().mean().backward()
+                optimizer.step()
+        found.append(snapshots)
+
+    expected, seen = found
+    assert len(seen) == 3
+    for one, other in zip(expected, seen, strict=True):
+        assert other.update_ratio[0] is None
+        assert other.update_ratio[1:] == pytest.approx(one.update_ratio[1:])
+        assert other.weight_norm[1:] == pytest.approx(one.weight_norm[1:])
+        what = "weight" if refused is REFUSED else "update"
+        assert any(n.startswith(f"the {what} of 0.weight is not measured: NotImplementedError") for n in other.notes)

@@ -819,12 +819,26 @@ def test_what_cannot_be_watched_is_refused_with_what_is_allowed():
         watcher.step(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_a_refused_call_leaves_the_earlier_watcher_at_work():
+def ruled_by_words(history):
+    return []
+
+
+ruled_by_words.rules = ["GW101"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"every_n_steps": 0}, ValueError, "at least 1"),
+        ({"detectors": [ruled_by_words]}, TypeError, "must be gradwatch.Rule, got 'GW101' from .*ruled_by_words"),
+    ],
+)
+def test_a_refused_call_leaves_the_earlier_watcher_at_work(options, error, says):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watched = Watched(model, optimizer)
-    with pytest.raises(ValueError, match="at least 1"):
-        gradwatch.watch(model, optimizer, every_n_steps=0)
+    with pytest.raises(error, match=says):
+        gradwatch.watch(model, optimizer, **options)
     train(model, optimizer, 1)
     assert len(watched.snapshots) == 1
 
@@ -926,6 +940,46 @@ def test_closing_within_a_step_ends_it_quietly():
     assert hooks_of(optimizer) == 0
 
 
+def test_an_alert_that_closes_the_watcher_leaves_no_hook_behind():
+    model = tall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alerts = []
+
+    def closing(alert):
+        alerts.append(alert)
+        watcher.close()
+
+    watcher = gradwatch.watch(model, optimizer, every_n_steps=1, on_alert=closing)
+    train(model, optimizer, 5, batches(1)[0][0])
+    train(model, optimizer, 3, batches(1)[0][0] * math.nan)
+    assert [a.finding.code for a in alerts] == ["GW501"]
+    assert hooks_of(optimizer) == 0
+    assert not torch_modules._global_forward_pre_hooks
+    assert not torch_modules._global_forward_hooks
+
+
+def test_nothing_is_read_once_a_skipped_step_has_closed_the_watcher(tmp_path):
+    model = tall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    seen = []
+
+    def closing(report):
+        seen.append(report.snapshot)
+        if report.snapshot.skipped:
+            watcher.close()
+
+    watcher = gradwatch.watch(model, optimizer, scaler=scaler, every_n_steps=1, logdir=tmp_path, sinks=[closing])
+    for factor in (1.0, 1.0, math.inf, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, batches(1)[0]) * factor).backward()
+        watcher.step()
+        scaler.step(optimizer)
+        scaler.update()
+    assert [s.skipped for s in seen] == [False, False, True]
+    assert [(s.step, s.skipped) for s in gradwatch.read_run(tmp_path).snapshots] == [(0, False), (1, False), (2, True)]
+
+
 def test_a_loss_that_is_told_after_the_gradients_were_read_takes_the_place_of_what_was_told_before():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -972,6 +1026,21 @@ def test_a_measurement_that_fails_warns_once_and_leaves_out_only_its_step():
         trouble(model, optimizer, [False, True, False, True, True, False])
     assert len(caught) == 1
     assert [s.step for s in watched.snapshots] == [0, 2, 5]
+
+
+def test_what_asks_for_an_unknown_scale_and_fails_costs_no_norm(monkeypatch):
+    def fails(_self):
+        raise RuntimeError("no float64 here")
+
+    monkeypatch.setattr("gradwatch.model.gradient_hooks.Sentinel.difference", fails)
+    model = tall()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer, probe_every_n_steps=1)
+    with pytest.warns(gradwatch.GradwatchWarning, match="no float64 here"):
+        train(model, optimizer, 6, batches(1)[0][0])
+    assert len(watched.snapshots) == 6
+    assert all(n is not None for s in watched.snapshots for n in s.norm)
+    assert all(a.scaled for s in watched.snapshots for a in s.activations or () if a.grad_norm is not None)
 
 
 def test_measuring_that_keeps_failing_is_switched_off():
@@ -1102,6 +1171,9 @@ def test_a_state_of_another_make_is_refused():
         watcher.load_state_dict({**watcher.state_dict(), "format": 9})
     with pytest.raises(ValueError, match=r"of 1 optimizers, got format 1 for \[1, 2\]"):
         watcher.load_state_dict({**watcher.state_dict(), "counts": [1, 2]})
+    state = watcher.state_dict()
+    with pytest.raises(ValueError, match="format of a history must be 1 or 2, got 3"):
+        watcher.load_state_dict({**state, "history": {**state["history"], "format": 3}})
 
 
 def test_a_watcher_shows_its_layers():
