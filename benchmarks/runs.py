@@ -227,7 +227,7 @@ class Net(nn.Module):
 def mlp(
     *widths: int, act: Callable[[], nn.Module] = nn.ReLU, norm: Callable[[int], nn.Module] | None = None
 ) -> nn.Sequential:
-    """Stack linear layers with an activation, and a normalization before it, behind all but the last."""
+    """Stack linear layers with an activation, and a normalization before it, after all but the last."""
     layers: list[nn.Module] = []
     for a, b in pairwise(widths[:-1]):
         layers += [nn.Linear(a, b), *([norm(b)] if norm else []), act()]
@@ -268,7 +268,7 @@ class Causal(nn.Conv1d):
 def temporal(
     features: int, channels: int, outputs: int, dilations: Iterable[int], norm: Callable[[int], nn.Module] = nn.Identity
 ) -> Net:
-    """Build a residual temporal convolutional network; the norm stands behind convolutions with a bias."""
+    """Build a residual temporal convolutional network; the norm stands after convolutions with a bias."""
     blocks = [nn.Sequential(Causal(channels, channels, 3, dilation=d), norm(channels), nn.ReLU()) for d in dilations]
 
     def does(n: Any, x: Tensor) -> Any:
@@ -655,7 +655,7 @@ def clipped_activations() -> Training:
 
 @healthy()
 def dropout_seventy() -> Training:
-    """Dropout of 0.7 behind every ReLU."""
+    """Dropout of 0.7 after every ReLU."""
     net = he(
         nn.Sequential(
             nn.Linear(16, 96),

@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--horizon",
         type=int,
-        help="how many of the newest bars matter, if you know it: a shorter memory is then an alert",
+        help="how many of the newest bars matter, if you know it: a shorter horizon is then an alert",
     )
     parser.add_argument("--logdir", default="runs/forecasting_library")
     options = parser.parse_args()

@@ -97,7 +97,7 @@ TABLE = {
         NotADirectoryError,
         "cannot be in the file",
     ),
-    "name is a number": (watch(name=3), TypeError, "name must be a text or None, got 3"),
+    "name is a number": (watch(name=3), TypeError, "name must be a string or None, got 3"),
     "name is empty": (watch(name=""), ValueError, "name must have 1 to 200 characters, got 0"),
     "name is too long": (watch(name="x" * 5000), ValueError, "name must have 1 to 200 characters, got 5000"),
     "every 0 steps": (watch(every_n_steps=0), ValueError, "every_n_steps must be at least 1, got 0"),
@@ -154,14 +154,14 @@ TABLE = {
     "ignore is a text": (
         watch(ignore="GW101"),
         TypeError,
-        "ignore must be a list of texts such as [\"GW101:encoder.*\"], got 'GW101'",
+        "ignore must be a list of strings such as [\"GW101:encoder.*\"], got 'GW101'",
     ),
     "detectors is a function": (
         watch(detectors=len),
         TypeError,
-        "detectors must be a list of functions, got <built-in function len>",
+        "detectors must be a list or tuple of callables, got <built-in function len>",
     ),
-    "sinks of texts": (watch(sinks=["x"]), TypeError, "sinks must be a list of functions, got ['x']"),
+    "sinks of texts": (watch(sinks=["x"]), TypeError, "sinks must be a list or tuple of callables, got ['x']"),
     "on_alert is unknown": (
         watch(on_alert="stop"),
         ValueError,
@@ -256,12 +256,12 @@ TABLE = {
     "what a check ignores": (
         lambda _: gradwatch.assert_healthy(NET, X, ignore="x"),
         TypeError,
-        "ignore must be a list of texts",
+        "ignore must be a list of strings",
     ),
     "detectors of a check": (
         lambda _: gradwatch.check(NET, X, detectors=[1]),
         TypeError,
-        "detectors must be a list of functions, got [1]",
+        "detectors must be a list or tuple of callables, got [1]",
     ),
     "a check without parameters": (
         lambda _: gradwatch.check(nn.ReLU(), X),

@@ -120,7 +120,7 @@ def _measured(
     output: Callable[[Any], Any] | None,
     timesteps: Timesteps,
 ) -> tuple[SequenceStats, str]:
-    """Return the memory of a model, and the name of its sequence module."""
+    """Return the horizon of a model, and the name of its sequence module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if output is not None and not callable(output):

@@ -67,13 +67,13 @@ def _onset(
     """Return since when most units of a layer are dead; None where they are not for long enough."""
     high = [d is not None and d >= limit for d in series]
     if not all(high[-history.thresholds.dead_probes :]) or (
-        newest.dead == 1 and _heard_between(history, newest.module, probes)
+        newest.dead == 1 and _gradient_between(history, newest.module, probes)
     ):
         return None
     return probes[len(high) - len(list(itertools.takewhile(bool, reversed(high))))].step
 
 
-def _heard_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
+def _gradient_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
     """Tell whether a layer that got nothing at probes often got something between them.
 
     It does not do the same at every step then.
@@ -98,7 +98,7 @@ def _explain(finding: Finding) -> Explanation:
     )
     return Explanation(
         f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they"
-        f" are 0 for every input, since step {finding.onset}",
+        f" have been 0 for every input since step {finding.onset}",
         cause,
         remedy,
     )

@@ -217,8 +217,8 @@ def _explain_everywhere(finding: Finding) -> Explanation:
         " of the last layer",
     )
     return Explanation(
-        f"no layer learns: the largest sensitivity is {finding.evidence['sensitivity']:.1g} of the loss since step"
-        f" {finding.onset}, and the loss stands still",
+        f"no layer has learned since step {finding.onset}: the largest sensitivity is"
+        f" {finding.evidence['sensitivity']:.1g} of the loss, and the loss stands still",
         cause,
         remedy,
     )

@@ -124,10 +124,11 @@ def _explain(finding: Finding) -> Explanation:
     what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
     through = f" to {last} ({count:.0f} layers)" if count > 1 else ""
     if "norm" in finding.evidence:
-        message = f"the gradient of {what}{through} is exactly zero since step {finding.onset}"
+        message = f"the gradient of {what}{through} has been exactly zero since step {finding.onset}"
         otherwise = f"check whether the outputs after {last or 'it'} are all zero, clamped, masked or saturated"
     else:
-        message = f"{what}{through} ran in the forward pass and got no gradient since step {finding.onset}"
+        runs, has = ("run", "have") if count > 1 or not finding.place else ("runs", "has")
+        message = f"{what}{through} {runs} in the forward pass and {has} had no gradient since step {finding.onset}"
         otherwise = (
             f"look for detach(), torch.no_grad(), .item(), .numpy(), argmax or round after {last or 'it'}; if it is"
             f" meant to stay as it is, call requires_grad_(False) on {what}, or mute this with ignore="

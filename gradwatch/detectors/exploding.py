@@ -211,7 +211,7 @@ _CLIP = (
 def _explain_growth(finding: Finding) -> Explanation:
     cause, remedy = said(finding, _CLIP)
     return Explanation(
-        f"the global gradient norm is {finding.evidence['growth']:.3g} times that of the first steps,"
+        f"the global gradient norm has been {finding.evidence['growth']:.3g} times that of the first steps"
         f" since step {finding.onset}",
         cause,
         remedy,
@@ -233,7 +233,7 @@ def _explain_updates(finding: Finding) -> Explanation:
 def _explain_loss(finding: Finding) -> Explanation:
     cause, remedy = said(finding, _CLIP)
     return Explanation(
-        f"the loss has jumped to {finding.evidence['jump']:.3g} times its best level and stays there since step"
+        f"the loss has jumped to {finding.evidence['jump']:.3g} times its best level and has stayed there since step"
         f" {finding.onset}",
         cause,
         f"go back to a checkpoint before step {finding.onset}; {remedy}",

@@ -34,7 +34,7 @@ def stalled(history: History) -> Iterator[Finding]:
 def _explain(finding: Finding) -> Explanation:
     loss, first = finding.evidence["loss"], finding.evidence["first"]
     return Explanation(
-        f"the loss stands still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
+        f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
         f"{UNKNOWN}: the gradients show none",
         "overfit a single batch first: if that works, the gradients are sound, and the data or the learning rate"
         " is to blame",

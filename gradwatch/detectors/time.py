@@ -159,7 +159,7 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
         stats = next((s for s in newest.sequences or () if (s.module, s.part) == (claim.module, claim.part)), None)
         if stats is None or stats.lag_gain is not None:  # a gain that is not finite is another kind
             return
-        names["reason"] = stats.why_unknown or "nothing that it could be measured on ran"
+        names["reason"] = stats.why_unknown or "nothing ran on which it could be measured"
     yield Finding(
         "GW304",
         "vanishing-time",

@@ -184,7 +184,7 @@ def _explain_flushed(finding: Finding) -> Explanation:
         )
     else:
         came = f", though one of norm {evidence['outside']:.1g} came in" if evidence["outside"] else ""
-        message = f"every gradient is exactly 0{came}, since step {finding.onset}"
+        message = f"every gradient has been exactly 0 since step {finding.onset}{came}"
     return Explanation(
         message,
         f"the gradient is computed in {name}, which rounds what is below {_SMALLEST.get(name, '1e-45')} to 0",
@@ -210,7 +210,7 @@ def _explain_epsilon(finding: Finding) -> Explanation:
     rms, eps, optimizer = finding.evidence["rms"], finding.evidence["eps"], finding.names["optimizer"]
     return Explanation(
         f"the typical gradient entry is {rms:.1g}, below the eps of {eps:.1g} of {optimizer}, since step"
-        f" {finding.onset}: its steps are {eps / rms:.2g} times shorter than its learning rate says",
+        f" {finding.onset}: its steps are {eps / rms:.2g} times smaller than the learning rate implies",
         "the loss, or its weight, is so small that epsilon divides in place of the gradient's own size",
         f"multiply the loss, or set eps={rms / 1e3:.0e} or less in {optimizer}",
     )

@@ -36,9 +36,8 @@ class OutputGradients:
     """Sees the gradients at the outputs of all modules; a `Probe`.
 
     The norm of a module is that of the gradient of everything that it gave in the step: of several outputs, calls and
-        micro-batches the root of the sum of
-    squares. A backward pass counts if it adds to the gradient of a parameter; one for a gradient penalty, or of a
-    validation, does not.
+    micro-batches the root of the sum of squares. A backward pass counts if it adds to the gradient of a parameter; one
+    for a gradient penalty, or of a validation, does not.
     """
 
     def __init__(self, attempts: Attempts) -> None:
@@ -92,20 +91,20 @@ class OutputGradients:
         number = tensor.output_nr
         seen: Output | None = notes.get((self._mark, number))
         if seen is None or not seen.holders:
-            seen = notes[self._mark, number] = self._heard_at(tensor)
+            seen = notes[self._mark, number] = self._hooked(tensor)
         seen.holders += 1
         self._outputs.setdefault(name, []).append(seen)
 
-    def _heard_at(self, tensor: Tensor) -> Output:
+    def _hooked(self, tensor: Tensor) -> Output:
         me, seen = weakref.ref(self), Output()
 
         def hook(gradient: Tensor | None) -> None:
-            activations = me()
-            if activations is not None and gradient is not None:
+            probe = me()
+            if probe is not None and gradient is not None:
                 try:
-                    activations._arrived(seen, gradient)
+                    probe._arrived(seen, gradient)
                 except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
-                    activations.clear()
+                    probe.clear()
 
         seen.handle = at_output(tensor, hook)
         return seen

@@ -29,10 +29,9 @@ class Processes:
     """The processes that watch one model, each with a copy or with pieces of it.
 
     The lowest rank that watches a model of these names, nearly always 0, speaks for the others. They send it the
-    numbers of their pieces, through the store
-    by which the process group was set up: nobody but the speaker ever waits, and it not for long, so that a process
-        that does not watch, fails or leaves
-    can stop nothing. A collective could not promise that.
+    numbers of their pieces, through the store by which the process group was set up: nobody but the speaker ever waits,
+    and it not for long, so that a process that does not watch, fails or leaves can stop nothing. A collective could not
+    promise that.
     """
 
     def __init__(self, names: Iterable[str], *, alone: bool = False) -> None:

@@ -32,7 +32,7 @@ class Attempts:
 
     A call that an exception ends calls no hook, and neither does a backward pass. But a call that is still under way is
     on the stack, and a backward pass that comes to its end calls back: what does neither is void as soon as something
-    else begins. What visitors see of a call they keep under its number, and leave it out once it is void.
+    else begins. What probes see of a call they keep under its number, and leave it out once it is void.
     """
 
     def __init__(self) -> None:

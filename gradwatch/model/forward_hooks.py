@@ -148,10 +148,8 @@ class ForwardTrace:
 
     A hook on the modules themselves would travel with `torch.save(model)`, `deepcopy` and pickle; a global one does
     not. A disarmed hook costs as much as an armed one, so between probes none is registered. Where torch.compile is in
-    use, a
-    global hook would be traced, cost a recompilation when it leaves, and never fire: there the modules that probes
-        choose
-    are hooked by themselves, by objects that leave no trace in a copy, and nothing else is seen.
+    use, a global hook would be traced, cost a recompilation when it leaves, and never fire: there the modules that
+    probes choose are hooked by themselves, by objects that leave no trace in a copy, and nothing else is seen.
     """
 
     def __init__(

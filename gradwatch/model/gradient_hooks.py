@@ -20,9 +20,8 @@ def has_unknown_scale(scale: object | None, changed: float | None) -> bool:
     """Tell whether an unknown factor, as a loss scale is, may be on the gradients that arrived in a backward pass.
 
     It is taken to be there unless it can be excluded: where nothing could be compared, and where what was compared is
-        NaN, a
-    norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so loses only
-    sizes: ratios, shares and lag gains are free of the factor.
+    NaN, a norm may be thousands of times too large, and to say that it is exact would be wrong. Whoever is told so
+    loses only sizes: ratios, shares and lag gains are free of the factor.
 
     Args:
         scale: the loss scale that was told and is divided out; None: nobody said whether there is one.

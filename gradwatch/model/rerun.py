@@ -27,12 +27,11 @@ def as_it_was(model: nn.Module, generators: Sequence[torch.Generator] | None = N
     """Put back, at the end, all that a pass through the model may have changed; within, no tensor has a gradient.
 
     That is: attributes of all modules (modes, hooks, counters), also of those that a module hides in a list;
-        parameters,
-    buffers and tensors that modules keep as attributes or in lists, tuples, dicts, sets and dataclasses, bit for bit;
-    random generators that they keep; gradients; and the random states of torch (of other devices only if they were
-    drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps in an
-    object of another kind is not known here, nor what it does outside of Python. It takes as many bytes as all these
-    tensors.
+    parameters, buffers and tensors that modules keep as attributes or in lists, tuples, dicts, sets and dataclasses,
+    bit for bit; random generators that they keep; gradients; and the random states of torch (of other devices only if
+    they were drawn from: writing one makes cuDNN begin a new dropout sequence), numpy and Python. What a module keeps
+    in an object of another kind is not known here, nor what it does outside of Python. It takes as many bytes as all
+    these tensors.
 
     Args:
         model: what will run.
@@ -181,9 +180,10 @@ class _ModelBackup:
         for put, state in self._generators:
             put(state)
         if failed:
-            raise RuntimeError(
-                f"{len(failed)} tensors of the model could not be put back as they were, the first of shape {failed[0]}"
-            )
+            what = "1 tensor of the model could not be put back as it was, of shape"
+            if len(failed) > 1:
+                what = f"{len(failed)} tensors of the model could not be put back as they were, the first of shape"
+            raise RuntimeError(f"{what} {failed[0]}")
 
 
 def _scripted_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:

@@ -165,8 +165,7 @@ def _runnable(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]
     """Work around two limits of cuDNN's recurrent networks, and yield what that changed, in words.
 
     In eval mode cuDNN has no backward pass for them: torch's own kernels do. In training mode nobody can save the
-        random
-    state of its dropout, and it is drawn anew where torch's own state is written: all dropout is left out then.
+    random state of its dropout, and it is drawn anew where torch's own state is written: all dropout is left out then.
     `as_it_was` gives it back.
     """
     notes: list[str] = []

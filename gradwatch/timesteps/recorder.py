@@ -275,8 +275,8 @@ class Recorder:
         rows = self._affordable(value.shape[time], hidden)
         if rows < min(self._rows, value.shape[1 - time] if value.dim() == 3 else 1):
             target.note = (
-                f"{rows} row{'s' * (rows > 1)} of the batch {'are' if rows > 1 else 'is'} looked at:"
-                f" more would take above {self._budget >> 20} MiB"
+                f"only {rows} row{'s' * (rows > 1)} of the batch {'are' if rows > 1 else 'is'} looked at:"
+                f" more would take more than {self._budget >> 20} MiB"
             )
         return layout_of(value, time, rows)
 
@@ -285,8 +285,8 @@ class Recorder:
             return layout_of(value, target.time, self._affordable(len(value.batch_sizes), 1))
         if target.time is not None and value.dim() <= target.time:
             target.note = (
-                f"its input has {value.dim()} dimensions,"
-                f" and number {target.time} is said to be that of time (counted from 0)"
+                f"timesteps= says that dimension {target.time} is time (counted from 0),"
+                f" and its input has {value.dim()} dimensions"
             )
             return None
         return layout_of(value, target.time)

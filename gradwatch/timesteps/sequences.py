@@ -14,6 +14,7 @@ from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.timesteps.model_calls import ModelCalls
 from gradwatch.timesteps.model_gain import ModelGain
+from gradwatch.timesteps.model_gain import Timesteps as Declared
 from gradwatch.timesteps.model_pass import model_gain
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import Trace, traces
@@ -22,14 +23,14 @@ from gradwatch.values.snapshot import Fact
 
 _log = logging.getLogger("gradwatch")
 
-Timesteps = Literal["auto", False] | Mapping[str, int | None]
+Timesteps = Declared | Literal[False]
 """`watch`'s argument: recurrent modules alone, nothing, or other modules too, each with its dimension of time."""
 Need = int | Mapping[str, int] | None
 """How many of the newest timesteps matter: to the model, or to modules by name."""
 
 
 def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> list[SequenceStats]:
-    """Put the memory of a module, measured on itself, beside what was seen of it."""
+    """Put the horizon of a module, measured on itself, beside what was seen of it."""
     found = []
     for one in stats:
         if (one.module, one.part) == (name, ""):
@@ -135,12 +136,12 @@ class Sequences:
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
         call = self._calls.calls.get(name) if self._calls is not None else None
         if call is None and self._compiled:
-            return "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
+            return "torch.compile is in use, and compiled code calls no hooks"
         if call is None:
-            return "its memory is not measured: it was not called with gradients in this step"
+            return "it was not called with gradients in this step"
         module = call.module()
         if module is None:
-            return "its memory is not measured: what was called is gone"
+            return "what was called is gone"
         timesteps: Any = self._timesteps or "auto"
         if name:  # its own input
             timesteps = (
@@ -152,8 +153,8 @@ class Sequences:
             with call.autocast():
                 return model_gain(module, call.args, call.kwargs, timesteps=timesteps, watched=None if name else model)
         except Exception as error:  # noqa: BLE001  (whatever a model does when it is run once more)
-            _log.debug("the memory of %s", name or "the model", exc_info=error)
-            return f"the memory of {name or 'the model'} could not be measured: {type(error).__name__}: {error}"
+            _log.debug("the horizon of %s", name or "the model", exc_info=error)
+            return f"the extra pass failed: {type(error).__name__}: {error}"
 
 
 def _needed(stats: Sequence[SequenceStats], need: Need) -> Iterator[SequenceStats]:
@@ -164,4 +165,4 @@ def _needed(stats: Sequence[SequenceStats], need: Need) -> Iterator[SequenceStat
     for one in stats:
         yield dataclasses.replace(one, need=needs.pop((one.module, one.part), None))
     for (name, part), count in needs.items():
-        yield SequenceStats(name, part, need=count, note="nothing was seen of it in this step")
+        yield SequenceStats(name, part, need=count, note="it was not seen in this step")

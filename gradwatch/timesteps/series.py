@@ -260,7 +260,7 @@ def _walk(chain: Sequence[SequenceCall], own: Tensor | None, result: Trace, gene
 def _why_not_walked(chain: Sequence[SequenceCall], records: Sequence[CallRecord]) -> str | None:
     """Say why a recurrent module cannot be walked back through, if it cannot."""
     if len(records) < len(chain):
-        return "what it took and gave could not be kept"
+        return "its inputs and outputs could not be kept"
     if not chain[0].layout.rows:
         return "its batch has no rows"
     if any(call.derived for call in chain):

@@ -88,7 +88,11 @@ class Alert:
         """Return the alert as a colleague would say it, in one line."""
         parts = [f"{self.finding.code} {self.finding.kind}: {self.message}."]
         if self.cause:
-            parts.append(f"Likely cause: {self.cause}.")
+            parts.append(
+                f"{self.cause[0].upper()}{self.cause[1:]}."
+                if self.cause.startswith("cause not ")
+                else f"Likely cause: {self.cause}."
+            )
         if self.remedy:
             parts.append(f"Try: {self.remedy}.")
         return " ".join(parts)

@@ -45,7 +45,7 @@ class Options:
         _check_count("probe_every_n_steps", self.probe_every_n_steps)
         _check_functions("sinks", self.sinks)
         if self.name is not None and not isinstance(self.name, str):
-            raise TypeError(f"name must be a text or None, got {self.name!r}")
+            raise TypeError(f"name must be a string or None, got {self.name!r}")
         if self.name is not None and not 0 < len(self.name) <= _LONGEST:
             raise ValueError(f"name must have 1 to {_LONGEST} characters, got {len(self.name)}")
         _check_timesteps(self.timesteps)
@@ -53,7 +53,7 @@ class Options:
         if not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"thresholds must be a gradwatch.Thresholds or None, got {self.thresholds!r}")
         if not isinstance(self.ignore, list | tuple) or not all(isinstance(rule, str) for rule in self.ignore):
-            raise TypeError(f'ignore must be a list of texts such as ["GW101:encoder.*"], got {self.ignore!r}')
+            raise TypeError(f'ignore must be a list of strings such as ["GW101:encoder.*"], got {self.ignore!r}')
         _check_functions("detectors", self.detectors)
         rules_of(self.detectors)
         if not callable(self.on_alert) and self.on_alert not in ("warn", "raise"):
@@ -114,4 +114,4 @@ def _check_count(argument: str, value: object) -> None:
 
 def _check_functions(argument: str, functions: object) -> None:
     if not isinstance(functions, list | tuple) or not all(map(callable, functions)):
-        raise TypeError(f"{argument} must be a list of functions, got {functions!r:.80}")
+        raise TypeError(f"{argument} must be a list or tuple of callables, got {functions!r:.80}")

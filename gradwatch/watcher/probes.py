@@ -89,4 +89,4 @@ class Probes:
 
     def failed(self, error: Exception) -> None:
         """Say that something of a step could not be looked at."""
-        self._warn("probe", f"a module could not be looked at: {said(error)}")
+        self._warn("probe", f"a probe failed and is left out: {said(error)}")

@@ -112,7 +112,7 @@ def test_a_detached_encoder_fails_by_name():
     report = gradwatch.check(Model(), torch.randn(8, 16))
     assert kinds(report) == {("disconnected", "encoder.0")}
     (alert,) = report.open
-    assert "encoder.0 to encoder.2 (2 layers) ran in the forward pass and got no gradient" in alert.message
+    assert "encoder.0 to encoder.2 (2 layers) run in the forward pass and have had no gradient" in alert.message
     assert "the gradient comes back to decoder and ends there" in alert.cause
     assert "detach()" in alert.remedy
     assert norms(report)["encoder.0.weight"] is None

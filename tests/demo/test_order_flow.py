@@ -1,4 +1,4 @@
-"""The order-flow example: its report names the short memory, and with the remedy it names the loss follows."""
+"""The order-flow example: its report names the short horizon, and with the remedy it names the loss follows."""
 
 from __future__ import annotations
 

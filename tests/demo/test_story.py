@@ -75,8 +75,8 @@ def test_the_lstm_with_the_forget_gate_bias_reaches_as_far_as_it_must_and_learns
     assert seen[:3] == [(250, True)] * 3
     assert len(right) == 3
     assert max(right[:2]) < 60
-    # How the training goes on depends on the processor: without AVX-512 it lost its memory again after 100 steps,
-    # and was told so.
+    # How the training goes on depends on the processor: without AVX-512 its horizon shrank again after 100 steps,
+    # and it was told so.
     if seen == [(250, True)] * len(seen):
         assert runs["flow-lstm-bias"].alerts == ()
         assert sum(losses[-10:]) / 10 < 0.35

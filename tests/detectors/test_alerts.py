@@ -104,3 +104,10 @@ def test_an_alert_reads_like_a_sentence():
     alert = Alert(find(), 0, 0, message="a gets nothing", cause="it is cut off", remedy="look")
 
     assert str(alert) == "GW101 vanishing-depth: a gets nothing. Likely cause: it is cut off. Try: look."
+
+
+@pytest.mark.parametrize("cause", ["cause not found", "cause not measured", "cause not found: the gradients show none"])
+def test_a_cause_that_is_not_known_is_no_likely_cause(cause):
+    alert = Alert(find(), 0, 0, message="a gets nothing", cause=cause, remedy="look")
+
+    assert str(alert) == f"GW101 vanishing-depth: a gets nothing. C{cause[1:]}. Try: look."

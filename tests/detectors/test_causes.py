@@ -80,10 +80,10 @@ WAYS = {
     "module": (lambda m, x: m.head(m.act(m.layer(x))), {"act": nn.ReLU()}),
     "in place": (lambda m, x: m.head(m.act(m.layer(x))), {"act": nn.ReLU(inplace=True)}),
     "function": (lambda m, x: m.head(functional.relu(m.layer(x))), {}),
-    "method, with dropout behind it": (lambda m, x: m.head(m.drop(m.layer(x).relu())), {"drop": nn.Dropout(0.5)}),
+    "method, with dropout after it": (lambda m, x: m.head(m.drop(m.layer(x).relu())), {"drop": nn.Dropout(0.5)}),
     "hardtanh at zero": (lambda m, x: m.head(functional.relu6(m.layer(x))), {}),
     "hardswish": (lambda m, x: m.head(m.act(m.layer(x))), {"act": nn.Hardswish()}),
-    "behind a sum": (lambda m, x: m.head(functional.relu(m.layer(x) + x)), {}),
+    "after a sum": (lambda m, x: m.head(functional.relu(m.layer(x) + x)), {}),
     "checkpoint": (
         lambda m, x: m.head(checkpoint(lambda y: m.act(m.layer(y)), x, use_reentrant=False)),
         {"act": nn.ReLU()},

@@ -170,7 +170,7 @@ class Branches(Net):
 
 
 class Gate(nn.Module):
-    """A branch behind one number, which is learned or stays."""
+    """A branch before one number, which is learned or stays."""
 
     def __init__(self, value=0.0, *, learned=True):
         super().__init__()
@@ -301,7 +301,7 @@ class Table(Net):
 
 
 class Tower(Net):
-    """A head behind a ReLU, which gives zero for a whole batch in `quiet` of `period` steps."""
+    """A head after a ReLU, which gives zero for a whole batch in `quiet` of `period` steps."""
 
     def __init__(self, quiet, period=7):
         super().__init__()
@@ -329,7 +329,7 @@ HEALTHY = {
     "shift-before-LayerNorm": (lambda: Chain(nn.Sequential(Shift(), nn.LayerNorm(16))), "b.0.p"),
     "key-bias-of-torch": (Attention, ""),
     "key-bias-by-hand": (OwnAttention, "b.1.bias"),
-    "factor-behind-a-factor-of-zero": (lambda: Chain(Factors()), "b.w1"),
+    "factor-before-a-factor-of-zero": (lambda: Chain(Factors()), "b.w1"),
     "last-BatchNorm-at-zero": (lambda: Branches(normalized), "b.0.0.weight"),
     "last-Linear-at-zero": (
         lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))),
@@ -362,7 +362,7 @@ FAULTY = {
         {"a"},
     ),
     "attention-over-one-token": (lambda: OwnAttention(1), {"b.0"}),
-    "factor-behind-a-frozen-factor-of-zero": (lambda: Chain(Factors(frozen=True)), {"b"}),
+    "factor-before-a-frozen-factor-of-zero": (lambda: Chain(Factors(frozen=True)), {"b"}),
     "last-Linear-frozen-at-zero": (
         lambda: Branches(lambda: last_at_zero(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), frozen=True)),
         {"b.0.0"},
@@ -401,7 +401,7 @@ def test_a_zero_by_construction_is_no_fault(name, optimizer, told):
 
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("wait", [30, STEPS])
-@pytest.mark.parametrize("name", ["factor-behind-a-factor-of-zero", "last-BatchNorm-at-zero", "last-Linear-at-zero"])
+@pytest.mark.parametrize("name", ["factor-before-a-factor-of-zero", "last-BatchNorm-at-zero", "last-Linear-at-zero"])
 def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told, wait):
     assert train(HEALTHY[name][0], told=told, wait=wait)[0] == set()
 

@@ -447,7 +447,7 @@ def test_a_state_cut_off_is_told_with_its_place_also_where_no_gradient_was_measu
 
 def test_a_verdict_does_not_read_a_note():
     notes = (
-        "the memory of detached_encoder could not be measured: it is detached",
+        "the extra pass failed: RuntimeError: detached_encoder is detached",
         "the state that was carried in is detached",
         None,
     )
@@ -461,7 +461,7 @@ def test_a_verdict_does_not_read_a_note():
 
 
 class Once(nn.Module):
-    """A sequence module whose memory is not to be had: it cannot run a second time in a step."""
+    """A sequence module whose horizon is not to be had: it cannot run a second time in a step."""
 
     def __init__(self):
         super().__init__()
@@ -493,7 +493,7 @@ def test_a_module_called_detached_whose_horizon_cannot_be_measured_has_no_detach
             optimizer.step()
 
     (stats,) = (s for s in reports[-1].snapshot.sequences if s.part == "")
-    assert "the memory of detached_encoder could not be measured" in stats.note
+    assert "the extra pass failed: RuntimeError: once only" in stats.note
     assert [a.finding.code for a in reports[-1].open] == ["GW304"]
 
 

@@ -138,8 +138,8 @@ def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_
     lines = (runs / "well" / "gradwatch" / "record.jsonl").read_text().splitlines(keepends=True)
     spoiled = [*lines[:5], "#" + lines[5], *lines[6:]]
     cases = {
-        "killed": ([*lines[:-1], lines[-1][:20]], 0, "1 lines of the record could not be read"),
-        "spoiled": (spoiled, 2, "1 lines of the record could not be read"),
+        "killed": ([*lines[:-1], lines[-1][:20]], 0, "1 line of the record could not be read"),
+        "spoiled": (spoiled, 2, "1 line of the record could not be read"),
         "both": ([*spoiled, '{"snap'], 2, "2 lines of the record could not be read"),
         "empty": (lines[:2], 2, "no step was recorded"),
         "alerts only": ([lines[0], *("#" + line for line in lines[1:])], 2, "lines of the record could not be read"),

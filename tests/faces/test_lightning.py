@@ -791,7 +791,7 @@ def test_what_is_muted_is_not_found_and_the_thresholds_count(pl, tmp_path):
         ({"probe_every_n_steps": 1.5}, TypeError, "probe_every_n_steps must be a whole number or None, got 1.5"),
         ({"timesteps": "all"}, TypeError, 'timesteps must be "auto", False, or a mapping'),
         ({"horizon": 0}, ValueError, "horizon must be at least 1, got 0"),
-        ({"ignore": "GW101"}, TypeError, "ignore must be a list of texts"),
+        ({"ignore": "GW101"}, TypeError, "ignore must be a list of strings"),
         ({"on_alert": "explode"}, ValueError, 'on_alert must be "warn", "raise", "stop" or a function'),
     ],
 )

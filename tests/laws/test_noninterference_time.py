@@ -179,7 +179,7 @@ class Pooled(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A Transformer encoder behind a projection, or on the input as it is."""
+    """A Transformer encoder after a projection, or on the input as it is."""
 
     def __init__(self, *, embedded):
         super().__init__()
@@ -438,7 +438,7 @@ class Kind:
     said: str = ""
     """What a note must say."""
     refused: str = ""
-    """Why the model's own memory cannot be measured."""
+    """Why the model's own horizon cannot be measured."""
 
     @property
     def needs(self):
@@ -452,7 +452,7 @@ KINDS = {
     "lstm many to many": Kind(lambda: Fused(every=True), optimizers=sgd),
     "lstm of two layers, both directions, dropout": Kind(lambda: Fused(num_layers=2, bidirectional=True, dropout=0.4)),
     "lstm projected": Kind(lambda: Fused(num_layers=2, proj_size=3), optimizers=fused_adamw),
-    "lstm behind dropout, draws in its forward": Kind(Softened),
+    "lstm after dropout, draws in its forward": Kind(Softened),
     "lstm with weight norm": Kind(normed),
     "lstm frozen": Kind(Frozen, seen=set(), refused="numpy"),
     "lstm with hooks of its user": Kind(Hooked),
@@ -639,7 +639,7 @@ def test_a_probe_that_begins_between_a_forward_pass_and_the_backward_pass_that_r
             last = [checkpoint(lambda x: model.rnn(x)[0][-1], x, use_reentrant=False) for _ in range(2)]
             one, other = model.one(last[0].detach()).square().mean(), model.other(last[1]).square().mean()
             one.backward()
-            first.step()  # behind this step its next one, a probe, begins
+            first.step()  # after this step its next one, a probe, begins
             other.backward()
             second.step()
             first.zero_grad()
@@ -1087,7 +1087,7 @@ class Refuses(torch.autograd.Function):
 
 
 class Failing(nn.Module):
-    """A recurrent network behind which something breaks when it is told to."""
+    """A recurrent network after which something breaks when it is told to."""
 
     def __init__(self):
         super().__init__()

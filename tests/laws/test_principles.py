@@ -390,7 +390,7 @@ def test_a_model_that_converges_uniformly_is_healthy(told):
     assert found == []
 
 
-# --- a memory, against a need ---
+# --- a horizon, against a need ---
 
 
 @pytest.mark.parametrize(("need", "severities"), [(None, {Severity.INFO}), (28, {Severity.WARNING}), (2, set())])

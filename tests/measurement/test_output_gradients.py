@@ -89,7 +89,7 @@ class Twice(nn.Module):
 
 
 class Several(nn.Module):
-    """Gives what the values of a kind hold."""
+    """Returns what the values of a kind hold."""
 
     @dataclasses.dataclass
     class Result:

@@ -685,7 +685,7 @@ def test_the_clip_factor_is_global(ranks, name):
     first = results(ranks, name)[0]
 
     factors = [mine["clip_factor"][0] for mine in first["mine"]]
-    if name == "fsdp_clipped":  # the hooks see the gradients behind the clipping only
+    if name == "fsdp_clipped":  # the hooks see the gradients after the clipping only
         assert factors == [None] * STEPS
     else:
         assert factors == pytest.approx([truth["clip_factor"][0] for truth in first["truth"]], rel=1e-6)

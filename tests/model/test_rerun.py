@@ -276,7 +276,7 @@ def test_what_cannot_be_put_back_is_an_error():
     with (
         pytest.raises(
             RuntimeError,
-            match=r"1 tensors of the model could not be put back as they were, the first of shape \(2,\): never",
+            match=r"1 tensor of the model could not be put back as it was, of shape \(2,\): never",
         ),
         as_it_was(model),
     ):

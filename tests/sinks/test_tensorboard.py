@@ -332,7 +332,7 @@ def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path
     model = model_of("a", "b")
     finding = Finding("GW101", "vanishing-depth", Severity.WARNING, "a", onset=4)
     alert = Alert(finding, began=7, last=7, message="says | this\nand that", cause="because", remedy="do it")
-    cleared = Alert(finding, began=7, last=8, cleared=9, message="m", cause="c", remedy="r")
+    cleared = Alert(finding, began=7, last=8, cleared=9, message="m", cause="cause not found", remedy="r")
     first = Report(Snapshot(7, 1e9, model, norm=(1.0, 1.0)), began=(alert,), open=(alert,))
     second = Report(Snapshot(8, 1e9, model, norm=(1.0, 1.0)), open=(alert,))
     third = Report(Snapshot(9, 1e9, model, norm=(1.0, 1.0)), cleared=(cleared,))
@@ -348,7 +348,13 @@ def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path
         "- **likely cause**: because",
         "- **try**: do it",
     ]
-    assert done.splitlines()[0] == "**GW101 vanishing-depth** (warning) cleared at `a`, since step 4"
+    assert done.splitlines() == [
+        "**GW101 vanishing-depth** (warning) cleared at `a`, since step 4",
+        "",
+        "- **what**: m",
+        "- Cause not found",
+        "- **try**: r",
+    ]
 
 
 def test_the_step_since_which_it_holds_is_told_once(run):

@@ -147,7 +147,9 @@ def test_a_table_that_is_cut_says_by_how_much_and_keeps_the_smallest_and_those_w
     smallest = sorted(range(1, 30), key=norms.__getitem__)[:4]
     assert names == [f"l{i}" for i in sorted([0, *smallest])]
     assert "25 more layers" in text
-    assert "more layers" not in shown(layer_table(snapshot(*norms), most=30))
+    almost = shown(layer_table(snapshot(*norms), most=29))
+    assert "1 more layer" in [line.strip() for line in almost.splitlines()]
+    assert "more layer" not in shown(layer_table(snapshot(*norms), most=30))
 
 
 def test_a_nan_counts_as_worse_than_any_number_when_the_table_is_cut():

@@ -131,6 +131,8 @@ def test_a_model_of_many_sequence_modules_is_told_shortly():
 
     assert lines[11].startswith("rnn11 learns")
     assert lines[12] == "(38 more sequence modules)"
+    lines = terminal.text(Report(snapshot(*many[:13])), width=200).splitlines()
+    assert lines[12] == "(1 more sequence module)"
 
 
 # --- the plot ---
@@ -292,7 +294,7 @@ def test_of_several_runs_each_line_has_its_name(run):
     lines = command(run, COLUMNS="160", PYTHONUTF8="1").decode().splitlines()
 
     assert f"lstm/gradwatch: {WHOLE_LINE}" in lines
-    assert "plain/gradwatch: 1 measured steps, 1 to 1: no alert" in lines
+    assert "plain/gradwatch: 1 measured step, step 1: no alert" in lines
 
 
 def test_the_report_works_in_a_narrow_pipe_of_ascii_and_in_colour(run):

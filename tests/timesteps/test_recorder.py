@@ -996,7 +996,7 @@ def test_where_the_gradient_is_nan_a_loss_scale_cannot_be_excluded(scaled):
 
 
 class Doubling(nn.LSTM):
-    """Gives other outputs than those of torch's equations."""
+    """Returns other outputs than those of torch's equations."""
 
     def forward(self, x, hx=None):
         y, state = super().forward(x, hx)
@@ -1011,7 +1011,7 @@ class Renamed(nn.LSTM):
 
 
 class OutputOnly(nn.LSTM):
-    """Gives its outputs alone."""
+    """Returns its outputs alone."""
 
     def forward(self, x, hx=None):
         return super().forward(x, hx)[0]
@@ -1460,7 +1460,8 @@ def test_a_dimension_that_is_not_there_is_told():
     model = Body(nn.Linear(D, D), lambda y: y[:, -1])
     found = sequences(model, backward(data()), timesteps={"body": 3})
     assert (
-        found["body", ""].note == "its input has 3 dimensions, and number 3 is said to be that of time (counted from 0)"
+        found["body", ""].note
+        == "timesteps= says that dimension 3 is time (counted from 0), and its input has 3 dimensions"
     )
 
 
@@ -1471,7 +1472,7 @@ def test_a_module_beyond_the_byte_budget_is_looked_at_in_fewer_rows_and_says_so(
         found = recorded(net, lambda m: m(data(20, 10, D))[0].sum().backward(), budget=budget)[""]
         assert [s.rows for s in found.series] == [rows, rows]
         what = "row of the batch is" if rows == 1 else "rows of the batch are"
-        assert found.notes == ([] if rows == 8 else [f"{rows} {what} looked at: more would take above 0 MiB"])
+        assert found.notes == ([] if rows == 8 else [f"only {rows} {what} looked at: more would take more than 0 MiB"])
 
 
 def test_a_batch_without_rows_is_told(kind):

@@ -1,4 +1,4 @@
-"""A watcher with a need for memory: whose is measured, what is said where it cannot be, and the same in Lightning."""
+"""A watcher with a need: whose horizon is measured, what is said where it cannot be, and the same in Lightning."""
 
 from __future__ import annotations
 
@@ -121,12 +121,12 @@ def test_what_fails_while_sequences_are_looked_at_warns_once_and_takes_nothing_f
 
     monkeypatch.setattr(Recorder, "left", broken)
     with pytest.warns(
-        gradwatch.GradwatchWarning, match="a module could not be looked at: RuntimeError: broken"
+        gradwatch.GradwatchWarning, match="a probe failed and is left out: RuntimeError: broken"
     ) as caught:
         _, watcher = train(Readout())
 
     assert [str(w.message) for w in caught if w.category is gradwatch.GradwatchWarning] == [
-        "gradwatch: a module could not be looked at: RuntimeError: broken"
+        "gradwatch: a probe failed and is left out: RuntimeError: broken"
     ]
     assert watcher.report.snapshot.step == 2
     assert all(n is not None for n in watcher.report.snapshot.norm)
@@ -192,7 +192,7 @@ def test_the_callback_measures_the_memory_of_the_model_in_a_fit(called):
 
 
 class Pair(nn.Module):
-    """Two recurrent parts, one behind the other, or each on its own."""
+    """Two recurrent parts, one after the other, or each on its own."""
 
     def __init__(self) -> None:
         super().__init__()

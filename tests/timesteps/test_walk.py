@@ -758,7 +758,7 @@ def test_a_random_network_comes_to_forget_by_its_spectral_radius(rho):
     gains = found["", ""].lag_gain
     assert (gains[399] / gains[60]) ** (1 / 339) == pytest.approx(
         rho, rel=2e-3
-    )  # behind what is left of the other eigenvalues
+    )  # after what is left of the other eigenvalues
 
 
 @pytest.mark.parametrize(("amplitude", "low", "high"), [(0.01, 0.995, 1.001), (0.1, 0.85, 0.99), (1.0, 0.3, 0.7)])

@@ -40,7 +40,7 @@ class Fused(nn.Module):
 
 
 class Raw(Fused):
-    """Gives its input to the recurrent network as it is."""
+    """A recurrent network that gets its input as it is."""
 
     def forward(self, x):
         return self.head(self.rnn(x)[0][-1])
@@ -218,7 +218,7 @@ def test_a_declared_need_changes_nothing_and_says_why_the_model_is_not_measured(
     (own,) = (s for s in snapshots[-1].sequences if s.part == "model")
     assert own.lag_gain is None
     assert own.need == 3
-    assert own.note == "its memory is not measured: torch.compile is in use, and compiled code calls no hooks"
+    assert own.note == "torch.compile is in use, and compiled code calls no hooks"
 
 
 def test_where_dynamo_is_allowed_to_trace_recurrent_networks_they_are_left_alone_too():

@@ -141,11 +141,11 @@ def test_nobody_else_writes_the_fields_of_a_step():
 
 def test_the_search_for_writers_finds_them(tmp_path):
     (tmp_path / "a.py").write_text(
-        "slot.count = 3\nslot.turn, slot._columns = 1, []\nself.count = 1\nslot.count += 1\n"
+        "steps.count = 3\nsteps.turn, steps._columns = 1, []\nself.count = 1\nsteps.count += 1\n"
     )
 
     assert writers(tmp_path, {"count", "_columns"}) == [
-        "a.py:1 slot.count",
-        "a.py:2 slot._columns",
-        "a.py:4 slot.count",
+        "a.py:1 steps.count",
+        "a.py:2 steps._columns",
+        "a.py:4 steps.count",
     ]

@@ -807,7 +807,7 @@ def test_what_cannot_be_watched_is_refused_with_what_is_allowed():
         gradwatch.watch(model, torch.optim.SGD(other.parameters(), lr=0.1))
     with pytest.raises(ValueError, match=r'on_alert must be "warn", "raise" or a function'):
         gradwatch.watch(model, on_alert="stop")
-    with pytest.raises(TypeError, match=r"ignore must be a list of texts.*got 'GW101'"):
+    with pytest.raises(TypeError, match=r"ignore must be a list of strings.*got 'GW101'"):
         gradwatch.watch(model, ignore="GW101")
     with pytest.raises(
         TypeError,

@@ -65,8 +65,11 @@ def _told(event: str, alert: Alert) -> str:
     since = f"since step {finding.onset if finding.onset is not None else alert.began}"
     when = "" if since in alert.message else f", {since}"
     place = f"`{finding.place}`" if finding.place else "the whole model"
-    items = [("what", alert.message), ("likely cause", alert.cause), ("try", alert.remedy)]
-    told = [f"- **{name}**: {' '.join(words.split())}" for name, words in items if words]
+    cause = ("likely cause", alert.cause)
+    if alert.cause.startswith("cause not "):
+        cause = ("", alert.cause[0].upper() + alert.cause[1:])
+    items = [("what", alert.message), cause, ("try", alert.remedy)]
+    told = [f"- {f'**{name}**: ' if name else ''}{' '.join(words.split())}" for name, words in items if words]
     return "\n".join(
         [f"**{finding.code} {finding.kind}** ({finding.severity.value}) {event} at {place}{when}", "", *told]
     )

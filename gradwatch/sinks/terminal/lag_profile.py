@@ -10,15 +10,16 @@ from rich.text import Text
 
 from gradwatch.values.sequences import SequenceStats, reach_of, sentences, subject
 
-_MEMORIES = 12
+_HORIZONS = 12
 """Horizons that a summary tells of."""
 
 
 def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[RenderableType]:
     """Return a line for each horizon that was asked for, the model's own first, after the `name` of the run."""
     said = [line for _, line in sentences(sequences)]
-    shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_MEMORIES])]
-    shown += [f"({len(said) - _MEMORIES} more sequence modules)"] * (len(said) > _MEMORIES)
+    shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_HORIZONS])]
+    more = len(said) - _HORIZONS
+    shown += [f"({more} more sequence module{'s' * (more > 1)})"] * (more > 0)
     return [Text(line, style="bold") for line in shown]
 
 

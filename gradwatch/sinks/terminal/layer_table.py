@@ -75,8 +75,9 @@ def layer_table(
                 Text(" ".join(sorted({a.finding.code for a in wrong})), style=style),
             ]
             made.add_row(*(cell for cell in cells if cell is not None))
-        if len(shown) < len(rows):
-            made.caption = f"{len(rows) - len(shown)} more layers"
+        more = len(rows) - len(shown)
+        if more > 0:
+            made.caption = f"{more} more layer{'s' * (more > 1)}"
         return made
 
     shares = sensitivity is not None

@@ -116,17 +116,20 @@ def note_lines(run: Run) -> list[RenderableType]:
     if not run.snapshots:
         notes.append("no step was recorded")
     if run.thinned:
-        notes.append(f"{run.thinned} of the older snapshots were dropped to keep the record's bound")
+        were = "was" if run.thinned == 1 else "were"
+        notes.append(f"{run.thinned} of the older snapshots {were} dropped to keep the record's bound")
     if run.broken:
-        notes.append(f"{run.broken} lines of the record could not be read")
+        notes.append(f"{run.broken} line{'s' * (run.broken != 1)} of the record could not be read")
     return [Text(f"\nNote: {note}.") for note in notes]
 
 
 def verdict(run: Run, name: str = "") -> str:
     """Say in one line how the run went."""
-    steps = f"{len(run.snapshots)} measured steps" + (
-        f", {run.snapshots[0].step} to {run.snapshots[-1].step}" if run.snapshots else ""
-    )
+    measured = [s.step for s in run.snapshots]
+    if len(measured) == 1:
+        steps = f"1 measured step, step {measured[0]}"
+    else:
+        steps = f"{len(measured)} measured steps" + (f", {measured[0]} to {measured[-1]}" if measured else "")
     bad = [a for a in run.alerts if a.severity > Severity.INFO]
     still = sum(a.cleared is None for a in bad)
     said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
