@@ -7,14 +7,14 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, PROBES, Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, PROBES, Thresholds
+from gradwatch.values.track import Track
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,27 +24,6 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""
-
-
-@dataclass(slots=True)
-class Track:
-    """What is remembered of one optimizer."""
-
-    snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
-    probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
-    """Those that have `sequences`, however long ago."""
-    sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
-    ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
-    first_losses: list[float] = field(default_factory=list)
-    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
-    best_loss: float | None = None
-    """The lowest median of `EDGE` losses in a row."""
-    first_norms: list[float] = field(default_factory=list)
-    """Finite global norms of the first window, the measure for later ones."""
-    added: int = 0
-    """How many snapshots there were."""
-    skipped: int = 0
-    """Steps in a row that a GradScaler skipped, up to now."""
 
 
 class History:
@@ -314,30 +293,13 @@ class History:
     def state_dict(self) -> dict[str, Any]:
         """Return all that is remembered as dicts, lists, numbers and strings."""
         models: list[ModelInfo] = []
-        tracks = []
 
         def plain(snapshot: Snapshot) -> dict[str, Any]:
             if not any(snapshot.model is m for m in models):
                 models.append(snapshot.model)
             return snapshot_to_plain(snapshot, next(i for i, m in enumerate(models) if m is snapshot.model))
 
-        for optimizer, track in self._tracks.items():
-            older = [p for p in track.probes if not any(p is s for s in track.snapshots)]
-            tracks.append(
-                {
-                    "optimizer": optimizer,
-                    "snapshots": [plain(s) for s in track.snapshots],
-                    "probes": [plain(s) for s in older],
-                    "sensitivities": [row.tolist() for row in track.sensitivities],
-                    "ratios": [row.tolist() for row in track.ratios],
-                    "first_losses": list(track.first_losses),
-                    "last_losses": list(track.last_losses),
-                    "best_loss": track.best_loss,
-                    "first_norms": list(track.first_norms),
-                    "added": track.added,
-                    "skipped": track.skipped,
-                }
-            )
+        tracks = [{"optimizer": optimizer, **track.to_plain(plain)} for optimizer, track in self._tracks.items()]
         return {
             "format": FORMAT,
             "models": [to_plain(m) for m in models],
@@ -354,23 +316,15 @@ class History:
             KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives.
 
         """
-        import numpy as np
-
         written = state.get("format", 1)
         if written not in (1, FORMAT):
             raise ValueError(f"the format of a history must be 1 or {FORMAT}, got {written!r:.80}")
         models = [model_from_plain(m, written) for m in state["models"]]
-        self._tracks = {}
-        for plain in state["tracks"]:
-            track = self._tracks[plain["optimizer"]] = Track()
-            track.snapshots.extend(snapshot_from_plain(s, models, written) for s in plain["snapshots"])
-            track.probes.extend(snapshot_from_plain(s, models, written) for s in plain.get("probes", ()))
-            track.probes.extend(s for s in track.snapshots if s.sequences is not None)
-            track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
-            track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
-            track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
-            track.last_losses.extend(plain["last_losses"])
-            track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
+
+        def read(plain: Mapping[str, Any]) -> Snapshot:
+            return snapshot_from_plain(plain, models, written)
+
+        self._tracks = {plain["optimizer"]: Track.from_plain(plain, read) for plain in state["tracks"]}
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
         self._columns = self._weights = None

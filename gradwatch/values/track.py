@@ -1,0 +1,75 @@
+"""What is remembered of the steps of one optimizer, and the plain values that it is kept as."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
+
+from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.thresholds import KEPT, PROBES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class Track:
+    """What is remembered of one optimizer."""
+
+    snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
+    probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
+    """Those that have `sequences`, however long ago."""
+    sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    best_loss: float | None = None
+    """The lowest median of `EDGE` losses in a row."""
+    first_norms: list[float] = field(default_factory=list)
+    """Finite global norms of the first window, the measure for later ones."""
+    added: int = 0
+    """How many snapshots there were."""
+    skipped: int = 0
+    """Steps in a row that a GradScaler skipped, up to now."""
+
+    def to_plain(self, plain: Callable[[Snapshot], dict[str, Any]]) -> dict[str, Any]:
+        """Return all of it as dicts, lists, numbers and strings; `plain` makes those of a snapshot."""
+        older = [p for p in self.probes if not any(p is s for s in self.snapshots)]
+        return {
+            "snapshots": [plain(s) for s in self.snapshots],
+            "probes": [plain(s) for s in older],
+            "sensitivities": [row.tolist() for row in self.sensitivities],
+            "ratios": [row.tolist() for row in self.ratios],
+            "first_losses": list(self.first_losses),
+            "last_losses": list(self.last_losses),
+            "best_loss": self.best_loss,
+            "first_norms": list(self.first_norms),
+            "added": self.added,
+            "skipped": self.skipped,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Snapshot]) -> Self:
+        """Return what `to_plain` was taken of; `read` makes a snapshot of its plain values.
+
+        Raises:
+            KeyError, IndexError, TypeError, ValueError, AttributeError: it is not what that gives.
+
+        """
+        import numpy as np
+
+        track = cls()
+        track.snapshots.extend(map(read, plain["snapshots"]))
+        track.probes.extend(map(read, plain.get("probes", ())))
+        track.probes.extend(s for s in track.snapshots if s.sequences is not None)
+        track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
+        track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
+        track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
+        track.last_losses.extend(plain["last_losses"])
+        track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
+        return track
