@@ -69,31 +69,16 @@ def _runaway(history: History) -> Iterator[Finding]:
     base = statistics.median_low([n for _, n in before[: max(len(before) // 2, 1)]])
     step, last = before[-1]
     growth = last / base if base > 0 else 0.0
-    if growth >= history.thresholds.explosion_growth:
-        yield Finding(
-            "GW205",
-            "exploding",
-            Severity.ERROR,
-            "",
-            onset=step,
-            evidence={"growth": growth},
-            names={"what": "global gradient norm"},
-        )
-        return
-    weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
-    grown = (
-        max((b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b), default=0.0) if weights else 0.0
+    what, grown = "global gradient norm", growth
+    if growth < history.thresholds.explosion_growth:
+        weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
+        ratios = (b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b) if weights else ()
+        what, grown = "norm of a weight", max(ratios, default=0.0)
+        if not (grown >= history.thresholds.explosion_update_at_once or math.isinf(grown)):
+            return
+    yield Finding(
+        "GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": grown}, names={"what": what}
     )
-    if grown >= history.thresholds.explosion_update_at_once or math.isinf(grown):
-        yield Finding(
-            "GW205",
-            "exploding",
-            Severity.ERROR,
-            "",
-            onset=step,
-            evidence={"growth": grown},
-            names={"what": "norm of a weight"},
-        )
 
 
 def _updates(history: History) -> Iterator[Finding]:
