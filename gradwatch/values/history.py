@@ -17,10 +17,7 @@ from gradwatch.values.thresholds import EDGE, GIVEN_BACK, PROBES, Thresholds
 from gradwatch.values.track import Track
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Floats = NDArray[np.float64]
+    from gradwatch.values.track import Floats
 
 Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""

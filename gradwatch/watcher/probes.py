@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from collections.abc import Set as AbstractSet
 
@@ -68,14 +69,12 @@ class Probes:
         told = transfer.add(norms.number(scale)) if scale is not None else None
         step = StepView(named_modules(model), mine, others, told)
         try:
-            changed = self._sentinel.changed(step, self.attempts.broken, transfer)
+            step = dataclasses.replace(step, changed=self._sentinel.changed(step, self.attempts.broken, transfer))
         except Exception as error:  # then it is not known whether a loss scale is on it
             if self._strict:
                 raise
-            changed = None
             self._sentinel.clear()
             self.failed(error)
-        step = StepView(step.modules, mine, others, told, changed)
         parts = []
         for probe in self._asked:
             try:
