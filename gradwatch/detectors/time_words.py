@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject
 from gradwatch.values.snapshot import Fact, FactName
-from gradwatch.values.thresholds import SATURATED_OUTPUTS
+from gradwatch.values.thresholds import (
+    ACCOUNTED_FOR,
+    GATE_BIAS_NEAR,
+    HORIZON_GAIN,
+    MOSTLY_FLAT,
+    SATURATED_OUTPUTS,
+)
 
 _UNKNOWN = "cause not measured"
+_TRUNCATED = "truncated backpropagation through time, by detach() or a state kept from an earlier step"
 
 FADES: Mapping[FactName, Callable[[Iterable[float]], float]] = {
     "forget_gate": min,
     "forget_bias": min,
+    "input_gate": max,
+    "input_bias": max,
+    "cell_saturation": max,
     "update_gate": min,
     "spectral_radius": min,
     "saturation": max,
@@ -141,15 +152,33 @@ def explain_growth(finding: Finding) -> Explanation:
 
 def explain_detached(finding: Finding) -> Explanation:
     """Say where a carried state is detached."""
-    length, reached = finding.evidence["length"], finding.evidence["reached"]
+    length, reached, need = finding.evidence["length"], finding.evidence["reached"], finding.evidence.get("need")
     who, where = finding.place or "the model", f"the {length:.0f} timesteps of its sequences"
     if reached < length:
         where = f"the last {reached:.0f} of {length:.0f} timesteps"
+    message = f"the state that {who} carries on is detached: no gradient goes back beyond {where}"
+    if need is None:
+        otherwise = ", or declare with horizon= how many timesteps matter"
+    elif need <= reached:
+        otherwise = ""
+    else:
+        return Explanation(
+            f"{message}, and the need is {need:.0f}",
+            _TRUNCATED,
+            f"carry the state of {who} on without detach() for {need:.0f} timesteps, or feed it windows of that length",
+        )
+    meant = f"nothing, if that is meant; else carry the state of {who} on without detach(){otherwise}"
+    return Explanation(message, _TRUNCATED, meant)
+
+
+def explain_full(finding: Finding) -> Explanation:
+    """Say that the cell of an LSTM is saturated, by what, and how it stays free."""
+    evidence, name, need = finding.evidence, finding.place, finding.evidence.get("need")
     return Explanation(
-        f"the state that {who} carries on is detached: no gradient goes back beyond {where}",
-        "truncated backpropagation through time, by detach() or a state kept from an earlier step",
-        f"nothing, if that is meant; else carry the state of {who} on without detach(), or declare with horizon= how"
-        " many timesteps matter",
+        f"the cell of {name} has been saturated since step {finding.onset}: what it holds can hardly change, and next"
+        " to no gradient goes back through it",
+        f"its forget gates keep {evidence['forget_gate']:.2f} of the cell at each step and {_adds_up(evidence)}",
+        f"set the input-gate bias of {name} to {_minus_log(need)}, so that only what matters is let in",
     )
 
 
@@ -195,7 +224,26 @@ def _why_it_fades(finding: Finding) -> str:
     return "; and ".join(part for part in (why, _cut(finding)) if part)
 
 
+def keeps(kept: float, timesteps: float) -> bool:
+    """Tell whether a gate keeps so much of the state that it is not why a gain is gone after so many timesteps."""
+    return kept > 0.0 and timesteps * math.log(kept) > ACCOUNTED_FOR * math.log(HORIZON_GAIN)
+
+
+def _open(evidence: Mapping[str, float], gate: Literal["forget_gate", "update_gate"]) -> bool:
+    return keeps(evidence.get(gate, 0.0), evidence["horizon"])
+
+
+def _adds_up(evidence: Mapping[str, float]) -> str:
+    let_in, full = evidence["input_gate"], evidence["cell_saturation"]
+    return f"its input gates let in {let_in:.2f} of what is new, which adds up and saturates {full:.0%} of it"
+
+
 def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
+    if _open(evidence, "forget_gate"):
+        kept, full = f"its forget gates keep {evidence['forget_gate']:.2f} of the cell", evidence.get("cell_saturation")
+        if full is None or full < MOSTLY_FLAT:
+            return f"{_UNKNOWN}: {kept} at each step"
+        return f"{kept} and {_adds_up(evidence)}"
     if "forget_gate" in evidence or "forget_bias" in evidence:
         said = []
         if "forget_gate" in evidence:
@@ -204,7 +252,8 @@ def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
             said.append(f"their bias is {evidence['forget_bias']:.2f}")
         return " and ".join(said)
     if "update_gate" in evidence:
-        return f"its update gates keep {evidence['update_gate']:.2f} of the state at each step"
+        kept = f"its update gates keep {evidence['update_gate']:.2f} of the state at each step"
+        return f"{_UNKNOWN}: {kept}" if _open(evidence, "update_gate") else kept
     radius, saturation = evidence.get("spectral_radius"), evidence.get("saturation")
     said = []
     if radius is not None:
@@ -226,22 +275,56 @@ def _lengthen(finding: Finding) -> str:
 
 
 def _cure(finding: Finding, need: float | None) -> str:
-    name = finding.place or "the recurrent module"
-    bias = (
-        "to the log of the number of timesteps that matter"
-        if need is None
-        else f"to {math.log(need):.1f} (the log of {need:.0f})"
-    )
-    cures = {
-        "LSTM": f"set the forget-gate bias of {name} {bias}",
-        "GRU": f"set the update-gate bias of {name} {bias}",
-        "RNN": f"initialize weight_hh of {name} as an orthogonal or identity matrix, or use an LSTM or GRU in its place"
-        f" with its gate bias set {bias}",
-    }
-    kind = _kind(finding)
+    name, kind = finding.place or "the recurrent module", _kind(finding)
     around = "a skip connection or attention from the timesteps that matter, or shorter windows"
-    if kind:
-        return f"{cures[kind]}; or {around}"
-    if finding.place:
+    bias = (
+        "the log of the number of timesteps that matter"
+        if need is None
+        else f"{math.log(need):.1f} (the log of {need:.0f})"
+    )
+    if kind == "LSTM":
+        cure = _gate_biases(finding.evidence, name, need, bias)
+    elif kind == "GRU":
+        cure = "" if _open(finding.evidence, "update_gate") else f"set the update-gate bias of {name} to {bias}"
+    elif kind == "RNN":
+        cure = (
+            f"initialize weight_hh of {name} as {_matrix(finding.evidence)}, or use a GRU in its place with its"
+            f" update-gate bias set to {bias}"
+        )
+    elif finding.place:
         return f"in {finding.place}: a longer field of view (dilation, layers, a wider window), {around}"
-    return f"{around}; for an LSTM, set its forget-gate bias {bias}"
+    else:
+        return f"{around}; for an LSTM, {_gate_biases({}, '', need, bias)}"
+    return f"{cure}; or {around}" if cure else around
+
+
+def _matrix(evidence: Mapping[str, float]) -> str:
+    """Name the recurrent matrix that remembers: one that keeps lengths under tanh, the identity under ReLU.
+
+    The identity is of Le, Jaitly and Hinton, "A simple way to initialize recurrent networks of rectified linear units",
+    2015. Only of tanh the saturation is measured.
+    """
+    if "saturation" in evidence:
+        return "an orthogonal matrix"
+    if "spectral_radius" in evidence:
+        return "the identity matrix, with biases of 0"
+    return "an orthogonal matrix (tanh) or the identity with biases of 0 (ReLU)"
+
+
+def _gate_biases(evidence: Mapping[str, float], name: str, need: float | None, bias: str) -> str:
+    """Say which biases of an LSTM to set, but for those that are set: forget gates open, input gates nearly shut.
+
+    Both, because an open cell that takes in all of its input adds it up until it is saturated (Tallec and Ollivier,
+    "Can recurrent neural networks warp time?", 2018).
+    """
+    enough = math.inf if need is None else math.log(need) - GATE_BIAS_NEAR
+    forget = evidence.get("forget_bias", -math.inf) < enough
+    enter = evidence.get("input_bias", math.inf) > -enough
+    of, minus = f" of {name}" if name else "", _minus_log(need)
+    if forget:
+        return f"set the forget-gate bias{of} to {bias}" + f" and the input-gate bias to {minus}" * enter
+    return f"set the input-gate bias{of} to {minus}" if enter else ""
+
+
+def _minus_log(need: float | None) -> str:
+    return "minus the log of the number of timesteps that matter" if need is None else f"-{math.log(need):.1f}"

@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gradwatch.values.thresholds import OUTER_SHARE
+
 Carry = TypeVar("Carry", Tensor, Tensor | None)
 
 _CHUNK = 64
 """Timesteps whose intermediate results are held at once: enough for one product of matrices to pay, and few bytes."""
+_SATURATED = 1 - 2 * OUTER_SHARE
+"""|tanh| from which an output lies in the outer 1 % of its range."""
+
+
+def saturation(outputs: Tensor) -> Tensor:
+    """Return the share of a tanh's outputs that lie in the outer 1 % of its range."""
+    return (outputs.abs() > _SATURATED).double().mean()
 
 
 class LayerWeights(NamedTuple):
@@ -48,6 +57,10 @@ class Cell(ABC):
     """After `run`: the share of the old state that a gate kept, (T, R, hidden); None where no gate does."""
     through: Tensor | None = field(default=None, init=False)
     """After `run`: the derivative of h' by c', (T, R, hidden); None where there is no cell state."""
+    let_in: Tensor | None = field(default=None, init=False)
+    """After `run`: the mean share of what is new that a gate let into the cell; None where no gate does."""
+    saturated: Tensor | None = field(default=None, init=False)
+    """After `run`: the share of cell states whose tanh is saturated; None where there is no cell state."""
 
     @abstractmethod
     def run(self, c0: Tensor | None) -> Tensor:
@@ -139,6 +152,7 @@ class Lstm(Cell):
             earlier[t] = c
             c = torch.addcmul(new[t], f[t], c, out=cells[t])
         squashed = cells.tanh_()
+        self.let_in, self.saturated = i.mean(), saturation(squashed)
         self._k = torch.stack([g * i * (1 - i), earlier.mul_(f * (1 - f)), new.copy_(i * (1 - g * g))], -2)
         self._ko = squashed * o * (1 - o)
         self._through = self.through = o * (1 - squashed * squashed)

@@ -10,10 +10,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn
+from gradwatch.timesteps.adjoint import Cell, Gru, LayerWeights, Lstm, Rnn, saturation
 from gradwatch.values.sequences import RecurrenceName
 from gradwatch.values.snapshot import FactName
-from gradwatch.values.thresholds import OUTER_SHARE
 
 Facts = dict[FactName, Tensor]
 """By name."""
@@ -25,8 +24,6 @@ _POWERS = 10
 """Squarings of a matrix whose norm then gives its spectral radius: the 1024th root takes the constant away, nearly."""
 _LARGEST = 256
 """Hidden units up to which that is worth its price."""
-_SATURATED = 1 - 2 * OUTER_SHARE
-"""|tanh| from which an output lies in the outer 1 % of its range."""
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
@@ -78,9 +75,11 @@ class Kind:
 
 def _lstm_facts(cell: Cell, weights: LayerWeights) -> Facts:
     facts: Facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
+    if cell.let_in is not None and cell.saturated is not None:
+        facts |= {"input_gate": cell.let_in, "cell_saturation": cell.saturated}
     if weights.b_ih is not None and weights.b_hh is not None:
-        hidden = len(weights.b_ih) // 4
-        facts["forget_bias"] = (weights.b_ih + weights.b_hh)[hidden : 2 * hidden].mean()
+        enter, forget, *_ = (weights.b_ih + weights.b_hh).chunk(4)  # torch's order: input, forget, cell, output
+        facts |= {"forget_bias": forget.mean(), "input_bias": enter.mean()}
     return facts
 
 
@@ -93,10 +92,6 @@ def _rnn_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as
         return {}
     w = weights.hh.float()
     return {"spectral_radius": _radius(w), "spectral_norm": _radius(w.T @ w).sqrt()}
-
-
-def _saturation(y: Tensor) -> Tensor:
-    return (y.abs() > _SATURATED).double().mean()
 
 
 def _radius(matrix: Tensor) -> Tensor:
@@ -134,7 +129,7 @@ KINDS = (
         mode="RNN_TANH",
         nonlinearity="tanh",
         facts=_rnn_facts,
-        saturation=_saturation,
+        saturation=saturation,
     ),
     Kind(
         "RNN",

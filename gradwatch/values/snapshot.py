@@ -29,6 +29,9 @@ FactName = Literal[
     "spectral_radius",
     "forget_gate",
     "forget_bias",
+    "input_gate",
+    "input_bias",
+    "cell_saturation",
     "update_gate",
     "saturation",
 ]
@@ -38,6 +41,8 @@ silent_by_bias: of the units that are 0 for every input, the share that would no
 input_offset: norm of the input's mean over its spread; infinite where the input is the same for every sample.
 spectral_norm, spectral_radius: of the largest weight; of a recurrent module, of W_hh.
 forget_gate, update_gate: mean share of the state that the gates keep; forget_bias: mean of the forget gates' bias.
+input_gate: mean share of what is new that an LSTM's gates let into its cell; input_bias: mean of their bias.
+cell_saturation: share of an LSTM's cells whose tanh is in the outer 1 % of its range.
 saturation: share of a tanh network's outputs above 0.98.
 """
 

@@ -74,6 +74,8 @@ KICK = 0.3
 BY_BIAS = 0.5
 """Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
 part."""
+GATE_BIAS_NEAR = 0.7
+"""How near a gate's bias is to what a need asks for to count as set: the log of 2, a memory of half as long."""
 SATURATED_OUTPUTS = 0.1
 """Share of saturated outputs of a recurrent network that is worth a word."""
 OUTER_SHARE = 0.01

@@ -362,22 +362,116 @@ class Recurrent(nn.Module):
         return self.head(self.rnn(x)[0][:, -1])
 
 
+LENGTH = 50
+
+
+def adding(step):
+    """Draw the adding problem: the sum of two marked numbers, both in the older half of the sequence."""
+    generator = torch.Generator().manual_seed(step)
+    x, rows = torch.zeros(32, LENGTH, 2), torch.arange(32)
+    x[:, :, 0] = torch.rand(32, LENGTH, generator=generator) * 2 - 1
+    first = torch.randint(0, LENGTH // 10, (32,), generator=generator)
+    second = torch.randint(LENGTH // 10, LENGTH // 2, (32,), generator=generator)
+    x[rows, first, 1] = x[rows, second, 1] = 1.0
+    return x, ((x[rows, first, 0] + x[rows, second, 0]) / 4).unsqueeze(1)
+
+
+def cue(step):
+    """Draw the sign of the first of 50 timesteps, and noise of the same size after it."""
+    x = torch.randint(0, 2, (32, LENGTH, 1), generator=torch.Generator().manual_seed(step)) * 2.0 - 1.0
+    marks = torch.zeros(32, LENGTH, 2)
+    marks[:, 0, 0] = marks[:, -1, 1] = 1.0
+    return torch.cat([x, marks], -1), x[:, 0]
+
+
+def remembering(rnn, data, *, steps=300, lr=1e-2):
+    """Train one recurrent layer, watched; give its warnings and the mean of the last losses."""
+    torch.manual_seed(0)
+    net, losses = Recurrent(rnn), []
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+
+    def criterion(out, y):
+        loss = nn.functional.mse_loss(out, y)
+        losses.append(loss.item())
+        return loss
+
+    def clip(*_):
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+
+    optimizer.register_step_pre_hook(clip)
+    found = alerts(net, optimizer, horizon=LENGTH, data=data, steps=steps, criterion=criterion)
+    return found, sum(losses[-20:]) / 20
+
+
+def layer(kind, inputs, *biases, **options):
+    """Build a recurrent layer with these biases of its first gates, in torch's order; None leaves one as it is."""
+    torch.manual_seed(0)
+    rnn = kind(inputs, 24, batch_first=True, **options)
+    with torch.no_grad():
+        for gate, bias in enumerate(biases):
+            if bias is not None:
+                rnn.bias_ih_l0[24 * gate : 24 * (gate + 1)] = bias
+                rnn.bias_hh_l0[24 * gate : 24 * (gate + 1)] = 0.0
+    return rnn
+
+
 def test_an_lstm_whose_horizon_is_too_short():
-    def trained(bias):
-        torch.manual_seed(0)
-        net = Recurrent(nn.LSTM(4, 16, batch_first=True))
-        if bias is not None:
-            with torch.no_grad():
-                net.rnn.bias_ih_l0[16:32].fill_(bias)
-                net.rnn.bias_hh_l0[16:32].zero_()
-        return alerts(net, horizon=56, data=sequences, steps=35)
+    bias = math.log(LENGTH)
+    found, loss = remembering(layer(nn.LSTM, 2), adding)
+    alert = of(found, "GW301")
 
-    alert = of(trained(None), "GW301")
+    assert "its forget gates keep 0." in alert.cause
+    assert "set the forget-gate bias of rnn to 3.9 (the log of 50) and the input-gate bias to -3.9; or" in alert.remedy
+    assert loss > 0.03
 
-    assert "its forget gates keep 0.5" in alert.cause
-    assert f"set the forget-gate bias of rnn to {math.log(56):.1f} (the log of 56)" in alert.remedy
+    found, loss = remembering(layer(nn.LSTM, 2, -bias, bias), adding)
 
-    assert trained(math.log(56)) == []
+    assert found == []
+    assert loss < 0.003
+
+
+def test_an_lstm_whose_open_cell_adds_everything_up():
+    found, loss = remembering(layer(nn.LSTM, 2, None, math.log(LENGTH)), adding, steps=150)
+    alert = of(found, "GW305")
+
+    assert "its forget gates keep 0.98 of the cell" in alert.cause
+    assert "adds up and saturates" in alert.cause
+    assert alert.remedy.startswith("set the input-gate bias of rnn to -3.9")
+    assert loss > 0.02  # and the biases that it would then have are those of the test before
+
+
+def test_a_gru_whose_horizon_is_too_short():
+    found, loss = remembering(layer(nn.GRU, 2), adding)
+    alert = of(found, "GW301")
+
+    assert "set the update-gate bias of rnn to 3.9 (the log of 50); or" in alert.remedy
+    assert loss > 0.03
+
+    found, loss = remembering(layer(nn.GRU, 2, None, math.log(LENGTH)), adding)
+
+    assert found == []
+    assert loss < 0.003
+
+
+@pytest.mark.parametrize(
+    ("nonlinearity", "matrix", "remedy"),
+    [("tanh", nn.init.orthogonal_, "an orthogonal matrix"), ("relu", nn.init.eye_, "the identity matrix")],
+)
+def test_an_rnn_whose_horizon_is_too_short(nonlinearity, matrix, remedy):
+    rnn = layer(nn.RNN, 3, nonlinearity=nonlinearity)
+    found, loss = remembering(rnn, cue, lr=3e-3)
+
+    assert f"initialize weight_hh of rnn as {remedy}" in of(found, "GW301").remedy
+    assert loss > 0.8
+
+    rnn.reset_parameters()
+    matrix(rnn.weight_hh_l0)
+    nn.init.zeros_(rnn.bias_ih_l0)
+    nn.init.zeros_(rnn.bias_hh_l0)
+    found, loss = remembering(rnn, cue, lr=3e-3)
+
+    assert found == []
+    assert loss < 0.05
 
 
 def test_an_rnn_whose_gradient_grows_through_time():

@@ -309,9 +309,38 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
             },
             "its forget gates keep 0.52 of the cell at each step and their bias is 0.01",
             (
-                "set the forget-gate bias of rnn to 5.3 (the log of 200); or a skip connection or attention "
-                "from the timesteps that matter, or shorter windows"
+                "set the forget-gate bias of rnn to 5.3 (the log of 200) and the input-gate bias to -5.3; or a skip"
+                " connection or attention from the timesteps that matter, or shorter windows"
             ),
+        ),
+        (
+            "LSTM",
+            {
+                ("forget_gate", "l0"): 0.99,
+                ("forget_bias", "l0"): 5.2,
+                ("input_gate", "l0"): 0.5,
+                ("input_bias", "l0"): 0.0,
+                ("cell_saturation", "l0"): 0.82,
+            },
+            "its forget gates keep 0.99 of the cell and its input gates let in 0.50 of what is new, which adds up",
+            "set the input-gate bias of rnn to -5.3; or a skip connection or attention",
+        ),
+        (
+            "LSTM",
+            {
+                ("forget_gate", "l0"): 0.99,
+                ("forget_bias", "l0"): 5.2,
+                ("input_bias", "l0"): -5.3,
+                ("cell_saturation", "l0"): 0.0,
+            },
+            "cause not measured: its forget gates keep 0.99 of the cell at each step",
+            "a skip connection or attention from the timesteps that matter, or shorter windows",
+        ),
+        (
+            "GRU",
+            {("update_gate", "l0"): 0.995},
+            "cause not measured: its update gates keep 0.99 of the state at each step",
+            "a skip connection or attention from the timesteps that matter, or shorter windows",
         ),
         (
             "GRU",
@@ -324,8 +353,8 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
             {("spectral_radius", "l0"): 0.58, ("spectral_norm", "l0"): 1.1, ("saturation", "l0"): 0.02},
             "the spectral radius of W_hh is 0.58",
             (
-                "initialize weight_hh of rnn as an orthogonal or identity matrix, "
-                "or use an LSTM or GRU in its place with its gate bias set to 5.3 (the log of 200)"
+                "initialize weight_hh of rnn as an orthogonal matrix, or use a GRU in its place with its update-gate"
+                " bias set to 5.3 (the log of 200)"
             ),
         ),
         (
@@ -337,6 +366,13 @@ def test_the_evidence_is_in_the_words_that_were_asked_for():
             ),
             "initialize weight_hh of rnn",
         ),
+        (
+            "RNN",
+            {("spectral_radius", "l0"): 0.6},
+            "the spectral radius of W_hh is 0.60",
+            "initialize weight_hh of rnn as the identity matrix, with biases of 0",
+        ),
+        ("RNN", {}, "cause not measured", "initialize weight_hh of rnn as an orthogonal matrix (tanh) or the identity"),
         ("LSTM", {}, "cause not measured", "set the forget-gate bias of rnn to 5.3"),
         (None, {("update_gate", "l0"): 0.48}, "its update gates keep 0.48", "set the update-gate bias of rnn"),
         (None, {}, "cause not measured", "in rnn: a longer field of view"),
@@ -384,14 +420,24 @@ def test_a_detached_state_is_information():
     assert found((cut(16),), (own(LONG),)) == []
 
 
-def test_a_state_kept_from_batch_to_batch_is_information_also_where_the_need_is_longer_than_a_batch():
-    detached, unjudged = found((cut(64), whole(LONG, length=64)))[::-1]
+def test_a_detached_state_that_ends_before_the_need_is_a_warning_once_it_has_lasted():
+    probe = (cut(64), whole(LONG, length=64))
+    first, lasting = found(probe), found(*[probe] * 4)
 
-    assert codes([detached, unjudged]) == [("GW303", "rnn", Severity.INFO), ("GW304", "rnn", Severity.INFO)]
-    assert (
-        explain(detached).message
-        == "the state that rnn carries on is detached: no gradient goes back beyond the 64 timesteps of its sequences"
+    assert codes(first) == [("GW304", "rnn", Severity.INFO), ("GW303", "rnn", Severity.INFO)]
+    assert codes(lasting) == [("GW303", "rnn", Severity.WARNING)]
+    assert explain(lasting[0]).message == (
+        "the state that rnn carries on is detached: no gradient goes back beyond the 64 timesteps of its sequences,"
+        " and the need is 200"
     )
+    assert explain(lasting[0]).remedy.startswith("carry the state of rnn on without detach() for 200 timesteps")
+
+
+def test_a_detached_state_beyond_the_need_is_information_and_asks_for_no_declaration():
+    (finding,) = found(*[(cut(64), whole(LONG, length=64, need=50))] * 4)
+
+    assert codes([finding]) == [("GW303", "rnn", Severity.INFO)]
+    assert "horizon=" not in explain(finding).remedy
 
 
 def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():

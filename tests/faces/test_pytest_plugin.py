@@ -109,7 +109,7 @@ def test_far(gradwatch):
             "E       gradwatch.GradientHealthError: the model learns from the last * of 60 timesteps *",
             "E       horizon: the smallest n such that *",
             "E       why: its forget gates keep *",
-            "E       try: set the forget-gate bias of memory to 3.9 (the log of 50); *",
+            "E       try: set the forget-gate bias of memory to 3.9 (the log of 50) and the input-gate bias to -3.9; *",
             "*test_the_fixture_offers*.py:*: GradientHealthError",
         ]
     )

@@ -226,7 +226,7 @@ def test_the_error_has_the_horizon_its_definition_the_cause_the_remedy_and_the_p
             "stays below 0.001 of its maximum from there on"
         ),
         "why: its forget gates keep 0.50 of the cell at each step and their bias is 0.01",
-        "try: set the forget-gate bias of encoder.rnn to 5.3 (the log of 200); or a skip connection",
+        "try: set the forget-gate bias of encoder.rnn to 5.3 (the log of 200) and the input-gate bias to -5.3; or a",
         "^ horizon: 16",
         "^ need: 200",
     ):
@@ -239,7 +239,7 @@ def test_the_error_without_facts_says_so_and_gives_a_remedy_all_the_same():
 
     assert "why: cause not measured" in text
     assert "try: in rnn: a longer field of view" in text
-    assert "for an LSTM, set its forget-gate bias to 5.3" in " ".join(
+    assert "for an LSTM, set the forget-gate bias to 5.3" in " ".join(
         error(SequenceStats("", "model", 250, lag_gain=gain(0.64, 250)), 200).split()
     )
     assert "set the update-gate bias of rnn to 5.3" in " ".join(error(RNN, 200, (), place="rnn", kind="GRU").split())
