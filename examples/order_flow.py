@@ -33,11 +33,14 @@ class Regime(nn.Module):
 
 
 def remember(lstm: nn.LSTM, timesteps: int) -> None:
-    """Set the forget-gate bias to the log of the timesteps: the cell then keeps 1 - 1/timesteps of itself at each."""
-    forget = slice(lstm.hidden_size, 2 * lstm.hidden_size)  # the order of torch's gates: input, forget, cell, output
+    """Let the cell keep 1 - 1/timesteps of itself at each, and take in 1/timesteps of what is new: the log, and minus it.
+
+    So an LSTM remembers as long, and what it remembers is a mean; with an open input gate it would be a sum.
+    """
+    enter, forget = slice(lstm.hidden_size), slice(lstm.hidden_size, 2 * lstm.hidden_size)  # torch's first two gates
     with torch.no_grad():
-        lstm.bias_ih_l0[forget] = math.log(timesteps)
-        lstm.bias_hh_l0[forget] = 0  # torch adds the two
+        lstm.bias_ih_l0[forget], lstm.bias_ih_l0[enter] = math.log(timesteps), -math.log(timesteps)
+        lstm.bias_hh_l0[: 2 * lstm.hidden_size] = 0  # torch adds the two
 
 
 def train(model: Regime, steps: int, logdir: str) -> str:
@@ -81,7 +84,7 @@ def main() -> None:
     gradwatch.assert_horizon(
         model, torch.randn(8, 250, len(market.FLOW_FEATURES)), at_least=NEED
     )  # before anything is trained
-    print(f"\nWith a forget-gate bias of {math.log(NEED):.1f}:")
+    print(f"\nWith a forget-gate bias of {math.log(NEED):.1f} and an input-gate bias of -{math.log(NEED):.1f}:")
     after = train(model, options.steps, f"{options.logdir}/after")
 
     print(f"\nbefore: {before}\nafter:  {after}\n(a coin: loss {math.log(2):.3f}, 50% right)")

@@ -52,8 +52,8 @@ def recurrent(kind: str, outputs: int, *, remembers: int | None = None) -> nn.Mo
     Args:
         kind: "RNN", "LSTM" or "GRU"; in small letters it is the name of the module.
         outputs: numbers that it returns for each sequence; a single one has no dimension of its own.
-        remembers: bars after which the cell of an LSTM still holds e^-1 of its content, by the bias of its forget gate;
-            None leaves PyTorch's default.
+        remembers: bars after which the cell of an LSTM still holds e^-1 of its content, by the bias of its forget gate,
+            and of which it takes in one share each, by that of its input gate; None leaves PyTorch's default.
 
     """
     import torch
@@ -73,10 +73,11 @@ def recurrent(kind: str, outputs: int, *, remembers: int | None = None) -> nn.Mo
     made = Network()
     if remembers is not None:
         lstm = made.get_submodule("lstm")
-        forget = slice(STATE, 2 * STATE)  # torch's order of the gates: input, forget, cell, output
+        enter, forget = slice(STATE), slice(STATE, 2 * STATE)  # torch's order of the gates: input, forget, cell, output
         with torch.no_grad():
-            lstm.get_parameter("bias_ih_l0")[forget] = math.log(remembers)
-            lstm.get_parameter("bias_hh_l0")[forget] = 0.0  # the two are added up
+            bias = lstm.get_parameter("bias_ih_l0")
+            bias[enter], bias[forget] = -math.log(remembers), math.log(remembers)
+            lstm.get_parameter("bias_hh_l0")[: 2 * STATE] = 0.0  # the two are added up
     return made
 
 
@@ -107,7 +108,8 @@ FLOW = (
     Subject("flow-lstm", "An LSTM as PyTorch makes it.", partial(_recurrent, "LSTM", 2)),
     Subject(
         "flow-lstm-bias",
-        f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}.",
+        f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}, and its input-gate bias to"
+        f" -{math.log(NEED):.1f}.",
         partial(_recurrent, "LSTM", 2, remembers=NEED),
     ),
 )
