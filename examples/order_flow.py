@@ -33,7 +33,7 @@ class Regime(nn.Module):
 
 
 def remember(lstm: nn.LSTM, timesteps: int) -> None:
-    """Let the cell keep 1 - 1/timesteps of itself at each, and take in 1/timesteps of what is new: the log, and minus it.
+    """Let the cell keep 1 - 1/timesteps of itself at each, and take in 1/timesteps of what is new.
 
     So an LSTM remembers as long, and what it remembers is a mean; with an open input gate it would be a sum.
     """

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from gradwatch.checks.batch import arguments
-from gradwatch.detectors.time_words import words_of_horizon
+from gradwatch.detectors.memory import padding_read
+from gradwatch.detectors.time_words import explain_padding, words_of_horizon
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
@@ -99,6 +100,8 @@ def assert_horizon(
             "how far back the model learns cannot be told: its gain by lag is not finite, because of NaN or infinity on"
             " the way back"
         )
+    if stats.reads_padding:
+        raise GradientHealthError(horizon_error(stats, explain_padding(padding_read(stats, place))))
     if stats.censored and stats.length < at_least:
         raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
     if stats.horizon < at_least:

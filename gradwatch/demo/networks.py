@@ -108,8 +108,8 @@ FLOW = (
     Subject("flow-lstm", "An LSTM as PyTorch makes it.", partial(_recurrent, "LSTM", 2)),
     Subject(
         "flow-lstm-bias",
-        f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}, and its input-gate bias to"
-        f" -{math.log(NEED):.1f}.",
+        f"The same LSTM, its forget-gate bias set to {math.log(NEED):.1f}, the log of {NEED}, and its input-gate bias"
+        f" to -{math.log(NEED):.1f}.",
         partial(_recurrent, "LSTM", 2, remembers=NEED),
     ),
 )

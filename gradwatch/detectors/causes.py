@@ -9,7 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Finding
+from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats, FactName, Function
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
@@ -20,6 +22,7 @@ from gradwatch.values.thresholds import (
     MOSTLY_FLAT,
     NEEDED_GAIN,
     OFF_CENTRE,
+    PADDING_PROBES,
     SMALL_GAIN,
 )
 
@@ -59,6 +62,22 @@ def flat(history: History) -> set[int]:
         return set()
     last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
     return set(history.order[: last + 1])
+
+
+def padded(history: History) -> dict[str, SequenceStats]:
+    """Return the recurrent modules that read padding: at probe after probe next to nothing arrived at their data."""
+    probes = history.sequences(min(PADDING_PROBES, history.thresholds.window))
+    reads = [{s.module: s for s in p.sequences or () if s.part == "" and s.reads_padding} for p in probes]
+    return {name: stats for name, stats in reads[-1].items() if all(name in r for r in reads)} if reads else {}
+
+
+def before_padding(history: History) -> set[int]:
+    """Return the layers whose gradient comes through what reads padding: that is why they have none."""
+    order = history.order
+    last = {
+        name: at for at, i in enumerate(order) for name in padded(history) if inside(history.model.layers[i].name, name)
+    }
+    return set(order[: max(last.values(), default=0)])
 
 
 def steepest(history: History, count: int = 4) -> list[str]:

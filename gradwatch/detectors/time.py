@@ -9,16 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from gradwatch.detectors import memory
+from gradwatch.detectors.causes import padded
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
-    FADES,
     GROWS,
-    explain_detached,
-    explain_full,
     explain_growth,
     explain_short,
     explain_unjudged,
-    keeps,
     too_short,
     worst,
 )
@@ -27,32 +25,33 @@ from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Finding, Severity
 from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, shortest, slope, subject
 from gradwatch.values.snapshot import Fact, Snapshot
-from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT, MOSTLY_FLAT
+from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT
 
 
 def through_time(history: History) -> Iterator[Finding]:
     """GW301: a horizon shorter than the need. GW302: a gradient that grows by lag. GW303: a detached state.
 
-    GW304: a need that cannot be judged. GW305: a cell that is full.
+    GW304: a need that cannot be judged. GW305: a cell that is full. GW306: padding that is read.
 
     Between two probes the findings of the last one hold.
     """
     probes = history.sequences()
     if not probes:
         return
-    claims = list(_claims(history, probes))
+    claims = [c for c in _claims(history, probes) if c.place not in padded(history)]
     unmet = {
         c.place
         for c in claims
         if c.need is not None and (verdicts := _verdicts(history, probes, c)) and verdicts[-1].met is False
     }
-    detached = [f for f in _detached(history, probes) if f.place not in unmet]
+    detached = [f for f in memory.detached_states(history, probes) if f.place not in unmet]
     short = {f.place for f in detached if f.severity > Severity.INFO}
     for claim in claims:
         yield from (f for f in _judged(history, probes, claim) if f.code != "GW304" or f.place not in short)
     yield from _exploding(history, probes)
     yield from detached
-    yield from (f for f in _full(history, probes) if f.place not in unmet)
+    yield from memory.read_padding(history, probes)
+    yield from (f for f in memory.full_cells(history, probes) if f.place not in unmet)
 
 
 # --- a horizon against its need ---
@@ -141,7 +140,7 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
         need=claim.need,
         severity=claim.severity,
     )
-    cut = _reached(probes[-1]).get(claim.place)
+    cut = memory.reached_by(probes[-1]).get(claim.place)
     yield dataclasses.replace(
         finding,
         onset=unbroken[-1].step,
@@ -309,73 +308,9 @@ def _growth(by_lag: tuple[float, ...]) -> _Growth:
     return _Growth(math.exp(min(law * (peak - start), LARGEST_EXPONENT)), math.exp(law), peak)
 
 
-# --- a state that is full ---
-
-
-def _full(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Find LSTMs that keep everything and let everything in, until their cells are saturated, and learn nothing.
-
-    The gain by lag does not show it: it shrinks at every lag alike.
-    """
-    if history.improved is not False:
-        return
-    for stats in probes[-1].sequences or ():
-        place, needs = stats.module, [s.need for s in probes[-1].sequences or () if s.part == "model"]
-        need = stats.need or next(iter(needs), None)
-        last = probes[-history.thresholds.of(place).horizon_probes :]
-        if stats.part or stats.kind != "LSTM" or len(last) < history.thresholds.of(place).horizon_probes:
-            continue
-        seen = [worst(p.facts or (), place, FADES) for p in last]
-        if all(
-            f.get("cell_saturation", 0.0) >= MOSTLY_FLAT and keeps(f.get("forget_gate", 0.0), stats.length)
-            for f in seen
-        ):
-            yield Finding(
-                "GW305",
-                "vanishing-time",
-                Severity.INFO if need is None else Severity.WARNING,
-                place,
-                onset=last[0].step,
-                evidence={**seen[-1], **({} if need is None else {"need": float(need)})},
-            )
-
-
-# --- a state that is cut off ---
-
-
-def _detached(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Find where a carried state is detached: a fault where that keeps the gradient from what a declared need asks."""
-    newest = probes[-1].sequences or ()
-    whole = next((s.need for s in newest if s.part == "model" and s.need is not None), None)
-    for place, reached in _reached(probes[-1]).items():
-        since = list(itertools.takewhile(lambda p: place in _reached(p), reversed(probes)))  # noqa: B023 (used here)
-        mine = [s for s in newest if s.module == place]
-        need = next((s.need for s in mine if s.need is not None), whole)
-        short = need is not None and reached < need and len(since) >= history.thresholds.of(place).horizon_probes
-        yield Finding(
-            "GW303",
-            "vanishing-time",
-            Severity.WARNING if short else Severity.INFO,
-            place,
-            lag=reached,
-            onset=since[-1].step,
-            evidence={
-                "length": float(max(s.length for s in mine)),
-                "reached": float(reached),
-                **({} if need is None else {"need": float(need)}),
-            },
-        )
-
-
-def _reached(probe: Snapshot) -> dict[str, int]:
-    """Return how many of its newest timesteps a gradient reaches, by module whose carried state is detached."""
-    return {s.module: s.reached for s in probe.sequences or () if s.reached is not None}
-
-
 RULES = (
     Rule("GW301", "vanishing-time", explain_short),
     Rule("GW302", "exploding", explain_growth, event=True),
-    Rule("GW303", "vanishing-time", explain_detached, explains_a_stall=False),
     Rule("GW304", "vanishing-time", explain_unjudged, explains_a_stall=False),
-    Rule("GW305", "vanishing-time", explain_full),
+    *memory.RULES,
 )

@@ -182,6 +182,19 @@ def explain_full(finding: Finding) -> Explanation:
     )
 
 
+def explain_padding(finding: Finding) -> Explanation:
+    """Say that padding is read in place of the data."""
+    evidence, since = finding.evidence, "" if finding.onset is None else f", since step {finding.onset}"
+    return Explanation(
+        f"what is read of {finding.place or 'the model'} is its padding: in a typical row the last"
+        f" {evidence['padding']:.0f} of {evidence['length']:.0f} timesteps are all the same, and the data before them"
+        f" gets {evidence['data']:.1g} of their gradient{since}",
+        "the rows are padded at their ends, and the output is taken at the end of the padding",
+        "pack the rows (torch.nn.utils.rnn.pack_padded_sequence), or take the output of each at the last timestep of"
+        " its data, or put the padding in front",
+    )
+
+
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
     who, need, length = finding.place or "the model", finding.evidence["need"], finding.evidence.get("length")

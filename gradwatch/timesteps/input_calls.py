@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from gradwatch.model.nested import data_of
 from gradwatch.timesteps.adjoint import by_lag
 from gradwatch.timesteps.layout import Layout, layout_of
+from gradwatch.timesteps.padding import equal_to_last, padding_of
 
 Root = tuple[int, int]
 """A tensor by which a derivative is taken: its `id` and its version."""
@@ -74,6 +75,9 @@ class InputCall:
     packed: PackedSequence | None
     blank: Tensor
     """(T, B): whether the input is exactly zero there, as padding is."""
+    same: Tensor | None = None
+    """(T, B): whether it belongs to a run of equal timesteps at its row's end, as padding does; None where the call is
+    one timestep, or packed."""
     begins: bool = False
     """Whether it begins a sequence of its own, and does not go on with the state of the call before."""
 
@@ -95,8 +99,10 @@ class InputCall:
         root, view = roots.add(tensor)
         packed = value if isinstance(value, PackedSequence) else None
         time = time % tensor.dim() if time is not None and packed is None else time
-        blank = layout.every(tensor)[0] == 0
-        return cls(layout, root, view, tensor.shape, time, packed, blank)
+        blank, same = layout.every(tensor)[0] == 0, None
+        if packed is None and not layout.single and layout.batched:
+            same = equal_to_last(tensor.detach().movedim((time or 0, 1 - min(time or 0, 1)), (0, 1)).unsqueeze(-1))
+        return cls(layout, root, view, tensor.shape, time, packed, blank, same)
 
     @property
     def batched(self) -> bool:
@@ -142,6 +148,13 @@ class InputSequence:
         """
         alive = ~_stacked([call.blank for call in self.calls])
         return torch.where(alive[-1].any(), _ends(alive), len(alive))
+
+    def padding(self, gradients: Mapping[Root, Tensor | None]) -> Tensor:
+        """Return what `padding_of` does, (2,); zeros where the sequence came in several calls, or packed."""
+        same = self.calls[0].same if len(self.calls) == 1 else None
+        if same is None:
+            return torch.zeros(2, dtype=torch.float64, device=self.calls[0].blank.device)
+        return padding_of(same, self.calls[0].squares(gradients))
 
     def squares(self, gradients: Mapping[Root, Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the squared norms of the gradient, (T, B), and how long each row is, (B,).

@@ -207,7 +207,8 @@ class InputTap:
             raise RuntimeError(f"the derivative by the input of {place or 'the model'} failed: {error}") from error
         with torch.no_grad():
             known = lengths if len(sequences) == 1 else None
-            numbers = gain_by_lag([sequence.squares(gradients, known) for sequence in sequences])
+            gain = gain_by_lag([sequence.squares(gradients, known) for sequence in sequences])
+            numbers = torch.cat([last.padding(gradients).to(gain.device), gain])
         note = None
         if all(gradient is None for gradient in gradients.values()):
             note = f"the output does not depend on what enters {place or 'the model'}"

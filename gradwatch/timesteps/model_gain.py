@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from gradwatch.model.forward_hooks import Transfer
+from gradwatch.timesteps.padding import told
 from gradwatch.values.sequences import SequenceStats, horizon_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
@@ -24,7 +25,7 @@ class ModelGain:
     """Name of the module whose input is meant; "" is the model's own."""
     rows: int
     numbers: Tensor
-    """Float64: timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
+    """Float64: what `padding_of` gives, timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
     note: str | None = None
 
     def collect(self, transfer: Transfer, share: float) -> Callable[[], SequenceStats]:
@@ -34,8 +35,8 @@ class ModelGain:
 
     def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
         """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
-        length = int(numbers[0])
-        gain = tuple(numbers[1 : 1 + length])
+        (padding, data), length = told(numbers[:2]), int(numbers[2])
+        gain = tuple(numbers[3 : 3 + length])
         found = horizon_of(gain, share)
         return SequenceStats(
             "",
@@ -45,4 +46,6 @@ class ModelGain:
             lag_gain=gain,
             censored=None if found is None else found.censored,
             note=self.note,
+            padding=padding,
+            grad_data=data,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
+from gradwatch.timesteps.padding import equal_to_last, padding_of, told
 from gradwatch.timesteps.walk import Series, gradients_through_time
 from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
 from gradwatch.values.snapshot import Fact, FactName
@@ -85,6 +86,7 @@ class Trace:
         self, values: Mapping[tuple[str, str], Sequence[float]], step: StepView, share: float
     ) -> list[SequenceStats]:
         checks = {name: values["check", name][0] for name in self.checks}
+        padding, data = told(values["check", "padding"]) if "padding" in checks else (None, None)
         scaled, scale = self.arrived and step.scaled(checks.get("changed")), step.factor
         notes, reached = list(self.notes), self.reached
         if checks.get("carried", 0.0) > 0:
@@ -124,6 +126,8 @@ class Trace:
                     scaled=scaled,
                     note="; ".join(notes) or None if not series.part else None,
                     reached=reached if not series.part else None,
+                    padding=padding if not series.part else None,
+                    grad_data=data if not series.part else None,
                     **mine,
                 )
             )
@@ -255,6 +259,8 @@ def _walk(chain: Sequence[SequenceCall], own: Tensor | None, result: Trace, gene
     result.tolerance = max(_NARROW if r.narrow else _TOLERANCE.get(r.y.dtype, _NARROW) for r in records)
     if records[0].origin is StateOrigin.CARRIED:
         result.checks["carried"] = records[0].h0.abs().max()
+    if len(records) == 1 and records[0].layout.lengths is None and "x" in records[0].gradients:
+        result.checks["padding"] = padding_of(equal_to_last(records[0].x), square(records[0].gradients["x"]))
 
 
 def _why_not_walked(chain: Sequence[SequenceCall], records: Sequence[CallRecord]) -> str | None:

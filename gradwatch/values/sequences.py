@@ -123,10 +123,21 @@ class SequenceStats:
 
     On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
     """
+    padding: float | None = None
+    """At the ends of rows of one length, how many timesteps are all the same, in the median row: padding, for the rows
+    differ in that. On part "" of a recurrent module; None where there is none, or that is not known."""
+    grad_data: float | None = None
+    """Where there is padding: the largest gradient at a timestep of data over the largest at one of padding, in the
+    median row; None where the padding gets none."""
     kind: RecurrenceName | None = None
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
     reverse: bool = False
     """Whether this part runs from the newest timestep to the oldest."""
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether next to nothing of the gradient arrives at the data, beside what arrives at the padding after it."""
+        return self.grad_data is not None and self.grad_data < HORIZON_GAIN
 
     @property
     def why_unknown(self) -> str:

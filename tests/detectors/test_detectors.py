@@ -26,7 +26,7 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats
+from gradwatch.values.snapshot import ActivationStats, Fact
 
 
 def model(count, *, adaptive=False, order=None):
@@ -384,8 +384,13 @@ def _one_of_each():
         SequenceStats("l0", length=60, lag_gain=fades),
         SequenceStats("l0", length=60, lag_gain=grows, reached=60),
         SequenceStats("l0", length=60, need=200, lag_gain=grows),
+        SequenceStats("l0", length=60, padding=40.0, grad_data=1e-9),
     ):
         yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}
+    full = {"forget_gate": 0.99, "input_gate": 0.5, "cell_saturation": 0.8}
+    facts = tuple(Fact("l0", name, value, "l0") for name, value in full.items())
+    cells = [(SequenceStats("l0", length=60, kind="LSTM"),)] * 12
+    yield (one, [(1.0,)] * 12), {"sequences": cells, "facts": [facts] * 12, "losses": [1.0] * 12}
 
 
 def test_zeros_beside_entries_of_full_size_are_not_flushed():

@@ -1,0 +1,96 @@
+"""What keeps a recurrent module from its data, and no horizon shows: a detached state, a full cell, padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from gradwatch.detectors.causes import padded
+from gradwatch.detectors.rule import Rule
+from gradwatch.detectors.time_words import FADES, explain_detached, explain_full, explain_padding, keeps, worst
+from gradwatch.values.history import History
+from gradwatch.values.report import Finding, Severity
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.thresholds import MOSTLY_FLAT
+
+
+def detached_states(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find where a carried state is detached: a fault where that keeps the gradient from what a declared need asks."""
+    newest = probes[-1].sequences or ()
+    whole = next((s.need for s in newest if s.part == "model" and s.need is not None), None)
+    for place, reached in reached_by(probes[-1]).items():
+        since = list(itertools.takewhile(lambda p: place in reached_by(p), reversed(probes)))  # noqa: B023 (used here)
+        mine = [s for s in newest if s.module == place]
+        need = next((s.need for s in mine if s.need is not None), whole)
+        short = need is not None and reached < need and len(since) >= history.thresholds.of(place).horizon_probes
+        yield Finding(
+            "GW303",
+            "vanishing-time",
+            Severity.WARNING if short else Severity.INFO,
+            place,
+            lag=reached,
+            onset=since[-1].step,
+            evidence={
+                "length": float(max(s.length for s in mine)),
+                "reached": float(reached),
+                **({} if need is None else {"need": float(need)}),
+            },
+        )
+
+
+def reached_by(probe: Snapshot) -> dict[str, int]:
+    """Return how many of its newest timesteps a gradient reaches, by module whose carried state is detached."""
+    return {s.module: s.reached for s in probe.sequences or () if s.reached is not None}
+
+
+def full_cells(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find LSTMs that keep everything and let everything in, until their cells are saturated, and learn nothing.
+
+    The gain by lag does not show it: it shrinks at every lag alike.
+    """
+    if history.improved is not False:
+        return
+    newest = probes[-1].sequences or ()
+    whole = next((s.need for s in newest if s.part == "model"), None)
+    for stats in (s for s in newest if s.part == "" and s.kind == "LSTM"):
+        place, need = stats.module, stats.need or whole
+        patience = history.thresholds.of(place).horizon_probes
+        last = probes[-patience:]
+        seen = [worst(p.facts or (), place, FADES) for p in last]
+        full = [
+            f.get("cell_saturation", 0.0) >= MOSTLY_FLAT and keeps(f.get("forget_gate", 0.0), stats.length)
+            for f in seen
+        ]
+        if len(last) >= patience and all(full):
+            yield Finding(
+                "GW305",
+                "vanishing-time",
+                Severity.INFO if need is None else Severity.WARNING,
+                place,
+                onset=last[0].step,
+                evidence={**seen[-1], **({} if need is None else {"need": float(need)})},
+            )
+
+
+def read_padding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find that the output reads the padding at the ends of rows, so that next to nothing arrives at the data."""
+    for place, stats in padded(history).items():
+        reads = [any(s.module == place and s.grad_data is not None for s in p.sequences or ()) for p in probes]
+        since = list(itertools.takewhile(bool, reversed(reads)))
+        severity = Severity.INFO if history.improved else Severity.WARNING
+        yield dataclasses.replace(padding_read(stats, place), severity=severity, onset=probes[-len(since)].step)
+
+
+def padding_read(stats: SequenceStats, place: str) -> Finding:
+    """Return the finding that padding is read in place of data, at the module of this name."""
+    evidence = {"padding": stats.padding or 0.0, "length": float(stats.length), "data": stats.grad_data or 0.0}
+    return Finding("GW306", "vanishing-time", Severity.WARNING, place, evidence=evidence)
+
+
+RULES = (
+    Rule("GW303", "vanishing-time", explain_detached, explains_a_stall=False),
+    Rule("GW305", "vanishing-time", explain_full),
+    Rule("GW306", "vanishing-time", explain_padding),
+)
