@@ -18,11 +18,11 @@ from gradwatch.values.thresholds import (
     BY_BIAS,
     KICK,
     LARGE_GAIN,
+    MISREAD_PROBES,
     MOSTLY_DEAD,
     MOSTLY_FLAT,
     NEEDED_GAIN,
     OFF_CENTRE,
-    PADDING_PROBES,
     SMALL_GAIN,
 )
 
@@ -64,20 +64,20 @@ def flat(history: History) -> set[int]:
     return set(history.order[: last + 1])
 
 
-def padded(history: History) -> dict[str, SequenceStats]:
-    """Return the recurrent modules that read padding: at probe after probe next to nothing arrived at their data."""
-    probes = history.sequences(min(PADDING_PROBES, history.thresholds.window))
-    reads = [{s.module: s for s in p.sequences or () if s.part == "" and s.reads_padding} for p in probes]
-    return {name: stats for name, stats in reads[-1].items() if all(name in r for r in reads)} if reads else {}
+def misread(history: History) -> dict[str, SequenceStats]:
+    """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
+    probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
+    found = [
+        {s.module: s for s in p.sequences or () if s.part == "" and (s.over_batch or s.reads_padding)} for p in probes
+    ]
+    return {name: stats for name, stats in found[-1].items() if all(name in f for f in found)} if found else {}
 
 
-def before_padding(history: History) -> set[int]:
-    """Return the layers whose gradient comes through what reads padding: that is why they have none."""
-    order = history.order
-    last = {
-        name: at for at, i in enumerate(order) for name in padded(history) if inside(history.model.layers[i].name, name)
-    }
-    return set(order[: max(last.values(), default=0)])
+def before_misread(history: History) -> set[int]:
+    """Return the layers before a recurrent module that does not read its data: that is why they have no gradient."""
+    order, names = history.order, misread(history)
+    last = [at for at, i in enumerate(order) for name in names if inside(history.model.layers[i].name, name)]
+    return set(order[: max(last, default=0)])
 
 
 def steepest(history: History, count: int = 4) -> list[str]:

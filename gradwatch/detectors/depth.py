@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import before_padding, flat, of_vanishing
+from gradwatch.detectors.causes import before_misread, flat, of_vanishing
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -42,7 +42,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
-    vanishing[list(before_padding(history))] = False  # that is another kind
+    vanishing[list(before_misread(history))] = False  # that is another kind
     for run in _faults(history, vanishing, ratios[-1], closed):
         place = history.model.layers[run[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])

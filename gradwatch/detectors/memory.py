@@ -6,9 +6,17 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.causes import padded
+from gradwatch.detectors.causes import misread
 from gradwatch.detectors.rule import Rule
-from gradwatch.detectors.time_words import FADES, explain_detached, explain_full, explain_padding, keeps, worst
+from gradwatch.detectors.time_words import (
+    FADES,
+    explain_detached,
+    explain_full,
+    explain_over_batch,
+    explain_padding,
+    keeps,
+    worst,
+)
 from gradwatch.values.history import History
 from gradwatch.values.report import Finding, Severity
 from gradwatch.values.sequences import SequenceStats
@@ -74,13 +82,20 @@ def full_cells(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
             )
 
 
-def read_padding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
-    """Find that the output reads the padding at the ends of rows, so that next to nothing arrives at the data."""
-    for place, stats in padded(history).items():
-        reads = [any(s.module == place and s.grad_data is not None for s in p.sequences or ()) for p in probes]
-        since = list(itertools.takewhile(bool, reversed(reads)))
-        severity = Severity.INFO if history.improved else Severity.WARNING
-        yield dataclasses.replace(padding_read(stats, place), severity=severity, onset=probes[-len(since)].step)
+def misreading(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find recurrent modules that take padding for data, or the batch for time, so that they cannot learn from it."""
+    severity = Severity.INFO if history.improved else Severity.WARNING
+    for place, stats in misread(history).items():
+        of = batch_read if stats.over_batch else padding_read
+        mine = [next((s for s in p.sequences or () if (s.module, s.part) == (place, "")), None) for p in probes]
+        since = itertools.takewhile(lambda s: s is not None and (s.over_batch or s.reads_padding), reversed(mine))
+        onset = probes[-len(list(since))].step
+        yield dataclasses.replace(of(stats, place), severity=severity, onset=onset)
+
+
+def batch_read(stats: SequenceStats, place: str) -> Finding:
+    """Return the finding that the batch is taken for time, at the module of this name."""
+    return Finding("GW307", "vanishing-time", Severity.WARNING, place, evidence={"length": float(stats.length)})
 
 
 def padding_read(stats: SequenceStats, place: str) -> Finding:
@@ -93,4 +108,5 @@ RULES = (
     Rule("GW303", "vanishing-time", explain_detached, explains_a_stall=False),
     Rule("GW305", "vanishing-time", explain_full),
     Rule("GW306", "vanishing-time", explain_padding),
+    Rule("GW307", "vanishing-time", explain_over_batch),
 )

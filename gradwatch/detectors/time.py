@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gradwatch.detectors import memory
-from gradwatch.detectors.causes import padded
+from gradwatch.detectors.causes import misread
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     GROWS,
@@ -32,13 +32,14 @@ def through_time(history: History) -> Iterator[Finding]:
     """GW301: a horizon shorter than the need. GW302: a gradient that grows by lag. GW303: a detached state.
 
     GW304: a need that cannot be judged. GW305: a cell that is full. GW306: padding that is read.
+    GW307: a batch that is taken for time.
 
     Between two probes the findings of the last one hold.
     """
     probes = history.sequences()
     if not probes:
         return
-    claims = [c for c in _claims(history, probes) if c.place not in padded(history)]
+    claims = [c for c in _claims(history, probes) if c.place not in misread(history)]
     unmet = {
         c.place
         for c in claims
@@ -50,7 +51,7 @@ def through_time(history: History) -> Iterator[Finding]:
         yield from (f for f in _judged(history, probes, claim) if f.code != "GW304" or f.place not in short)
     yield from _exploding(history, probes)
     yield from detached
-    yield from memory.read_padding(history, probes)
+    yield from memory.misreading(history, probes)
     yield from (f for f in memory.full_cells(history, probes) if f.place not in unmet)
 
 

@@ -195,6 +195,18 @@ def explain_padding(finding: Finding) -> Explanation:
     )
 
 
+def explain_over_batch(finding: Finding) -> Explanation:
+    """Say that the rows of the batch are taken for timesteps."""
+    name, length = finding.place or "the model", finding.evidence["length"]
+    since = "" if finding.onset is None else f", since step {finding.onset}"
+    return Explanation(
+        f"{name} runs over the batch: the model's output has a row for each of its {length:.0f} timesteps, and none for"
+        f" its rows{since}",
+        "it takes the first dimension of its input for time (batch_first=False), and that is the batch",
+        f"set batch_first=True in {name}, or transpose what goes into it",
+    )
+
+
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
     who, need, length = finding.place or "the model", finding.evidence["need"], finding.evidence.get("length")

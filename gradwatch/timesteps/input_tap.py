@@ -15,7 +15,7 @@ from gradwatch.model.nested import data_of, differentiable, leaves, tensors
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Roots, gain_by_lag
 from gradwatch.timesteps.kinds import is_recurrent, time_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
-from gradwatch.timesteps.output import chosen_of, newest_of
+from gradwatch.timesteps.output import chosen_of, newest_of, over_batch
 
 
 def in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -193,6 +193,14 @@ class InputTap:
         sequences, place = self._sequences()
         last = sequences[-1]
         chosen = chosen_of(returned, output, last.steps if last.calls[0].layout.single else None)
+        first = last.calls[0].layout
+        recurrent = self._module is not None and is_recurrent(self._module)
+        if recurrent and isinstance(chosen, Tensor) and over_batch(chosen.shape, first):
+            raise ValueError(
+                f"{place or 'the model'} runs over the batch: the output of shape {tuple(chosen.shape)} has a row for"
+                f" each of its {first.steps} timesteps and none for its {first.count} rows; set batch_first=True, or"
+                " transpose what goes in"
+            )
         newest, lengths = newest_of(chosen, last, self._sizes)
         if newest.is_complex():
             newest = torch.view_as_real(newest)

@@ -19,8 +19,10 @@ class Layout(Protocol):
     batched: bool
     """Whether there is a dimension of rows."""
     steps: int
+    count: int
+    """How many rows there are."""
     rows: int
-    """How many rows are looked at closely."""
+    """How many of them are looked at closely."""
     whole: bool
     """Whether these are all."""
     lengths: list[int] | None
@@ -101,10 +103,10 @@ class Padded:
         self.lengths: list[int] | None = None
         self._time, self._batch = time, (1 - min(time, 1) if batched else None)
         self.steps = shape[time]
-        self._count = shape[self._batch] if self._batch is not None else 1
-        self._chosen = spaced(self._count, wanted)
+        self.count = shape[self._batch] if self._batch is not None else 1
+        self._chosen = spaced(self.count, wanted)
         self.rows = len(self._chosen)
-        self.whole = self.rows == self._count
+        self.whole = self.rows == self.count
 
     def take(self, tensor: Tensor) -> Tensor:
         """Copy the rows that are looked at, (T, rows, features)."""
@@ -132,7 +134,7 @@ class Padded:
 
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""
-        return self.steps, self._count, features
+        return self.steps, self.count, features
 
     def from_inner(self, tensor: Tensor) -> Tensor:
         """Take the rows that are looked at from a tensor of that shape, (T, rows, features)."""
@@ -171,8 +173,8 @@ class Packed:
             for row in range(size):
                 every[row] += 1
         chosen = spaced(sizes[0], wanted)
-        self.rows = len(chosen)
-        self.whole = self.rows == sizes[0]
+        self.count, self.rows = sizes[0], len(chosen)
+        self.whole = self.rows == self.count
         self.lengths: list[int] | None = [every[row] for row in chosen]
         device = packed.data.device
         self._index = torch.tensor(

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of, leaves, parts
 from gradwatch.timesteps.input_calls import InputSequence, packed_lengths
+from gradwatch.timesteps.layout import Layout
 
 
 def chosen_of(
@@ -62,6 +63,21 @@ def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -
         if len(shape) > max(time, 1) and shape[time] in steps and shape[1 - min(time, 1)] == rows:
             return time
     return None
+
+
+def over_batch(shape: torch.Size | None, layout: Layout) -> bool:
+    """Tell whether a recurrent module runs over the batch.
+
+    So it is where what the model gives has a row for each of its timesteps, and no dimension for its rows.
+
+    Args:
+        shape: of the model's output; None where that is not known.
+        layout: of the module's input.
+
+    """
+    if shape is None or layout.single or not layout.batched or layout.lengths is not None:
+        return False
+    return len(shape) > 0 and shape[0] == layout.steps > 1 and layout.count > 1 and layout.count not in shape
 
 
 def newest_of(

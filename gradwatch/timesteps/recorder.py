@@ -95,6 +95,10 @@ class Recorder:
         """The last backward pass that has brought something since the last forward call."""
         self.targets: dict[int, SequenceModule] = {}
         """The modules that are seen, by `id`."""
+        self._model: int | None = None
+        """The model itself, by `id`, where it is no sequence module."""
+        self.given: torch.Size | None = None
+        """The shape of what the model gave last."""
 
     def arm(self, modules: Mapping[str, nn.Module], *, compiled: bool) -> dict[int, nn.Module]:
         """Choose the modules to see before a step, by `id`; where torch.compile is at work, only fused ones can be."""
@@ -122,6 +126,10 @@ class Recorder:
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
             else:
                 chosen[id(module)] = module
+        model = modules.get("")
+        if chosen and model is not None and not compiled and id(model) not in self.targets:
+            self._model = id(model)
+            chosen[self._model] = model
         return chosen
 
     def missing(self) -> list[str]:
@@ -145,7 +153,7 @@ class Recorder:
     def clear(self) -> None:
         """Let go of everything, and look no more."""
         self.next_step(self.targets.values())
-        self.targets = {}
+        self.targets, self._model, self.given = {}, None, None
         self._pass, self._busy = 0, None
 
     def leave_out_void(self) -> None:
@@ -197,6 +205,8 @@ class Recorder:
         output: Any,  # noqa: ANN401  (whatever a module gives)
     ) -> None:
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
+        if id(module) == self._model:
+            self.given = getattr(first_tensor(output), "shape", None)
         target = self.targets.get(id(module))
         in_backward = torch._C._current_graph_task_id() != -1
         if target is None or transformed() or not torch.is_grad_enabled() or (in_backward and not target.without_grad):

@@ -98,7 +98,7 @@ class Sequences:
         """Work out the gradients through time of this step, and the horizons that were asked for."""
         self._recorder.leave_out_void()
         targets = self._recorder.owned(step.mine, step.others)
-        found = traces(targets, self._generator)
+        found = traces(targets, self._generator, self._recorder.given)
         self._recorder.next_step(targets)
         if not step.others:
             found += [Trace(name, notes=["the model has no module of this name"]) for name in self._recorder.missing()]

@@ -13,6 +13,7 @@ from torch import Tensor
 from gradwatch.model.forward_hooks import StepView, Transfer
 from gradwatch.timesteps.adjoint import by_lag, square
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, StateOrigin
+from gradwatch.timesteps.output import over_batch
 from gradwatch.timesteps.padding import equal_to_last, padding_of, told
 from gradwatch.timesteps.walk import Series, gradients_through_time
 from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
@@ -44,6 +45,8 @@ class Trace:
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
+    over_batch: bool = False
+    """Whether it takes the rows of the batch for timesteps, by what the model gave."""
     reached: int | None = None
     """How many of the newest timesteps lie after the last detached state between its calls; None: none is detached."""
     arrived: bool = False
@@ -128,6 +131,7 @@ class Trace:
                     reached=reached if not series.part else None,
                     padding=padding if not series.part else None,
                     grad_data=data if not series.part else None,
+                    over_batch=self.over_batch and not series.part,
                     **mine,
                 )
             )
@@ -161,19 +165,28 @@ class Trace:
         return True
 
 
-def traces(targets: Iterable[SequenceModule], generator: torch.Generator) -> list[Trace]:
-    """Work out what was seen in this step, without a copy from the device; one module that fails says so alone."""
+def traces(
+    targets: Iterable[SequenceModule], generator: torch.Generator, given: torch.Size | None = None
+) -> list[Trace]:
+    """Work out what was seen in this step, without a copy from the device; one module that fails says so alone.
+
+    Args:
+        targets: the modules that were seen.
+        generator: of random cotangents.
+        given: the shape of what the model gave, where that is known.
+
+    """
     found = []
     for target in targets:
         try:
-            found.append(_worked_out(target, generator))
+            found.append(_worked_out(target, generator, given))
         except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
             note = f"it could not be worked out: {type(error).__name__}: {error}"
             found.append(Trace(target.name, kind=target.recurrence, notes=[note]))
     return found
 
 
-def _worked_out(target: SequenceModule, generator: torch.Generator) -> Trace:
+def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch.Size | None) -> Trace:
     result = Trace(target.name, kind=target.recurrence, notes=[target.note] if target.note else [])
     passes = {s.number for s in target.calls if s.task is not None} or {s.number for s in target.calls}
     if target.repeated or not passes:
@@ -188,6 +201,7 @@ def _worked_out(target: SequenceModule, generator: torch.Generator) -> Trace:
     chain = _chain(last, result.notes) if target.recurrent else newest
     _reached(target, chain, result.notes)
     result.arrived = any(s.task is not None for s in chain)
+    result.over_batch = target.recurrent and len(last) == 1 and over_batch(given, chain[0].layout)
     own = _own_lengths(chain[0]) if len(chain) == 1 else None
     whole = Series("", sum(s.layout.steps for s in chain), chain[0].layout.rows, {})
     result.series = [whole]

@@ -129,6 +129,9 @@ class SequenceStats:
     grad_data: float | None = None
     """Where there is padding: the largest gradient at a timestep of data over the largest at one of padding, in the
     median row; None where the padding gets none."""
+    over_batch: bool = False
+    """Whether the model's output has a row for each of the timesteps of this module and none for its rows, so that it
+    takes the batch for time; on part "" of a recurrent module."""
     kind: RecurrenceName | None = None
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
     reverse: bool = False
@@ -203,7 +206,9 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
     whole = [s for s in sequences if s.part in ("", "model")]
     for stats in sorted(whole, key=lambda s: s.part != "model"):
         found = reach_of(stats, share)
-        if found is not None:
+        if stats.over_batch:
+            yield stats, f"{subject(stats)} runs over the batch: its timesteps are not those of the data"
+        elif found is not None:
             yield stats, sentence(subject(stats), found, stats.length)
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"

@@ -76,8 +76,8 @@ BY_BIAS = 0.5
 part."""
 GATE_BIAS_NEAR = 0.7
 """How near a gate's bias is to what a need asks for to count as set: the log of 2, a memory of half as long."""
-PADDING_PROBES = 2
-"""Probes in a row at which what arrives at the data must be next to nothing beside what arrives at the padding."""
+MISREAD_PROBES = 2
+"""Probes in a row at which a recurrent module must read its padding or its batch in place of its data."""
 SATURATED_OUTPUTS = 0.1
 """Share of saturated outputs of a recurrent network that is worth a word."""
 OUTER_SHARE = 0.01

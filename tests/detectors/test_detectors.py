@@ -385,6 +385,7 @@ def _one_of_each():
         SequenceStats("l0", length=60, lag_gain=grows, reached=60),
         SequenceStats("l0", length=60, need=200, lag_gain=grows),
         SequenceStats("l0", length=60, padding=40.0, grad_data=1e-9),
+        SequenceStats("l0", length=60, over_batch=True),
     ):
         yield (one, [(1.0,)] * 4), {"sequences": [(stats,)] * 4}
     full = {"forget_gate": 0.99, "input_gate": 0.5, "cell_saturation": 0.8}
