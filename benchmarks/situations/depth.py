@@ -30,27 +30,6 @@ def softmax_twice(*, fixed: bool) -> Training:
 
 
 @faulty(
-    "dead-units",
-    "stalled",
-    "disconnected",
-    source="GitHub ProteomicsML/ProteomicsML pull request 203; jvargasmu/population_estimation issue 68",
-    places=("head", "out", "body"),
-    words="relu",
-)
-def relu_on_the_forecast(*, fixed: bool) -> Training:
-    """End a regression with a ReLU: with an unlucky start all forecasts are 0, and so are all gradients."""
-    net = Net(
-        lambda n, x: n.head(n.body(x)) if fixed else torch.relu(n.head(n.body(x))),
-        body=nn.Sequential(nn.Linear(6, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU()),
-        head=nn.Linear(48, 1),
-    )
-    with torch.no_grad():
-        net.head.weight.copy_(-net.head.weight.abs())
-    batch = waves(41)
-    return train(net, Adam(net.parameters(), 2e-3), lambda m, i: mse(m(batch(i)[0]), batch(i)[1] + 3))
-
-
-@faulty(
     "stalled",
     "vanishing-depth",
     source="Stack Overflow, 'network with a sigmoid output always gives 1', the targets were not scaled",
