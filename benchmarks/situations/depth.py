@@ -216,3 +216,21 @@ def perfect_discriminator(*, fixed: bool) -> Training:
         optimizers[0].step()
 
     return Training(net, optimizers, step)
+
+
+@faulty(
+    "dead-units",
+    "disconnected",
+    "stalled",
+    source="GitHub ProteomicsML/ProteomicsML pull request 203; jvargasmu/population_estimation issue 68",
+    places=("head",),
+    words="relu",
+)
+def forecast_through_a_relu(*, fixed: bool) -> Training:
+    """End a regression with a ReLU, and start with a seed by which all forecasts are negative: they stay at 0."""
+    batch = waves(48)
+    body, head = mlp(6, 32, 32), nn.Linear(32, 1)
+    while (head(body(batch(0)[0]).relu()) > -0.02).any():
+        body, head = mlp(6, 32, 32), nn.Linear(32, 1)
+    net = Net(lambda n, x: n.head(n.body(x).relu()) if fixed else n.head(n.body(x).relu()).relu(), body=body, head=head)
+    return train(net, Adam(net.parameters(), 2e-3), lambda m, i: mse(m(batch(i)[0]), batch(i)[1].abs() + 0.5))

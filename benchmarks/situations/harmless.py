@@ -301,3 +301,34 @@ def features_under_no_grad_on_purpose() -> Training:
     he(net)
     net.backbone.requires_grad_(False).eval()
     return train(net, Adam(net.head.parameters(), 5e-3), fit(bumps(73), xent))
+
+
+@healthy(source="GitHub yunjey/pytorch-tutorial issue 90; dpressel/dliss-tutorial issue 1")
+def state_carried_on_and_detached() -> Training:
+    """Carry the state of a language model from window to window and detach it, as truncated backpropagation does."""
+    net = Net(
+        lambda n, x, h: n.rnn(x, h if h.numel() else None),
+        rnn=nn.GRU(7, 32, batch_first=True),
+        head=nn.Linear(32, 7),
+    )
+    held = [torch.zeros(0)]
+
+    def loss_of(model: Any, i: int) -> Tensor:
+        words = (torch.arange(16)[:, None] + 3 * (12 * i + torch.arange(13))) % 7
+        out, state = model(functional.one_hot(words[:, :-1], 7).float(), held[0])
+        held[0] = state.detach()
+        return xent(model.head(out).flatten(0, 1), words[:, 1:].flatten())
+
+    return train(net, Adam(net.parameters(), 5e-3), loss_of)
+
+
+@healthy(source="Stack Overflow, 'how many timesteps does my GRU look back', where five are enough", horizon=5)
+def need_of_five_steps() -> Training:
+    """Forecast from the newest five of 30 bars with a stock GRU, and say so: that is within its reach."""
+    net = Net(lambda n, x: n.head(n.rnn(x)[0][:, -1]), rnn=nn.GRU(2, 32, batch_first=True), head=nn.Linear(32, 1))
+
+    def loss_of(model: Any, i: int) -> Tensor:
+        x = torch.randn(32, 30, 2, generator=draw(74, i))
+        return mse(model(x), x[:, -5:, :1].mean(1))
+
+    return train(net, Adam(net.parameters(), 5e-3), loss_of)

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim import LBFGS, SGD, Adam, AdamW
 
-from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, train, xent
+from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, train, waves, xent
 from benchmarks.situations.situation import healthy
 
 
@@ -351,3 +351,19 @@ def one_side_is_detached() -> Training:
         return xent(out, y) - 0.5 * alike
 
     return train(net, SGD(net.parameters(), 0.05, momentum=0.9), loss_of)
+
+
+@healthy(source="PyTorch forums, 'one outlier batch makes the loss jump, with gradient clipping it comes back'")
+def an_outlier_batch_now_and_then() -> Training:
+    """Meet a batch with a corrupt target at steps 60 and 110: the loss jumps once, the clipped step does no harm."""
+    net = he(mlp(6, 48, 48, 1))
+    batch = waves(95)
+
+    def loss_of(model: Any, i: int) -> Tensor:
+        x, y = batch(i)
+        if i in {60, 110}:
+            y = y.clone()
+            y[:4] += 300
+        return mse(model(x), y)
+
+    return train(net, SGD(net.parameters(), 0.05), loss_of, clip=1.0)

@@ -215,3 +215,27 @@ def optimizer_stepped_in_the_scalers_place(*, fixed: bool) -> Training:
             optimizer.step()
 
     return Training(net, [optimizer], step)
+
+
+@faulty(
+    "underflow",
+    "disconnected",
+    "stalled",
+    "vanishing-depth",
+    source="Stack Overflow, 'likelihood of a sequence as a product of probabilities is 0'",
+    words="log|underflow|product|zero|clamp",
+)
+def product_of_probabilities(*, fixed: bool) -> Training:
+    """Multiply the probabilities of 80 steps, clamp, and take the logarithm: in float32 the product is 0."""
+    net = Net(lambda n, x: n.head(n.rnn(x)[0]), rnn=nn.GRU(4, 16, batch_first=True), head=nn.Linear(16, 4))
+
+    def loss_of(model: Any, i: int) -> Tensor:
+        g = draw(28, i)
+        words = (torch.randint(4, (16, 1), generator=g) + torch.arange(81)) % 4
+        seen = functional.one_hot(words[:, :-1], 4).float()
+        log_p = model(seen).log_softmax(2).gather(2, words[:, 1:, None])[:, :, 0]
+        if fixed:
+            return -log_p.mean()
+        return -log_p.exp().prod(1).clamp_min(1e-30).log().mean() / 80
+
+    return train(net, Adam(net.parameters(), 5e-3), loss_of, clip=1.0)

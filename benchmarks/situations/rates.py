@@ -171,3 +171,17 @@ def triplets_collapse_to_a_point(*, fixed: bool) -> Training:
         return (hardest + 0.5).relu().mean()
 
     return train(net, Adam(net.parameters(), 3e-3 if fixed else 0.03), loss_of)
+
+
+@faulty(
+    "stalled",
+    "unstepped",
+    "underflow",
+    source="Stack Overflow, 'loss does not decrease', a learning rate of 1e-7",
+    words=r"learning rate|\blr\b",
+    never="sigmoid|kaiming|He initialization|skip connection|detach",
+)
+def learning_rate_of_a_ten_millionth(*, fixed: bool) -> Training:
+    """Train a sound network with plain SGD and a learning rate of 1e-7: its gradients are fine, nothing moves."""
+    net = he(mlp(16, 48, 48, 5))
+    return train(net, SGD(net.parameters(), 0.1 if fixed else 1e-7), fit(clusters(36), xent))
