@@ -306,7 +306,7 @@ def _backward(calls: Sequence[_Call], arrived: Mapping[str, Pending]) -> Origin 
     last = max((at for at, call in enumerate(ended) if call.name in bad), default=None)
     if last is None:
         return None
-    born = next((call for call in reversed(ended) if call.name not in bad and _bears(call, ended, bad)), None)
+    born = next(reversed(_bearing(ended, bad)), None)
     if born is not None:
         back = next(bad[seen.source] for seen in born.takes if seen.source in bad)
         return Origin("backward", born.name, named(back))
@@ -318,17 +318,31 @@ def _backward(calls: Sequence[_Call], arrived: Mapping[str, Pending]) -> Origin 
     return Origin("backward", _around(ended[last].name, after.name), value)
 
 
-def _bears(call: _Call, calls: Sequence[_Call], bad: Mapping[str, float]) -> bool:
-    """Tell whether a call to which a finite gradient comes gives one back that is not.
+def _bearing(calls: Sequence[_Call], bad: Mapping[str, float]) -> list[_Call]:
+    """Return the calls to which a finite gradient comes and that give one back which is not, in their order.
 
-    Of a tensor that several take, only the sum of what they give back is known: torch's own modules are not suspected,
-    and neither is one that passes the tensor on to another.
+    Of a tensor that several take, only the sum of what they give back is known. Torch's own modules are not suspected;
+    one that passes the tensor on to another computes with it itself only where nobody around it does.
     """
-    inner = [c for c in calls if call.began < c.began and c.ended < call.ended]
-    if call.stock and not inner:
-        return False
-    passed_on = {id(seen) for c in inner for seen in c.takes}
-    return any(seen.source in bad and id(seen) not in passed_on for seen in call.takes)
+    found: list[_Call] = []
+    for call in calls:
+        taken = [] if call.name in bad else [id(seen) for seen in call.takes if seen.source in bad]
+        if not taken:
+            continue
+        inner = [c for c in calls if call.began < c.began and c.ended < call.ended]
+        if call.stock and not inner:
+            continue
+        passed_on = {id(seen) for c in inner for seen in c.takes}
+        if not passed_on.issuperset(taken) or (_in_stock(call, calls) and not any(c in inner for c in found)):
+            found.append(call)
+    return found
+
+
+def _in_stock(call: _Call, calls: Sequence[_Call]) -> bool:
+    """Tell whether the module that calls it is torch's own, as a `Sequential` is, which computes nothing itself."""
+    around = (c for c in calls if c.began < call.began and call.ended < c.ended)
+    caller = next(around, None)  # the innermost ends first
+    return caller is not None and caller.stock
 
 
 def _around(one: str, other: str) -> str:
