@@ -77,7 +77,7 @@ def with_origin(finding: Finding, snapshot: Snapshot, origin: Origin) -> Finding
 
 def of_skips(history: History, finding: Finding) -> Finding:
     """Tell where what made a GradScaler skip came from, where a scale that is too large cannot have brought it."""
-    looked = [s for s in history.window() if s.weight_norm is not None]
+    looked = history.looks()
     came = [(s, o) for s in looked if (o := origin_of(history, s)) is not None and (o.phase, o.value) not in _BY_SCALE]
     if not came:
         return finding
@@ -103,7 +103,7 @@ def _with_counts(finding: Finding, cause: str) -> str:
     came, looked = finding.evidence.get("came"), finding.evidence.get("looked")
     if came is None or looked is None or came >= looked:
         return cause
-    return f"{cause}; so it was in {came:.0f} of {looked:.0f} steps that were looked at: some batches bring it"
+    return f"{cause}; it was so in {came:.0f} of {looked:.0f} steps that were looked at: certain batches bring it"
 
 
 def _in_data(finding: Finding) -> tuple[str, str]:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 import gradwatch
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.origins import of_skips
 from gradwatch.values.snapshot import Origin
 
 
@@ -95,6 +97,10 @@ def first_not_finite(model, x):
     return found[0] if found else None
 
 
+def energy(out):
+    return out.square().mean()
+
+
 def batch():
     return torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
 
@@ -133,6 +139,43 @@ def test_check_names_the_module_and_the_operation_of_the_way_back(way):
     assert report.snapshot.origin == Origin("backward", "2.2", report.snapshot.origin.value, operation=operation)
     assert (alert.finding.place, alert.finding.cause) == ("2.2", "born_backward")
     assert "its derivative is not" in alert.cause or "a derivative is not finite" in alert.cause
+
+
+EPS = 1e-6
+CURED = {
+    "leave at least one entry": lambda x: functional.softmax(
+        x.masked_fill((torch.arange(6) > 0) & (torch.arange(len(x))[:, None] == 0), -torch.inf), dim=-1
+    ),
+    "mask with a large negative number": lambda x: functional.softmax(
+        x.masked_fill(torch.arange(len(x))[:, None] == 0, -1e9), dim=-1
+    ),
+    "epsilon to what is divided by": lambda x: x / ((zeroed(x) ** 2).mean(1, keepdim=True) + EPS),
+    "above 0: clamp it": lambda x: zeroed(x.abs() + 1).clamp(min=EPS).log(),
+    "epsilon under the root": lambda x: (zeroed(x).square().sum(1, keepdim=True) + EPS).sqrt() * x,
+    "clamp what the exponential takes": lambda x: (x.abs() * 1e3 + 100).clamp(max=10).exp(),
+    "the inside of its domain": lambda x: (x * 0 + 1.5).clamp(-1 + EPS, 1 - EPS).acos() * 0 + x,
+}
+FAULTS = {
+    "leave at least one entry": masked_all,
+    "mask with a large negative number": masked_all,
+    "epsilon to what is divided by": lambda x: x / (zeroed(x) ** 2).mean(1, keepdim=True),
+    "above 0: clamp it": FORWARD["logarithm of 0"][0],
+    "epsilon under the root": BACKWARD["root at 0"][0],
+    "clamp what the exponential takes": FORWARD["overflow of an exponential"][0],
+    "the inside of its domain": FORWARD["arc cosine beyond 1"][0],
+}
+
+
+@pytest.mark.parametrize("remedy", CURED)
+def test_the_remedy_that_is_named_takes_it_away(remedy):
+    (alert,) = (
+        a for a in gradwatch.check(around(FAULTS[remedy]), batch(), loss=energy).open if a.finding.code == "GW501"
+    )
+
+    assert remedy in alert.remedy
+    report = gradwatch.check(around(CURED[remedy]), batch(), loss=energy)
+    assert report.snapshot.origin is None
+    assert all(a.finding.kind != "non-finite" for a in report.open)
 
 
 def test_what_is_in_the_batch_is_named_by_its_argument():
@@ -200,10 +243,6 @@ def test_running_statistics_that_are_not_finite_are_named_where_they_count():
 
 
 # --- in a run ---
-
-
-def energy(out):
-    return out.square().mean()
 
 
 def watched(function, steps, sick, *, loss=energy, step=None, **options):
@@ -370,6 +409,52 @@ def test_steps_skipped_without_end_are_told_where_it_comes_from():
     (alert,) = alerts(found, "GW502")
     assert alert.finding.cause == "born_forward"
     assert "2.2 gives NaN in the forward pass" in alert.cause
+
+
+def test_what_only_certain_batches_bring_is_told_so():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    with gradwatch.watch(model, optimizer, sinks=[found.append], scaler=scaler, on_alert=lambda _: None) as watcher:
+        for i in range(41):
+            x = batch()
+            x[0, 0] = torch.nan if i % 20 == 0 and i else x[0, 0]
+            optimizer.zero_grad()
+            scaler.scale(energy(model(x))).backward()
+            watcher.step()
+            scaler.step(optimizer)
+            scaler.update()
+
+    history = gradwatch.History()
+    for report in found:
+        history.add(report.snapshot)
+    finding = of_skips(history, gradwatch.Finding("MY1", "mine", gradwatch.Severity.INFO, ""))
+    cause, _ = said(finding, "")
+    assert finding.cause == "in_data"
+    assert (finding.evidence["came"], finding.evidence["looked"]) == (1, 6)  # 20 of 0, 1, 10, 20, 22, 30
+    assert cause.startswith("the batch itself holds NaN: it is in the argument input of the model; it was so in 1 of 6")
+
+
+def test_an_overflow_that_the_loss_scale_brings_is_no_origin_of_skips():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    with gradwatch.watch(
+        model, optimizer, sinks=[found.append], scaler=scaler, on_alert=lambda _: None, **PROBED
+    ) as watcher:
+        for _ in range(4):
+            optimizer.zero_grad()
+            scaler.scale(energy(model(batch() * 100)) * 1e3).backward()
+            watcher.step()
+            scaler.step(optimizer)
+            scaler.update()
+
+    history = gradwatch.History()
+    for report in found:
+        history.add(report.snapshot)
+    assert any(r.snapshot.skipped for r in found)
+    finding = gradwatch.Finding("MY1", "mine", gradwatch.Severity.INFO, "")
+    assert of_skips(history, finding) == finding
 
 
 def test_an_origin_is_recorded_and_judged_the_same(tmp_path):
