@@ -102,7 +102,10 @@ def _explain(finding: Finding) -> Explanation:
         return Explanation(message, *said(finding, ""))
     cause = "an operation without a finite derivative, or a loss that is not finite"
     if "loss" in evidence:
-        cause = "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf masked by torch.where)"
+        cause = (
+            "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf masked by torch.where, a"
+            " softmax over nothing that is masked before the loss)"
+        )
     return Explanation(
         message,
         cause,

@@ -19,6 +19,8 @@ from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import NotFinite, Origin
 
+_CALLS = 2**15
+"""Calls of modules in one step that are looked at, so that one which never comes takes no more and more memory."""
 SOUND, MINUS, BAD = 0, 1, 2
 """How sound a tensor is: finite; it holds minus infinity, as the logarithm of 0 and what masks; NaN or infinity."""
 
@@ -45,7 +47,10 @@ def extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if not tensor.numel() or tensor.element_size() == 1:  # the float8 formats have no arithmetic
         return None
-    low, high = torch.aminmax(tensor.detach())
+    try:
+        low, high = torch.aminmax(tensor.detach())
+    except RuntimeError:  # a format that cannot be compared on this device
+        return None
     return low, high
 
 
@@ -160,7 +165,7 @@ class Origins:
         if self._attempt != self._attempts.now:  # the outermost one
             self._attempt, self._stack = self._attempts.now, []
             self._looks = torch.is_grad_enabled() or module.training  # else a validation
-        if not self._looks:
+        if not self._looks or len(self._calls) >= _CALLS:
             return
         self._clock += 1
         takes, outside = [seen for tensor in floats(inputs) if (seen := self._look(tensor)) is not None], []
@@ -173,10 +178,10 @@ class Origins:
         name = self._names.get(id(module))
         if name is None or transformed() or torch._C._current_graph_task_id() != -1:
             return
-        while self._stack and self._stack[-1].module != id(module):  # an exception ended it
-            self._stack.pop()
-        if not self._stack:
+        if all(running.module != id(module) for running in self._stack):
             return
+        while self._stack[-1].module != id(module):  # an exception ended it
+            self._stack.pop()
         running = self._stack.pop()
         takes, outside = list(running.takes), list(running.outside)
         if kwargs:
@@ -230,7 +235,8 @@ class Origins:
             return low if soundness(low, high) == MINUS else high
 
         def part() -> ProbeValues:
-            return ProbeValues(origin=origin(calls, value, arrived))
+            finite = all(math.isfinite(sum(row.values)) for row in numbers.values())  # nearly always, and seen at once
+            return ProbeValues(origin=origin([] if finite else [*_births(calls, value)], _backward(calls, arrived)))
 
         return part
 
@@ -247,22 +253,20 @@ class _Birth(NamedTuple):
     """Whether minus infinity, where nobody can have meant it, led to it."""
 
 
-def origin(calls: Sequence[_Call], value: Callable[[_Seen], float], arrived: Mapping[str, Pending]) -> Origin | None:
+def origin(births: Iterable[_Birth], back: Origin | None) -> Origin | None:
     """Return where the first number that is not finite came from; None where none was seen, or not from where.
 
     Args:
-        calls: of modules, in the order in which they ended.
-        value: what is not finite in a tensor, or else any entry.
-        arrived: by module, the norm of the gradient at its output.
+        births: what came up in the forward pass.
+        back: what came up on the way back. Minus infinity counts only where something did: it may be meant.
 
     """
-    births = sorted(_births(calls, value), key=lambda birth: birth.when)
+    births = sorted(births, key=lambda birth: birth.when)
     strong = next((birth for birth in births if birth.origin.value != "-inf"), None)
     minus = next((birth for birth in births if birth.origin.value == "-inf"), None)
     if strong is not None:
         return minus.origin if minus is not None and strong.led and minus.when < strong.when else strong.origin
-    back = _backward(calls, arrived)
-    if minus is not None and (back is None or back.module in (None, minus.origin.module)):
+    if minus is not None and back is not None and back.module in (None, minus.origin.module):
         return minus.origin
     return back
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from truth import bits
 
 import gradwatch
 from gradwatch.detectors.cause_words import said
@@ -332,6 +333,18 @@ def test_what_comes_up_between_layers_accuses_none_of_them(where):
     assert (alert.finding.place, alert.finding.onset, alert.finding.cause) == ("1", 2, "born_backward")
 
 
+def test_what_a_policy_may_not_do_is_minus_infinity_and_no_origin():
+    allowed = torch.arange(2) > 0
+    policy = nn.Sequential(
+        nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2), Does(lambda x: x.masked_fill(~allowed, -torch.inf))
+    )
+
+    report = gradwatch.check(policy, batch(), loss=lambda out: functional.cross_entropy(out, torch.ones(8, dtype=int)))
+
+    assert report.snapshot.origin is None
+    assert all(a.finding.kind != "non-finite" for a in report.open)
+
+
 def test_minus_infinity_that_masks_is_no_origin():
     def attention(x):
         mask = torch.full((6, 6), -torch.inf).triu(1)
@@ -431,8 +444,8 @@ def test_what_only_certain_batches_bring_is_told_so():
     finding = of_skips(history, gradwatch.Finding("MY1", "mine", gradwatch.Severity.INFO, ""))
     cause, _ = said(finding, "")
     assert finding.cause == "in_data"
-    assert (finding.evidence["came"], finding.evidence["looked"]) == (1, 6)  # 20 of 0, 1, 10, 20, 22, 30
-    assert cause.startswith("the batch itself holds NaN: it is in the argument input of the model; it was so in 1 of 6")
+    assert (finding.evidence["came"], finding.evidence["looked"]) == (2, 6)  # 20 and 40 of 1, 10, 20, 22, 30, 40
+    assert cause.startswith("the batch itself holds NaN: it is in the argument input of the model; it was so in 2 of 6")
 
 
 def test_an_overflow_that_the_loss_scale_brings_is_no_origin_of_skips():
@@ -463,3 +476,47 @@ def test_an_origin_is_recorded_and_judged_the_same(tmp_path):
     run = gradwatch.read_run(tmp_path)
     assert run.snapshots[-1].origin == found[-1].snapshot.origin == Origin("forward", "2.2", "nan")
     assert [a.cause for a in run.alerts] == [a.cause for a in found[-1].open]
+
+
+def test_a_training_that_meets_nan_is_bitwise_that_without_a_watcher():
+    def run(*, watching):
+        torch.manual_seed(0)
+        model, ends = around(lambda x: masked_all(x) if now in (3, 4) else x, before=nn.Dropout(0.2)), []
+        optimizer = torch.optim.Adam(model.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        watcher = (
+            gradwatch.watch(model, optimizer, scaler=scaler, on_alert=lambda _: None, **PROBED) if watching else None
+        )
+        for now in range(8):
+            optimizer.zero_grad()
+            loss = energy(model(batch()))
+            scaler.scale(loss).backward()
+            if watcher is not None:
+                watcher.step(loss=loss)
+            scaler.step(optimizer)
+            scaler.update()
+            ends.append(loss.detach())
+        return bits([ends, model.state_dict(), torch.get_rng_state(), scaler.get_scale()])
+
+    assert run(watching=True) == run(watching=False)
+
+
+def test_check_leaves_a_sick_model_as_it_was():
+    model = around(masked_all, before=nn.BatchNorm1d(6)).train()
+    before = bits([model.state_dict(), torch.get_rng_state()])
+
+    gradwatch.check(model, batch())
+
+    assert bits([model.state_dict(), torch.get_rng_state()]) == before
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("wrap", [torch.jit.script, lambda model: torch.compile(model, backend="eager")])
+def test_where_operations_cannot_be_followed_the_alert_comes_all_the_same(wrap):
+    torch.manual_seed(0)
+    model = wrap(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)))
+
+    report = gradwatch.check(model, batch() * torch.nan)
+
+    assert [a.finding.code for a in report.open] == ["GW501"]
