@@ -65,13 +65,22 @@ class _Operations(TorchFunctionMode):
         """The first operation that gave minus infinity and was not told to."""
         self._mark = object()
 
-    def entered(self, module: nn.Module, _args: object, _kwargs: object) -> None:
+    def entered(self, module: nn.Module, args: object, kwargs: object) -> None:
         """Note which module runs."""
+        self._own([args, kwargs])
         self._running.append(self._names[id(module)])
 
-    def left(self, _module: nn.Module, _args: object, _kwargs: object, _output: object) -> None:
+    def left(self, _module: nn.Module, _args: object, _kwargs: object, output: object) -> None:
         """Note that it has ended."""
+        self._own(output)
         self._running.pop()
+
+    def _own(self, value: object) -> None:
+        """Write at nodes that no operation of torch has made, as those of a checkpoint, which module did."""
+        for tensor in floats(value):
+            node: Any = tensor.grad_fn
+            if node is not None:
+                node.metadata.setdefault(self._mark, (self._module, _kind(node)))
 
     def __torch_function__(
         self,
@@ -138,8 +147,7 @@ class _Operations(TorchFunctionMode):
                 continue
             seen.add(node)
             mark = node.metadata.get(self._mark)
-            kind = re.sub(r"(Backward\w*|\d+)$", "", node.name())
-            node.register_hook(self._hook(*(mark or (after[0], kind))))
+            node.register_hook(self._hook(*(mark or (after[0], _kind(node)))))
             waiting += [(n, mark or after) for n, _ in node.next_functions]
 
     def _hook(self, module: str | None, name: str) -> Callable[[Any, Any], None]:
@@ -150,6 +158,11 @@ class _Operations(TorchFunctionMode):
                     self.found = Origin("backward", module, _bad_value(bad), operation=name)
 
         return hook
+
+
+def _kind(node: Any) -> str:  # noqa: ANN401  (nodes have no common type that tells of this)
+    """Return the operation that a node is the derivative of."""
+    return re.sub(r"Backward\w*$", "", node.name())
 
 
 def _there(gradients: Iterable[Tensor | None]) -> Iterator[Tensor]:
