@@ -425,6 +425,23 @@ def test_steps_skipped_without_end_are_told_where_it_comes_from():
     assert "2.2 gives NaN in the forward pass" in alert.cause
 
 
+def test_weights_that_an_earlier_step_has_thrown_are_named_in_a_run_too():
+    model, found = around(torch.tanh), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.watch(model, optimizer, sinks=[found.append], on_alert=lambda _: None, **PROBED):
+        for i in range(3):
+            if i == 2:
+                with torch.no_grad():
+                    model[2][0].weight[1, 1] = torch.nan
+            optimizer.zero_grad()
+            energy(model(batch())).backward()
+            optimizer.step()
+
+    (alert,) = alerts(found)
+    assert (alert.finding.place, alert.finding.cause) == ("2.0", "in_weights")
+    assert "go back to the last checkpoint that is finite" in alert.remedy
+
+
 def test_what_only_certain_batches_bring_is_told_so():
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
@@ -500,6 +517,20 @@ def test_a_training_that_meets_nan_is_bitwise_that_without_a_watcher():
         return bits([ends, model.state_dict(), torch.get_rng_state(), scaler.get_scale()])
 
     assert run(watching=True) == run(watching=False)
+
+
+def test_memory_that_is_not_written_to_yet_is_no_origin():
+    def copied(x):
+        scratch = torch.empty_like(x)
+        return (zeroed(scratch.copy_(x)) + 1e30) * 1e30
+
+    torch.use_deterministic_algorithms(True)  # fills what is not written to with NaN
+    try:
+        report = gradwatch.check(around(copied), batch())
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert report.snapshot.origin == Origin("forward", "2.2", "inf", operation="mul")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
