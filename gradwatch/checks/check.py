@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.checks.batch import arguments
+from gradwatch.checks.operations import first_bad_operation
 from gradwatch.detectors import DETECTORS
+from gradwatch.detectors.alerts import judge
+from gradwatch.measurement.origins import labelled
 from gradwatch.model.nested import tensors
 from gradwatch.model.rerun import as_it_was
 from gradwatch.sinks.terminal.errors import health_error
-from gradwatch.values.history import Detector
+from gradwatch.values.history import Detector, History
 from gradwatch.values.report import GradientHealthError, Report, Severity
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.options import Options
@@ -36,7 +40,8 @@ def check(
     """Measure the gradients of one batch, and judge them; the model and all random states stay exactly as they were.
 
     Args:
-        model: it is run once forward and once backward, in the mode in which it is.
+        model: it is run once forward and once backward, in the mode in which it is; where a gradient is not finite,
+            once more, to find the operation.
         batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument.
         loss: takes what the model returned and gives a scalar tensor (targets by closure). Default: the product of all
             floating-point outputs with fixed random numbers, which no normalization at the end annihilates.
@@ -68,17 +73,26 @@ def check(
     )
     at_once = dataclasses.replace(options.thresholds, window=1, disconnected_steps=1)
     watcher = Watcher(model, (), dataclasses.replace(options, thresholds=at_once), strict=True)
+    args, kwargs = arguments(batch)
+
+    def run() -> Tensor:
+        return (loss or _projection)(model(*args, **kwargs))
+
     with watcher, as_it_was(model), watcher.probing():
         with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = arguments(batch)
-            value = (loss or _projection)(model(*args, **kwargs))
+            value = run()
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(f"loss must give a scalar tensor that depends on the parameters, got {_shown(value)}")
             value.backward()  # type: ignore[no-untyped-call]  # torch's
         if all(parameter.grad is None for parameter in model.parameters()):
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
         watcher.step()
-    return watcher.report
+    snapshot = watcher.report.snapshot
+    if all(norm is None or math.isfinite(norm) for norm in snapshot.norm):
+        return watcher.report
+    origin = first_bad_operation(model, labelled(model, args, kwargs), run) or snapshot.origin
+    snapshot = dataclasses.replace(snapshot, origin=origin)
+    return judge(History(at_once), snapshot, detectors=detectors, ignore=ignore)
 
 
 def assert_healthy(

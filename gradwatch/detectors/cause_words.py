@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gradwatch.detectors.causes import Cause
+from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
 from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE
 
@@ -162,5 +163,6 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "update": _update,
     "rate": _rate,
     "format": _format,
+    **ORIGINS,
 }
 """The words of each cause that `causes` measures: what it is, and what to try."""

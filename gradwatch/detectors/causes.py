@@ -27,7 +27,22 @@ from gradwatch.values.thresholds import (
 )
 
 Cause = Literal[
-    "dead", "saturated", "weak", "large", "cut", "constant_input", "bias", "offset", "update", "rate", "format"
+    "dead",
+    "saturated",
+    "weak",
+    "large",
+    "cut",
+    "constant_input",
+    "bias",
+    "offset",
+    "update",
+    "rate",
+    "format",
+    "in_data",
+    "in_weights",
+    "born_forward",
+    "born_backward",
+    "origin_gone",
 ]
 """What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.origins import entered, of_skips, origin_of, with_origin
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -43,7 +46,39 @@ def nonfinite(history: History) -> Iterator[Finding]:
         evidence["elements"] = float(culprit.elements)
     if first.loss is not None:
         evidence["loss"] = first.loss
-    yield Finding("GW501", "non-finite", Severity.ERROR, culprit.layer, culprit.name, onset=onset, evidence=evidence)
+    yield _with_place(
+        history,
+        first,
+        Finding(
+            "GW501",
+            "non-finite",
+            Severity.ERROR,
+            culprit.layer,
+            culprit.name,
+            onset=onset,
+            evidence=evidence,
+            names={"gradient": culprit.name},
+        ),
+    )
+
+
+def _with_place(history: History, first: Snapshot, finding: Finding) -> Finding:
+    """Return the finding at the origin, where that was seen; else with what the loss and the gradients tell of it."""
+    if first is history.window()[0]:  # what came before it is forgotten
+        for code, place, parameter, optimizer in history.open:
+            if (code, optimizer) == (finding.code, first.optimizer):
+                return dataclasses.replace(finding, place=place, parameter=parameter)
+    origin = origin_of(history, first)
+    if origin is not None:
+        if origin.module is not None:
+            finding = dataclasses.replace(finding, place=origin.module, parameter=None)
+        return with_origin(finding, first, origin)
+    layer = entered(history, first)
+    if layer is not None:
+        names = {**finding.names, "entered": layer}
+        return dataclasses.replace(finding, place=layer, parameter=None, cause="origin_gone", names=names)
+    gone = not math.isfinite(finding.evidence.get("loss", 0.0))
+    return dataclasses.replace(finding, cause="origin_gone" if gone else "")
 
 
 def _bad(snapshot: Snapshot) -> list[ParameterInfo]:
@@ -55,29 +90,37 @@ def _bad(snapshot: Snapshot) -> list[ParameterInfo]:
 
 
 def _explain(finding: Finding) -> Explanation:
-    evidence, loss = finding.evidence, finding.evidence.get("loss")
-    what = f"the gradient of {finding.parameter} is"
+    evidence, gradient = finding.evidence, finding.names["gradient"]
+    what = f"the gradient of {gradient} is"
     if "entries" in evidence:
-        entries, elements = evidence["entries"], evidence["elements"]
-        what = f"{entries:.0f} of {elements:.0f} entries of the gradient of {finding.parameter} are"
-    if loss is None:
-        cause = "an operation without a finite derivative, or a loss that is not finite"
-    elif math.isfinite(loss):
-        cause = "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf masked by torch.where)"
-    else:
-        cause = "the loss itself is not finite"
-    return Explanation(
+        what = f"{evidence['entries']:.0f} of {evidence['elements']:.0f} entries of the gradient of {gradient} are"
+    message = (
         f"{what} NaN or infinite, and so are gradients of {evidence['layers']:.0f} of {evidence['of']:.0f} layers,"
-        f" since step {finding.onset}",
+        f" since step {finding.onset}"
+    )
+    if finding.cause:
+        return Explanation(message, *said(finding, ""))
+    cause = "an operation without a finite derivative, or a loss that is not finite"
+    if "loss" in evidence:
+        cause = (
+            "the loss is finite, its derivative is not (sqrt or norm at 0, log of 0, 0 * inf masked by torch.where, a"
+            " softmax over nothing that is masked before the loss)"
+        )
+    return Explanation(
+        message,
         cause,
-        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step"
-        " names the operation; add an epsilon there, or clip the gradient norm with error_if_nonfinite=True",
+        f"look at what follows {finding.place or 'the model'}: torch.autograd.set_detect_anomaly(True) for one step, or"
+        " gradwatch.check(model, batch, loss=...), names the operation; add an epsilon there, or clip the gradient norm"
+        " with error_if_nonfinite=True",
     )
 
 
 def _explain_skipped(finding: Finding) -> Explanation:
+    message = f"the GradScaler has skipped {finding.evidence['skipped']:.0f} steps in a row"
+    if finding.cause:
+        return Explanation(message, *said(finding, ""))
     return Explanation(
-        f"the GradScaler has skipped {finding.evidence['skipped']:.0f} steps in a row",
+        message,
         "gradients overflow at any loss scale: the loss is infinite or NaN, and the scale is not to blame",
         "look at the loss and the inputs of such a step in float32, without autocast",
     )
@@ -85,5 +128,5 @@ def _explain_skipped(finding: Finding) -> Explanation:
 
 RULES = (
     Rule("GW501", "non-finite", _explain, event=True),
-    Rule("GW502", "non-finite", _explain_skipped, event=True),
+    Rule("GW502", "non-finite", _explain_skipped, of_skips, event=True),
 )

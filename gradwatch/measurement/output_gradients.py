@@ -53,6 +53,8 @@ class OutputGradients:
         """By backward pass, whether it counts."""
         self.reached: frozenset[str] | None = None
         """Modules at whose output a gradient arrived in the step that was collected last; None where nobody looked."""
+        self.arrived: Mapping[str, Pending] = {}
+        """By module, the norm of the gradient at its output in the step that was collected last, a loss scale in it."""
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -145,7 +147,7 @@ class OutputGradients:
             elif parts:
                 sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norm(torch.stack(parts)))
         self.passes.clear()
-        self.reached = frozenset(came) if self._names else None
+        self.reached, self.arrived = frozenset(came) if self._names else None, sizes
 
         def part() -> ProbeValues:
             scaled = step.scaled()
@@ -158,7 +160,7 @@ class OutputGradients:
         """Let go of everything, and look no more."""
         for name in tuple(self._outputs):
             self._pop(name)
-        self._names, self._without_graph, self.reached = {}, set(), None
+        self._names, self._without_graph, self.reached, self.arrived = {}, set(), None, {}
         self.passes.clear()
 
     def _pop(self, name: str) -> list[Output]:

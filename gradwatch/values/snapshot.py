@@ -153,6 +153,28 @@ class Cut:
     """Whether the output of `unreached` has a graph."""
 
 
+Phase = Literal["data", "weights", "forward", "backward"]
+"""When a number came to be not finite: before the model took it; in an earlier step, which left it in the weights or
+buffers; in the forward pass; on the way back."""
+
+NotFinite = Literal["nan", "inf", "-inf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where NaN or infinity came from in a step that was looked at."""
+
+    phase: Phase
+    module: str | None
+    """The innermost module that it came up in, or that took or held it; None: outside of the model, in the loss
+    function."""
+    value: NotFinite
+    argument: str = ""
+    """Of "data", the argument of the module that held it."""
+    operation: str = ""
+    """What computed it; "" where only modules were looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """The numbers of one executed optimizer step. Columns run along `model.parameters`.
@@ -203,6 +225,8 @@ class Snapshot:
     computed_in: str | None = None
     """The format that computed the gradients, where it is another than that of the parameters
     ("float16" under autocast)."""
+    origin: Origin | None = None
+    """Where what was not finite in a probe came from, whether or not it reached a gradient."""
 
     @property
     def norm_global(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
 Emit = Callable[[Snapshot | None], bool]
 """Takes what was measured (None: another process speaks for this one), and tells whether an alert has begun."""
+
+_BETWEEN_LOOKS = 10
+"""Steps between probes out of turn that gradients ask for which are not finite: as many as between early probes."""
 
 
 class State(enum.Enum):
@@ -81,7 +85,11 @@ class OptimizerSteps:
         """The number of the next step."""
         self._stride = 1
         self._extra = False
-        """Whether the next step is a probe out of turn, because an alert has begun."""
+        """Whether the next step is a probe out of turn, because an alert has begun or a gradient was not finite."""
+        self._look_again = False
+        """Whether the step after the one that is under way is one, because what it waits for is behind it already."""
+        self._next_look = 0
+        """The step from which on a gradient that is not finite, and was not stepped, asks for such a probe again."""
         self.state = State.IDLE
         self._measurement: Measurement | None = None
         """There while the state is READ or APPLIED."""
@@ -293,11 +301,24 @@ class OptimizerSteps:
         began = emit(snapshot)
         # Of a probe out of turn, the processes that hold the other pieces know nothing.
         alone = not measurement.parameters.holders
-        if began and alone and not self._extra and not self._cadence.probed(self.count):
+        wanted = began or (snapshot is not None and self._may_show_origin(snapshot))
+        if wanted and alone and end is State.SKIPPED:  # the next forward pass has been made by now
+            self._look_again = True
+        elif wanted and alone and not self._extra and not self._cadence.probed(self.count):
             self._extra = True
             self.look_ahead()
         else:
             self._training.forward_pass.look_closer(self.index)
+
+    def _may_show_origin(self, snapshot: Snapshot) -> bool:
+        """Tell whether the next pass may show what made a gradient infinite or NaN: the weights are as they were."""
+        total = snapshot.norm_global
+        if not snapshot.skipped or total is None or math.isfinite(total):
+            return False
+        if self._cadence.probe_every is not None or self.count < self._next_look:
+            return False
+        self._next_look = self.count + _BETWEEN_LOOKS
+        return True
 
     # --- the count ---
 
@@ -309,7 +330,9 @@ class OptimizerSteps:
     def _count_on(self) -> None:
         """Count a step, and look at the forward pass of the next one if it is a probe."""
         self.count += self._stride
-        if self._cadence.probed(self.count) and not self._training.processes.silent:
+        if self._look_again:
+            self._look_again, self._extra = False, True
+        if (self._extra or self._cadence.probed(self.count)) and not self._training.processes.silent:
             self.look_ahead()
 
     def take_up(self) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement import norms
 from gradwatch.measurement.loss_scale import ScaleSentinel
+from gradwatch.measurement.origins import Origins
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.measurement.units import Units
@@ -36,7 +37,9 @@ class Probes:
         self.attempts = attempts
         outputs = OutputGradients(attempts)
         self._sentinel, self._units = ScaleSentinel(outputs.passes), Units(outputs, attempts)
-        self._asked: list[Probe] = [outputs, self._units, *([sequences] if sequences is not None else [])]
+        self._asked: list[Probe] = [outputs, self._units, Origins(outputs, attempts)]
+        if sequences is not None:
+            self._asked.append(sequences)
         self._warn, self._strict = warn, strict
 
     def all(self) -> list[Probe]:
