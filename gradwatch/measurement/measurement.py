@@ -59,12 +59,15 @@ class Measurement:
         self._scale: Pending | None = None
         self._late_scale: Pending | None = None
         self._found_inf: list[Pending] = []
+        self.told: Sequence[float | Tensor] = ()
+        """The losses of the step, where the loop has told them."""
         self._losses: list[Pending] = []
 
     @property
-    def told(self) -> bool:
-        """Whether the loss is known."""
-        return bool(self._losses)
+    def finite(self) -> bool:
+        """Whether the gradients are, as they were read first; asking copies what was measured so far."""
+        self._transfer.run()
+        return all(map(math.isfinite, self.parameters.numbers().get(NORM, {}).values()))
 
     def gradients(
         self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
@@ -93,7 +96,7 @@ class Measurement:
         """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it."""
         if not losses:
             return
-        self._losses = []
+        self.told, self._losses = losses, []
         for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
             tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
             self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))

@@ -42,7 +42,7 @@ class State(enum.Enum):
     DONE = "done"
     """The step that was measured last is done."""
     SKIPPED = "skipped"
-    """The optimizer never came: a scaler skipped the step."""
+    """The optimizer never came for what is not finite: a scaler skipped the step."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class OptimizerSteps:
     """Hears each step of one optimizer (None: the loop has none), measures it if it is due, and emits a snapshot of it.
 
     A step that the hooks alone tell of is IDLE, then APPLIED, then DONE. One that `Watcher.step` reads before clipping
-    is READ first; if its optimizer never comes for it, it ends SKIPPED. Without an optimizer it is DONE at once.
+    is READ first; if its optimizer never comes for it, it ends SKIPPED where it is not finite, and else it was a
+    micro-batch of the step to come, and no step. Without an optimizer it is DONE at once.
     """
 
     _guard: Guard  # these two while the hooks are on, so that who hears them lives as long as the optimizer
@@ -83,6 +84,12 @@ class OptimizerSteps:
         self._extra = False
         """Whether the next step is a probe out of turn, because an alert has begun."""
         self.state = State.IDLE
+        self.waits = False
+        """Whether `read` was called, and the optimizer has not come since."""
+        self._accumulates = False
+        """Whether what is read may be a micro-batch: so it was before."""
+        self._earlier: list[float | Tensor] = []
+        """Losses of the step's micro-batches before this one, those of a measured step."""
         self._measurement: Measurement | None = None
         """There while the state is READ or APPLIED."""
         self._owed: str | None = None
@@ -153,6 +160,7 @@ class OptimizerSteps:
 
     def _finish(self, emit: Emit) -> None:
         self._losses.end(self.index)
+        self.waits = False
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
@@ -160,6 +168,8 @@ class OptimizerSteps:
                 with undisturbed():
                     self._measurement.parameters.updates(self._spare)
             self._end(State.DONE, emit)
+            if self._accumulates and not (self._extra or self._cadence.probed(self.count)):
+                self._training.forward_pass.release(self.index)  # no further micro-batch has come
 
     # --- a step that `Watcher.step` reads ---
 
@@ -167,11 +177,6 @@ class OptimizerSteps:
     def reevaluates(self) -> bool:
         """Whether a closure is evaluated again, for a step whose gradients have been read."""
         return self._hooks is not None and self._hooks.looked
-
-    @property
-    def waits(self) -> bool:
-        """Whether gradients were read before clipping, and their optimizer has not come for them."""
-        return self.state is State.READ
 
     def leave_to_reads(self) -> None:
         """From now on leave it to `read` to begin a measurement and to count."""
@@ -185,14 +190,35 @@ class OptimizerSteps:
         self._count_on()
         if self.optimizer is None:
             self._end(State.DONE, emit)
+            return
+        self.waits = True
+        if self._accumulates and self._measurement is not None and self._measurement.probe:
+            self.look_ahead()
 
-    def skip(self, emit: Emit) -> None:
-        """Emit what was read, as skipped."""
-        self._end(State.SKIPPED, emit)
+    def end_unstepped(self, emit: Emit) -> None:
+        """End what was read and its optimizer has not come for: emit it, as skipped, where it is not finite.
+
+        What is finite no scaler skips: it was a micro-batch, and the next reading is one of the same step. Processes
+        that hold pieces do not see that alone, so there a scaler's word is taken for it.
+        """
+        measurement, self.waits = self._measurement, False
+        if measurement is not None and measurement.parameters.holders:
+            skipped = self._training.scaler is not None
+        else:
+            skipped = measurement is not None and not measurement.finite
+        if skipped:
+            self._end(State.SKIPPED, emit)
+            return
+        if measurement is not None:
+            self._earlier = list(measurement.told)
+            self._extra = measurement.probe and not self._cadence.probed(measurement.step)
+        self.drop()
+        self.count -= self._stride
+        self._accumulates = True
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self.state = None, State.IDLE
+        self._measurement, self.state, self.waits = None, State.IDLE, False
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -233,8 +259,13 @@ class OptimizerSteps:
         if probe or not self._weighed:
             measurement.parameters.weights(self._columns, parameters)
             self._weighed = True
-        measurement.losses(self._losses.of(self.index))
+        measurement.losses(self._losses_now())
         return measurement
+
+    def _losses_now(self) -> list[float | Tensor]:
+        """Return what was told of the step, with the losses of its micro-batches before; nothing where nothing was."""
+        told = self._losses.of(self.index)
+        return [*self._earlier, *told] if told else []
 
     def _seen(self, transfer: Transfer) -> tuple[list[Part], frozenset[str] | None]:
         """Return what the probes saw of this step, and the modules that ran; nothing and None where nobody looked."""
@@ -257,7 +288,7 @@ class OptimizerSteps:
             columns, gradients = self._gradients(self._parameters())
             measurement.as_applied(columns, gradients, self.optimizer)
             measurement.found_inf(self.optimizer)
-            measurement.losses(self._losses.of(self.index))
+            measurement.losses(self._losses_now())
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters that are stepped now, in line with `_columns`; what is not of the model is left out."""
@@ -280,7 +311,7 @@ class OptimizerSteps:
 
     def _end(self, end: State, emit: Emit) -> None:
         """Emit what was measured; once an alert has begun, the next step is a probe, which looks more closely."""
-        measurement, self._measurement = self._measurement, None
+        measurement, self._measurement, self._earlier = self._measurement, None, []
         if measurement is None:
             return
         self.state = end

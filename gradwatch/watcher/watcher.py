@@ -143,7 +143,7 @@ class Watcher:
             return  # a further evaluation of a closure whose first one was measured
         for steps in self._steps:
             steps.leave_to_reads()
-        self._end_skipped(chosen)
+        self._end_unstepped(chosen)
         for steps in chosen:
             self._losses.begin(steps.index)
         for steps in chosen:
@@ -153,12 +153,12 @@ class Watcher:
         for steps in chosen:
             self._losses.taken(steps.index)
 
-    def _end_skipped(self, chosen: Sequence[OptimizerSteps]) -> None:
-        """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
+    def _end_unstepped(self, chosen: Sequence[OptimizerSteps]) -> None:
+        """End what was read before clipping and no optimizer has come for."""
         waiting = [steps for steps in chosen if steps.waits]
         for steps in waiting:
             if len(waiting) == len(chosen):
-                steps.skip(self._emit)
+                steps.end_unstepped(self._emit)
             else:  # of several optimizers read together, those that did not step were just not their turn
                 steps.drop()
 
@@ -184,7 +184,7 @@ class Watcher:
 
         """
         try:
-            self._guarded(self._end_skipped, self._steps)
+            self._guarded(self._end_unstepped, self._steps)
         finally:
             if not self._off and os.getpid() == self._pid:
                 self._judge.end()
