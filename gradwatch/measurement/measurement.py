@@ -6,17 +6,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from gradwatch.measurement import norms
-from gradwatch.measurement.columns import APPLIED, NORM, Numbers, columns
+from gradwatch.measurement.columns import APPLIED, NORM, WEIGHT, Numbers, columns
 from gradwatch.measurement.parameters import Parameters
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.model.forward_hooks import Part, ProbeValues
-from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Snapshot, Stage
+from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Silence, Snapshot, Stage
 
 
 class Measurement:
@@ -53,6 +53,8 @@ class Measurement:
         self.parameters = Parameters(model, self._transfer, probe=probe)
         self.empty = True
         """Whether no gradient was there."""
+        self.silence: Silence | None = None
+        """Put there where none was, for several steps in a row."""
         self.absent: Sequence[Absent | None] = ()
         self.notes: list[str] = []
         self._half = False
@@ -69,6 +71,11 @@ class Measurement:
         self._transfer.run()
         return all(map(math.isfinite, self.parameters.numbers().get(NORM, {}).values()))
 
+    def weights(self) -> Mapping[int, float]:
+        """Return the norms of the parameters by column, where they were measured; asking copies what was so far."""
+        self._transfer.run()
+        return self.parameters.numbers().get(WEIGHT, {})
+
     def gradients(
         self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
     ) -> None:
@@ -78,6 +85,20 @@ class Measurement:
         if scale is not None:
             self._scale = self._transfer.add(norms.number(scale))
         self.parameters.gradients(columns, gradients, scale, half=half)
+
+    def outside(
+        self, columns: Sequence[int], parameters: Sequence[Tensor], there: Sequence[bool], *, weigh: bool
+    ) -> None:
+        """Take note of what no optimizer steps: whether gradients are there, and what it weighs."""
+        if not columns:
+            return
+        reasons = list(self.absent) or [None] * len(self.model.parameters)
+        for column, arrives in zip(columns, there, strict=True):
+            if arrives:
+                reasons[column] = "unstepped"
+        self.absent = reasons
+        if weigh:
+            self.parameters.weights(columns, parameters)
 
     def as_applied(self, columns: Sequence[int], gradients: Sequence[Tensor], optimizer: object) -> None:
         """Measure the gradients once more, as the optimizer takes them: after clipping."""
@@ -147,6 +168,7 @@ class Measurement:
             cuts=seen.cuts or None,
             computed_in="float16" if self._half else None,
             notes=(*self.parameters.notes, *self.notes),
+            silence=self.silence,
         )
 
     def _unscale(self, numbers: Numbers) -> tuple[float | None, float | None]:

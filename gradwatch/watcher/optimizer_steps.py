@@ -23,6 +23,7 @@ from gradwatch.values.snapshot import Absent, ModelInfo, Snapshot, Stage
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.losses import Losses
+from gradwatch.watcher.silent_steps import SilentSteps
 
 Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
@@ -54,6 +55,8 @@ class Training:
     losses: Losses
     processes: Processes
     cadence: Cadence
+    patience: int
+    """Measured steps in a row without any gradient that are worth a snapshot."""
     scaler: Any = None
     clock: Callable[[], int] | None = None
     """Numbers the steps where the loop has an axis of its own."""
@@ -92,6 +95,7 @@ class OptimizerSteps:
         """Losses of the step's micro-batches before this one, those of a measured step."""
         self._measurement: Measurement | None = None
         """There while the state is READ or APPLIED."""
+        self._silent = SilentSteps(training.patience)
         self._owed: str | None = None
         """The step for which the process that speaks for this one waits."""
         self._ids: list[int] = []
@@ -253,10 +257,12 @@ class OptimizerSteps:
             self._absent = self._model_map.without_gradient(self._columns, parameters, ran)
         if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
             measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
+        if self.index == 0:  # the first speaks for what none steps
+            measurement.outside(*self._model_map.outside(), weigh=probe or not self._weighed)
         factor = loss_scale.at_step(self._training.scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
-        if probe or not self._weighed:
+        if probe or not self._weighed or measurement.empty:
             measurement.parameters.weights(self._columns, parameters)
             self._weighed = True
         measurement.losses(self._losses_now())
@@ -315,7 +321,13 @@ class OptimizerSteps:
         if measurement is None:
             return
         self.state = end
-        if measurement.empty:  # a step without any gradient moves nothing, and says nothing
+        if not measurement.empty:
+            self._silent.end()
+        elif not self._columns or not self._silent.add(measurement, self._columns):
+            if self._silent.due and not self._training.processes.silent:
+                self._extra = True
+                last = self._model_map.last_layer(self._columns)  # whence nothing comes back
+                self._training.forward_pass.look_ahead(self.index, () if last is None else (last,))
             return
         optimizer = self.index if self.optimizer is not None else None
         key = self._owed or ""
@@ -358,7 +370,8 @@ class OptimizerSteps:
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
         absent = {names[c]: reason for c, reason in self._absent.items() if c < len(names)}
-        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent}
+        silent = [self._silent.since, self._silent.count]
+        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent, "silent": silent}
 
     def reading_state(self, count: int, state: Mapping[str, Any], names: Sequence[str]) -> Callable[[], None]:
         """Read what `state_dict` gave, and change nothing before the function that is returned is called.
@@ -373,8 +386,10 @@ class OptimizerSteps:
         absent = {columns[name]: reason for name, reason in state["absent"].items() if name in columns}
         number, stride = max(operator.index(count), 0), max(operator.index(state["stride"]), 1)
         turn, extra = max(operator.index(state["turn"]), 0), bool(state["extra"])
+        since, silent = map(operator.index, state.get("silent", (0, 0)))
 
         def apply() -> None:
             self.count, self._stride, self._turn, self._extra, self._absent = number, stride, turn, extra, absent
+            self._silent.resume(since, silent)
 
         return apply

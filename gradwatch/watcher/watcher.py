@@ -89,7 +89,14 @@ class Watcher:
         probes = Probes(_sequences(options, attempts), attempts, self._warn, strict=strict)
         self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
         training = Training(
-            self._model_map, self._forward_pass, self._losses, self._processes, options.cadence, scaler, clock
+            self._model_map,
+            self._forward_pass,
+            self._losses,
+            self._processes,
+            options.cadence,
+            options.thresholds.disconnected_steps,
+            scaler,
+            clock,
         )
         self._steps = [
             OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(optimizers or [None])
