@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.thresholds import UPDATE_PROBES
+from gradwatch.values.thresholds import LEFT_OUT, UPDATE_PROBES
 
 
 def unstepped(history: History) -> Iterator[Finding]:
-    """GW901: an optimizer steps, and none of its parameters has a gradient. GW902: parameters are in no optimizer."""
+    """GW900: nothing steps what is watched. GW901: an optimizer steps, and none of its parameters has a gradient.
+
+    GW902: parameters are in no optimizer.
+    """
+    yield from _unheard(history)
     yield from _in_vain(history)
     yield from _left_out(history)
 
 
+def _unheard(history: History) -> Iterator[Finding]:
+    """Find that a training goes on, and that not one step of it came to the watcher."""
+    snapshot, silence = history.snapshot, history.snapshot.silence
+    if silence is None or silence.steps:
+        return
+    optimizer = "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
+    yield Finding(
+        "GW900",
+        "unstepped",
+        Severity.ERROR if silence.moved is False else Severity.WARNING,
+        "",
+        onset=silence.since,
+        evidence={"told": float(silence.told)} | ({} if silence.moved is None else {"moved": float(silence.moved)}),
+        names={"optimizer": optimizer, "by": silence.by},
+    )
+
+
 def _in_vain(history: History) -> Iterator[Finding]:
     snapshot, silence = history.snapshot, history.snapshot.silence
-    if silence is None:
+    if silence is None or not silence.steps:
         return
     absent = snapshot.absent or (None,) * len(snapshot.model.parameters)
     trained = [
@@ -46,7 +68,7 @@ def _in_vain(history: History) -> Iterator[Finding]:
         "GW901",
         "disconnected",
         severity,
-        "" if whole else _common(layers),
+        "" if whole else around(layers),
         onset=silence.since,
         evidence={
             "steps": float(silence.steps),
@@ -78,36 +100,32 @@ def _left_out(history: History) -> Iterator[Finding]:
         and len(recent) == t.disconnected_steps
         and all(s.absent is not None and s.absent[columns[p]] == "unstepped" for s in recent)
     }
-    # A head that stands still while layers before it learn is forgotten. What stands still before them, as what was
-    # trained elsewhere, or gets no gradient, as a copy that follows, may well be meant.
     order = {history.model.layers[i].name: at for at, i in enumerate(history.order)}
-    learning = [order[p.layer] for p, n in zip(model.parameters, snapshot.norm, strict=True) if n]
-    forgotten = [p for p in left_out if p in stood and learning and order[p.layer] > min(learning)]
-    shown = forgotten or left_out
+    learning = {p.layer for p, n in zip(model.parameters, snapshot.norm, strict=True) if n}
+
+    def after(layer: str) -> bool:
+        """Tell whether a layer learns at, in or before this one."""
+        before = (other for other in learning if order[other] <= order[layer])
+        return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
+
+    # A head that stands still while layers before it learn is forgotten. What stands still before them, as what was
+    # trained elsewhere, what gets no gradient, as a copy that follows, and most of a model may well be meant.
+    few = len(left_out) < LEFT_OUT * sum(p.trainable is not False for p in model.parameters)
+    forgotten = [p for p in left_out if few and p in stood and after(p.layer)]
+    shown = sorted(forgotten or left_out, key=lambda p: order[p.layer])
     yield Finding(
         "GW902",
         "unstepped",
         Severity.WARNING if forgotten else Severity.INFO,
-        min(shown, key=lambda p: order[p.layer]).layer,
+        shown[0].layer,
         onset=still[0].step if forgotten else window[0].step,
         evidence={
-            "parameters": float(len(left_out)),
+            "parameters": float(len(shown)),
             "of": float(len(model.parameters)),
             "forgotten": float(len(forgotten)),
-            "stood": float(len(stood)),
         },
-        names={"which": model.named(left_out)},
+        names={"which": model.named(shown)},
     )
-
-
-def _common(layers: Sequence[str]) -> str:
-    """Return the innermost module that all of these layers lie in; the first of them where that is the model."""
-    first = layers[0].split(".")
-    for depth in range(len(first), 0, -1):
-        name = ".".join(first[:depth])
-        if all(layer == name or layer.startswith(f"{name}.") for layer in layers):
-            return name
-    return layers[0]
 
 
 def _explain_in_vain(finding: Finding) -> Explanation:
@@ -158,8 +176,9 @@ def _explain_left_out(finding: Finding) -> Explanation:
     are = "is" if count == 1 else "are"
     message = f"{count:.0f} of {of:.0f} parameters {are} to be trained and in no optimizer that is watched: {which}"
     if evidence["forgotten"]:
+        them = "it" if count == 1 else "them"
         return Explanation(
-            f"{message}; a gradient comes at every step, and nothing has moved them since step {finding.onset}",
+            f"{message}; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}",
             "they were added or replaced after the optimizer was made, or left out of its groups",
             "make the optimizer last, over model.parameters(); if they are meant to stay, call requires_grad_(False)"
             " on them",
@@ -171,7 +190,40 @@ def _explain_left_out(finding: Finding) -> Explanation:
     )
 
 
+def _explain_unheard(finding: Finding) -> Explanation:
+    evidence, names = finding.evidence, finding.names
+    told, by, optimizer = evidence["told"], names["by"], names["optimizer"]
+    if by and optimizer:
+        return Explanation(
+            f"{by}, which is not watched, has stepped parameters of this model {told:.0f} times, and {optimizer},"
+            " which is, not once: nothing is measured",
+            f"{by} trains this model",
+            f"give watch() the {by}",
+        )
+    if by:
+        return Explanation(
+            f"{by} has stepped parameters of this model {told:.0f} times, and nobody has called watcher.step():"
+            " nothing is measured",
+            "watch() was given no optimizer",
+            f"give watch() the {by}, or call watcher.step() after each backward()",
+        )
+    what = f"{optimizer} has not stepped once" if optimizer else "nobody has called watcher.step()"
+    message = f"{told:.0f} losses or gradients were told, and {what}: no step is measured"
+    if evidence.get("moved") == 0.0:
+        return Explanation(
+            f"{message}, and no weight has changed",
+            "optimizer.step() is never called, or not of an optimizer that was made of this very model",
+            "call optimizer.step() after backward(), of an optimizer over model.parameters() of the model that trains",
+        )
+    return Explanation(
+        message,
+        "something else than its step() moves the weights" if evidence.get("moved") else "",
+        "give watch() the optimizer whose step() is called, or call watcher.step() after each backward()",
+    )
+
+
 RULES = (
+    Rule("GW900", "unstepped", _explain_unheard),
     Rule("GW901", "disconnected", _explain_in_vain, of_a_cut),
     Rule("GW902", "unstepped", _explain_left_out, explains_a_stall=False),
 )

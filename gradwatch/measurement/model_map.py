@@ -85,11 +85,10 @@ class ModelMap:
         """Return the columns of those of these parameters, by `id`, that are the model's."""
         return [self._columns[i] for i in ids if i in self._columns]
 
-    def last_layer(self, columns: Iterable[int]) -> str | None:
-        """Return the layer of these columns that is the last in the forward pass."""
+    def last_layer(self, columns: Iterable[int]) -> list[str]:
+        """Return the layer of these columns that is the last in the forward pass, if there is one."""
         mine = {self.info.parameters[column].layer for column in columns}
-        order = (self.info.layers[i].name for i in reversed(self.info.forward_order))
-        return next((name for name in order if name in mine), None)
+        return [name for i in self.info.forward_order if (name := self.info.layers[i].name) in mine][-1:]
 
     def outside(self) -> tuple[list[int], list[Tensor], list[bool]]:
         """Return columns and parameters that are to be trained, and that none of the optimizers steps.

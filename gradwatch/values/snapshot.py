@@ -169,14 +169,18 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Silence:
-    """Steps in a row, up to that of the snapshot, at which no parameter that is stepped had a gradient."""
+    """Steps in a row, up to that of the snapshot, at which no parameter that is stepped had a gradient; or no step."""
 
     since: int
     """The first of them, of those that were measured."""
     steps: int
-    """How many were measured."""
+    """How many were measured; 0: not one step has come."""
     moved: bool | None = None
     """Whether parameters have changed since the first of them all the same; None: nobody knows."""
+    told: int = 0
+    """Where no step has come, how many steps an optimizer that is not watched has made; or losses and readings came."""
+    by: str = ""
+    """The class of that optimizer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,12 @@ from gradwatch.measurement.transfer import Transfer
 from gradwatch.model.forward_hooks import Part
 from gradwatch.model.optimizer_hooks import StepHooks
 from gradwatch.values.snapshot import Absent, ModelInfo, Snapshot, Stage
+from gradwatch.values.thresholds import STEPLESS
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.losses import Losses
 from gradwatch.watcher.silent_steps import SilentSteps
+from gradwatch.watcher.unheard import Unheard
 
 Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
@@ -53,6 +55,7 @@ class Training:
     model_map: ModelMap
     forward_pass: ForwardPass
     losses: Losses
+    unheard: Unheard
     processes: Processes
     cadence: Cadence
     patience: int
@@ -87,10 +90,9 @@ class OptimizerSteps:
         self._extra = False
         """Whether the next step is a probe out of turn, because an alert has begun."""
         self.state = State.IDLE
-        self.waits = False
-        """Whether `read` was called, and the optimizer has not come since."""
-        self._accumulates = False
-        """Whether what is read may be a micro-batch: so it was before."""
+        self.waits = 0
+        """How often `read` was called since the optimizer came last."""
+        self._accumulates = False  # whether micro-batches are read
         self._earlier: list[float | Tensor] = []
         """Losses of the step's micro-batches before this one, those of a measured step."""
         self._measurement: Measurement | None = None
@@ -141,6 +143,7 @@ class OptimizerSteps:
                 self._number(self._clock())
             self._begin("applied")
         if self._measurement is not None:
+            self._training.unheard.end()
             self.state = State.APPLIED
             if self._measurement.probe:
                 parameters = self._parameters()
@@ -164,7 +167,7 @@ class OptimizerSteps:
 
     def _finish(self, emit: Emit) -> None:
         self._losses.end(self.index)
-        self.waits = False
+        self.waits = 0
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
@@ -192,25 +195,28 @@ class OptimizerSteps:
             self._number(step)
         self._begin("before_clip")
         self._count_on()
-        if self.optimizer is None:
+        self.waits += self.optimizer is not None
+        if self.optimizer is None or self.waits > STEPLESS:
             self._end(State.DONE, emit)
             return
-        self.waits = True
         if self._accumulates and self._measurement is not None and self._measurement.probe:
             self.look_ahead()
 
     def end_unstepped(self, emit: Emit) -> None:
         """End what was read and its optimizer has not come for: emit it, as skipped, where it is not finite.
 
-        What is finite no scaler skips: it was a micro-batch, and the next reading is one of the same step. Processes
-        that hold pieces do not see that alone, so there a scaler's word is taken for it.
+        What is finite no scaler skips: it was a micro-batch, and the next reading is one of the same step. A process
+        that holds pieces does not see that alone.
         """
-        measurement, self.waits = self._measurement, False
+        measurement, waits = self._measurement, self.waits
+        if waits > STEPLESS:  # it never comes, and the readings are the steps
+            return
         if measurement is not None and measurement.parameters.holders:
             skipped = self._training.scaler is not None
         else:
             skipped = measurement is not None and not measurement.finite
         if skipped:
+            self.waits = 0
             self._end(State.SKIPPED, emit)
             return
         if measurement is not None:
@@ -218,11 +224,11 @@ class OptimizerSteps:
             self._extra = measurement.probe and not self._cadence.probed(measurement.step)
         self.drop()
         self.count -= self._stride
-        self._accumulates = True
+        self.waits, self._accumulates = waits, True
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self.state, self.waits = None, State.IDLE, False
+        self._measurement, self.state, self.waits = None, State.IDLE, 0
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -326,8 +332,7 @@ class OptimizerSteps:
         elif not self._columns or not self._silent.add(measurement, self._columns):
             if self._silent.due and not self._training.processes.silent:
                 self._extra = True
-                last = self._model_map.last_layer(self._columns)  # whence nothing comes back
-                self._training.forward_pass.look_ahead(self.index, () if last is None else (last,))
+                self._training.forward_pass.look_ahead(self.index, self._model_map.last_layer(self._columns))
             return
         optimizer = self.index if self.optimizer is not None else None
         key = self._owed or ""
