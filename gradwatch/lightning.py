@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +57,8 @@ class GradientMonitor(_Callback):
     optimizer gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as
     in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory;
     without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
-    fit, or `gradwatch.watch`, has left on it.
+    fit, or `gradwatch.watch`, has left on it. A fit of another model, and one whose steps begin anew, begins with
+    nothing remembered, unless it resumes from a checkpoint.
 
     Args:
         name: goes into the folder's name, `gradwatch-<name>`, and tells two of these callbacks apart.
@@ -108,6 +110,11 @@ class GradientMonitor(_Callback):
         self._on_alert = on_alert
         self._watcher: Watcher | None = None
         self._state: Mapping[str, Any] | None = None
+        """That of the last fit, which the next one takes up where it is one of the same module and goes on from it."""
+        self._fitted: weakref.ref[Any] | None = None
+        self._last_step = 0
+        self._loaded: Mapping[str, Any] | None = None
+        """That of a checkpoint, which the fit takes up that it was loaded for."""
         self._stop_wanted = False
 
     @property
@@ -123,6 +130,7 @@ class GradientMonitor(_Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ANN401  (of either package)
         """Attach: here the model is final, and the optimizers are there."""
         self._stop_wanted = False
+        self._close()  # what an interrupted fit has left
         close_earlier(pl_module, keep=[its._watcher for its in _others(trainer, self) if its._watcher is not None])
         with contextlib.ExitStack() as undo:
             directory = _directory(trainer, self._options.name)
@@ -142,9 +150,10 @@ class GradientMonitor(_Callback):
             )
             undo.pop_all()
         remember(self._watcher)
-        if self._state:
+        goes_on = self._fitted is not None and self._fitted() is pl_module and _step(trainer) > self._last_step
+        if (state := self._loaded or (self._state if goes_on else None)) is not None:
             try:
-                self._watcher.load_state_dict(self._state)
+                self._watcher.load_state_dict(state)
             except ValueError as error:  # of another model, perhaps: no reason to end a fit
                 WarnOnce()("state", f"what was remembered of an earlier fit is left out: {error}")
 
@@ -183,24 +192,28 @@ class GradientMonitor(_Callback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:  # noqa: ANN401, ARG002
         """Take everything off."""
         self._close()
+        self._loaded = None  # a test loads its checkpoint too, and is no reason for a later fit to go on from there
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the open alerts and the step, as plain as `torch.load(weights_only=True)` wants it."""
-        return self._watcher.state_dict() if self._watcher is not None else dict(self._state or {})
+        return self._watcher.state_dict() if self._watcher is not None else dict(self._loaded or self._state or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on at the next fit where the checkpoint was written."""
-        self._state = state_dict or None
+        self._loaded = state_dict or None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies the live watcher, and the methods of the model that Lightning hangs on callbacks."""
         return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")} | {
-            "_watcher": None
+            "_watcher": None,
+            "_fitted": None,
         }
 
     def _close(self) -> None:
         if self._watcher is not None:
-            self._state = self._watcher.state_dict()
+            self._state, self._loaded = self._watcher.state_dict(), None
+            module, self._last_step = self._watcher.model, self._watcher.report.snapshot.step
+            self._fitted = None if module is None else weakref.ref(module)
             self._watcher.close()
             self._watcher = None
 

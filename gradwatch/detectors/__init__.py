@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gradwatch.detectors import dead, depth, disconnected, exploding, nonfinite, stalled, time, underflow
+from gradwatch.detectors import dead, depth, disconnected, exploding, nonfinite, stalled, time, underflow, unstepped
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Explanation, Finding
@@ -12,6 +12,7 @@ from gradwatch.values.report import Explanation, Finding
 DETECTORS: tuple[Detector, ...] = (
     nonfinite.nonfinite,
     disconnected.disconnected,
+    unstepped.unstepped,
     dead.dead_units,
     depth.vanishing_depth,
     exploding.exploding,
@@ -23,7 +24,7 @@ DETECTORS: tuple[Detector, ...] = (
 
 RULES: Mapping[str, Rule] = {
     rule.code: rule
-    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, stalled)
+    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, stalled, unstepped)
     for rule in family.RULES
 }
 """The rules of the default detectors, by code; docs/rules.md describes them."""

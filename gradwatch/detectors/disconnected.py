@@ -17,6 +17,8 @@ def disconnected(history: History) -> Iterator[Finding]:
     """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot."""
     if all(history.snapshot.norm):  # nearly always: none is missing, none is zero
         return
+    if history.snapshot.silence is not None:  # nothing has arrived at any: GW901 says so
+        return
     trained = _trained(history)
     severity = Severity.ERROR
     if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end

@@ -6,17 +6,17 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from gradwatch.measurement import norms
-from gradwatch.measurement.columns import APPLIED, NORM, Numbers, columns
+from gradwatch.measurement.columns import APPLIED, NORM, WEIGHT, Numbers, columns
 from gradwatch.measurement.parameters import Parameters
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.model.forward_hooks import Part, ProbeValues
-from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Snapshot, Stage
+from gradwatch.values.snapshot import Absent, ActivationStats, ModelInfo, Silence, Snapshot, Stage
 
 
 class Measurement:
@@ -53,18 +53,28 @@ class Measurement:
         self.parameters = Parameters(model, self._transfer, probe=probe)
         self.empty = True
         """Whether no gradient was there."""
+        self.silence: Silence | None = None
+        """Put there where none was, for several steps in a row."""
         self.absent: Sequence[Absent | None] = ()
         self.notes: list[str] = []
         self._half = False
         self._scale: Pending | None = None
         self._late_scale: Pending | None = None
         self._found_inf: list[Pending] = []
+        self.told: Sequence[float | Tensor] = ()
+        """The losses of the step, where the loop has told them."""
         self._losses: list[Pending] = []
 
     @property
-    def told(self) -> bool:
-        """Whether the loss is known."""
-        return bool(self._losses)
+    def finite(self) -> bool:
+        """Whether the gradients are, as they were read first; asking copies what was measured so far."""
+        self._transfer.run()
+        return all(map(math.isfinite, self.parameters.numbers().get(NORM, {}).values()))
+
+    def weights(self) -> Mapping[int, float]:
+        """Return the norms of the parameters by column, where they were measured; asking copies what was so far."""
+        self._transfer.run()
+        return self.parameters.numbers().get(WEIGHT, {})
 
     def gradients(
         self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
@@ -75,6 +85,20 @@ class Measurement:
         if scale is not None:
             self._scale = self._transfer.add(norms.number(scale))
         self.parameters.gradients(columns, gradients, scale, half=half)
+
+    def outside(
+        self, columns: Sequence[int], parameters: Sequence[Tensor], there: Sequence[bool], *, weigh: bool
+    ) -> None:
+        """Take note of what no optimizer steps: whether gradients are there, and what it weighs."""
+        if not columns:
+            return
+        reasons = list(self.absent) or [None] * len(self.model.parameters)
+        for column, arrives in zip(columns, there, strict=True):
+            if arrives:
+                reasons[column] = "unstepped"
+        self.absent = reasons
+        if weigh:
+            self.parameters.weights(columns, parameters)
 
     def as_applied(self, columns: Sequence[int], gradients: Sequence[Tensor], optimizer: object) -> None:
         """Measure the gradients once more, as the optimizer takes them: after clipping."""
@@ -93,7 +117,7 @@ class Measurement:
         """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it."""
         if not losses:
             return
-        self._losses = []
+        self.told, self._losses = losses, []
         for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
             tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
             self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))
@@ -145,6 +169,7 @@ class Measurement:
             computed_in="float16" if self._half else None,
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
+            silence=self.silence,
         )
 
     def _unscale(self, numbers: Numbers) -> tuple[float | None, float | None]:

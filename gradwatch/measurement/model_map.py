@@ -24,6 +24,7 @@ class ModelMap:
         self._columns: dict[int, int] = {}
         self._spread: dict[int, tuple[int, ...]] = {}
         self._frozen: list[int] = []
+        self._outside: frozenset[int] = frozenset()
         self.info = self._describe(model)
         """The newest description; one that says the same is the same object, by which the record knows it."""
 
@@ -53,6 +54,8 @@ class ModelMap:
         self._frozen = [
             c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None
         ]
+        unstepped = set(info.unstepped)
+        self._outside = frozenset(c for c, p in enumerate(info.parameters) if p in unstepped)
         return info
 
     def _present(self) -> nn.Module:
@@ -81,6 +84,25 @@ class ModelMap:
     def columns(self, ids: Iterable[int]) -> list[int]:
         """Return the columns of those of these parameters, by `id`, that are the model's."""
         return [self._columns[i] for i in ids if i in self._columns]
+
+    def last_layer(self, columns: Iterable[int]) -> list[str]:
+        """Return the layer of these columns that is the last in the forward pass, if there is one."""
+        mine = {self.info.parameters[column].layer for column in columns}
+        return [name for i in self.info.forward_order if (name := self.info.layers[i].name) in mine][-1:]
+
+    def outside(self) -> tuple[list[int], list[Tensor], list[bool]]:
+        """Return columns and parameters that are to be trained, and that none of the optimizers steps.
+
+        And of each whether a gradient is there, and its module in training mode.
+        """
+        found: dict[int, tuple[Tensor, bool]] = {}
+        model = self._model() if self._outside else None
+        for module in model.modules() if model is not None else ():
+            for parameter in module._parameters.values():
+                column = self._columns.get(id(parameter))
+                if parameter is not None and column in self._outside and parameter.requires_grad:
+                    found.setdefault(column, (parameter, module.training and parameter.grad is not None))
+        return list(found), [p for p, _ in found.values()], [there for _, there in found.values()]
 
     def __contains__(self, parameter: Tensor) -> bool:
         """Tell whether a parameter is the model's."""

@@ -120,6 +120,7 @@ def describe(
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     optimizer=stepped.get(id(parameter)),
                     role=_role(module, name, len(shape)),
+                    trainable=parameter.requires_grad,
                 )
             )
     return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns

@@ -6,6 +6,7 @@ import logging
 import re
 
 from gradwatch.values.report import Alert, Report, Severity
+from gradwatch.values.snapshot import ModelInfo
 
 _log = logging.getLogger("gradwatch")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -24,6 +25,14 @@ def log_report(report: Report) -> None:
             alert.finding.place or "the whole model",
             alert.cleared,
         )
+
+
+def log_left_out(model: ModelInfo) -> None:
+    """Say to the logger `gradwatch` which parameters are to be trained and in no optimizer, where some are."""
+    if model.unstepped:
+        count, of = len(model.unstepped), len(model.parameters)
+        line = f"{count} of {of} parameters are in no optimizer that is watched: {model.named(model.unstepped)}"
+        _log.info("%s", printable(line))
 
 
 def log_alert(alert: Alert) -> None:

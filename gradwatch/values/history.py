@@ -77,7 +77,7 @@ class History:
             total = snapshot.norm_global
             if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
                 track.first_norms.append(total)
-            if snapshot.loss is not None:
+            if snapshot.loss is not None and snapshot.silence is None:  # else it is the loss of others
                 self._add_loss(track, snapshot.loss)
         self._improved = self._has_improved()
 
@@ -161,6 +161,11 @@ class History:
     def first_norms(self) -> Sequence[float]:
         """Global gradient norms of the first window."""
         return self._track.first_norms
+
+    def had_gradients(self, *, anywhere: bool = False) -> bool:
+        """Tell whether a parameter of this optimizer, or `anywhere` one of any, has ever had a gradient."""
+        tracks = self._tracks.values() if anywhere else [self._track]
+        return any(track.first_norms or any(s.silence is None for s in track.snapshots) for track in tracks)
 
     def window(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""

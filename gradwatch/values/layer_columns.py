@@ -64,6 +64,14 @@ def inside(name: str, around: str) -> bool:
     return not around or name == around or name.startswith(f"{around}.")
 
 
+def around(layers: Sequence[str]) -> str:
+    """Return the innermost module that all of these layers lie in; the first of them where that is the model."""
+    module = layers[0]
+    while module and not all(inside(layer, module) for layer in layers):
+        module = module.rpartition(".")[0]
+    return module or layers[0]
+
+
 def trunk(model: ModelInfo) -> str:
     """Return the deepest module that contains more than half of the layers."""
     names = [layer.name.split(".") for layer in model.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,10 @@ gain."""
 Stage = Literal["before_clip", "applied"]
 """Whether the gradients were read before clipping, or as the optimizer consumed them."""
 
-Absent = Literal["frozen", "unused", "disconnected"]
+Absent = Literal["frozen", "unused", "disconnected", "unstepped"]
 """Why a parameter has no gradient: `requires_grad` is False; no forward pass that was seen used its
-layer; its layer ran in the forward pass of this step and still nothing arrived."""
+layer; its layer ran in the forward pass of this step and still nothing arrived; one is there, its module is in training
+mode, and no optimizer that is watched steps it."""
 
 Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax"]
 """An activation; "relu" is any whose output is exactly 0 where its derivative is."""
@@ -61,6 +63,8 @@ class ParameterInfo:
     optimizer: int | None
     """Index into `ModelInfo.optimizers`; None if no watched optimizer steps it."""
     role: Role
+    trainable: bool | None = None
+    """`requires_grad`, when the model was described; None: nobody wrote that down."""
 
     @property
     def elements(self) -> int:
@@ -98,6 +102,21 @@ class ModelInfo:
     layers: tuple[LayerInfo, ...]
     parameters: tuple[ParameterInfo, ...]
     optimizers: tuple[OptimizerInfo, ...] = ()
+
+    @property
+    def unstepped(self) -> tuple[ParameterInfo, ...]:
+        """The parameters that are to be trained and in no optimizer; none where no optimizer is watched."""
+        if not self.optimizers:
+            return ()
+        return tuple(p for p in self.parameters if p.optimizer is None and p.trainable)
+
+    def named(self, parameters: Collection[ParameterInfo], most: int = 6) -> str:
+        """Name some of the parameters, by their layer where all of it is among them, in the order of the model."""
+        among = set(parameters)
+        whole = {p.layer for p in parameters if p.layer} - {p.layer for p in self.parameters if p not in among}
+        names = list(dict.fromkeys(p.layer if p.layer in whole else p.name for p in parameters))
+        more = len(names) - most
+        return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
     @property
     def forward_order(self) -> tuple[int, ...]:
@@ -176,6 +195,22 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Silence:
+    """Steps in a row, up to that of the snapshot, at which no parameter that is stepped had a gradient; or no step."""
+
+    since: int
+    """The first of them, of those that were measured."""
+    steps: int
+    """How many were measured; 0: not one step has come."""
+    moved: bool | None = None
+    """Whether parameters have changed since the first of them all the same; None: nobody knows."""
+    told: int = 0
+    """Where no step has come, how many steps an optimizer that is not watched has made; or losses and readings came."""
+    by: str = ""
+    """The class of that optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The numbers of one executed optimizer step. Columns run along `model.parameters`.
 
@@ -227,6 +262,8 @@ class Snapshot:
     ("float16" under autocast)."""
     origin: Origin | None = None
     """Where what was not finite in a probe came from, whether or not it reached a gradient."""
+    silence: Silence | None = None
+    """There where no parameter had a gradient: one snapshot stands for several such steps in a row."""
 
     @property
     def norm_global(self) -> float | None:

@@ -31,6 +31,12 @@ dead layer for a step does not revive it."""
 UPDATE_PROBES = 3
 """Probes of a window at which a weight must change by more than itself, where no single change is large enough
 alone."""
+LEFT_OUT = 0.5
+"""Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: a forgotten
+head is few, and tuning by heads, norms, biases or prompts alone leaves out most."""
+STEPLESS = 300
+"""Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
+micro-batches than any published training accumulates (256)."""
 LINE_LAYERS = 6
 """Layers from which on a line through their gradients says something."""
 LINE_CORRELATION = 0.8

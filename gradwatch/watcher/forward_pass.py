@@ -29,13 +29,22 @@ class ForwardPass:
         self._model_map, self._probes, self._suspects, self._warn = model_map, probes, suspects, warn
         self._trace = ForwardTrace(probes.all(), probes.failed, probes.attempts)
         self._waiting: set[int] = set()
+        self._closely: dict[int, Collection[str]] = {}
+        """By optimizer, layers that it wants looked at more closely, whatever else is in question."""
         self._closed = False
 
-    def look_ahead(self, optimizer: int) -> None:
-        """Look at the forward pass of this optimizer's next step; under torch.compile, at recurrent modules alone."""
+    def look_ahead(self, optimizer: int, closely: Collection[str] = ()) -> None:
+        """Look at the forward pass of this optimizer's next step; under torch.compile, at recurrent modules alone.
+
+        Args:
+            optimizer: its index.
+            closely: layers to look at more closely, beside those that are in question.
+
+        """
         if self._closed:
             return
-        self._probes.suspect(self._suspects())
+        self._closely[optimizer] = closely
+        self._suspect()
         model = self._model_map.model
         if not self._trace.armed and model is not None:
             self._trace.arm(named_modules(model))
@@ -48,7 +57,10 @@ class ForwardPass:
     def look_closer(self, optimizer: int) -> None:
         """If this optimizer's next step waits for the probes, point them at what is in question by now."""
         if self.awaited_by(optimizer):
-            self._probes.suspect(self._suspects())
+            self._suspect()
+
+    def _suspect(self) -> None:
+        self._probes.suspect({*self._suspects(), *(name for names in self._closely.values() for name in names)})
 
     def awaited_by(self, optimizer: int) -> bool:
         """Tell whether the next step of this optimizer waits for what the probes see."""
@@ -66,6 +78,7 @@ class ForwardPass:
         if optimizer not in self._waiting:
             return None
         self._waiting.discard(optimizer)
+        self._closely.pop(optimizer, None)
         if not self._waiting:
             self._trace.disarm()
         return None if self._trace.compiled else self._trace.ran

@@ -21,9 +21,12 @@ from gradwatch.measurement.transfer import Transfer
 from gradwatch.model.forward_hooks import Part
 from gradwatch.model.optimizer_hooks import StepHooks
 from gradwatch.values.snapshot import Absent, ModelInfo, Snapshot, Stage
+from gradwatch.values.thresholds import STEPLESS
 from gradwatch.watcher.cadence import Cadence
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.losses import Losses
+from gradwatch.watcher.silent_steps import SilentSteps
+from gradwatch.watcher.unheard import Unheard
 
 Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
@@ -46,7 +49,7 @@ class State(enum.Enum):
     DONE = "done"
     """The step that was measured last is done."""
     SKIPPED = "skipped"
-    """The optimizer never came: a scaler skipped the step."""
+    """The optimizer never came for what is not finite: a scaler skipped the step."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ class Training:
     model_map: ModelMap
     forward_pass: ForwardPass
     losses: Losses
+    unheard: Unheard
     processes: Processes
     cadence: Cadence
+    patience: int
+    """Measured steps in a row without any gradient that are worth a snapshot."""
     scaler: Any = None
     clock: Callable[[], int] | None = None
     """Numbers the steps where the loop has an axis of its own."""
@@ -67,7 +73,8 @@ class OptimizerSteps:
     """Hears each step of one optimizer (None: the loop has none), measures it if it is due, and emits a snapshot of it.
 
     A step that the hooks alone tell of is IDLE, then APPLIED, then DONE. One that `Watcher.step` reads before clipping
-    is READ first; if its optimizer never comes for it, it ends SKIPPED. Without an optimizer it is DONE at once.
+    is READ first; if its optimizer never comes for it, it ends SKIPPED where it is not finite, and else it was a
+    micro-batch of the step to come, and no step. Without an optimizer it is DONE at once.
     """
 
     _guard: Guard  # these two while the hooks are on, so that who hears them lives as long as the optimizer
@@ -91,8 +98,14 @@ class OptimizerSteps:
         self._next_look = 0
         """The step from which on a gradient that is not finite, and was not stepped, asks for such a probe again."""
         self.state = State.IDLE
+        self.waits = 0
+        """How often `read` was called since the optimizer came last."""
+        self._accumulates = False  # whether micro-batches are read
+        self._earlier: list[float | Tensor] = []
+        """Losses of the step's micro-batches before this one, those of a measured step."""
         self._measurement: Measurement | None = None
         """There while the state is READ or APPLIED."""
+        self._silent = SilentSteps(training.patience)
         self._owed: str | None = None
         """The step for which the process that speaks for this one waits."""
         self._ids: list[int] = []
@@ -138,6 +151,7 @@ class OptimizerSteps:
                 self._number(self._clock())
             self._begin("applied")
         if self._measurement is not None:
+            self._training.unheard.end()
             self.state = State.APPLIED
             if self._measurement.probe:
                 parameters = self._parameters()
@@ -161,6 +175,7 @@ class OptimizerSteps:
 
     def _finish(self, emit: Emit) -> None:
         self._losses.end(self.index)
+        self.waits = 0
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
@@ -168,6 +183,8 @@ class OptimizerSteps:
                 with undisturbed():
                     self._measurement.parameters.updates(self._spare)
             self._end(State.DONE, emit)
+            if self._accumulates and not (self._extra or self._cadence.probed(self.count)):
+                self._training.forward_pass.release(self.index)  # no further micro-batch has come
 
     # --- a step that `Watcher.step` reads ---
 
@@ -175,11 +192,6 @@ class OptimizerSteps:
     def reevaluates(self) -> bool:
         """Whether a closure is evaluated again, for a step whose gradients have been read."""
         return self._hooks is not None and self._hooks.looked
-
-    @property
-    def waits(self) -> bool:
-        """Whether gradients were read before clipping, and their optimizer has not come for them."""
-        return self.state is State.READ
 
     def leave_to_reads(self) -> None:
         """From now on leave it to `read` to begin a measurement and to count."""
@@ -191,16 +203,40 @@ class OptimizerSteps:
             self._number(step)
         self._begin("before_clip")
         self._count_on()
-        if self.optimizer is None:
+        self.waits += self.optimizer is not None
+        if self.optimizer is None or self.waits > STEPLESS:
             self._end(State.DONE, emit)
+            return
+        if self._accumulates and self._measurement is not None and self._measurement.probe:
+            self.look_ahead()
 
-    def skip(self, emit: Emit) -> None:
-        """Emit what was read, as skipped."""
-        self._end(State.SKIPPED, emit)
+    def end_unstepped(self, emit: Emit) -> None:
+        """End what was read and its optimizer has not come for: emit it, as skipped, where it is not finite.
+
+        What is finite no scaler skips: it was a micro-batch, and the next reading is one of the same step. A process
+        that holds pieces does not see that alone.
+        """
+        measurement, waits = self._measurement, self.waits
+        if waits > STEPLESS:  # it never comes, and the readings are the steps
+            return
+        if measurement is not None and measurement.parameters.holders:
+            skipped = self._training.scaler is not None
+        else:
+            skipped = measurement is not None and not measurement.finite
+        if skipped:
+            self.waits = 0
+            self._end(State.SKIPPED, emit)
+            return
+        if measurement is not None:
+            self._earlier = list(measurement.told)
+            self._extra = measurement.probe and not self._cadence.probed(measurement.step)
+        self.drop()
+        self.count -= self._stride
+        self.waits, self._accumulates = waits, True
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self.state = None, State.IDLE
+        self._measurement, self.state, self.waits = None, State.IDLE, 0
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -235,14 +271,21 @@ class OptimizerSteps:
             self._absent = self._model_map.without_gradient(self._columns, parameters, ran)
         if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
             measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
+        if self.index == 0:  # the first speaks for what none steps
+            measurement.outside(*self._model_map.outside(), weigh=probe or not self._weighed)
         factor = loss_scale.at_step(self._training.scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
-        if probe or not self._weighed:
+        if probe or not self._weighed or measurement.empty:
             measurement.parameters.weights(self._columns, parameters)
             self._weighed = True
-        measurement.losses(self._losses.of(self.index))
+        measurement.losses(self._losses_now())
         return measurement
+
+    def _losses_now(self) -> list[float | Tensor]:
+        """Return what was told of the step, with the losses of its micro-batches before; nothing where nothing was."""
+        told = self._losses.of(self.index)
+        return [*self._earlier, *told] if told else []
 
     def _seen(self, transfer: Transfer) -> tuple[list[Part], frozenset[str] | None]:
         """Return what the probes saw of this step, and the modules that ran; nothing and None where nobody looked."""
@@ -265,7 +308,7 @@ class OptimizerSteps:
             columns, gradients = self._gradients(self._parameters())
             measurement.as_applied(columns, gradients, self.optimizer)
             measurement.found_inf(self.optimizer)
-            measurement.losses(self._losses.of(self.index))
+            measurement.losses(self._losses_now())
 
     def _parameters(self) -> list[Tensor]:
         """Return the parameters that are stepped now, in line with `_columns`; what is not of the model is left out."""
@@ -288,11 +331,16 @@ class OptimizerSteps:
 
     def _end(self, end: State, emit: Emit) -> None:
         """Emit what was measured; once an alert has begun, the next step is a probe, which looks more closely."""
-        measurement, self._measurement = self._measurement, None
+        measurement, self._measurement, self._earlier = self._measurement, None, []
         if measurement is None:
             return
         self.state = end
-        if measurement.empty:  # a step without any gradient moves nothing, and says nothing
+        if not measurement.empty:
+            self._silent.end()
+        elif not self._columns or not self._silent.add(measurement, self._columns):
+            if self._silent.due and not self._training.processes.silent:
+                self._extra = True
+                self._training.forward_pass.look_ahead(self.index, self._model_map.last_layer(self._columns))
             return
         optimizer = self.index if self.optimizer is not None else None
         key = self._owed or ""
@@ -350,7 +398,8 @@ class OptimizerSteps:
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
         absent = {names[c]: reason for c, reason in self._absent.items() if c < len(names)}
-        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent}
+        silent = [self._silent.since, self._silent.count]
+        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent, "silent": silent}
 
     def reading_state(self, count: int, state: Mapping[str, Any], names: Sequence[str]) -> Callable[[], None]:
         """Read what `state_dict` gave, and change nothing before the function that is returned is called.
@@ -365,8 +414,10 @@ class OptimizerSteps:
         absent = {columns[name]: reason for name, reason in state["absent"].items() if name in columns}
         number, stride = max(operator.index(count), 0), max(operator.index(state["stride"]), 1)
         turn, extra = max(operator.index(state["turn"]), 0), bool(state["extra"])
+        since, silent = map(operator.index, state.get("silent", (0, 0)))
 
         def apply() -> None:
             self.count, self._stride, self._turn, self._extra, self._absent = number, stride, turn, extra, absent
+            self._silent.resume(since, silent)
 
         return apply

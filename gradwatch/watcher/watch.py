@@ -163,6 +163,7 @@ def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
         if stepped and not any(id(p) in mine for p in stepped):
             raise ValueError(
                 f"optimizer must step parameters of the model, and none of the {len(stepped)}"
-                f" of this {type(optimizer).__name__} is one of them"
+                f" of this {type(optimizer).__name__} is one of them: it was made of another model, or before the"
+                " parameters were replaced, or it keeps copies (DeepSpeed ZeRO, master weights)"
             )
     return list({id(o): o for o in every}.values())

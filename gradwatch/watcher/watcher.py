@@ -18,6 +18,7 @@ from gradwatch.measurement.model_map import ModelMap
 from gradwatch.measurement.processes import Processes
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.optimizer_hooks import unwrap
+from gradwatch.sinks.log import log_left_out
 from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Sequences
 from gradwatch.values.report import GradientHealthError, Report, Sink
@@ -29,6 +30,7 @@ from gradwatch.watcher.losses import Losses
 from gradwatch.watcher.optimizer_steps import OptimizerSteps, Training
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.probes import Probes
+from gradwatch.watcher.unheard import Unheard
 from gradwatch.watcher.warn_once import WarnOnce, said
 
 _log = logging.getLogger("gradwatch")
@@ -77,6 +79,7 @@ class Watcher:
         self._losses = Losses()
         self._model_map = ModelMap(model, optimizers)
         info = self._model_map.info
+        log_left_out(info)
         self._processes = Processes((p.name for p in info.parameters), alone=strict)
         self._judge = Judge(
             Snapshot(step=0, wall_time=time.time(), model=info, norm=(None,) * len(info.parameters)),
@@ -88,8 +91,18 @@ class Watcher:
         attempts = Attempts()
         probes = Probes(_sequences(options, attempts), attempts, self._warn, strict=strict)
         self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
+        patience = options.thresholds.disconnected_steps
+        self._unheard = Unheard(self._model_map, optimizers, patience, self._guarded, self._tell_unheard)
         training = Training(
-            self._model_map, self._forward_pass, self._losses, self._processes, options.cadence, scaler, clock
+            self._model_map,
+            self._forward_pass,
+            self._losses,
+            self._unheard,
+            self._processes,
+            options.cadence,
+            patience,
+            scaler,
+            clock,
         )
         self._steps = [
             OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(optimizers or [None])
@@ -98,6 +111,8 @@ class Watcher:
         for steps in self._steps:
             if steps.optimizer is not None:
                 steps.attach(self._guarded, self._emit)
+        if strict:
+            self._unheard.end()
 
     # --- what users call ---
 
@@ -143,9 +158,11 @@ class Watcher:
             return  # a further evaluation of a closure whose first one was measured
         for steps in self._steps:
             steps.leave_to_reads()
-        self._end_skipped(chosen)
+        self._end_unstepped(chosen)
         for steps in chosen:
             self._losses.begin(steps.index)
+        if self._unheard.hooked:
+            self._unheard.told(read=True)
         for steps in chosen:
             if self._off:  # closed by who was told of the step before
                 return
@@ -153,12 +170,12 @@ class Watcher:
         for steps in chosen:
             self._losses.taken(steps.index)
 
-    def _end_skipped(self, chosen: Sequence[OptimizerSteps]) -> None:
-        """Emit what was read before clipping and no optimizer has come for: a scaler skipped it."""
+    def _end_unstepped(self, chosen: Sequence[OptimizerSteps]) -> None:
+        """End what was read before clipping and no optimizer has come for."""
         waiting = [steps for steps in chosen if steps.waits]
         for steps in waiting:
             if len(waiting) == len(chosen):
-                steps.skip(self._emit)
+                steps.end_unstepped(self._emit)
             else:  # of several optimizers read together, those that did not step were just not their turn
                 steps.drop()
 
@@ -174,6 +191,8 @@ class Watcher:
             self._losses.record(loss)
         except Exception:  # noqa: BLE001  (whatever it is that somebody takes for a loss)
             self._warn("loss", f"the loss must be a number or a tensor, got {loss!r:.80}, and is left out")
+        if self._unheard.listening:
+            self._guarded(self._unheard.told)
 
     def close(self) -> Report:
         """Take everything off, finish the files, and return the last report; a second call does nothing.
@@ -184,7 +203,8 @@ class Watcher:
 
         """
         try:
-            self._guarded(self._end_skipped, self._steps)
+            self._guarded(self._end_unstepped, self._steps)
+            self._guarded(self._unheard.close)
         finally:
             if not self._off and os.getpid() == self._pid:
                 self._judge.end()
@@ -197,10 +217,26 @@ class Watcher:
             self._processes.leave()
         self._forward_pass.close()
         self._losses.clear()
+        self._unheard.end()
         for steps in self._steps:
             steps.detach()
         self._model_map.release()
         self._close_sinks()
+
+    def _tell_unheard(self) -> None:
+        if self._model_map.model is None or self._processes.silent:
+            return
+        info, first = self._model_map.info, self._steps[0]
+        self._emit(
+            Snapshot(
+                step=first.count,
+                wall_time=time.time(),
+                model=info,
+                optimizer=None if first.optimizer is None else first.index,
+                norm=(None,) * len(info.parameters),
+                silence=self._unheard.silence,
+            )
+        )
 
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:

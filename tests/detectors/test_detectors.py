@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -26,7 +27,7 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact
+from gradwatch.values.snapshot import ActivationStats, Fact, Silence
 
 
 def model(count, *, adaptive=False, order=None):
@@ -379,6 +380,11 @@ def _one_of_each():
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
     yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
+    yield (two, [(None, None)]), {"silence": [Silence(0, 0, told=10, by="AdamW")]}
+    yield (two, [(None, None)]), {"silence": [Silence(0, 10)], "absent": [("disconnected",) * 2]}
+    parameters = (two.parameters[0], dataclasses.replace(two.parameters[1], optimizer=None, trainable=True))
+    left_out = dataclasses.replace(two, parameters=parameters)
+    yield (left_out, [(1.0, None)] * 20), {}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (
         SequenceStats("l0", length=60, lag_gain=fades),

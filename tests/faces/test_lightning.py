@@ -630,9 +630,39 @@ def test_the_callback_can_be_used_again_for_another_model_with_other_optimizers(
         configure_optimizers=lambda self: [sgd(self.net[0].parameters()), sgd(self.net[1].parameters())],
     )
     other.automatic_optimization = False
-    with pytest.warns(gradwatch.GradwatchWarning, match="earlier fit is left out"):
-        trainer(pl, tmp_path, callback).fit(other, loader(2))
+    trainer(pl, tmp_path, callback).fit(other, loader(2))
     assert_norms(reports[2:], other.before)
+
+
+@pytest.mark.parametrize("other", ["model", "clock"])
+def test_another_model_and_a_clock_that_went_back_begin_with_nothing_remembered(pl, tmp_path, other):
+    callback, reports = watched(thresholds=Thresholds(window=4), on_alert=lambda _: None)
+    module = make(pl, sick())
+    trainer(pl, tmp_path, callback).fit(module, loader())
+    assert [alert.finding.code for alert in reports[-1].open] == ["GW101"]
+    alone, expected = watched(thresholds=Thresholds(window=4), on_alert=lambda _: None)
+    again = make(pl, small()) if other == "model" else module
+    trainer(pl, tmp_path, alone).fit(copy.deepcopy(again), loader())
+    trainer(pl, tmp_path, callback).fit(again, loader())
+
+    later = reports[BATCHES:]
+    assert [r.snapshot.norm for r in later] == [r.snapshot.norm for r in expected]
+    assert [(r.snapshot.step, r.began, r.open) for r in later] == [(r.snapshot.step, r.began, r.open) for r in expected]
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:The `test_dataloader` does not have")
+def test_a_checkpoint_that_a_test_has_loaded_is_not_where_the_next_fit_goes_on(pl, tmp_path):
+    callback, reports = watched(on_alert=lambda _: None)
+    saver = importlib.import_module(f"{pl.__name__}.callbacks").ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    module = make(pl, test_step=lambda self, batch, _: self.loss(batch))
+    run = trainer(pl, tmp_path, callback, saver, enable_checkpointing=True)
+    run.fit(module, loader())
+    run.test(module, loader(1), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
+    trainer(pl, tmp_path, callback).fit(make(pl), loader(2))
+
+    assert callback.state_dict()["counts"] == [2]
+    assert len(callback.state_dict()["history"]["tracks"][0]["snapshots"]) == 2
+    assert [r.snapshot.step for r in reports[BATCHES:]] == [0, 1]
 
 
 # --- checkpoints and copies ---

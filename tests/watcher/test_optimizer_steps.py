@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_modules
 
 import gradwatch
 from gradwatch.watcher.optimizer_steps import State
@@ -32,11 +34,11 @@ class Seen:
         self.optimizer.register_step_post_hook(lambda *_: self.states.append(self.steps.state))
         self.states = []
 
-    def go(self, *, step=True):
+    def go(self, *, step=True, factor=1.0):
         """Return the states before, within and after a step."""
         self.states = [self.steps.state]
         self.optimizer.zero_grad()
-        self.model(torch.ones(2, 3)).sum().backward()
+        (self.model(torch.ones(2, 3)).sum() * factor).backward()
         if self.explicit:
             self.watcher.step()
             self.states.append(self.steps.state)
@@ -63,16 +65,69 @@ def test_a_step_that_is_read_before_clipping_waits_for_its_optimizer():
     assert seen.skipped() == [False]
 
 
-def test_a_step_whose_optimizer_never_comes_is_skipped_when_the_next_is_read():
+def test_a_step_that_is_not_finite_and_whose_optimizer_never_comes_is_skipped_when_the_next_is_read():
     seen = Seen(explicit=True)
 
-    assert seen.go(step=False) == [State.IDLE, State.READ]
+    assert seen.go(step=False, factor=math.inf) == [State.IDLE, State.READ]
     assert seen.skipped() == []
     assert seen.go() == [State.READ, State.READ, State.APPLIED, State.DONE]
     assert seen.skipped() == [True, False]
-    seen.go(step=False)
+    seen.go(step=False, factor=math.nan)
     seen.watcher.close()
     assert seen.skipped() == [True, False, True]
+    assert [report.snapshot.step for report in seen.reports] == [0, 1, 2]
+
+
+def test_what_is_finite_and_whose_optimizer_never_comes_was_a_micro_batch_and_no_step():
+    seen = Seen(explicit=True)
+    for _ in range(3):
+        assert seen.go(step=False)[-1] == State.READ
+    seen.go()
+    seen.go(step=False)
+    seen.watcher.close()
+
+    assert [(report.snapshot.step, report.snapshot.skipped) for report in seen.reports] == [(0, False)]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_micro_batches_that_are_read_one_by_one_give_the_steps_that_the_hooks_alone_give(scaled):
+    def run(explicit, accumulate=30):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+        optimizer, reports = torch.optim.SGD(model.parameters(), lr=0.1), []
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+        options = {"sinks": [reports.append], "on_alert": lambda _: None, "scaler": scaler}
+        watcher = gradwatch.watch(model, optimizer, probe_every_n_steps=2, every_n_steps=1, **options)
+        for batch in range(4 * accumulate):
+            loss = model(torch.randn(2, 3)).square().mean() / accumulate
+            (loss if scaler is None else scaler.scale(loss)).backward()
+            if explicit:
+                watcher.step(loss=loss)
+            else:
+                watcher.record(loss)
+            if (batch + 1) % accumulate == 0:
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+                    scaler.update()
+                optimizer.zero_grad()
+                assert bool(torch_modules._global_forward_pre_hooks) == (watcher._steps[0].count % 2 == 0)
+        watcher.close()
+        return reports, [p.detach().clone() for p in model.parameters()]
+
+    (read, weights), (heard, same) = run(explicit=True), run(explicit=False)
+
+    assert all(map(torch.equal, weights, same))
+    assert [r.snapshot.step for r in read] == [r.snapshot.step for r in heard] == [0, 1, 2, 3]
+    for one, other in zip(read, heard, strict=True):
+        assert one.snapshot.norm == pytest.approx(other.snapshot.norm, rel=1e-6)
+        assert one.snapshot.loss == pytest.approx(other.snapshot.loss, rel=1e-6)
+        assert one.snapshot.update_ratio == other.snapshot.update_ratio
+        assert not one.snapshot.skipped
+    # Of the forward passes of a step, a probe has seen the one before the last reading.
+    assert [a.module for a in read[2].snapshot.activations] == [a.module for a in heard[2].snapshot.activations]
+    assert [alert.finding.code for report in read for alert in report.began] == []
 
 
 def test_a_step_without_an_optimizer_is_done_at_once():

@@ -41,6 +41,7 @@ def layer_table(
     norm_of = norms(snapshot.model, snapshot.norm)
     known = [math.log10(n) for n in norm_of.values() if n is not None and 0 < n < math.inf]
     low, high = (min(*known, max(known) - 3), max(known)) if known else (-1.0, 0.0)
+    unstepped = {p.layer for p in snapshot.model.unstepped}
     mine = {p.layer for p in snapshot.model.parameters if p.optimizer in (None, snapshot.optimizer)}
     rows = [layer for i in snapshot.model.forward_order if (layer := snapshot.model.layers[i]).name in mine]
     shown = rows
@@ -69,7 +70,7 @@ def layer_table(
             cells = [
                 Text(layer.name or "(the model)", style=style),
                 Text(layer.kind) if kinds else None,
-                Text(_number(norm)),
+                Text("in no optimizer" if norm is None and layer.name in unstepped else _number(norm)),
                 Text(_number((sensitivity or {}).get(layer.name))) if shares else None,
                 _bar(norm, low, high) if bars else None,
                 Text(" ".join(sorted({a.finding.code for a in wrong})), style=style),

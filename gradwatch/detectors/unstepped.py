@@ -1,0 +1,229 @@
+"""Parameters that an optimizer steps in vain, and parameters that no optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import of_a_cut
+from gradwatch.detectors.rule import Rule
+from gradwatch.values.history import History
+from gradwatch.values.layer_columns import around, inside
+from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.thresholds import LEFT_OUT, UPDATE_PROBES
+
+
+def unstepped(history: History) -> Iterator[Finding]:
+    """GW900: nothing steps what is watched. GW901: an optimizer steps, and none of its parameters has a gradient.
+
+    GW902: parameters are in no optimizer.
+    """
+    yield from _unheard(history)
+    yield from _in_vain(history)
+    yield from _left_out(history)
+
+
+def _unheard(history: History) -> Iterator[Finding]:
+    """Find that a training goes on, and that not one step of it came to the watcher."""
+    snapshot, silence = history.snapshot, history.snapshot.silence
+    if silence is None or silence.steps:
+        return
+    optimizer = "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
+    yield Finding(
+        "GW900",
+        "unstepped",
+        Severity.ERROR if silence.moved is False else Severity.WARNING,
+        "",
+        onset=silence.since,
+        evidence={"told": float(silence.told)} | ({} if silence.moved is None else {"moved": float(silence.moved)}),
+        names={"optimizer": optimizer, "by": silence.by},
+    )
+
+
+def _in_vain(history: History) -> Iterator[Finding]:
+    snapshot, silence = history.snapshot, history.snapshot.silence
+    if silence is None or not silence.steps:
+        return
+    absent = snapshot.absent or (None,) * len(snapshot.model.parameters)
+    trained = [
+        (p, reason)
+        for p, reason in zip(snapshot.model.parameters, absent, strict=True)
+        if reason != "frozen" and (snapshot.optimizer is None or p.optimizer == snapshot.optimizer)
+    ]
+    if not trained:
+        return
+    mine, numbers = {p.layer for p, _ in trained}, history.numbers
+    layers = [name for i in history.order if (name := history.model.layers[i].name) in mine]
+    ran = any(reason == "disconnected" for _, reason in trained)
+    whole = mine == numbers.keys()
+    severity = Severity.ERROR
+    if history.had_gradients():  # a phase in which others train, or an expert that stands idle
+        severity = Severity.INFO
+    elif silence.moved:  # something else trains them
+        severity = Severity.WARNING
+    elif not ran and (snapshot.loss is None or history.had_gradients(anywhere=True)):
+        severity = Severity.INFO
+    optimizer = "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
+    yield Finding(
+        "GW901",
+        "disconnected",
+        severity,
+        "" if whole else around(layers),
+        onset=silence.since,
+        evidence={
+            "steps": float(silence.steps),
+            "parameters": float(len(trained)),
+            "ran": float(ran),
+            "moved": float(bool(silence.moved)),
+            "before": float(history.had_gradients()),
+        },
+        names={"optimizer": optimizer, "first": layers[0], "last": layers[-1], "whole": "yes" if whole else ""},
+    )
+
+
+def _left_out(history: History) -> Iterator[Finding]:
+    snapshot, model, t = history.snapshot, history.model, history.thresholds
+    left_out = model.unstepped if snapshot.optimizer == 0 else ()  # one speaks for what none steps
+    if not left_out:
+        return
+    window = history.window()
+    columns = {p: column for column, p in enumerate(model.parameters)}
+    weighed = [s for s in window if s.weight_norm is not None and s.model.parameters == model.parameters]
+    if len(weighed) < UPDATE_PROBES and len(window) < t.window:
+        return
+    still, recent = weighed[-UPDATE_PROBES:], window[-t.disconnected_steps :]
+    stood = {
+        p
+        for p in left_out
+        if len(still) == UPDATE_PROBES
+        and len({s.weight_norm[columns[p]] for s in still if s.weight_norm is not None}) == 1
+        and len(recent) == t.disconnected_steps
+        and all(s.absent is not None and s.absent[columns[p]] == "unstepped" for s in recent)
+    }
+    order = {history.model.layers[i].name: at for at, i in enumerate(history.order)}
+    learning = {p.layer for p, n in zip(model.parameters, snapshot.norm, strict=True) if n}
+
+    def after(layer: str) -> bool:
+        """Tell whether a layer learns at, in or before this one."""
+        before = (other for other in learning if order[other] <= order[layer])
+        return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
+
+    # A head that stands still while layers before it learn is forgotten. What stands still before them, as what was
+    # trained elsewhere, what gets no gradient, as a copy that follows, and most of a model may well be meant.
+    few = len(left_out) < LEFT_OUT * sum(p.trainable is not False for p in model.parameters)
+    forgotten = [p for p in left_out if few and p in stood and after(p.layer)]
+    shown = sorted(forgotten or left_out, key=lambda p: order[p.layer])
+    yield Finding(
+        "GW902",
+        "unstepped",
+        Severity.WARNING if forgotten else Severity.INFO,
+        shown[0].layer,
+        onset=still[0].step if forgotten else window[0].step,
+        evidence={
+            "parameters": float(len(shown)),
+            "of": float(len(model.parameters)),
+            "forgotten": float(len(forgotten)),
+        },
+        names={"which": model.named(shown)},
+    )
+
+
+def _explain_in_vain(finding: Finding) -> Explanation:
+    evidence, names = finding.evidence, finding.names
+    count, optimizer = evidence["parameters"], names["optimizer"]
+    where = f"from {names['first']} to {names['last']}" if names["first"] == finding.place else f"of {finding.place}"
+    what = "no parameter" if names["whole"] else f"none of the {count:.0f} parameters {where}"
+    stepped = f"{optimizer} has stepped" if optimizer else "gradients were read"
+    message = f"{what} has had a gradient since step {finding.onset}: {stepped} {evidence['steps']:.0f} times in vain"
+    if evidence["moved"]:
+        return Explanation(
+            message,
+            "the weights move all the same: their gradients are kept elsewhere than in .grad (DeepSpeed ZeRO, an"
+            " optimizer that steps within backward), or were set to None before they were read",
+            "read them between backward() and zero_grad(); with DeepSpeed look at stage 0",
+        )
+    if not evidence["ran"]:
+        return Explanation(
+            message,
+            "no forward pass that was looked at has used them",
+            "nothing, if they stand idle on purpose; else look where they should have run",
+        )
+    if evidence["before"]:
+        return Explanation(
+            message,
+            "they had one before, and run still: a phase in which others train, or a detach() that came into play",
+            "nothing, if that is meant; else look at what changed at that step",
+        )
+    last = names["last"] or "the model"
+    between = "look for .data, detach(), torch.no_grad(), torch.tensor(...), .item() or argmax between"
+    if "reached" in names:
+        return Explanation(message, *said(finding, ""))
+    if finding.cause:
+        cause = f"the graph ends between the output of {last} and the loss"
+    else:
+        cause = f"{last} runs, and no backward pass comes back to it"
+    return Explanation(
+        message,
+        cause,
+        f"{between} {last} and the loss; setting requires_grad on the loss, or on what goes into it, hides that and"
+        " trains nothing",
+    )
+
+
+def _explain_left_out(finding: Finding) -> Explanation:
+    evidence, which = finding.evidence, finding.names["which"]
+    count, of = evidence["parameters"], evidence["of"]
+    are = "is" if count == 1 else "are"
+    message = f"{count:.0f} of {of:.0f} parameters {are} to be trained and in no optimizer that is watched: {which}"
+    if evidence["forgotten"]:
+        them = "it" if count == 1 else "them"
+        return Explanation(
+            f"{message}; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}",
+            "they were added or replaced after the optimizer was made, or left out of its groups",
+            "make the optimizer last, over model.parameters(); if they are meant to stay, call requires_grad_(False)"
+            " on them",
+        )
+    return Explanation(
+        message,
+        "they are not trained on purpose, or by an optimizer that was not given",
+        "give watch() all optimizers of the model; call requires_grad_(False) on what is not to be trained",
+    )
+
+
+def _explain_unheard(finding: Finding) -> Explanation:
+    evidence, names = finding.evidence, finding.names
+    told, by, optimizer = evidence["told"], names["by"], names["optimizer"]
+    if by and optimizer:
+        return Explanation(
+            f"{by}, which is not watched, has stepped parameters of this model {told:.0f} times, and {optimizer},"
+            " which is, not once: nothing is measured",
+            f"{by} trains this model",
+            f"give watch() the {by}",
+        )
+    if by:
+        return Explanation(
+            f"{by} has stepped parameters of this model {told:.0f} times, and nobody has called watcher.step():"
+            " nothing is measured",
+            "watch() was given no optimizer",
+            f"give watch() the {by}, or call watcher.step() after each backward()",
+        )
+    what = f"{optimizer} has not stepped once" if optimizer else "nobody has called watcher.step()"
+    message = f"{told:.0f} losses or gradients were told, and {what}: no step is measured"
+    if evidence.get("moved") == 0.0:
+        return Explanation(
+            f"{message}, and no weight has changed",
+            "optimizer.step() is never called, or not of an optimizer that was made of this very model",
+            "call optimizer.step() after backward(), of an optimizer over model.parameters() of the model that trains",
+        )
+    return Explanation(
+        message,
+        "something else than its step() moves the weights" if evidence.get("moved") else "",
+        "give watch() the optimizer whose step() is called, or call watcher.step() after each backward()",
+    )
+
+
+RULES = (
+    Rule("GW900", "unstepped", _explain_unheard),
+    Rule("GW901", "disconnected", _explain_in_vain, of_a_cut),
+    Rule("GW902", "unstepped", _explain_left_out, explains_a_stall=False),
+)
