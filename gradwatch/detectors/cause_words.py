@@ -60,6 +60,8 @@ def _large(finding: Finding) -> tuple[str, str]:
         f"the weights of {at} are {evidence['times']:.3g} times as large as its activation needs:"
         f" gain {evidence['gain']:.3g}{_spectral(finding)}"
     )
+    if "together" in evidence:
+        cause += f"; those of all layers together make the signal {evidence['together']:.2g} times too large"
     return cause, (
         f"torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh) on the weights of {at}{more};"
         " or normalization; or clip the gradient norm"
@@ -74,6 +76,15 @@ def _rate(finding: Finding) -> tuple[str, str]:
     return cause, (
         f"lower the learning rate of {finding.place} by a factor of {finding.evidence['update']:.2g} or more,"
         " warm it up, or clip the gradient norm"
+    )
+
+
+def _radius(finding: Finding) -> tuple[str, str]:
+    radius, place = finding.evidence["spectral_radius"], finding.place
+    cause = f"the spectral radius of W_hh is {radius:.2f}, and above 1 it multiplies the gradient at each step"
+    return cause, (
+        f"scale the recurrent weights of {place} down or initialize them as an orthogonal matrix"
+        " (torch.nn.init.orthogonal_), use an LSTM or GRU in its place, or clip the gradient norm"
     )
 
 
@@ -161,6 +172,7 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "offset": _offset,
     "update": _update,
     "rate": _rate,
+    "radius": _radius,
     "format": _format,
 }
 """The words of each cause that `causes` measures: what it is, and what to try."""

@@ -34,6 +34,8 @@ class Parameters:
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
         self.notes: list[str] = []
+        self.weighed = False
+        """Whether the parameters were weighed, as at a probe and at the first step: an update is held against that."""
         self._model, self._transfer, self._probe, self._budget = model, transfer, probe, BUDGET
         self._measured: list[tuple[Raw, Sequence[int], Pending]] = []
         self._copies: list[tuple[int, Tensor, Tensor]] = []
@@ -111,6 +113,7 @@ class Parameters:
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
+        self.weighed = True
         known = [
             (c, p)
             for c, p in zip(columns, parameters, strict=True)
@@ -201,7 +204,7 @@ class Parameters:
         # In place there is no second try: what may refuse goes by itself.
         for together in (plain, *([column] for column in sorted(olds.keys() - set(plain)))):
             self._each("update", together, [olds[c] for c in together], functools.partial(self._moved, now))
-        for column, parameter, moved in copies:
+        for column, parameter, moved in copies if self._probe else ():
             gradient = parameter.grad
             if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
                 self._each("gradient", [column], [gradient], functools.partial(self._lost, moved))
