@@ -133,7 +133,9 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
 
 def _size(output: Any) -> float:  # noqa: ANN401
     """Return the root mean square of the projection over all random numbers: it may itself be 0 by chance."""
-    return math.hypot(*(tensor.detach().double().norm().item() for tensor in tensors(output) if tensor.requires_grad))
+    return math.hypot(
+        *(tensor.detach().abs().double().norm().item() for tensor in tensors(output) if tensor.requires_grad)
+    )
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from gradwatch.detectors.causes import Cause
 from gradwatch.values.report import UNKNOWN, Finding
-from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE
+from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE, SOUND_UPDATE
 
 
 def said(finding: Finding, otherwise: str) -> tuple[str, str]:
@@ -74,8 +74,9 @@ def _rate(finding: Finding) -> tuple[str, str]:
         " activations need"
     )
     return cause, (
-        f"lower the learning rate of {finding.place} by a factor of {finding.evidence['update']:.2g} or more,"
-        " warm it up, or clip the gradient norm"
+        f"lower the learning rate of {finding.place} by a factor of"
+        f" {finding.evidence['update'] / SOUND_UPDATE:.2g}, to steps of {SOUND_UPDATE:.0%} of the weights, warm it up,"
+        " or clip the gradient norm"
     )
 
 

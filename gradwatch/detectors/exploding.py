@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from gradwatch.values.thresholds import (
     LINE_LAYERS,
     LOSS_SCATTER,
     ORDINARY_GAIN,
+    ORDINARY_STEP,
     UPDATE_PROBES,
 )
 
@@ -140,10 +142,11 @@ def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
 
     Weights that are smaller than ordinary ones count as of ordinary size.
     """
-    weights = snapshot.weight_norm or ()
+    weights = snapshot.weight_norm or (None,) * len(snapshot.norm)
     for p, ratio, weight in zip(snapshot.model.parameters, snapshot.update_ratio or (), weights, strict=False):
-        if ratio is not None and weight is not None and p.role == "weight" and math.isfinite(ratio):
-            yield p.layer, ratio * min(weight / (ORDINARY_GAIN * math.sqrt(max(p.shape[0], 1))), 1.0)
+        if ratio is not None and p.role == "weight" and math.isfinite(ratio):
+            ordinary = ORDINARY_GAIN * math.sqrt(max(p.shape[0], 1))
+            yield p.layer, ratio if weight is None else ratio * min(weight / ordinary, 1.0)
 
 
 def _loss(history: History) -> Iterator[Finding]:
@@ -153,8 +156,9 @@ def _loss(history: History) -> Iterator[Finding]:
     best, first, scatter = history.best_loss, history.first_loss, history.scatter
     if best is None or first is None or scatter is None or len(last) < 2 * EDGE:
         return
-    if (before := _before_a_throw(history)) is not None:
-        best, first = min(best, before), min(first, before)
+    thrown = _before_a_throw(history)
+    if thrown is not None:
+        best, first = min(best, thrown[1]), min(first, thrown[1])
     losses = history.losses(2 * EDGE)
     level = statistics.median(losses)
     if math.isinf(level) and (history.is_open("GW205", "") or any(code == "GW501" for code, *_ in history.open)):
@@ -169,17 +173,23 @@ def _loss(history: History) -> Iterator[Finding]:
             "exploding",
             Severity.ERROR,
             "",
-            onset=next(s.step for s, loss in zip(last, losses, strict=True) if loss > limit * best),
+            onset=thrown[0]
+            if thrown is not None
+            else next(s.step for s, loss in zip(last, losses, strict=True) if loss > limit * best),
             evidence={"jump": level / best, "loss": level, "limit": limit},
         )
 
 
-def _before_a_throw(history: History) -> float | None:
-    """Return the loss before an update that threw the weights, where that came before a best level was known."""
-    early = history.window()[:EDGE] if history.count <= KEPT else []
-    for at, s in enumerate(early):
+def _before_a_throw(history: History) -> tuple[int, float] | None:
+    """Return the step after an update that threw the weights, and the loss before it.
+
+    None where there was none so early that no best level was known.
+    """
+    early = history.window()[: EDGE + 1] if history.count <= KEPT else []
+    for at, (s, after) in enumerate(itertools.pairwise(early)):
         if any(moved > history.thresholds.explosion_update for _, moved in _moves(s)):
-            return statistics.median([x.loss for x in early[: at + 1] if x.loss is not None] or [math.inf])
+            told = [x.loss for x in early[: at + 1] if x.loss is not None]
+            return (after.step, statistics.median(told)) if told else None
     return None
 
 
@@ -361,7 +371,7 @@ def _explain_steep(finding: Finding) -> Explanation:
     )
     return Explanation(
         f"the loss hangs on the weights of {place} by far too much: since step {finding.onset} a change of them by 1 in"
-        f" 1,000 moves it by {steepness / 1000:.3g} times itself",
+        f" 1,000 moves it by {steepness * ORDINARY_STEP:.3g} times itself",
         cause,
         remedy,
     )

@@ -29,6 +29,8 @@ wavers by a factor of 7 from step to step (that of a squared normal number), of 
 ORDINARY_GAIN = 1 / math.sqrt(3)
 """Gain of weights as torch itself initializes them (`torch.nn.Linear`). An update is held against the weights, or
 against weights of that gain where they are smaller: what begins near 0 has to grow by many times itself."""
+ORDINARY_STEP = 1e-3
+"""Share of themselves by which a step changes weights, as a rule of thumb."""
 OPENING_FLOOR = 0.01
 """A layer that is opening must have come within this share of its limit: below it, noise rises and falls too."""
 BETWEEN_PROBES = 0.3
@@ -80,6 +82,9 @@ OFF_CENTRE = 5.0
 [0, 1] 2 or less."""
 KICK = 0.3
 """An update over the weights that can move a layer's units out of reach: 1e-3 a step is the rule of thumb."""
+SOUND_UPDATE = 0.01
+"""An update over the weights to which a learning rate that is too large is to come down: first steps of the healthy
+labelled runs lie at 0.005 to 0.1."""
 BY_BIAS = 0.5
 """Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
 part."""
@@ -157,9 +162,9 @@ class Thresholds:
     explosion_depth_gap: float = 0.7
     """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of
     that layer's scale, not of depth."""
-    explosion_sensitivity: float = 1000.0
-    """The largest sensitivity over the loss in the first steps. The rule of thumb for a step is 1e-3 of the weights:
-    from here on such a step moves the loss by more than itself. Healthy labelled runs stay below 160."""
+    explosion_sensitivity: float = 1 / ORDINARY_STEP
+    """The largest sensitivity over the loss in the first steps: from here on an ordinary step moves the loss by more
+    than itself. Healthy labelled runs stay below 160."""
     norm_above: float | None = None
     """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
 
