@@ -149,6 +149,11 @@ def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
             yield p.layer, ratio if weight is None else ratio * min(weight / ordinary, 1.0)
 
 
+def _throws(history: History, snapshot: Snapshot) -> bool:
+    """Tell whether a step has changed a weight by more than itself."""
+    return any(moved > history.thresholds.explosion_update for _, moved in _moves(snapshot))
+
+
 def _loss(history: History) -> Iterator[Finding]:
     t = history.thresholds
     # Twice as many as for the best level: a jump that lasts.
@@ -163,7 +168,9 @@ def _loss(history: History) -> Iterator[Finding]:
     level = statistics.median(losses)
     if math.isinf(level) and (history.is_open("GW205", "") or any(code == "GW501" for code, *_ in history.open)):
         return
-    wavers = math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
+    # By more than its scatter, unless there is an update that accounts for the jump.
+    accounted = thrown is not None or any(_throws(history, s) for s in history.window(2 * EDGE + 1))
+    wavers = 1.0 if accounted else math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
     limit = t.explosion_loss * wavers / (t.clear_factor if history.is_open("GW203", "") else 1.0)
     if best > 0 and level > max(
         limit * best, first
@@ -187,7 +194,7 @@ def _before_a_throw(history: History) -> tuple[int, float] | None:
     """
     early = history.window()[: EDGE + 1] if history.count <= KEPT else []
     for at, (s, after) in enumerate(itertools.pairwise(early)):
-        if any(moved > history.thresholds.explosion_update for _, moved in _moves(s)):
+        if _throws(history, s):
             told = [x.loss for x in early[: at + 1] if x.loss is not None]
             return (after.step, statistics.median(told)) if told else None
     return None

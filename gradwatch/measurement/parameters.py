@@ -34,8 +34,6 @@ class Parameters:
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
         self.notes: list[str] = []
-        self.weighed = False
-        """Whether the parameters were weighed, as at a probe and at the first step: an update is held against that."""
         self._model, self._transfer, self._probe, self._budget = model, transfer, probe, BUDGET
         self._measured: list[tuple[Raw, Sequence[int], Pending]] = []
         self._copies: list[tuple[int, Tensor, Tensor]] = []
@@ -113,7 +111,6 @@ class Parameters:
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
-        self.weighed = True
         known = [
             (c, p)
             for c, p in zip(columns, parameters, strict=True)

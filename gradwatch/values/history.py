@@ -262,13 +262,19 @@ class History:
 
     @property
     def scatter(self) -> float | None:
-        """Median step of the logarithm from one loss to the next, of those that are remembered.
+        """How far a loss is from the next, in its logarithm and apart from the trend: the median over those remembered.
 
-        None where they have no size, or no two that follow one another are above 0 and finite.
+        The last ten count only where there are too few before them: they may have jumped. None where losses have no
+        size, or no two that follow one another are above 0 and finite.
         """
         losses = self.losses(KEPT)
+        losses = losses[: -2 * EDGE] if len(losses) > 3 * EDGE else losses
         pairs = [(a, b) for a, b in itertools.pairwise(losses) if 0 < a < math.inf and 0 < b < math.inf]
-        return statistics.median(abs(math.log(b / a)) for a, b in pairs) if pairs and self._has_size else None
+        if not pairs or not self._has_size:
+            return None
+        steps = [math.log(b / a) for a, b in pairs]
+        trend = statistics.fmean(steps)
+        return statistics.median(abs(step - trend) for step in steps)
 
     @property
     def at_best(self) -> bool:

@@ -23,7 +23,7 @@ PROBES = 8
 """Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
 GIVEN_BACK = 0.5
 """Share of what the loss has gained that it may lose again and still count as improved."""
-LOSS_SCATTER = 3.0
+LOSS_SCATTER = 2.5
 """Median steps of the logarithm of the loss by which a jump must exceed its limit: of batches of one sample the loss
 wavers by a factor of 7 from step to step (that of a squared normal number), of batches of 32 by 1.2."""
 ORDINARY_GAIN = 1 / math.sqrt(3)

@@ -131,7 +131,7 @@ class OptimizerSteps:
             self._begin("applied")
         if self._measurement is not None:
             self.state = State.APPLIED
-            if self._measurement.parameters.weighed:
+            if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
                 parameters = self._parameters()
                 self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
         self._losses.taken(self.index)
