@@ -80,13 +80,14 @@ def check(
 
     with watcher, as_it_was(model), watcher.probing():
         with torch.inference_mode(False), torch.enable_grad():
-            value = run()
+            output = model(*args, **kwargs)
+            value = (loss or _projection)(output)
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
                 raise ValueError(f"loss must give a scalar tensor that depends on the parameters, got {_shown(value)}")
             value.backward()  # type: ignore[no-untyped-call]  # torch's
         if all(parameter.grad is None for parameter in model.parameters()):
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
-        watcher.step()
+        watcher.step(loss=value.detach() if loss is not None else _size(output))
     snapshot = watcher.report.snapshot
     if all(norm is None or math.isfinite(norm) for norm in snapshot.norm):
         return watcher.report
@@ -141,6 +142,13 @@ def _projection(output: Any) -> Tensor:  # noqa: ANN401
     for part in parts[1:]:
         total = total + part.to(total.device)
     return total
+
+
+def _size(output: Any) -> float:  # noqa: ANN401
+    """Return the root mean square of the projection over all random numbers: it may itself be 0 by chance."""
+    return math.hypot(
+        *(tensor.detach().abs().double().norm().item() for tensor in tensors(output) if tensor.requires_grad)
+    )
 
 
 def _shown(value: object) -> str:

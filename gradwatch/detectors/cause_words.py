@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from gradwatch.detectors.causes import Cause
 from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
-from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE
+from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE, SOUND_UPDATE
 
 
 def said(finding: Finding, otherwise: str) -> tuple[str, str]:
@@ -61,6 +61,8 @@ def _large(finding: Finding) -> tuple[str, str]:
         f"the weights of {at} are {evidence['times']:.3g} times as large as its activation needs:"
         f" gain {evidence['gain']:.3g}{_spectral(finding)}"
     )
+    if "together" in evidence:
+        cause += f"; those of all layers together make the signal {evidence['together']:.2g} times too large"
     return cause, (
         f"torch.nn.init.kaiming_normal_ (ReLU) or xavier_normal_ (tanh) on the weights of {at}{more};"
         " or normalization; or clip the gradient norm"
@@ -73,8 +75,18 @@ def _rate(finding: Finding) -> tuple[str, str]:
         " activations need"
     )
     return cause, (
-        f"lower the learning rate of {finding.place} by a factor of {finding.evidence['update']:.2g} or more,"
-        " warm it up, or clip the gradient norm"
+        f"lower the learning rate of {finding.place} by a factor of"
+        f" {finding.evidence['update'] / SOUND_UPDATE:.2g}, to steps of {SOUND_UPDATE:.0%} of the weights, warm it up,"
+        " or clip the gradient norm"
+    )
+
+
+def _radius(finding: Finding) -> tuple[str, str]:
+    radius, place = finding.evidence["spectral_radius"], finding.place
+    cause = f"the spectral radius of W_hh is {radius:.2f}, and above 1 it multiplies the gradient at each step"
+    return cause, (
+        f"scale the recurrent weights of {place} down or initialize them as an orthogonal matrix"
+        " (torch.nn.init.orthogonal_), use an LSTM or GRU in its place, or clip the gradient norm"
     )
 
 
@@ -162,6 +174,7 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "offset": _offset,
     "update": _update,
     "rate": _rate,
+    "radius": _radius,
     "format": _format,
     **ORIGINS,
 }

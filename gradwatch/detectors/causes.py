@@ -16,8 +16,10 @@ from gradwatch.values.snapshot import ActivationStats, FactName, Function
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     BY_BIAS,
+    EXPANDING,
     KICK,
     LARGE_GAIN,
+    LARGEST_EXPONENT,
     MISREAD_PROBES,
     MOSTLY_DEAD,
     MOSTLY_FLAT,
@@ -37,6 +39,7 @@ Cause = Literal[
     "offset",
     "update",
     "rate",
+    "radius",
     "format",
     "in_data",
     "in_weights",
@@ -255,13 +258,29 @@ def of_explosion(history: History, finding: Finding) -> Finding:
             needed[history.numbers[name]] = max(NEEDED_GAIN.get(function, 1.0), NEEDED_GAIN["relu"])
     over = np.where(np.isfinite(gains), gains / needed, 0.0)
     at = int(over.argmax()) if len(over) else 0
-    if len(over) and over[at] >= LARGE_GAIN:
+    together = 1.0  # after a normalization the size of a weight counts for nothing
+    if not any(p.role == "normalization" for p in history.model.parameters):
+        together = math.exp(min(float(np.log(np.maximum(over, 1.0)).sum()), LARGEST_EXPONENT))
+    if len(over) and (over[at] >= LARGE_GAIN or together >= history.thresholds.explosion_depth):
         worst = history.model.layers[at].name
-        numbers = {"gain": float(gains[at]), "times": float(over[at]), "over": float((over >= LARGE_GAIN).sum())}
+        large = LARGE_GAIN if over[at] >= LARGE_GAIN else 1.0 + (float(over[at]) - 1.0) / 2
+        numbers = {"gain": float(gains[at]), "times": float(over[at]), "over": float((over >= large).sum())}
+        if together >= history.thresholds.explosion_depth:
+            numbers["together"] = together
         return with_cause(finding, "large", numbers | _spectral_norm(history, worst), {"at": worst})
+    radius = spectral_radius(history, finding.place)
+    if radius is not None and radius >= EXPANDING:
+        return with_cause(finding, "radius", {"spectral_radius": radius})
     if "update" in finding.evidence:  # that is what it is about
         return with_cause(finding, "rate", {})
     if (kick := _kick_of(history, history.numbers)) is not None:
         ratio, layer, step = kick
         return with_cause(finding, "update", {"update": ratio, "when": float(step)}, {"at": layer})
     return finding
+
+
+def spectral_radius(history: History, place: str) -> float | None:
+    """Return the largest spectral radius of a recurrent module's matrices, as it was measured first; None: of none."""
+    facts = ([f for f in s.facts or () if f.place == place] for s in history.window())
+    found = ([f.value for f in mine if f.name == "spectral_radius"] for mine in facts)
+    return max(next(filter(None, found), ()), default=None)

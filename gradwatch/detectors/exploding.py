@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import of_explosion
+from gradwatch.detectors.causes import of_explosion, spectral_radius
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import EDGE, LARGEST_EXPONENT, LINE_CORRELATION, LINE_LAYERS, UPDATE_PROBES
+from gradwatch.values.thresholds import (
+    EDGE,
+    EXPANDING,
+    KEPT,
+    LARGEST_EXPONENT,
+    LINE_CORRELATION,
+    LINE_LAYERS,
+    LOSS_SCATTER,
+    ORDINARY_GAIN,
+    ORDINARY_STEP,
+    UPDATE_PROBES,
+)
+
+_THROWN = ("GW202", "GW203", "GW205", "GW501")
+"""Rules that say that the weights have been thrown, after which nothing that is measured of them is news."""
+_TOLD_ALREADY = (*_THROWN, "GW206", "GW302")
+"""Rules that say of a network that began exploded what GW207 would."""
 
 
 def exploding(history: History) -> Iterator[Finding]:
     """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up.
 
-    GW204: a norm above a limit of the user's. GW205: growth up to infinity. GW206: growth by depth.
+    GW204: a norm above a limit of the user's. GW205: growth up to infinity. GW206: growth by depth. GW207: a loss that
+    hangs on its weights by far too much.
     """
     yield from _growth(history)
     yield from _runaway(history)
     yield from _updates(history)
     yield from _loss(history)
     yield from _depth(history)
+    yield from _steep(history)
 
 
 def _growth(history: History) -> Iterator[Finding]:
@@ -74,7 +94,10 @@ def _runaway(history: History) -> Iterator[Finding]:
         weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
         ratios = (b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b) if weights else ()
         what, grown = "norm of a weight", max(ratios, default=0.0)
-        if not (grown >= history.thresholds.explosion_update_at_once or math.isinf(grown)):
+        thrown = max((moved for s in history.window(2) for _, moved in _moves(s)), default=0.0)
+        if thrown > history.thresholds.explosion_update:  # by the very step before
+            grown = max(grown, thrown)
+        elif not (grown >= history.thresholds.explosion_update_at_once or math.isinf(grown)):
             return
     yield Finding(
         "GW205", "exploding", Severity.ERROR, "", onset=step, evidence={"growth": grown}, names={"what": what}
@@ -93,11 +116,9 @@ def _updates(history: History) -> Iterator[Finding]:
     if not (rows[:, history.elements("weight") > 0] > t.explosion_update).any():  # nearly always; False for NaN
         return
     ratios: dict[int, list[float]] = {}
-    numbers = history.numbers
     for s in probes:
-        for p, r in zip(model.parameters, s.update_ratio or (), strict=True):
-            if r is not None and p.role == "weight" and math.isfinite(r):
-                ratios.setdefault(numbers[p.layer], []).append(r)
+        for layer, ratio in _moves(s):
+            ratios.setdefault(history.numbers[layer], []).append(ratio)
     wild = {
         i
         for i, mine in ratios.items()
@@ -116,15 +137,42 @@ def _updates(history: History) -> Iterator[Finding]:
         )
 
 
+def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
+    """Return by how much of itself a step has changed each weight, with its layer.
+
+    Weights that are smaller than ordinary ones count as of ordinary size.
+    """
+    weights = snapshot.weight_norm or (None,) * len(snapshot.norm)
+    for p, ratio, weight in zip(snapshot.model.parameters, snapshot.update_ratio or (), weights, strict=False):
+        if ratio is not None and p.role == "weight" and math.isfinite(ratio):
+            ordinary = ORDINARY_GAIN * math.sqrt(max(p.shape[0], 1))
+            yield p.layer, ratio if weight is None else ratio * min(weight / ordinary, 1.0)
+
+
+def _throws(history: History, snapshot: Snapshot) -> bool:
+    """Tell whether a step has changed a weight by more than itself."""
+    return any(moved > history.thresholds.explosion_update for _, moved in _moves(snapshot))
+
+
 def _loss(history: History) -> Iterator[Finding]:
     t = history.thresholds
-    losses = history.losses(2 * EDGE)  # twice as many as for the best level: a jump that lasts
-    best, first = history.best_loss, history.first_loss
-    if best is None or first is None or len(losses) < 2 * EDGE or best <= 0:
+    # Twice as many as for the best level: a jump that lasts.
+    last = [s for s in history.window() if s.loss is not None and not s.skipped][-2 * EDGE :]
+    best, first, scatter = history.best_loss, history.first_loss, history.scatter
+    if best is None or first is None or scatter is None or len(last) < 2 * EDGE:
         return
+    thrown = _before_a_throw(history)
+    if thrown is not None:
+        best, first = min(best, thrown[1]), min(first, thrown[1])
+    losses = history.losses(2 * EDGE)
     level = statistics.median(losses)
-    limit = t.explosion_loss / (t.clear_factor if history.is_open("GW203", "") else 1.0)
-    if level > max(
+    if math.isinf(level) and (history.is_open("GW205", "") or any(code == "GW501" for code, *_ in history.open)):
+        return
+    # By more than its scatter, unless there is an update that accounts for the jump.
+    accounted = thrown is not None or any(_throws(history, s) for s in history.window(2 * EDGE + 1))
+    wavers = 1.0 if accounted else math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
+    limit = t.explosion_loss * wavers / (t.clear_factor if history.is_open("GW203", "") else 1.0)
+    if best > 0 and level > max(
         limit * best, first
     ):  # a loss near 0 may waver by such a factor; it has not exploded while it is below its beginning
         yield Finding(
@@ -132,33 +180,101 @@ def _loss(history: History) -> Iterator[Finding]:
             "exploding",
             Severity.ERROR,
             "",
-            onset=history.window(2 * EDGE)[0].step,
+            onset=thrown[0]
+            if thrown is not None
+            else next(s.step for s, loss in zip(last, losses, strict=True) if loss > limit * best),
             evidence={"jump": level / best, "loss": level, "limit": limit},
         )
 
 
+def _before_a_throw(history: History) -> tuple[int, float] | None:
+    """Return the step after an update that threw the weights, and the loss before it.
+
+    None where there was none so early that no best level was known.
+    """
+    early = history.window()[: EDGE + 1] if history.count <= KEPT else []
+    for at, (s, after) in enumerate(itertools.pairwise(early)):
+        if _throws(history, s):
+            told = [x.loss for x in early[: at + 1] if x.loss is not None]
+            return (after.step, statistics.median(told)) if told else None
+    return None
+
+
 def _depth(history: History) -> Iterator[Finding]:
-    """Find that the gradient at what layers give grows layer upon layer on its way back, at the last two probes."""
+    """Find that the gradient at what layers give grows layer upon layer on its way back.
+
+    At the last two probes, or at the last by so much that one is enough, or in the one batch that there is.
+    """
     t = history.thresholds
-    probes = history.looks(2)
-    if len(probes) < 2 or history.improved:
+    probes = history.looks(min(2, t.window))
+    thrown = any(code in _THROWN for code, *_ in history.open) and not history.is_open("GW206", "")
+    if not probes or thrown or (now := _climb(history, probes[-1])) is None:
         return
     limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)
-    climbs = [_climb(history.inner, s, t.explosion_depth_gap) for s in probes]
-    if all(c is not None and c[0] >= limit for c in climbs) and (last := climbs[-1]) is not None:
-        growth, first, top = last
+    lasts = len(probes) == min(2, t.window) and all((c := _climb(history, s)) and c.growth >= limit for s in probes)
+    at_once = now.growth >= t.explosion_depth_at_once
+    if (lasts or at_once) and not _came_down(history, now.growth):
         yield Finding(
             "GW206",
             "exploding",
-            _unless_unknown(history),
+            Severity.WARNING,
             "",
-            onset=probes[0].step,
-            evidence={"growth": growth, "limit": t.explosion_depth},
-            names={"first": first, "top": top},
+            onset=probes[0].step if lasts else probes[-1].step,
+            evidence={"growth": now.growth, "limit": t.explosion_depth},
+            names={"first": now.first, "top": now.top},
         )
 
 
-def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float, str, str] | None:
+def _steep(history: History) -> Iterator[Finding]:
+    """Find that from the start a change of some weights by 1 in 1,000 moves the loss by more than itself."""
+    import numpy as np
+
+    t = history.thresholds
+    snapshots = history.window()[:EDGE]
+    losses = [s.loss for s in snapshots if s.loss is not None and math.isfinite(s.loss) and s.loss > 0]
+    if (
+        not t.window <= history.count <= KEPT
+        or len(losses) < len(snapshots)
+        or (t.window > 1 and history.scatter is None)
+        or any(code in _TOLD_ALREADY for code, *_ in history.open)
+    ):
+        return
+    # As clipping leaves it. Every loss is held against the largest of them: one that is small by chance proves nothing.
+    clipped = np.array([min(1.0 if s.clip_factor is None else s.clip_factor, 1.0) for s in snapshots])
+    rows = history.sensitivities(len(history.window()))[:EDGE] * clipped[:, None] / max(losses)
+    rows[~np.isfinite(rows)] = 0.0
+    worst = int(rows.max(axis=0).argmax())
+    steepness = float(rows[:, worst].max())
+    limit = t.explosion_sensitivity
+    if steepness >= limit and not _came_down(history, steepness):
+        place = history.model.layers[worst].name
+        # Of one batch nobody knows whether the training will clip; that does not help a matrix that multiplies.
+        expands = (spectral_radius(history, place) or 0.0) >= EXPANDING
+        yield Finding(
+            "GW207",
+            "exploding",
+            Severity.WARNING if t.window > 1 or expands else Severity.INFO,
+            place,
+            onset=snapshots[0].step,
+            evidence={"sensitivity": steepness, "limit": limit},
+        )
+
+
+def _came_down(history: History, times: float) -> bool:
+    """Tell whether the loss has come down by that factor: then it is no more as far off as the explosion put it."""
+    first, last = history.first_loss, history.losses(EDGE)
+    return bool(history.improved) and first is not None and statistics.median(last) * times <= first
+
+
+class _Climb(NamedTuple):
+    """Growth by depth."""
+
+    growth: float
+    first: str
+    top: str
+
+
+def _climb(history: History, snapshot: Snapshot) -> _Climb | None:
     """Return how the gradient grows on its way back, with the first layer and the last; None where it follows no line.
 
     The growth is that along a line fitted through its logarithm.
@@ -168,7 +284,7 @@ def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float,
     import numpy as np
 
     known = {a.module: a.grad_norm for a in snapshot.activations or ()}
-    norms = [(name, n) for name in names if (n := known.get(name)) and math.isfinite(n)]
+    norms = [(name, n) for name in history.inner if (n := known.get(name)) and math.isfinite(n)]
     if len(norms) < LINE_LAYERS:
         return None
     logs = np.log([n for _, n in norms])
@@ -176,9 +292,9 @@ def _climb(names: Sequence[str], snapshot: Snapshot, gap: float) -> tuple[float,
     spread, total = float(np.linalg.norm(logs - logs.mean())), float(logs[0] - logs[-1])
     law = float(at @ logs / (at @ at))
     straight = spread > 0 and law * float(np.linalg.norm(at)) / spread <= -LINE_CORRELATION  # the correlation
-    if not straight or total <= 0 or float(-np.diff(logs).min()) > gap * total:
+    if not straight or total <= 0 or float(-np.diff(logs).min()) > history.thresholds.explosion_depth_gap * total:
         return None
-    return math.exp(min(-law * (len(logs) - 1), LARGEST_EXPONENT)), norms[0][0], norms[-1][0]
+    return _Climb(math.exp(min(-law * (len(logs) - 1), LARGEST_EXPONENT)), norms[0][0], norms[-1][0])
 
 
 def _unless_unknown(history: History) -> Severity:
@@ -253,6 +369,21 @@ def _explain_depth(finding: Finding) -> Explanation:
     )
 
 
+def _explain_steep(finding: Finding) -> Explanation:
+    steepness, place = finding.evidence["sensitivity"], finding.place or "the model"
+    cause, remedy = said(
+        finding,
+        f"smaller weights in {place} (of a recurrent network: torch.nn.init.orthogonal_ on weight_hh), standardized"
+        f" inputs, or {_CLIP}",
+    )
+    return Explanation(
+        f"the loss hangs on the weights of {place} by far too much: since step {finding.onset} a change of them by 1 in"
+        f" 1,000 moves it by {steepness * ORDINARY_STEP:.3g} times itself",
+        cause,
+        remedy,
+    )
+
+
 RULES = (
     Rule("GW201", "exploding", _explain_growth, of_explosion, event=True),
     Rule("GW202", "exploding", _explain_updates, of_explosion, event=True),
@@ -260,4 +391,5 @@ RULES = (
     Rule("GW204", "exploding", _explain_absolute, event=True),
     Rule("GW205", "exploding", _explain_runaway, of_explosion, event=True),
     Rule("GW206", "exploding", _explain_depth, of_explosion, event=True),
+    Rule("GW207", "exploding", _explain_steep, of_explosion, event=True),
 )

@@ -233,7 +233,7 @@ def _exploding(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
             continue
         series = [(p.step, _growth_of(s, p)) for p in probes for s in p.sequences or () if (s.module, s.part) == key]
         grown = list(itertools.takewhile(lambda at: at[1].factor >= limit, reversed(series)))  # noqa: B023 (used here)
-        if len(grown) < 2 and not math.isinf(growth.factor):
+        if len(grown) < min(2, history.thresholds.window) and not math.isinf(growth.factor):
             continue
         kind = _kind(probes, place)
         hopeless = growth.factor >= history.thresholds.explosion_hopeless

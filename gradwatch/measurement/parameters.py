@@ -201,7 +201,7 @@ class Parameters:
         # In place there is no second try: what may refuse goes by itself.
         for together in (plain, *([column] for column in sorted(olds.keys() - set(plain)))):
             self._each("update", together, [olds[c] for c in together], functools.partial(self._moved, now))
-        for column, parameter, moved in copies:
+        for column, parameter, moved in copies if self._probe else ():
             gradient = parameter.grad
             if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
                 self._each("gradient", [column], [gradient], functools.partial(self._lost, moved))

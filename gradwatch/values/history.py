@@ -13,7 +13,7 @@ from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import EDGE, GIVEN_BACK, PROBES, Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
 from gradwatch.values.track import Track
 
 if TYPE_CHECKING:
@@ -241,25 +241,57 @@ class History:
 
     @property
     def improved(self) -> bool | None:
-        """Whether the loss is well below where it began, and has not lost half of that again; None where not known."""
+        """Whether the loss is well below where it began, and has not lost half of that again.
+
+        None where that is not known: a loss that begins at 0, or is ever below it, has no size to compare with.
+        """
         return self._improved
 
     def _has_improved(self) -> bool | None:
         track = self._track
-        if track.best_loss is None or len(track.last_losses) < 2 * EDGE:
+        if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not self._has_size:
             return None
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
         if not math.isfinite(first) or not math.isfinite(last):
             return False
         gained, lost_again = first - track.best_loss, last - track.best_loss
-        enough = (1 - self.thresholds.improved) * abs(first)
+        enough = (1 - self.thresholds.improved) * first
         return first - last >= enough and lost_again <= GIVEN_BACK * gained
 
     @property
+    def _has_size(self) -> bool:
+        """Whether 0 is the least that the loss can be, so that a share of it means something."""
+        track = self._track
+        lowest = min((*track.first_losses, *track.last_losses, track.best_loss or 0.0), default=0.0)
+        return lowest >= 0 and statistics.median(track.first_losses) > 0
+
+    @property
+    def scatter(self) -> float | None:
+        """How far a loss is from the next, in its logarithm and apart from the trend: the median over those remembered.
+
+        The last ten count only where there are too few before them: they may have jumped. None where losses have no
+        size, or no two that follow one another are above 0 and finite.
+        """
+        losses = self.losses(KEPT)
+        losses = losses[: -2 * EDGE] if len(losses) > 3 * EDGE else losses
+        pairs = [(a, b) for a, b in itertools.pairwise(losses) if 0 < a < math.inf and 0 < b < math.inf]
+        if not pairs or not self._has_size:
+            return None
+        steps = [math.log(b / a) for a, b in pairs]
+        trend = statistics.fmean(steps)
+        return statistics.median(abs(step - trend) for step in steps)
+
+    @property
     def at_best(self) -> bool:
-        """Whether the last losses are the best so far, and below the first: a plateau that is being left."""
-        best, first, last = self.best_loss, self.first_loss, self.losses(EDGE)
-        return best is not None and first is not None and len(last) == EDGE and statistics.median(last) <= best < first
+        """Whether the last losses are the best so far, and below the first: a plateau that is being left.
+
+        Where the best is below the first by more than the losses scatter, they may be above the best by as much.
+        """
+        best, first, last, scatter = self.best_loss, self.first_loss, self.losses(EDGE), self.scatter
+        if best is None or first is None or scatter is None or len(last) < EDGE:
+            return False
+        within = best * math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
+        return statistics.median(last) <= (within if within < first else best) < first
 
     def sound_once(self, layer: int) -> bool:
         """Tell whether this layer once had a gradient that was worth something beside those of later layers."""

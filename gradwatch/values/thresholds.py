@@ -23,6 +23,14 @@ PROBES = 8
 """Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
 GIVEN_BACK = 0.5
 """Share of what the loss has gained that it may lose again and still count as improved."""
+LOSS_SCATTER = 2.5
+"""Median steps of the logarithm of the loss by which a jump must exceed its limit: of batches of one sample the loss
+wavers by a factor of 7 from step to step (that of a squared normal number), of batches of 32 by 1.2."""
+ORDINARY_GAIN = 1 / math.sqrt(3)
+"""Gain of weights as torch itself initializes them (`torch.nn.Linear`). An update is held against the weights, or
+against weights of that gain where they are smaller: what begins near 0 has to grow by many times itself."""
+ORDINARY_STEP = 1e-3
+"""Share of themselves by which a step changes weights, as a rule of thumb."""
 OPENING_FLOOR = 0.01
 """A layer that is opening must have come within this share of its limit: below it, noise rises and falls too."""
 BETWEEN_PROBES = 0.3
@@ -67,6 +75,9 @@ SMALL_GAIN = 0.7
 gives a ReLU network, is not yet small."""
 ACCOUNTED_FOR = 0.5
 """Share of the missing orders of magnitude that small gains must make up to be named as the cause: the larger part."""
+EXPANDING = 1.05
+"""Spectral radius of a recurrent matrix that accounts for an explosion: over 100 timesteps it makes a factor of 130,
+and an identity matrix that has been trained for a step is not yet there."""
 MOSTLY_DEAD = 0.95
 """Share of dead units, or of saturated entries, that accounts for a gradient of nothing."""
 MOSTLY_FLAT = 0.4
@@ -77,6 +88,9 @@ OFF_CENTRE = 5.0
 [0, 1] 2 or less."""
 KICK = 0.3
 """An update over the weights that can move a layer's units out of reach: 1e-3 a step is the rule of thumb."""
+SOUND_UPDATE = 0.01
+"""An update over the weights to which a learning rate that is too large is to come down: first steps of the healthy
+labelled runs lie at 0.005 to 0.1."""
 BY_BIAS = 0.5
 """Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
 part."""
@@ -150,12 +164,17 @@ class Thresholds:
     explosion_hopeless: float = 1e6
     """Growth through time from which on a loss that has come down is no excuse: float32 keeps seven digits, so beside
     the oldest timesteps the newest no longer count. The counterpart of `vanishing_hopeless`."""
-    explosion_depth: float = 1e4
-    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. A
-    healthy residual network without normalization doubles it in a block; 1e4 are more than thirteen such blocks."""
+    explosion_depth: float = 300.0
+    """Growth of the gradient at what layers give, from the last to the first, built up over several of them. Twelve
+    ReLU layers at twice He initialization grow 1,400 times; of 217 healthy labelled runs none more than 51 times."""
+    explosion_depth_at_once: float = 1e4
+    """A growth so large that one probe is enough: before the second, the first steps have thrown the weights."""
     explosion_depth_gap: float = 0.7
     """Share of that growth, in orders of magnitude, that a single layer may account for: more, and it is a matter of
     that layer's scale, not of depth."""
+    explosion_sensitivity: float = 1 / ORDINARY_STEP
+    """The largest sensitivity over the loss in the first steps: from here on an ordinary step moves the loss by more
+    than itself. Healthy labelled runs stay below 160."""
     norm_above: float | None = None
     """Absolute global norm above which it counts as exploded; in the units of the loss, so off."""
 

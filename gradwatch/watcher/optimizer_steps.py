@@ -153,7 +153,7 @@ class OptimizerSteps:
         if self._measurement is not None:
             self._training.unheard.end()
             self.state = State.APPLIED
-            if self._measurement.probe:
+            if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
                 parameters = self._parameters()
                 self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
         self._losses.taken(self.index)

@@ -147,6 +147,52 @@ def test_a_gradient_that_is_zero_from_end_to_end_fails():
         gradwatch.assert_healthy(model, torch.randn(8, 16))
 
 
+@pytest.mark.parametrize("times", [2.0, 3.0, 5.0])
+@pytest.mark.parametrize("loss", [None, lambda out: functional.mse_loss(out, torch.ones(8, 4))])
+def test_weights_too_large_in_each_of_many_layers_fail_in_one_batch(times, loss):
+    model, x = mlp(nn.ReLU, 12, width=64), torch.randn(8, 16)
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    gradwatch.assert_healthy(model, x, loss=loss)
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight.mul_(times)
+    with pytest.raises(GradientHealthError, match=r"GW206 exploding \(warning\)") as caught:
+        gradwatch.assert_healthy(model, x, loss=loss)
+    (alert,) = caught.value.alerts
+    assert alert.cause.startswith("the weights of ")
+    assert "torch.nn.init.kaiming_normal_" in alert.remedy
+
+
+class Begins(nn.Module):
+    def __init__(self, init):
+        super().__init__()
+        self.rnn, self.head = nn.RNN(4, 32, batch_first=True, nonlinearity="relu"), nn.Linear(32, 1)
+        init(self.rnn.weight_hh_l0)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def expanding(weight, radius=1.5):
+    with torch.no_grad():
+        weight.normal_()
+        weight.mul_(radius / torch.linalg.eigvals(weight).abs().max())
+
+
+def test_a_recurrent_network_that_begins_exploded_fails_in_one_batch():
+    x = torch.randn(32, 100, 4)
+    loss = lambda out: functional.mse_loss(out, x[:, -1, :1])
+    sick, wild, sound = (Begins(init) for init in (expanding, lambda w: expanding(w, 2.0), nn.init.orthogonal_))
+    (alert, *_) = gradwatch.check(sick, x, loss=loss).open
+    assert (alert.finding.code, alert.finding.place, alert.severity) == ("GW207", "rnn", Severity.WARNING)
+    assert alert.cause.startswith("the spectral radius of W_hh is 1.5")
+    assert kinds(gradwatch.check(wild, x)) == {("exploding", "rnn")}
+    gradwatch.assert_healthy(sound, x, loss=loss)
+    identity = gradwatch.assert_healthy(Begins(nn.init.eye_), x, loss=loss)  # with clipping it trains
+    assert all(alert.severity is Severity.INFO for alert in identity.open)
+
+
 # --- what is sound ---
 
 

@@ -232,6 +232,77 @@ def test_updates_larger_than_the_weights_explode_at_the_third_or_when_they_are_h
     assert fold(model(2), rows, losses=STILL, update_ratio=probes(math.inf))[1] == []  # it began at zero
 
 
+def test_an_update_of_weights_near_zero_is_held_against_weights_of_ordinary_size():
+    rows = [(1.0, 1.0)] * 20
+    column = [None] * 19 + [(0.01, 1000.0)]
+
+    def found(weight):
+        return fold(model(2), rows, losses=STILL, update_ratio=column, weight_norm=[(1.0, weight)] * 20)[1]
+
+    assert codes(found(1.0)) == [("GW202", "l1", Severity.WARNING)]
+    assert found(1e-4) == []  # of shape (4, 4), so 2 / sqrt(3) is ordinary: it moves by 0.09 of that
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e6])
+def test_a_loss_that_hangs_on_its_weights_by_a_thousand_times_itself_began_exploded(scale):
+    def found(sensitivity, losses):
+        rows = [(10.0 * scale, sensitivity * scale)] * 20
+        return codes(fold(model(2), rows, losses=[loss * scale for loss in losses])[1])
+
+    assert found(2000.0, STILL[:20]) == [("GW207", "l1", Severity.WARNING)]
+    assert found(500.0, STILL[:20]) == []
+    assert found(2000.0, [0.01, 20.0] * 10) == []  # small by chance: held against the largest
+    assert found(2000.0, [1.0, -1.0] * 10) == []  # without a size of its own
+    assert found(2000.0, [3000.0] * 5 + [1.0] * 15) == []
+
+
+def test_a_jump_has_to_exceed_what_the_loss_scatters_by_itself():
+    rng = np.random.default_rng(0)
+    wavers = (rng.standard_normal(400) ** 2 * np.exp(-np.arange(400) / 100)).tolist()  # squares of single errors
+
+    def said(losses):
+        history, steps = History(), []
+        for step, loss in enumerate(losses):
+            history.add(Snapshot(step, 0.0, model(1), optimizer=0, loss=loss, norm=(1.0,), weight_norm=(1.0,)))
+            steps += [(step, f.onset) for f in findings(history) if f.code == "GW203"]
+        return steps
+
+    assert said(wavers) == []
+    began, onset = said([*wavers[:60], *(loss * 1e6 for loss in wavers[60:120])])[0]
+    assert (began, onset) == (64, 60)
+    began, onset = said([1.0] * 30 + [50.0] * 10)[0]
+    assert (began, onset) == (34, 30)  # the step of the jump itself
+
+
+@pytest.mark.parametrize("losses", [[0.0] * 60, [-1.0 - i / 9 for i in range(60)], [3.0 - i / 9 for i in range(60)]])
+def test_a_loss_that_has_no_size_is_no_evidence(losses):
+    history, found = fold(model(2), [(1e-7, 1e-7)] * 60, losses=losses)
+
+    assert history.improved is None
+    assert history.scatter is None
+    assert not history.at_best
+    assert found == []  # neither standing still (GW102) nor jumped (GW203)
+
+
+def test_a_loss_that_comes_down_to_zero_has_improved():
+    history, _ = fold(model(2), [(1.0, 1.0)] * 40, losses=[1.0] * 10 + [0.0] * 30)
+
+    assert history.improved is True
+
+
+def test_growth_by_depth_is_excused_only_by_a_loss_that_came_down_as_far():
+    many = model(8)
+    grown = tuple(ActivationStats(f"l{i}", 10.0 ** ((7 - i) / 2)) for i in range(8))  # 3,162 times
+
+    def said(losses, **kw):
+        return codes(fold(many, [(1.0,) * 8] * 20, losses=losses, activations=[grown] * 20, **kw)[1])
+
+    found = [("GW206", "", Severity.WARNING)]
+    assert said(STILL) == said(None) == found
+    assert said([1e13 * 0.8**i for i in range(20)]) == found  # it comes down, and is no nearer to where it should be
+    assert said([1e13] * 5 + [1.0] * 15) == []
+
+
 def test_a_loss_that_jumps_and_stays_up_explodes():
     rows = [(1.0, 1.0)] * 40
 
@@ -366,6 +437,7 @@ def _one_of_each():
     yield (two, [(1.0, 1.0)] * 40), {"losses": [1.0] * 30 + [50.0] * 10}
     yield (two, [(9.0, 9.0)]), {"thresholds": Thresholds(norm_above=10.0)}
     yield (one, [(1.0,), (1e9,), (math.nan,)]), {}
+    yield (two, [(1.0, 2000.0)] * 20), {"losses": STILL}
     yield (two, [(0.0, 1.0)] * 20), {}
     yield (two, [(math.nan, 1.0)]), {}
     yield (one, [(math.inf,)] * 26), {"skipped": [True] * 26}

@@ -186,10 +186,120 @@ def test_weights_that_are_too_large():
 
     assert found
     assert "times as large as its activation needs: gain" in found[0].cause
-    assert "(spectral norm " in found[0].cause
+    assert "those of all layers together make the signal" in found[0].cause
     assert "torch.nn.init.kaiming_normal_" in found[0].remedy
 
     assert trained(he) == []
+
+
+@pytest.mark.parametrize("times", [2.0, 3.0, 5.0])
+@pytest.mark.parametrize("criterion", [nn.functional.mse_loss, nn.functional.l1_loss])
+def test_weights_a_few_times_too_large_in_each_of_many_layers(times, criterion):
+    def trained(init):
+        net = chain(nn.ReLU, depth=12, width=64, init=init)
+        return alerts(net, torch.optim.Adam(net.parameters(), lr=1e-3), criterion=criterion)
+
+    def large(weight):
+        he(weight)
+        weight.data.mul_(times)
+
+    alert = of(trained(large), "GW206")  # though the loss comes down, by orders of magnitude
+
+    assert alert.began <= 10
+    assert alert.finding.onset == 1
+    assert math.log(alert.finding.evidence["growth"]) == pytest.approx(11 * math.log(times), rel=0.1)
+    assert "times as large as its activation needs" in alert.cause
+    assert "those of all layers together make the signal" in alert.cause
+    assert "torch.nn.init.kaiming_normal_" in alert.remedy
+
+    assert trained(he) == []
+
+
+def test_residual_branches_that_add_up():
+    class Blocks(nn.Module):
+        def __init__(self, share):
+            super().__init__()
+            torch.manual_seed(0)
+            self.enter, self.head, self.share = nn.Linear(8, 24), nn.Linear(24, 1), share
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24)) for _ in range(20)
+            )
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    he(layer.weight)
+
+        def forward(self, x):
+            x = self.enter(x)
+            for block in self.blocks:
+                x = x + self.share * block(x)
+            return self.head(x)
+
+    def trained(share):
+        net = Blocks(share)
+        return alerts(net, torch.optim.Adam(net.parameters(), lr=1e-3))
+
+    alert = of(trained(1.0), "GW206")
+
+    assert alert.cause == "cause not found"  # each weight by itself is of the right size
+    assert "scale what residual branches add (1/sqrt of their number)" in alert.remedy
+
+    assert trained(20**-0.5) == []
+
+
+def test_a_recurrent_network_that_begins_exploded():
+    def made(init):
+        torch.manual_seed(0)
+        net = Recurrent(nn.RNN(4, 32, batch_first=True, nonlinearity="relu"))
+        init(net.rnn.weight_hh_l0)
+        return net
+
+    def expanding(weight):
+        with torch.no_grad():
+            weight.normal_()
+            weight.mul_(1.5 / torch.linalg.eigvals(weight).abs().max())
+
+    def orthogonal(weight):
+        nn.init.orthogonal_(weight)
+
+    def data(step):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(32, 100, 4, generator=generator)
+        return x, x[:, -1, :1] + 0.5 * x[:, -3, 1:2]
+
+    def trained(init):
+        net = made(init)
+        return alerts(net, torch.optim.Adam(net.parameters(), lr=1e-3), data=data, steps=25)
+
+    alert = of(trained(expanding), "GW207")
+    net, (x, y) = made(expanding).double(), data(0)
+    loss = nn.functional.mse_loss(net(x.double()), y.double())
+    loss.backward()
+    weights = (net.rnn.weight_hh_l0, net.rnn.weight_ih_l0)
+    truth = math.hypot(*((w.grad.norm() * w.norm()).item() for w in weights)) / loss.item()
+
+    assert (alert.finding.place, alert.finding.onset) == ("rnn", 0)
+    assert alert.finding.evidence["sensitivity"] == pytest.approx(truth, rel=1e-3)
+    assert truth > 1000
+    assert alert.cause.startswith("the spectral radius of W_hh is 1.5")
+    assert "torch.nn.init.orthogonal_" in alert.remedy
+
+    assert trained(orthogonal) == []
+
+
+def test_a_first_step_that_throws_the_weights():
+    def trained(lr):
+        net = chain(nn.ReLU, depth=4, width=64, init=he)
+        return alerts(net, torch.optim.Adam(net.parameters(), lr=lr), steps=30)
+
+    alert = of(trained(1.0), "GW203")
+
+    assert alert.severity is Severity.ERROR
+    assert alert.finding.onset == 1  # the first loss that the step of 0 has spoilt
+    assert "at step 0 an update changed the weights of" in alert.cause
+    assert "lower the learning rate or warm it up" in alert.remedy
+
+    assert of(trained(10.0), "GW202").began == 0
+    assert trained(1e-3) == []
 
 
 def test_a_learning_rate_that_is_too_large():
@@ -197,7 +307,7 @@ def test_a_learning_rate_that_is_too_large():
     alert = of(found, "GW202")
 
     assert "the learning rate is too large for these gradients" in alert.cause
-    factor = float(alert.remedy.split("lower the learning rate of 0 by a factor of ")[1].split(" ")[0])
+    factor = float(alert.remedy.split("lower the learning rate of 0 by a factor of ")[1].split(",")[0])
 
     assert alerts(chain(nn.Tanh, depth=2, init=nn.init.xavier_normal_), lr=200.0 / factor) == []
 
