@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject
 from gradwatch.values.snapshot import Fact, FactName
-from gradwatch.values.thresholds import SATURATED_OUTPUTS
+from gradwatch.values.thresholds import MOSTLY_DEAD, SATURATED_OUTPUTS
 
 _UNKNOWN = "cause not measured"
 
@@ -18,6 +18,7 @@ FADES: Mapping[FactName, Callable[[Iterable[float]], float]] = {
     "update_gate": min,
     "spectral_radius": min,
     "saturation": max,
+    "saturated_gates": max,
 }
 """What may make a gradient fade through time, and which is the worst of several layers and directions."""
 GROWS: Mapping[FactName, Callable[[Iterable[float]], float]] = {**FADES, "spectral_radius": max}
@@ -195,7 +196,14 @@ def _why_it_fades(finding: Finding) -> str:
     return "; and ".join(part for part in (why, _cut(finding)) if part)
 
 
+def _gates_shut(evidence: Mapping[str, float]) -> bool:
+    """Tell whether nearly all gates stand at an end, where their derivative is next to nothing."""
+    return "saturation" not in evidence and evidence.get("saturated_gates", 0.0) >= MOSTLY_DEAD
+
+
 def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
+    if _gates_shut(evidence):
+        return f"{evidence['saturated_gates']:.0%} of its gates are saturated, at 0 or 1"
     if "forget_gate" in evidence or "forget_bias" in evidence:
         said = []
         if "forget_gate" in evidence:
@@ -227,6 +235,8 @@ def _lengthen(finding: Finding) -> str:
 
 def _cure(finding: Finding, need: float | None) -> str:
     name = finding.place or "the recurrent module"
+    if _gates_shut(finding.evidence):
+        return f"standardize the input of {name}, feature by feature; where that is done, smaller weights of {name}"
     bias = (
         "to the log of the number of timesteps that matter"
         if need is None

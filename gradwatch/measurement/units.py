@@ -27,10 +27,16 @@ _FUNCTIONS: Mapping[str, Function] = {
     "HardtanhBackward0": "hardtanh",
     "HardswishBackward0": "relu",
     "SoftmaxBackward0": "softmax",
+    "HardsigmoidBackward0": "sigmoid",
+    "ClampBackward1": "clamp",
+    "ClampMinBackward0": "clamp",
+    "ClampMaxBackward0": "clamp",
 }
 """Activations, by the node that they leave in the graph."""
 _SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
 """Those whose output is exactly 0 where their derivative is."""
+_BOUNDS = (("_saved_min_val", "_saved_min"), ("_saved_max_val", "_saved_max"))
+"""What nodes that clamp call their lower and their upper bound."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
@@ -170,11 +176,12 @@ class Units:
         """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
         kind = node.name() if node is not None else ""
-        if kind in _FUNCTIONS and not hasattr(tensor, "placements"):
+        function = _FUNCTIONS.get(kind) or ("softsign" if kind == "DivBackward0" and _is_softsign(node) else None)
+        if function is not None and not hasattr(tensor, "placements"):
             with contextlib.suppress(Exception):  # as above
-                self._count(tensor, node, kind)
+                self._count(tensor, node, kind, function)
 
-    def _count(self, tensor: Tensor, node: Any, kind: str) -> None:  # noqa: ANN401  (as below)
+    def _count(self, tensor: Tensor, node: Any, kind: str, function: Function) -> None:  # noqa: ANN401  (as below)
         notes = _notes(node)
         if self._seen in notes:
             return
@@ -185,7 +192,7 @@ class Units:
         mine = self._units.get(source.layer)
         if mine is None:
             mine = self._units[source.layer] = UnitCounts()
-        mine.function = function = _FUNCTIONS[kind]
+        mine.function = function
         self._leave_out_void(mine)
         if len(mine.looks) == _CALLS:
             return
@@ -193,15 +200,11 @@ class Units:
         per_unit = rows.numel() // max(rows.shape[source.dim], 1)
         if per_unit > _ENTRIES and source.dim != 0:
             rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-        fired = saturated = None
+        fired, saturated = None, _saturated(rows, node, function)
         if kind in _SILENT:
             if self._scratch is None or _form(self._scratch) != _form(rows):
                 self._scratch = torch.empty_like(rows)
             fired = _fired(rows, source.dim, self._scratch)
-        elif function == "tanh":
-            saturated = _share_above(rows, 0.0, 1 - 2 * OUTER_SHARE)
-        elif function == "sigmoid":
-            saturated = _share_above(rows, 0.5, 0.5 - OUTER_SHARE)
         entries = rows.numel() // max(rows.shape[source.dim], 1)
         mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
 
@@ -228,6 +231,7 @@ class Units:
             self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
+            self._facts[name, "input_size"] = torch.hypot(mean, spread)
 
     def collect(self, step: StepView, transfer: Transfer) -> Part:
         """Return what this step has brought, by layer, and the facts about those in question."""
@@ -328,6 +332,38 @@ def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
 def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
     """Return the share of entries farther from the middle than this; NaN is not."""
     return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
+
+
+def _saturated(rows: Tensor, node: Any, function: Function) -> Tensor | None:  # noqa: ANN401  (as below)
+    """Return the share of entries that a bounded activation put to an end of its range; None for others."""
+    inner = 1 - 2 * OUTER_SHARE
+    if function in ("tanh", "softsign"):
+        return _share_above(rows, 0.0, inner)
+    if function == "sigmoid":
+        return _share_above(rows, 0.5, inner / 2)
+    if function == "softmax":
+        dim: int = node._saved_dim  # which wraps around below 0
+        dim = dim if dim < rows.dim() else dim - 2**64
+        return _share_above(rows.amax(dim), 0.0, 1 - OUTER_SHARE) if dim % rows.dim() else None  # those are thinned out
+    return _clamped(rows, node, function) if function in ("hardtanh", "clamp") else None
+
+
+def _clamped(rows: Tensor, node: Any, function: Function) -> Tensor | None:  # noqa: ANN401  (as below)
+    """Return the share of entries that were clamped; a lower bound of 0 is what a ReLU has, and does not count."""
+    low, high = (next((getattr(node, n) for n in names if hasattr(node, n)), None) for names in _BOUNDS)
+    if low is not None and high is not None and (low or function == "clamp"):
+        return _share_above(rows, (low + high) / 2, (0.5 - OUTER_SHARE) * (high - low))
+    ends: Tensor | None = rows >= high if high is not None else rows <= low if low else None
+    return None if ends is None else ends.float().mean()
+
+
+def _is_softsign(node: Any) -> bool:  # noqa: ANN401  (as below)
+    """Tell whether a division is x / (1 + |x|), which has no node of its own."""
+    over, under = (n for n, _ in node.next_functions)
+    if over is None or under is None or under.name() != "AddBackward0":
+        return False
+    sizes = [n for n, _ in under.next_functions if n is not None and n.name() == "AbsBackward0"]
+    return any(n.next_functions[0][0] is over for n in sizes)
 
 
 def _largest_weight(layer: nn.Module) -> Tensor | None:
