@@ -17,6 +17,24 @@ def said(finding: Finding, otherwise: str) -> tuple[str, str]:
     return UNKNOWN, otherwise
 
 
+def around(finding: Finding) -> str:
+    """Return what keeps a gradient from fading through depth, of that which the network does not have yet."""
+    has = finding.evidence
+    if "normalized" in has and "skips" in has:
+        return WARM_UP
+    missing = [] if "relus" in has else ["ReLU-like activations with He initialization"]
+    missing += [] if "normalized" in has else ["normalization"]
+    missing += [] if "skips" in has else ["skip connections"]
+    return ", ".join(missing[:-1]) + ("," * (len(missing) > 2) + " or " if missing[1:] else "") + missing[-1]
+
+
+WARM_UP = (
+    "warm the learning rate up or lower it, or normalize at the beginning of each block in place of its end (pre-norm,"
+    " norm_first=True)"
+)
+"""What helps a network that has normalization and skip connections."""
+
+
 def _at(finding: Finding) -> str:
     return finding.names.get("at", finding.place) or "the model"
 
@@ -49,7 +67,7 @@ def _weak(finding: Finding) -> tuple[str, str]:
         init = f"torch.nn.init.xavier_normal_(weight, gain=5/3) on the weights of {where}"
     else:
         init = f"torch.nn.init.kaiming_normal_(weight, nonlinearity='relu') on the weights of {where}"
-    return cause, f"{init}; or normalization or skip connections"
+    return cause, f"{init}; or normalization{'' if 'skips' in evidence else ' or skip connections'}"
 
 
 def _large(finding: Finding) -> tuple[str, str]:
@@ -101,7 +119,9 @@ def _bias(finding: Finding) -> tuple[str, str]:
 def _offset(finding: Finding) -> tuple[str, str]:
     return (
         f"the input of {finding.place} is off-centre: its mean is {finding.evidence['offset']:.3g} times its spread",
-        f"standardize the input of {finding.place}",
+        WARM_UP
+        if "normalized" in finding.evidence and "skips" in finding.evidence
+        else f"standardize the input of {finding.place}",
     )
 
 

@@ -166,7 +166,19 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
     enough = [(share, at, f) for share, at, f in ends if share >= (MOSTLY_DEAD if f in _HARD else MOSTLY_FLAT)]
     if enough:
         return _saturated(history, finding, *max(enough))
-    return _stacked(history, finding, layers) or _weak(history, finding, layers)
+    return _stacked(history, finding, layers) or _weak(history, _with_remedies(history, finding, layers), layers)
+
+
+def _with_remedies(history: History, finding: Finding, layers: Collection[str]) -> Finding:
+    """Return a finding that tells what of the usual remedies the layers have already: of those none is named again."""
+    functions = _functions(history)
+    seen = [functions[name] for name in layers if name in functions]
+    has = {
+        "relus": sum(f == "relu" for f in seen) > len(seen) / 2,
+        "normalized": any(p.role == "normalization" and p.layer in layers for p in history.model.parameters),
+        "skips": any(f.name == "skip_connection" for s in history.window() for f in s.facts or ()),
+    }
+    return dataclasses.replace(finding, evidence={**finding.evidence, **{name: 1.0 for name, it in has.items() if it}})
 
 
 def _in_half(history: History) -> bool:
@@ -214,7 +226,7 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
     needed = {name: NEEDED_GAIN.get(functions.get(name, ""), 1.0) for name in gains}
     weak = {name: share for name, gain in gains.items() if (share := gain / needed[name]) < SMALL_GAIN}
-    if not weak or not 0 < ratio < 1:
+    if not weak or not 0 < ratio < 1 or "normalized" in finding.evidence:  # which takes their size away
         return finding
     if sum(math.log(max(share, 1e-30)) for share in weak.values()) > ACCOUNTED_FOR * math.log(ratio):
         return finding
@@ -277,7 +289,7 @@ def _dead(history: History, finding: Finding, share: float, at: str) -> Finding:
 
 def of_silence(history: History, finding: Finding) -> Finding:
     """Tell whether the input, an update or the bias keeps a layer's units at 0."""
-    place = finding.place
+    place, finding = finding.place, _with_remedies(history, finding, _names(history))
     norm = _spectral_norm(history, place)
     bias, offset = _fact(history, place, "silent_by_bias"), _fact(history, place, "input_offset")
     if offset is not None and math.isinf(offset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.cause_words import WARM_UP, said
 from gradwatch.detectors.causes import of_silence, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
@@ -95,10 +95,10 @@ def _explain(finding: Finding) -> Explanation:
     units, count = evidence["units"], evidence["layers"]
     whose = place if count == 1 else names["worst"]
     more = f" (and most of {place} to {names['last']}, {count:.0f} layers)" if count > 1 else ""
-    cause, remedy = said(
-        finding,
-        f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU",
-    )
+    otherwise = f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU"
+    if "normalized" in evidence and "skips" in evidence:
+        otherwise = WARM_UP
+    cause, remedy = said(finding, otherwise)
     return Explanation(
         f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they"
         f" have been 0 for every input since step {finding.onset}",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import flat, of_vanishing
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
@@ -227,11 +227,7 @@ def _explain(finding: Finding) -> Explanation:
     through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
     get, their = ("get", "their") if count > 1 else ("gets", "its")
-    cause, remedy = said(
-        finding,
-        f"in the layers after {finding.place or 'the first'}: ReLU-like activations with He initialization,"
-        " normalization, or skip connections",
-    )
+    cause, remedy = said(finding, f"in the layers after {finding.place or 'the first'}: {around(finding)}")
     return Explanation(
         f"{first}{through} {get} next to no gradient: a relative change of {their} weights moves the loss"
         f" {evidence['ratio']:.1g} times as much as one of a later layer{worst}, since step {finding.onset}",

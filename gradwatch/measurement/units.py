@@ -41,6 +41,8 @@ _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
+_AROUND = 64
+"""Nodes from a sum back to what a skip connection leads around."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
 _CONVOLUTIONS = {
@@ -126,6 +128,8 @@ class Units:
         """By layer and unit, for how many entries of probes in a row it has been silent."""
         self._scratch: Tensor | None = None
         """For what is worked out of one activation after the other: new memory costs as much as the arithmetic."""
+        self._skip: str | None = None
+        """The first module with a skip connection before or in it."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
@@ -135,11 +139,13 @@ class Units:
         self._names = {} if view.compiled else view.names
         return {} if view.compiled else {id(module): module for module in view.modules.values()}
 
-    def entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
                 self._look(tensor)
+                if self.suspects and self._skip is None and _is_skip(tensor.grad_fn):
+                    self._skip = self._names.get(id(module))
 
     def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -158,6 +164,8 @@ class Units:
                 with contextlib.suppress(Exception):  # what has no shape is left out
                     self._write(tensor, name, module)
             self._look(tensor)
+            if self.suspects and self._skip is None and _is_skip(tensor.grad_fn):
+                self._skip = name
         if owner and name in self.suspects and given:
             with contextlib.suppress(Exception):  # and what has no arithmetic
                 taken = floats(inputs)
@@ -259,7 +267,8 @@ class Units:
             dead |= {name: (transfer.add(share), units) for name, share in silent}
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
         cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
-        self._units, self._facts, self._completed, self._scratch = theirs, {}, {}, None
+        skips = () if self._skip is None else (Fact(self._skip, "skip_connection", 1.0),)
+        self._units, self._facts, self._completed, self._scratch, self._skip = theirs, {}, {}, None, None
 
         def part() -> ProbeValues:
             activations = []
@@ -275,7 +284,7 @@ class Units:
                     )
                 )
             measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
-            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
+            return ProbeValues(tuple(activations), facts=(*measured, *skips), cuts=cuts)
 
         return part
 
@@ -312,6 +321,7 @@ class Units:
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
         self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+        self._skip = None
 
 
 # Comparisons that give booleans, and sums of those, cost several times as much on CPU as arithmetic that says the same.
@@ -355,6 +365,24 @@ def _clamped(rows: Tensor, node: Any, function: Function) -> Tensor | None:  # n
         return _share_above(rows, (low + high) / 2, (0.5 - OUTER_SHARE) * (high - low))
     ends: Tensor | None = rows >= high if high is not None else rows <= low if low else None
     return None if ends is None else ends.float().mean()
+
+
+def _is_skip(node: Any) -> bool:  # noqa: ANN401  (as below)
+    """Tell whether a sum adds to something what was made from it."""
+    if node is None or node.name() != "AddBackward0":
+        return False
+    ends = [n for n, _ in node.next_functions]
+    if len(ends) != 2 or None in ends:
+        return False
+    for start, wanted in (ends, ends[::-1]):
+        front, seen = [start], 0
+        while front and seen < _AROUND:
+            one = front.pop(0)
+            seen += 1
+            if one is wanted:
+                return True
+            front += [n for n, _ in one.next_functions if n is not None]
+    return False
 
 
 def _is_softsign(node: Any) -> bool:  # noqa: ANN401  (as below)

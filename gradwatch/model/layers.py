@@ -140,7 +140,7 @@ def _step_of(module: nn.Module, name: str) -> str:
     That is the layer of a recurrent module, or the entry of a container, by its name up to the last dot or slash: other
     libraries keep the parameters of all their layers in one container. "" where the module is one step.
     """
-    if isinstance(module, nn.RNNBase):
+    if hasattr(module, "_all_weights"):  # torch's list of names by layer, which every recurrent module of its own has
         layer = _OF_RECURRENT.search(name)
         return f"l{layer[1]}" if layer is not None else ""
     entry = _OF_CONTAINER.fullmatch(name)

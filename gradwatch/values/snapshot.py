@@ -33,6 +33,7 @@ FactName = Literal[
     "update_gate",
     "saturation",
     "saturated_gates",
+    "skip_connection",
 ]
 """What a `Fact` tells.
 
@@ -44,6 +45,7 @@ forget_gate, update_gate: mean share of the state that the gates keep; forget_bi
 saturation: share of a tanh network's outputs above 0.98.
 saturated_gates: share of a recurrent layer's gates and candidates (of an RNN, of its states) in the outer 1 % of their
 range.
+skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
 """
 
 Column = tuple[float | None, ...]

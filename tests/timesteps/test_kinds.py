@@ -261,7 +261,7 @@ def test_a_probe_tells_the_kind_of_a_module_and_the_direction_of_its_parts():
         ("l0_reverse", None, True),
     ]
     assert {(f.name, f.part) for f in snapshot.facts if f.part} == {
-        (name, part) for name in ("forget_gate", "forget_bias") for part in ("l0", "l0_reverse")
+        (name, part) for name in ("forget_gate", "forget_bias", "saturated_gates") for part in ("l0", "l0_reverse")
     }
 
 
