@@ -45,7 +45,7 @@ def judge(
     for detector in detectors:
         try:
             for finding in detector(history):
-                if not muted(finding, ignore, history.module_of(finding.place)):
+                if not muted(finding, ignore, history.columns.module_of(finding.place)):
                     known = _with_cause(history, finding, rules)
                     explain(known, rules)  # words that fail are a failure of this detector, and not of all alerts later
                     found.append(known)

@@ -17,15 +17,15 @@ def said(finding: Finding, otherwise: str) -> tuple[str, str]:
     return UNKNOWN, otherwise
 
 
-def around(finding: Finding) -> str:
-    """Return what keeps a gradient from fading through depth, of that which the network does not have yet."""
+def around(finding: Finding, where: str) -> str:
+    """Return what keeps a gradient from fading through depth, of that which the network does not have there yet."""
     has = finding.evidence
     if "normalized" in has and "skips" in has:
         return WARM_UP
     missing = [] if "relus" in has else ["ReLU-like activations with He initialization"]
     missing += [] if "normalized" in has else ["normalization"]
     missing += [] if "skips" in has else ["skip connections"]
-    return ", ".join(missing[:-1]) + ("," * (len(missing) > 2) + " or " if missing[1:] else "") + missing[-1]
+    return where + ", ".join(missing[:-1]) + ("," * (len(missing) > 2) + " or " if missing[1:] else "") + missing[-1]
 
 
 WARM_UP = (

@@ -73,14 +73,14 @@ def saturation(history: History) -> dict[str, tuple[float, Function | Literal["g
     That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
     """
     found: dict[str, tuple[float, Function | Literal["gate"]]] = {
-        history.layer_of(a.module): (a.saturated, a.function)
+        history.columns.layer_of(a.module): (a.saturated, a.function)
         for a in newest_activations(history)
         if a.saturated is not None and a.function is not None
     }
     newest = next(iter(history.sequences(1)), None)
     kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
     for fact in (newest.facts or ()) if newest is not None else ():
-        layer = history.layer_of(fact.place, fact.part)
+        layer = history.columns.layer_of(fact.place, fact.part)
         if fact.name == "saturated_gates" and fact.value > found.get(layer, (0.0, ""))[0]:
             found[layer] = fact.value, "tanh" if kinds.get(fact.place) == "RNN" else "gate"
     return found
@@ -131,7 +131,7 @@ def _spectral_norm(history: History, place: str) -> dict[str, float]:
 def _functions(history: History) -> dict[str, Function]:
     """Return the activation after each layer of which one was seen."""
     seen = newest_activations(history)
-    return {history.layer_of(a.module): a.function for a in seen if a.function is not None}
+    return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
 
 
 def _names(history: History) -> list[str]:
@@ -156,7 +156,7 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
         return with_cause(finding, "format", {}, {"format": "float16"})
     layers = _reach(history, finding)
     among = set(layers)
-    known = [(history.layer_of(a.module), a) for a in newest_activations(history)]
+    known = [(history.columns.layer_of(a.module), a) for a in newest_activations(history)]
     known = [(layer, a) for layer, a in known if layer in among]
     dead = max(((a.dead, layer) for layer, a in known if a.dead is not None), default=None)
     if dead is not None and dead[0] >= MOSTLY_DEAD:
@@ -201,7 +201,7 @@ def _saturated(history: History, finding: Finding, share: float, at: str, functi
     gain = float(history.gains()[history.numbers[at]])
     if math.isfinite(gain):
         numbers["gain"] = gain
-    module = history.module_of(at)
+    module = history.columns.module_of(at)
     if at == next(layer.name for layer in history.model.layers if layer.module == module):  # what enters is its input
         of_input = {"offset": _fact(history, module, "input_offset"), "size": _fact(history, module, "input_size")}
         numbers |= {name: value for name, value in of_input.items() if value is not None and math.isfinite(value)}
@@ -210,11 +210,11 @@ def _saturated(history: History, finding: Finding, share: float, at: str, functi
 
 def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Finding | None:
     """Find that the gradient fades from layer to layer inside of one recurrent module."""
-    module = history.module_of(layers[-1] if layers else "")
+    module = history.columns.module_of(layers[-1] if layers else "")
     newest = next(iter(history.sequences(1)), None)
     kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
     kind, count = kinds.get(module), sum(layer.module == module for layer in history.model.layers)
-    inside = [name for name in layers if history.module_of(name) == module]
+    inside = [name for name in layers if history.columns.module_of(name) == module]
     if kind is None or count < 2 or len(inside) < 2:
         return None
     return with_cause(finding, "stacked", {"stacked": float(count)}, {"at": module, "kind": kind})
@@ -245,7 +245,7 @@ def of_a_cut(history: History, finding: Finding) -> Finding:
     if "norm" in finding.evidence and (known := _of_zeros(history, finding, last)) is not None:
         return known
     cuts = next((s.cuts for s in reversed(history.window()) if s.cuts is not None or s.facts is not None), None)
-    cut = next((c for c in cuts or () if c.layer == history.module_of(last)), None)
+    cut = next((c for c in cuts or () if c.layer == history.columns.module_of(last)), None)
     if cut is None:
         return finding
     names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
@@ -262,7 +262,7 @@ def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
     zeros = [name for name in zero_weights(history) if name not in moving]
     if among := [name for name in zeros if name in _reach(history, finding)] or [n for n in zeros if n in after]:
         return _of_zero_weights(history, finding, among)
-    dead = {history.layer_of(a.module): a.dead or 0.0 for a in newest_activations(history)}
+    dead = {history.columns.layer_of(a.module): a.dead or 0.0 for a in newest_activations(history)}
     closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
     if closed is not None:
         return _dead(history, finding, 1.0, closed)

@@ -80,7 +80,7 @@ def _gradient_between(history: History, module: str, probes: Sequence[Snapshot])
 
     It does not do the same at every step then.
     """
-    own = history.layer_of(module)
+    own = history.columns.layer_of(module)
     columns = [c for c, p in enumerate(history.model.parameters) if p.layer == own and p.role != "bias"]
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]

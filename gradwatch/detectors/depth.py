@@ -227,7 +227,7 @@ def _explain(finding: Finding) -> Explanation:
     through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
     get, their = ("get", "their") if count > 1 else ("gets", "its")
-    cause, remedy = said(finding, f"in the layers after {finding.place or 'the first'}: {around(finding)}")
+    cause, remedy = said(finding, around(finding, f"in the layers after {finding.place or 'the first'}: "))
     return Explanation(
         f"{first}{through} {get} next to no gradient: a relative change of {their} weights moves the loss"
         f" {evidence['ratio']:.1g} times as much as one of a later layer{worst}, since step {finding.onset}",

@@ -37,8 +37,8 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
         for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False)
         if reason == "disconnected"
     }
-    dead = {history.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
-    places = {history.layer_of(alert.finding.place) for alert in open_alerts}
+    dead = {history.columns.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
+    places = {history.columns.layer_of(alert.finding.place) for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
     chosen |= silent | cut | dead | named
     after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}

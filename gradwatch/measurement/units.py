@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.model.attempts import Attempts
@@ -17,32 +18,12 @@ from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues,
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
-from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
+from gradwatch.values.thresholds import SILENT_ENTRIES, SILENT_SPELLS
 
-_FUNCTIONS: Mapping[str, Function] = {
-    "TanhBackward0": "tanh",
-    "SigmoidBackward0": "sigmoid",
-    "ReluBackward0": "relu",
-    "ThresholdBackward0": "relu",
-    "HardtanhBackward0": "hardtanh",
-    "HardswishBackward0": "relu",
-    "SoftmaxBackward0": "softmax",
-    "HardsigmoidBackward0": "sigmoid",
-    "ClampBackward1": "clamp",
-    "ClampMinBackward0": "clamp",
-    "ClampMaxBackward0": "clamp",
-}
-"""Activations, by the node that they leave in the graph."""
-_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
-"""Those whose output is exactly 0 where their derivative is."""
-_BOUNDS = (("_saved_min_val", "_saved_min"), ("_saved_max_val", "_saved_max"))
-"""What nodes that clamp call their lower and their upper bound."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
-_AROUND = 64
-"""Nodes from a sum back to what a skip connection leads around."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
 _CONVOLUTIONS = {
@@ -144,7 +125,7 @@ class Units:
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
                 self._look(tensor)
-                if self.suspects and self._skip is None and _is_skip(tensor.grad_fn):
+                if self.suspects and self._skip is None and is_skip(tensor.grad_fn):
                     self._skip = self._names.get(id(module))
 
     def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
@@ -164,7 +145,7 @@ class Units:
                 with contextlib.suppress(Exception):  # what has no shape is left out
                     self._write(tensor, name, module)
             self._look(tensor)
-            if self.suspects and self._skip is None and _is_skip(tensor.grad_fn):
+            if self.suspects and self._skip is None and is_skip(tensor.grad_fn):
                 self._skip = name
         if owner and name in self.suspects and given:
             with contextlib.suppress(Exception):  # and what has no arithmetic
@@ -184,7 +165,7 @@ class Units:
         """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
         kind = node.name() if node is not None else ""
-        function = _FUNCTIONS.get(kind) or ("softsign" if kind == "DivBackward0" and _is_softsign(node) else None)
+        function = function_of(node, kind)
         if function is not None and not hasattr(tensor, "placements"):
             with contextlib.suppress(Exception):  # as above
                 self._count(tensor, node, kind, function)
@@ -208,8 +189,8 @@ class Units:
         per_unit = rows.numel() // max(rows.shape[source.dim], 1)
         if per_unit > _ENTRIES and source.dim != 0:
             rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-        fired, saturated = None, _saturated(rows, node, function)
-        if kind in _SILENT:
+        fired, saturated = None, saturated_share(rows, node, function)
+        if kind in SILENT:
             if self._scratch is None or _form(self._scratch) != _form(rows):
                 self._scratch = torch.empty_like(rows)
             fired = _fired(rows, source.dim, self._scratch)
@@ -337,61 +318,6 @@ def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
     ones = torch.abs(rows, out=scratch).clamp_(max=1).ceil_()
     fired = ones.sum(others, dtype=torch.float32)
     return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
-
-
-def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
-    """Return the share of entries farther from the middle than this; NaN is not."""
-    return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
-
-
-def _saturated(rows: Tensor, node: Any, function: Function) -> Tensor | None:  # noqa: ANN401  (as below)
-    """Return the share of entries that a bounded activation put to an end of its range; None for others."""
-    inner = 1 - 2 * OUTER_SHARE
-    if function in ("tanh", "softsign"):
-        return _share_above(rows, 0.0, inner)
-    if function == "sigmoid":
-        return _share_above(rows, 0.5, inner / 2)
-    if function == "softmax":
-        dim: int = node._saved_dim  # which wraps around below 0
-        dim = dim if dim < rows.dim() else dim - 2**64
-        return _share_above(rows.amax(dim), 0.0, 1 - OUTER_SHARE) if dim % rows.dim() else None  # those are thinned out
-    return _clamped(rows, node, function) if function in ("hardtanh", "clamp") else None
-
-
-def _clamped(rows: Tensor, node: Any, function: Function) -> Tensor | None:  # noqa: ANN401  (as below)
-    """Return the share of entries that were clamped; a lower bound of 0 is what a ReLU has, and does not count."""
-    low, high = (next((getattr(node, n) for n in names if hasattr(node, n)), None) for names in _BOUNDS)
-    if low is not None and high is not None and (low or function == "clamp"):
-        return _share_above(rows, (low + high) / 2, (0.5 - OUTER_SHARE) * (high - low))
-    ends: Tensor | None = rows >= high if high is not None else rows <= low if low else None
-    return None if ends is None else ends.float().mean()
-
-
-def _is_skip(node: Any) -> bool:  # noqa: ANN401  (as below)
-    """Tell whether a sum adds to something what was made from it."""
-    if node is None or node.name() != "AddBackward0":
-        return False
-    ends = [n for n, _ in node.next_functions]
-    if len(ends) != 2 or None in ends:
-        return False
-    for start, wanted in (ends, ends[::-1]):
-        front, seen = [start], 0
-        while front and seen < _AROUND:
-            one = front.pop(0)
-            seen += 1
-            if one is wanted:
-                return True
-            front += [n for n, _ in one.next_functions if n is not None]
-    return False
-
-
-def _is_softsign(node: Any) -> bool:  # noqa: ANN401  (as below)
-    """Tell whether a division is x / (1 + |x|), which has no node of its own."""
-    over, under = (n for n, _ in node.next_functions)
-    if over is None or under is None or under.name() != "AddBackward0":
-        return False
-    sizes = [n for n, _ in under.next_functions if n is not None and n.name() == "AbsBackward0"]
-    return any(n.next_functions[0][0] is over for n in sizes)
 
 
 def _largest_weight(layer: nn.Module) -> Tensor | None:

@@ -13,7 +13,7 @@ from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KICK, KICK_LASTS, PROBES, Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, PROBES, Thresholds
 from gradwatch.values.track import Track
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ class History:
         self.thresholds = thresholds or Thresholds()
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
-        self.kicks: dict[str, tuple[float, int]] = {}
-        """Per layer, the largest update of a weight over the weight, if it was a kick, and its step; a later one takes
-        the place of one that no longer lasts."""
         self._open: frozenset[Key] = frozenset()
         self._explained = False
         self._tracks: dict[int | None, Track] = {}
@@ -65,7 +62,7 @@ class History:
             both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
             self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
             self._weights = None
-        self._note_kicks(snapshot)
+        track.note_kicks(snapshot)
         columns = self.columns
         if self._weights is None:
             self._weights = columns.weights(self._weight_norms)
@@ -94,14 +91,6 @@ class History:
 
         """
         self._open, self._explained = frozenset(keys), explained
-
-    def _note_kicks(self, snapshot: Snapshot) -> None:
-        for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=False):
-            if ratio is None or not KICK <= ratio < math.inf or p.role != "weight":
-                continue
-            known, step = self.kicks.get(p.layer, (0.0, snapshot.step))
-            if ratio > known or snapshot.step - step > KICK_LASTS:
-                self.kicks[p.layer] = ratio, snapshot.step
 
     def _note_best(self, track: Track) -> None:
         """Note where the ratios of the last snapshots were the best so far.
@@ -173,6 +162,11 @@ class History:
     def first_norms(self) -> Sequence[float]:
         """Global gradient norms of the first window."""
         return self._track.first_norms
+
+    @property
+    def kicks(self) -> Mapping[str, tuple[float, int]]:
+        """Per layer, the largest update of a weight over the weight that still lasts as a kick, and its step."""
+        return self._track.kicks
 
     def window(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
@@ -278,20 +272,6 @@ class History:
         t, info = self.thresholds, self.model.layers[layer]
         return t.of(info.name, info.module) if t.layers else t
 
-    def module_of(self, layer: str) -> str:
-        """Return the name of the module that holds a layer; a name that is no layer's is returned as it is."""
-        number = self.numbers.get(layer)
-        return layer if number is None else self.model.layers[number].module
-
-    def layer_of(self, module: str, part: str = "") -> str:
-        """Return the name of the layer whose output a module's is, or that a part of a recurrent module is.
-
-        A module that is none is returned as it is.
-        """
-        inside = ".".join(filter(None, (module, part)))
-        number = self.numbers.get(inside if inside in self.numbers else module)
-        return module if number is None else self.model.layers[number].name
-
     def is_open(self, code: str, place: str) -> bool:
         """Tell whether an alert of this rule is open at this place."""
         return any(key[0] == code and key[1] == place for key in self.open)
@@ -335,7 +315,6 @@ class History:
             "now": self._now,
             "best_ratio": dict(self.best_ratio),
             "weight_norms": dict(self._weight_norms),
-            "kicks": {layer: list(kick) for layer, kick in self.kicks.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -356,7 +335,6 @@ class History:
         self._tracks = {plain["optimizer"]: Track.from_plain(plain, read) for plain in state["tracks"]}
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
-        self.kicks = {layer: (ratio, step) for layer, (ratio, step) in state.get("kicks", {}).items()}
         self._columns = self._weights = None
         self._improved = self._has_improved() if self.begun else None
 

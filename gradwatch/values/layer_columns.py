@@ -100,6 +100,20 @@ class LayerColumns:
         around = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."} | {""}
         return list(dict.fromkeys(names[i] for i in self.order if names[i] not in around))
 
+    def module_of(self, layer: str) -> str:
+        """Return the name of the module that holds a layer; a name that is no layer's is returned as it is."""
+        number = self.numbers.get(layer)
+        return layer if number is None else self.model.layers[number].module
+
+    def layer_of(self, module: str, part: str = "") -> str:
+        """Return the name of the layer whose output a module's is, or that a part of a recurrent module is.
+
+        A module that is none is returned as it is.
+        """
+        inside = ".".join(filter(None, (module, part)))
+        number = self.numbers.get(inside if inside in self.numbers else module)
+        return module if number is None else self.model.layers[number].name
+
     def weights(self, known: Mapping[str, float]) -> Floats:
         """Return the norms of the parameters that count, by name known so far; NaN where one is not known, or 0."""
         import numpy as np
