@@ -287,3 +287,52 @@ def test_a_remedy_names_nothing_that_the_network_has(skip, normalized):
     if normalized:
         assert "normalization" not in alert.remedy
     assert ("pre-norm" in alert.remedy) is (skip and normalized)
+
+
+def counting(generator):
+    start = torch.randint(0, 16, (16, 1), generator=generator)
+    ids = (start + torch.randint(1, 4, (16, 1), generator=generator) * torch.arange(13)[None]) % 16
+    return ids[:, :-1], ids[:, 1:]
+
+
+class PostNorm(nn.Module):
+    def __init__(self, layers=18):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(16, 32), nn.Linear(32, 16)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        for p in self.encoder.parameters():
+            if p.dim() > 1:
+                nn.init.xavier_uniform_(p)
+
+    def forward(self, ids):
+        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.head(self.encoder(self.table(ids), mask=mask, is_causal=True))
+
+
+@pytest.mark.slow
+def test_what_post_norm_without_a_warm_up_needs_is_the_warm_up():
+    def learn(warm):
+        net = PostNorm()
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+
+        def data(generator):
+            optimizer.param_groups[0]["lr"] = 3e-3 * min((generator.initial_seed() + 1) / warm, 1)
+            return counting(generator)
+
+        return train(
+            net,
+            data,
+            optimizer=optimizer,
+            steps=250,
+            criterion=lambda out, y: functional.cross_entropy(out.flatten(0, 1), y.flatten()),
+        )
+
+    found, stuck = learn(1)
+    assert 1 <= len(found) <= 4
+    assert sum(a.finding.code == "GW101" for a in found) <= 1
+    for alert in found:
+        assert "warm the learning rate up" in alert.remedy
+        assert "skip connection" not in alert.remedy
+    assert learn(200)[1][-1] < 0.5 * stuck[-1]
