@@ -45,7 +45,7 @@ def judge(
     for detector in detectors:
         try:
             for finding in detector(history):
-                if not muted(finding, ignore):
+                if not muted(finding, ignore, history.columns.module_of(finding.place)):
                     known = _with_cause(history, finding, rules)
                     explain(known, rules)  # words that fail are a failure of this detector, and not of all alerts later
                     found.append(known)
@@ -76,11 +76,20 @@ def _with_cause(history: History, finding: Finding, rules: Mapping[str, Rule]) -
     return finding if rule is None or rule.cause is None else rule.cause(history, finding)
 
 
-def muted(finding: Finding, ignore: Iterable[str]) -> bool:
-    """Tell whether one of `ignore` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding."""
+def muted(finding: Finding, ignore: Iterable[str], module: str | None = None) -> bool:
+    """Tell whether one of `ignore` ("GW101", or "GW101:encoder.*" for places that match) mutes the finding.
+
+    Args:
+        finding: what was found.
+        ignore: the patterns.
+        module: that holds the place, which its name stands for too; None: the place itself.
+
+    """
     parts = (pattern.partition(":") for pattern in ignore)
+    names = (finding.place, finding.place if module is None else module)
     return any(
-        fnmatch.fnmatchcase(finding.code, code) and (not place or fnmatch.fnmatchcase(finding.place, place))
+        fnmatch.fnmatchcase(finding.code, code)
+        and (not place or any(fnmatch.fnmatchcase(name, place) for name in names))
         for code, _, place in parts
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from gradwatch.detectors.causes import Cause
 from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
-from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, OFF_CENTRE, SOUND_UPDATE
+from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SOUND_UPDATE
 
 
 def said(finding: Finding, otherwise: str) -> tuple[str, str]:
@@ -16,6 +16,24 @@ def said(finding: Finding, otherwise: str) -> tuple[str, str]:
         if finding.cause == cause:
             return words(finding)
     return UNKNOWN, otherwise
+
+
+def around(finding: Finding, where: str) -> str:
+    """Return what keeps a gradient from fading through depth, of that which the network does not have there yet."""
+    has = finding.evidence
+    if "normalized" in has and "skips" in has:
+        return WARM_UP
+    missing = [] if "relus" in has else ["ReLU-like activations with He initialization"]
+    missing += [] if "normalized" in has else ["normalization"]
+    missing += [] if "skips" in has else ["skip connections"]
+    return where + ", ".join(missing[:-1]) + ("," * (len(missing) > 2) + " or " if missing[1:] else "") + missing[-1]
+
+
+WARM_UP = (
+    "warm the learning rate up or lower it, or normalize at the beginning of each block in place of its end (pre-norm,"
+    " norm_first=True)"
+)
+"""What helps a network that has normalization and skip connections."""
 
 
 def _at(finding: Finding) -> str:
@@ -50,7 +68,7 @@ def _weak(finding: Finding) -> tuple[str, str]:
         init = f"torch.nn.init.xavier_normal_(weight, gain=5/3) on the weights of {where}"
     else:
         init = f"torch.nn.init.kaiming_normal_(weight, nonlinearity='relu') on the weights of {where}"
-    return cause, f"{init}; or normalization or skip connections"
+    return cause, f"{init}; or normalization{'' if 'skips' in evidence else ' or skip connections'}"
 
 
 def _large(finding: Finding) -> tuple[str, str]:
@@ -114,33 +132,99 @@ def _bias(finding: Finding) -> tuple[str, str]:
 def _offset(finding: Finding) -> tuple[str, str]:
     return (
         f"the input of {finding.place} is off-centre: its mean is {finding.evidence['offset']:.3g} times its spread",
-        f"standardize the input of {finding.place}",
+        WARM_UP
+        if "normalized" in finding.evidence and "skips" in finding.evidence
+        else f"standardize the input of {finding.place}",
     )
 
 
 def _update(finding: Finding) -> tuple[str, str]:
-    step, ratio = finding.evidence["when"], finding.evidence["update"]
-    return (
-        f"at step {step:.0f} an update changed the weights of {_at(finding)} by {ratio:.2g} times their own size",
-        "lower the learning rate or warm it up, or clip the gradient norm",
+    evidence = finding.evidence
+    now = ""
+    if "saturated" in evidence:
+        now = f", and {_ends(finding)}"
+    elif "dead" in evidence and finding.names.get("at"):
+        now = f", and {evidence['dead']:.0%} of its units are dead"
+    cause = (
+        f"at step {evidence['when']:.0f} an update changed the weights of {_at(finding)} by {evidence['update']:.2g}"
+        f" times their own size{now}"
     )
+    return cause, "lower the learning rate or warm it up, or clip the gradient norm"
+
+
+def _ends(finding: Finding) -> str:
+    """Say how much of what is saturated."""
+    share, function = finding.evidence["saturated"], finding.names["function"]
+    if function == "gate":
+        return f"{share:.0%} of the gates of {_at(finding)} are saturated, at 0 or 1"
+    if function == "clamp":
+        return f"{share:.0%} of the output of {_at(finding)} is clamped, where its derivative is 0"
+    return f"{share:.0%} of the {function or 'activation'} outputs after {_at(finding)} are saturated"
 
 
 def _saturated(finding: Finding) -> tuple[str, str]:
     at, evidence, function = _at(finding), finding.evidence, finding.names["function"]
-    cause = f"{evidence['saturated']:.0%} of the {function or 'activation'} outputs after {at} are saturated"
-    offset, gain, enough = evidence.get("offset", 0.0), evidence.get("gain", 0.0), ENOUGH_GAIN.get(function, 1.0)
-    if offset >= OFF_CENTRE:
+    cause = _ends(finding)
+    offset, size = evidence.get("offset", 0.0), evidence.get("size", 0.0)
+    gain, enough = evidence.get("gain", 0.0), ENOUGH_GAIN.get(function, 1.0)
+    if offset >= OFF_CENTRE or size >= LARGE_INPUT:
+        found = [f"off-centre, its mean {offset:.3g} times its spread"] if offset >= OFF_CENTRE else []
+        found += [f"far from unit spread, its root mean square {size:.3g}"] if size >= LARGE_INPUT else []
         return (
-            f"{cause}: its input is off-centre, its mean {offset:.3g} times its spread",
-            f"standardize the input of {at}, or normalize it (LayerNorm, BatchNorm)",
+            f"{cause}: its input is {', and '.join(found)}",
+            f"standardize the input of {at}, feature by feature, or normalize it (LayerNorm, BatchNorm)",
         )
     if gain >= LARGE_GAIN * enough:
         cause += f": its weights have gain {gain:.3g}{_spectral(finding)}, and {enough:.3g} is enough"
+    if function == "gate":
+        return cause, f"torch.nn.init.xavier_normal_(weight) on the weights of {at}, and a lower learning rate"
+    if function == "clamp":
+        return cause, f"a smooth bound (sigmoid, tanh) in place of the clamp after {at}, or clamp only what is reported"
+    if function == "softmax":
+        return cause, (
+            f"give the loss the numbers before the softmax after {at} (torch.nn.functional.cross_entropy); smaller"
+            f" weights of {at}, or a lower learning rate"
+        )
     return cause, (
         f"torch.nn.init.xavier_normal_(weight) on {at}, normalization before its {function or 'activation'},"
         " or a ReLU-like activation with He initialization"
     )
+
+
+def _zero_weights(finding: Finding) -> tuple[str, str]:
+    at, after = _at(finding), finding.names.get("activation")
+    if finding.evidence["zeros"] > 1:
+        return (
+            f"the weights of {at} are all exactly 0: each keeps the gradient from the others, and none can move",
+            f"leave only one of {at} at zero, and initialize the others as usual (torch.nn.init.kaiming_normal_)",
+        )
+    why = f", and the {after} after it passes no gradient at 0" if after else ", and no gradient comes to move them"
+    return (
+        f"the weights of {at} are all exactly 0{why}",
+        f"a small initialization of {at} in place of zeros (torch.nn.init.normal_(weight, std=0.02))",
+    )
+
+
+def _flat_loss(finding: Finding) -> tuple[str, str]:
+    same = finding.evidence.get("same")
+    still = "" if same is None else f", and the loss has been exactly {finding.evidence['loss']:.6g} {same:.0f} times"
+    cause = (
+        "the gradient is exactly zero already where it comes out of the loss, at the output of the model: the loss is"
+        f" flat there, as a clamped or rounded one is{still}"
+    )
+    return cause, (
+        "look in the loss for clamp(), round(), sign(), comparisons and what is saturated; bound it smoothly instead"
+        " (limit * torch.tanh(x / limit))"
+    )
+
+
+def _stacked(finding: Finding) -> tuple[str, str]:
+    at, kind, count = _at(finding), finding.names["kind"], finding.evidence["stacked"]
+    cause = (
+        f"{at} is {count:.0f} {kind} layers one upon the other, without a way around, and each takes a share of the"
+        " gradient"
+    )
+    return cause, f"fewer layers in {at} (num_layers=2), or a module for each, with x = x + layer(x) between them"
 
 
 def _cut(finding: Finding) -> tuple[str, str]:
@@ -177,5 +261,8 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "radius": _radius,
     "format": _format,
     **ORIGINS,
+    "zero_weights": _zero_weights,
+    "flat_loss": _flat_loss,
+    "stacked": _stacked,
 }
 """The words of each cause that `causes` measures: what it is, and what to try."""

@@ -17,7 +17,9 @@ from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     BY_BIAS,
     EXPANDING,
+    KEPT,
     KICK,
+    KICK_LASTS,
     LARGE_GAIN,
     LARGEST_EXPONENT,
     MISREAD_PROBES,
@@ -46,8 +48,14 @@ Cause = Literal[
     "born_forward",
     "born_backward",
     "origin_gone",
+    "zero_weights",
+    "flat_loss",
+    "stacked",
 ]
 """What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
+
+_HARD = ("hardtanh", "clamp")
+"""Activations of which the derivative is 1 up to their ends, and 0 beyond."""
 
 
 def with_cause(
@@ -70,12 +78,31 @@ def newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return next((s.activations or () for s in history.looks(1)), ())
 
 
+def saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
+    """Return, by layer, the share of what its activation gave that is at an end of its range, and the activation.
+
+    That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
+    """
+    found: dict[str, tuple[float, Function | Literal["gate"]]] = {
+        history.columns.layer_of(a.module): (a.saturated, a.function)
+        for a in newest_activations(history)
+        if a.saturated is not None and a.function is not None
+    }
+    newest = next(iter(history.sequences(1)), None)
+    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
+    for fact in (newest.facts or ()) if newest is not None else ():
+        layer = history.columns.layer_of(fact.place, fact.part)
+        if fact.name == "saturated_gates" and fact.value > found.get(layer, (0.0, ""))[0]:
+            found[layer] = fact.value, "tanh" if kinds.get(fact.place) == "RNN" else "gate"
+    return found
+
+
 def flat(history: History) -> set[int]:
     """Return the layers at or before one whose activation is saturated all over.
 
     Zeros there are where the gradient faded to, and no cut.
     """
-    known = {a.module for a in newest_activations(history) if (a.saturated or 0.0) >= MOSTLY_DEAD}
+    known = {layer for layer, (share, _) in saturation(history).items() if share >= MOSTLY_DEAD}
     if not known:
         return set()
     last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
@@ -98,6 +125,16 @@ def before_misread(history: History) -> set[int]:
     return set(order[: max(last, default=0)])
 
 
+def zero_weights(history: History) -> list[str]:
+    """Return the layers whose weights are all exactly 0, in the order of the forward pass."""
+    weights = history.weight_norms() or ()
+    sizes: dict[str, float] = {}
+    for p, norm in zip(history.model.parameters, weights, strict=False):
+        if p.role == "weight" and norm is not None:
+            sizes[p.layer] = max(sizes.get(p.layer, 0.0), norm)
+    return [name for name in _names(history) if sizes.get(name) == 0]
+
+
 def steepest(history: History, count: int = 4) -> list[str]:
     """Return the layers with the largest weights for their size."""
     import numpy as np
@@ -108,7 +145,7 @@ def steepest(history: History, count: int = 4) -> list[str]:
 
 
 def _fact(history: History, place: str, name: FactName) -> float | None:
-    """Return a number of a layer as it was measured last; None where it was not."""
+    """Return a number of a module as it was measured last; None where it was not."""
     facts = (f for s in reversed(history.window()) for f in s.facts or ())
     return next((f.value for f in facts if (f.place, f.name, f.part) == (place, name, "")), None)
 
@@ -120,7 +157,8 @@ def _spectral_norm(history: History, place: str) -> dict[str, float]:
 
 def _functions(history: History) -> dict[str, Function]:
     """Return the activation after each layer of which one was seen."""
-    return {a.module: a.function for a in newest_activations(history) if a.function is not None}
+    seen = newest_activations(history)
+    return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
 
 
 def _names(history: History) -> list[str]:
@@ -145,14 +183,29 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
         return with_cause(finding, "format", {}, {"format": "float16"})
     layers = _reach(history, finding)
     among = set(layers)
-    known = [a for a in newest_activations(history) if a.module in among]
-    dead = max(((a.dead, a.module) for a in known if a.dead is not None), default=None)
+    known = [(history.columns.layer_of(a.module), a) for a in newest_activations(history)]
+    known = [(layer, a) for layer, a in known if layer in among]
+    dead = max(((a.dead, layer) for layer, a in known if a.dead is not None), default=None)
     if dead is not None and dead[0] >= MOSTLY_DEAD:
-        return with_cause(finding, "dead", {"dead": dead[0]}, {"at": dead[1]})
-    saturated = max(((a.saturated, a.module) for a in known if a.saturated is not None), default=None)
-    if saturated is not None and saturated[0] >= MOSTLY_FLAT:
-        return _saturated(history, finding, *saturated)
-    return _weak(history, finding, layers)
+        return _dead(history, finding, *dead)
+    # What is hard passes the gradient whole until it is at its end.
+    ends = ((share, at, f) for at, (share, f) in saturation(history).items() if at in among)
+    enough = [(share, at, f) for share, at, f in ends if share >= (MOSTLY_DEAD if f in _HARD else MOSTLY_FLAT)]
+    if enough:
+        return _saturated(history, finding, *max(enough))
+    return _stacked(history, finding, layers) or _weak(history, _with_remedies(history, finding, layers), layers)
+
+
+def _with_remedies(history: History, finding: Finding, layers: Collection[str]) -> Finding:
+    """Return a finding that tells what of the usual remedies the layers have already: of those none is named again."""
+    functions = _functions(history)
+    seen = [functions[name] for name in layers if name in functions]
+    has = {
+        "relus": sum(f == "relu" for f in seen) > len(seen) / 2,
+        "normalized": any(p.role == "normalization" and p.layer in layers for p in history.model.parameters),
+        "skips": any(f.name == "skip_connection" for s in history.window() for f in s.facts or ()),
+    }
+    return dataclasses.replace(finding, evidence={**finding.evidence, **{name: 1.0 for name, it in has.items() if it}})
 
 
 def _in_half(history: History) -> bool:
@@ -168,15 +221,30 @@ def _in_half(history: History) -> bool:
     return half and not any(now.norm) and any(a.grad_norm for a in newest_activations(history))
 
 
-def _saturated(history: History, finding: Finding, share: float, at: str) -> Finding:
-    numbers = {"saturated": share}
-    gain, offset = float(history.gains()[history.numbers[at]]), _fact(history, at, "input_offset")
+def _saturated(history: History, finding: Finding, share: float, at: str, function: str) -> Finding:
+    numbers, names = {"saturated": share}, {"at": at, "function": function}
+    if (kick := _kick_of(history, [at], until=finding.onset)) is not None:
+        return with_cause(finding, "update", {**numbers, "update": kick[0], "when": float(kick[2])}, names)
+    gain = float(history.gains()[history.numbers[at]])
     if math.isfinite(gain):
         numbers["gain"] = gain
-    if offset is not None and math.isfinite(offset):
-        numbers["offset"] = offset
-    names = {"at": at, "function": _functions(history).get(at, "")}
+    module = history.columns.module_of(at)
+    if at == next(layer.name for layer in history.model.layers if layer.module == module):  # what enters is its input
+        of_input = {"offset": _fact(history, module, "input_offset"), "size": _fact(history, module, "input_size")}
+        numbers |= {name: value for name, value in of_input.items() if value is not None and math.isfinite(value)}
     return with_cause(finding, "saturated", numbers | _spectral_norm(history, at), names)
+
+
+def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Finding | None:
+    """Find that the gradient fades from layer to layer inside of one recurrent module."""
+    module = history.columns.module_of(layers[-1] if layers else "")
+    newest = next(iter(history.sequences(1)), None)
+    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
+    kind, count = kinds.get(module), sum(layer.module == module for layer in history.model.layers)
+    inside = [name for name in layers if history.columns.module_of(name) == module]
+    if kind is None or count < 2 or len(inside) < 2:
+        return None
+    return with_cause(finding, "stacked", {"stacked": float(count)}, {"at": module, "kind": kind})
 
 
 def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
@@ -185,7 +253,7 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
     needed = {name: NEEDED_GAIN.get(functions.get(name, ""), 1.0) for name in gains}
     weak = {name: share for name, gain in gains.items() if (share := gain / needed[name]) < SMALL_GAIN}
-    if not weak or not 0 < ratio < 1:
+    if not weak or not 0 < ratio < 1 or "normalized" in finding.evidence:  # which takes their size away
         return finding
     if sum(math.log(max(share, 1e-30)) for share in weak.values()) > ACCOUNTED_FOR * math.log(ratio):
         return finding
@@ -196,33 +264,64 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
 
 
 def of_a_cut(history: History, finding: Finding) -> Finding:
-    """Tell between which two modules the gradient ends, or whether float16 or a dead layer has left zero of it."""
+    """Tell between which two modules the gradient ends, or what has left zero of it.
+
+    That is float16, weights that are all 0, a dead layer, or a loss that is flat.
+    """
     last = finding.names.get("last", finding.place)
-    if "norm" in finding.evidence:  # it is there, and exactly zero
-        if _in_half(history):
-            return with_cause(finding, "format", {}, {"format": "float16"})
-        order = _names(history)
-        dead = {a.module: a.dead or 0.0 for a in newest_activations(history)}
-        after = order[order.index(last) :] if last in order else []
-        closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
-        if closed is not None:
-            return with_cause(finding, "dead", {"dead": 1.0}, {"at": closed})
+    if "norm" in finding.evidence and (known := _of_zeros(history, finding, last)) is not None:
+        return known
     cuts = next((s.cuts for s in reversed(history.window()) if s.cuts is not None or s.facts is not None), None)
-    cut = next((c for c in cuts or () if c.layer == last), None)
+    cut = next((c for c in cuts or () if c.layer == history.columns.module_of(last)), None)
     if cut is None:
         return finding
     names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
     return with_cause(finding, "cut", {"graph": float(cut.graph)}, names)
 
 
+def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
+    """Tell what has left exactly zero of a gradient that is there."""
+    if _in_half(history):
+        return with_cause(finding, "format", {}, {"format": "float16"})
+    order = _names(history)
+    after = order[order.index(last) :] if last in order else []
+    moving = {p.layer for p, norm in zip(history.model.parameters, history.snapshot.norm, strict=True) if norm}
+    zeros = [name for name in zero_weights(history) if name not in moving]
+    if among := [name for name in zeros if name in _reach(history, finding)] or [n for n in zeros if n in after]:
+        return _of_zero_weights(history, finding, among)
+    dead = {history.columns.layer_of(a.module): a.dead or 0.0 for a in newest_activations(history)}
+    closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
+    if closed is not None:
+        return _dead(history, finding, 1.0, closed)
+    if any(a.module == "" and a.grad_norm == 0 for a in newest_activations(history)):
+        losses = history.losses(KEPT)
+        same = sum(1 for _ in itertools.takewhile(lambda loss: loss == losses[-1], reversed(losses)))
+        return with_cause(finding, "flat_loss", {"same": float(same), "loss": losses[-1]} if same > 1 else {})
+    return None
+
+
+def _of_zero_weights(history: History, finding: Finding, zeros: Sequence[str]) -> Finding:
+    """Say whose weights are 0, and of a single layer what comes after it."""
+    function = _functions(history).get(zeros[0]) if len(zeros) == 1 else None
+    names = {"at": " and ".join(zeros), **({} if function is None else {"activation": function})}
+    return with_cause(finding, "zero_weights", {"zeros": float(len(zeros))}, names)
+
+
+def _dead(history: History, finding: Finding, share: float, at: str) -> Finding:
+    """Say which units are dead, and whether an update made them so."""
+    if (kick := _kick_of(history, [at], until=finding.onset)) is not None:
+        return with_cause(finding, "update", {"dead": share, "update": kick[0], "when": float(kick[2])}, {"at": at})
+    return with_cause(finding, "dead", {"dead": share}, {"at": at})
+
+
 def of_silence(history: History, finding: Finding) -> Finding:
     """Tell whether the input, an update or the bias keeps a layer's units at 0."""
-    place = finding.place
+    place, finding = finding.place, _with_remedies(history, finding, _names(history))
     norm = _spectral_norm(history, place)
     bias, offset = _fact(history, place, "silent_by_bias"), _fact(history, place, "input_offset")
     if offset is not None and math.isinf(offset):
         return with_cause(finding, "constant_input", norm)
-    if (kick := _kick_of(history, [place])) is not None:
+    if (kick := _kick_of(history, [place], until=finding.onset)) is not None:
         ratio, _, step = kick
         return with_cause(finding, "update", {**norm, "update": ratio, "when": float(step)})
     if bias is not None and bias >= BY_BIAS:
@@ -232,17 +331,21 @@ def of_silence(history: History, finding: Finding) -> Finding:
     return with_cause(finding, None, norm)
 
 
-def _kick_of(history: History, layers: Collection[str]) -> tuple[float, str, int] | None:
+def _kick_of(history: History, layers: Collection[str], until: int | None = None) -> tuple[float, str, int] | None:
     """Return the largest update of these layers' weights, over the weights, with the layer and the step.
 
-    None where it is none to speak of.
+    None where it is none to speak of, or not within so many steps before the step `until` as it lasts; those that no
+    snapshot has any more are among them.
     """
-    ratios = (
+    ratios = [
         (r, p.layer, s.step)
         for s in history.window()
         for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
         if r and p.layer in layers and p.role == "weight" and math.isfinite(r)
-    )
+    ]
+    if until is not None:
+        kicks = ((ratio, layer, step) for layer, (ratio, step) in history.kicks.items() if layer in layers)
+        ratios = [kick for kick in (*ratios, *kicks) if until - KICK_LASTS <= kick[2] <= until]
     largest = max(ratios, default=None)
     return largest if largest is not None and largest[0] >= KICK else None
 

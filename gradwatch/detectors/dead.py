@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import of_silence
+from gradwatch.detectors.cause_words import WARM_UP, said
+from gradwatch.detectors.causes import of_silence, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -28,11 +28,13 @@ def dead_units(history: History) -> Iterator[Finding]:
         numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers
     }
     limits = {
-        i: t.of(a.module).dead_units / (t.clear_share_factor if history.is_open("GW601", a.module) else 1.0)
+        i: history.thresholds_of(i).dead_units
+        / (t.clear_share_factor if history.is_open("GW601", history.model.layers[i].name) else 1.0)
         for i, a in measured.items()
         if a.dead
     }
-    ill = {i for i, limit in limits.items() if float(measured[i].dead or 0.0) >= limit}
+    unmoved = {numbers[name] for name in zero_weights(history)} if limits else set()  # of which GW401 tells
+    ill = {i for i, limit in limits.items() if i not in unmoved and float(measured[i].dead or 0.0) >= limit}
     if not ill:
         return
     series = [{a.module: a.dead for a in s.activations or ()} for s in probes]
@@ -54,7 +56,7 @@ def dead_units(history: History) -> Iterator[Finding]:
             evidence={
                 "dead": float(measured[worst].dead or 0.0),
                 "units": float(measured[worst].units or 0),
-                "limit": t.of(place).dead_units,
+                "limit": history.thresholds_of(run[0]).dead_units,
                 "layers": float(len(run)),
             },
             names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
@@ -73,12 +75,13 @@ def _onset(
     return probes[len(high) - len(list(itertools.takewhile(bool, reversed(high))))].step
 
 
-def _gradient_between(history: History, layer: str, probes: Sequence[Snapshot]) -> bool:
+def _gradient_between(history: History, module: str, probes: Sequence[Snapshot]) -> bool:
     """Tell whether a layer that got nothing at probes often got something between them.
 
     It does not do the same at every step then.
     """
-    columns = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role != "bias"]
+    own = history.columns.layer_of(module)
+    columns = [c for c, p in enumerate(history.model.parameters) if p.layer == own and p.role != "bias"]
     since = probes[-history.thresholds.dead_probes].step
     window = [s for s in history.window() if s.step >= since]
     between = [any(s.norm[c] for c in columns) for s in window if s.activations is None]
@@ -92,10 +95,10 @@ def _explain(finding: Finding) -> Explanation:
     units, count = evidence["units"], evidence["layers"]
     whose = place if count == 1 else names["worst"]
     more = f" (and most of {place} to {names['last']}, {count:.0f} layers)" if count > 1 else ""
-    cause, remedy = said(
-        finding,
-        f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU",
-    )
+    otherwise = f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU"
+    if "normalized" in evidence and "skips" in evidence:
+        otherwise = WARM_UP
+    cause, remedy = said(finding, otherwise)
     return Explanation(
         f"{evidence['dead'] * units:.0f} of the {units:.0f} units of {whose} are dead{more}: after their ReLU they"
         f" have been 0 for every input since step {finding.onset}",

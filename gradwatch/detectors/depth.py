@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import before_misread, flat, of_vanishing
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
@@ -44,7 +44,8 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
     vanishing[list(before_misread(history))] = False  # that is another kind
     for run in _faults(history, vanishing, ratios[-1], closed):
-        place = history.model.layers[run[0]].name
+        held = [i for i in run if history.is_open("GW101", history.model.layers[i].name)]
+        place = history.model.layers[(held or run)[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
         severity = _severity(history, run, ratio)
@@ -60,7 +61,11 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
                 "layers": float(len(run)),
                 "share": float(low[:, worst].mean()),
             },
-            names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
+            names={
+                "first": history.model.layers[run[0]].name,
+                "worst": history.model.layers[worst].name,
+                "last": history.model.layers[run[-1]].name,
+            },
         )
 
 
@@ -90,7 +95,7 @@ def _limits(history: History) -> NDArray[np.float64]:
 
     t = history.thresholds
     names = [layer.name for layer in history.model.layers]
-    mine = [t.of(name) for name in names] if t.layers else [t] * len(names)
+    mine = [history.thresholds_of(i) for i in range(len(names))]
     adaptive = history.adaptive
     limits = np.array([m.vanishing_ratio_adaptive if adaptive else m.vanishing_ratio for m in mine])
     open_places = {place for code, place, *_ in history.open if code == "GW101"}
@@ -112,10 +117,18 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
 def _faults(
     history: History, vanishing: NDArray[np.bool_], now: NDArray[np.float64], closed: set[int]
 ) -> list[list[int]]:
-    """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind."""
+    """Group the layers, and leave out zeros that nothing faded to: those are cut off, which is another kind.
+
+    Only a layer that is sound now parts two faults. One at which an alert is open stays of its fault until it is.
+    """
     import numpy as np
 
-    runs = history.runs(set(np.flatnonzero(vanishing).tolist()), set(np.flatnonzero(~np.isnan(now)).tolist()))
+    known = ~np.isnan(now)
+    opened = [history.is_open("GW101", layer.name) for layer in history.model.layers]
+    sound = now >= history.thresholds.vanishing_sound
+    ill = vanishing | (np.array(opened) & known & ~sound)
+    runs = history.runs(set(np.flatnonzero(ill).tolist()), set(np.flatnonzero(ill | sound).tolist()))
+    runs = [run for run in runs if vanishing[run].any()]
     for run in runs:
         while run and now[run[-1]] == 0 and not history.sound_once(run[-1]) and run[-1] not in closed:
             run.pop()
@@ -147,6 +160,17 @@ def _everywhere(history: History) -> Iterator[Finding]:
     import numpy as np
 
     t = history.thresholds
+    if history.improved is not True and _closed(history):
+        converged = history.improved is None and any(history.first_norms)
+        yield Finding(
+            "GW102",
+            "vanishing-depth",
+            Severity.INFO if converged else Severity.WARNING,
+            "",
+            onset=history.since(not any(s.norm) for s in history.window()),
+            evidence={"sensitivity": 0.0, "limit": t.flat_sensitivity},
+        )
+        return
     losses = history.losses(t.window)
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
     if (
@@ -159,22 +183,28 @@ def _everywhere(history: History) -> Iterator[Finding]:
     if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
         return
     share = largest / np.maximum(np.abs(losses), 1e-300)
-    if share.max() > 0 and (share < limit).mean() >= t.share:
+    if (share.max() > 0 or history.is_open("GW102", "")) and (share < limit).mean() >= t.share:
         yield Finding(
             "GW102",
             "vanishing-depth",
             Severity.WARNING,
             "",
-            onset=history.window(t.window)[0].step,
+            onset=history.window(len(share))[int((share < limit).argmax())].step,
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
+
+
+def _closed(history: History) -> bool:
+    """Tell whether through the window every gradient was exactly zero, because the last activation is saturated."""
+    recent = history.window(history.thresholds.window)
+    return not any(any(s.norm) for s in recent) and len(flat(history)) == len(history.model.layers)
 
 
 def _absolute(history: History) -> Iterator[Finding]:
     if not history.thresholds.layers and history.thresholds.norm_below is None:
         return
-    for layer in history.model.layers:
-        limit = history.thresholds.of(layer.name).norm_below
+    for number, layer in enumerate(history.model.layers):
+        limit = history.thresholds_of(number).norm_below
         columns = [i for i, p in enumerate(history.model.parameters) if p.layer == layer.name]
         window = history.window(history.thresholds.window)
         largest = [max((n for i in columns if (n := s.norm[i]) is not None), default=None) for s in window]
@@ -194,15 +224,11 @@ def _absolute(history: History) -> Iterator[Finding]:
 
 def _explain(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
-    first, count = finding.place or "the first layer", evidence["layers"]
+    first, count = names.get("first", finding.place) or "the first layer", evidence["layers"]
     through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
     get, their = ("get", "their") if count > 1 else ("gets", "its")
-    cause, remedy = said(
-        finding,
-        f"in the layers after {finding.place or 'the first'}: ReLU-like activations with He initialization,"
-        " normalization, or skip connections",
-    )
+    cause, remedy = said(finding, around(finding, f"in the layers after {finding.place or 'the first'}: "))
     return Explanation(
         f"{first}{through} {get} next to no gradient: a relative change of {their} weights moves the loss"
         f" {evidence['ratio']:.1g} times as much as one of a later layer{worst}, since step {finding.onset}",
@@ -217,12 +243,11 @@ def _explain_everywhere(finding: Finding) -> Explanation:
         "look at the range of the output and the last activation; check the scale of the targets and the initialization"
         " of the last layer",
     )
-    return Explanation(
-        f"no layer has learned since step {finding.onset}: the largest sensitivity is"
-        f" {finding.evidence['sensitivity']:.1g} of the loss, and the loss stands still",
-        cause,
-        remedy,
-    )
+    sensitivity = finding.evidence["sensitivity"]
+    what = f"the largest sensitivity is {sensitivity:.1g} of the loss, and the loss stands still"
+    if not sensitivity:
+        what = "every gradient is exactly zero"
+    return Explanation(f"no layer has learned since step {finding.onset}: {what}", cause, remedy)
 
 
 def _explain_absolute(finding: Finding) -> Explanation:

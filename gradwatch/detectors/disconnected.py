@@ -112,10 +112,10 @@ def _blocked(history: History) -> set[int]:
 
 def _faded(history: History) -> set[int]:
     """Return the layers towards which those after them fade: their zeros are underflow, the end of vanishing."""
-    ratios, t = history.ratios(1)[-1].tolist(), history.thresholds
+    ratios = history.ratios(1)[-1].tolist()
     found, nearest = set(), 1.0
     for i in reversed(history.order):
-        if nearest < (t.of(history.model.layers[i].name) if t.layers else t).vanishing_ratio:
+        if nearest < history.thresholds_of(i).vanishing_ratio:
             found.add(i)
         if ratios[i] > 0:
             nearest = ratios[i]

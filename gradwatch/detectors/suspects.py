@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from gradwatch.detectors.causes import newest_activations, steepest
@@ -14,14 +15,14 @@ _MOST, _MOST_AT_FIRST = 32, 256
 
 
 def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -> frozenset[str]:
-    """Return the layers of which a probe is to measure more.
+    """Return the modules of which a probe is to measure more.
 
-    They are those of open alerts, those that look ill now, and those after them.
+    They are those of the layers with open alerts, of those that look ill now, and of those after them.
 
     At the first look all are: what explodes at once is gone before a second one.
     """
     if not history.begun or history.count < 2:
-        return frozenset(layer.name for layer in model.layers[:_MOST_AT_FIRST])
+        return frozenset(layer.module for layer in model.layers[:_MOST_AT_FIRST])
     t = history.thresholds
     order = [model.layers[i].name for i in model.forward_order]
     ratios = history.ratios(1)[-1]
@@ -36,9 +37,10 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
         for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False)
         if reason == "disconnected"
     }
-    dead = {a.module for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
-    places = {alert.finding.place for alert in open_alerts}
+    dead = {history.columns.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
+    places = {history.columns.layer_of(alert.finding.place) for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
     chosen |= silent | cut | dead | named
     after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
-    return frozenset([name for name in order if name in chosen | after][:_MOST])
+    modules = (model.layers[i].module for i in model.forward_order if model.layers[i].name in chosen | after)
+    return frozenset(itertools.islice(dict.fromkeys(modules), _MOST))

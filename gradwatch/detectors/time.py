@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gradwatch.detectors import memory
-from gradwatch.detectors.causes import misread
+from gradwatch.detectors.causes import flat, misread
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     GROWS,
@@ -39,7 +39,10 @@ def through_time(history: History) -> Iterator[Finding]:
     probes = history.sequences()
     if not probes:
         return
-    claims = [c for c in _claims(history, probes) if c.place not in misread(history)]
+    # Where gates are saturated all over, that is the one fault, and GW101 tells of it.
+    shut = [history.model.layers[i] for i in flat(history)]
+    closed = {layer.module for layer in shut if history.is_open("GW101", layer.name)}
+    claims = [c for c in _claims(history, probes) if c.place not in closed | misread(history).keys()]
     unmet = {
         c.place
         for c in claims

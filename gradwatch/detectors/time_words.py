@@ -13,6 +13,7 @@ from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     GATE_BIAS_NEAR,
     HORIZON_GAIN,
+    MOSTLY_DEAD,
     MOSTLY_FLAT,
     SATURATED_OUTPUTS,
 )
@@ -29,6 +30,7 @@ FADES: Mapping[FactName, Callable[[Iterable[float]], float]] = {
     "update_gate": min,
     "spectral_radius": min,
     "saturation": max,
+    "saturated_gates": max,
 }
 """What may make a gradient fade through time, and which is the worst of several layers and directions."""
 GROWS: Mapping[FactName, Callable[[Iterable[float]], float]] = {**FADES, "spectral_radius": max}
@@ -258,12 +260,19 @@ def _open(evidence: Mapping[str, float], gate: Literal["forget_gate", "update_ga
     return keeps(evidence.get(gate, 0.0), evidence["horizon"])
 
 
+def _gates_shut(evidence: Mapping[str, float]) -> bool:
+    """Tell whether nearly all gates stand at an end, where their derivative is next to nothing."""
+    return "saturation" not in evidence and evidence.get("saturated_gates", 0.0) >= MOSTLY_DEAD
+
+
 def _adds_up(evidence: Mapping[str, float]) -> str:
     let_in, full = evidence["input_gate"], evidence["cell_saturation"]
     return f"its input gates let in {let_in:.2f} of what is new, which adds up and saturates {full:.0%} of it"
 
 
 def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
+    if _gates_shut(evidence):
+        return f"{evidence['saturated_gates']:.0%} of its gates are saturated, at 0 or 1"
     if _open(evidence, "forget_gate"):
         kept, full = f"its forget gates keep {evidence['forget_gate']:.2f} of the cell", evidence.get("cell_saturation")
         if full is None or full < MOSTLY_FLAT:
@@ -301,6 +310,8 @@ def _lengthen(finding: Finding) -> str:
 
 def _cure(finding: Finding, need: float | None) -> str:
     name, kind = finding.place or "the recurrent module", _kind(finding)
+    if _gates_shut(finding.evidence):
+        return f"standardize the input of {name}, feature by feature; where that is done, smaller weights of {name}"
     around = "a skip connection or attention from the timesteps that matter, or shorter windows"
     bias = (
         "the log of the number of timesteps that matter"

@@ -116,18 +116,20 @@ class ModelMap:
 
     def learn_order(self, ran: Iterable[str]) -> None:
         """Take note of the order in which modules ran for the first time; the next description has it."""
-        owners = {layer.name for layer in self.info.layers}
+        layers_of: dict[str, list[str]] = {}
+        for layer in self.info.layers:
+            layers_of.setdefault(layer.module, []).append(layer.name)
         order = dict(self.order)
-        for name in self._used(ran):
-            if name in owners and name not in order:
-                order[name] = len(order)
+        for module in self._used(ran, layers_of):
+            for name in layers_of.get(module, ()):
+                order.setdefault(name, len(order))
         self.order = order
 
     def resume(self, order: Mapping[str, int]) -> None:
         """Take the order of an earlier run."""
         self.order = order
 
-    def _used(self, ran: Iterable[str]) -> Iterator[str]:
+    def _used(self, ran: Iterable[str], owners: Iterable[str]) -> Iterator[str]:
         """Return the modules in the order of the forward pass, after each those whose weights it uses without a call.
 
         Attention does that with its output projection, which would else seem to come last of all.
@@ -135,12 +137,12 @@ class ModelMap:
         called = dict.fromkeys(ran)
         modules = layers.named_modules(model) if (model := self.model) is not None else {}
         uncalled: dict[str, list[str]] = {}
-        for layer in self.info.layers:
-            known = layer.name in modules and layer.name not in called
-            own = modules[layer.name]._parameters.values() if known else ()
-            caller = next((name for name in layers.ancestry(layer.name) if name in called), None)
+        for owner in owners:
+            known = owner in modules and owner not in called
+            own = modules[owner]._parameters.values() if known else ()
+            caller = next((name for name in layers.ancestry(owner) if name in called), None)
             if caller is not None and any(p is not None and p.grad is not None for p in own):
-                uncalled.setdefault(caller, []).append(layer.name)
+                uncalled.setdefault(caller, []).append(owner)
         for name in called:
             yield name
             yield from uncalled.get(name, ())
@@ -164,8 +166,9 @@ class ModelMap:
 
         """
         found: dict[int, Absent] = {}
+        still = {layer.name for layer in self.info.layers if layer.module not in ran}
         for column, parameter in zip(columns, parameters, strict=True):
-            if self.info.parameters[column].layer not in ran:
+            if self.info.parameters[column].layer in still:
                 found[column] = "unused"  # perhaps with zeros, by zero_grad(set_to_none=False)
             elif parameter.grad is None and parameter.requires_grad:
                 found[column] = "disconnected"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.model.attempts import Attempts
@@ -17,20 +18,8 @@ from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues,
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
-from gradwatch.values.thresholds import OUTER_SHARE, SILENT_ENTRIES, SILENT_SPELLS
+from gradwatch.values.thresholds import SILENT_ENTRIES, SILENT_SPELLS
 
-_FUNCTIONS: Mapping[str, Function] = {
-    "TanhBackward0": "tanh",
-    "SigmoidBackward0": "sigmoid",
-    "ReluBackward0": "relu",
-    "ThresholdBackward0": "relu",
-    "HardtanhBackward0": "hardtanh",
-    "HardswishBackward0": "relu",
-    "SoftmaxBackward0": "softmax",
-}
-"""Activations, by the node that they leave in the graph."""
-_SILENT = frozenset({"ReluBackward0", "ThresholdBackward0", "HardtanhBackward0", "HardswishBackward0"})
-"""Those whose output is exactly 0 where their derivative is."""
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
 _WALK = 6
@@ -120,6 +109,8 @@ class Units:
         """By layer and unit, for how many entries of probes in a row it has been silent."""
         self._scratch: Tensor | None = None
         """For what is worked out of one activation after the other: new memory costs as much as the arithmetic."""
+        self._skip: str | None = None
+        """The first module with a skip connection before or in it."""
         self._completed: dict[str, bool] = {}
         """Modules in the order in which they were done, and whether what they gave has a graph."""
 
@@ -129,11 +120,13 @@ class Units:
         self._names = {} if view.compiled else view.names
         return {} if view.compiled else {id(module): module for module in view.modules.values()}
 
-    def entered(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
                 self._look(tensor)
+                if self.suspects and self._skip is None and is_skip(tensor.grad_fn):
+                    self._skip = self._names.get(id(module))
 
     def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
@@ -152,6 +145,8 @@ class Units:
                 with contextlib.suppress(Exception):  # what has no shape is left out
                     self._write(tensor, name, module)
             self._look(tensor)
+            if self.suspects and self._skip is None and is_skip(tensor.grad_fn):
+                self._skip = name
         if owner and name in self.suspects and given:
             with contextlib.suppress(Exception):  # and what has no arithmetic
                 taken = floats(inputs)
@@ -170,11 +165,12 @@ class Units:
         """Look at what an activation made, if this is that."""
         node = tensor.grad_fn
         kind = node.name() if node is not None else ""
-        if kind in _FUNCTIONS and not hasattr(tensor, "placements"):
+        function = function_of(node, kind)
+        if function is not None and not hasattr(tensor, "placements"):
             with contextlib.suppress(Exception):  # as above
-                self._count(tensor, node, kind)
+                self._count(tensor, node, kind, function)
 
-    def _count(self, tensor: Tensor, node: Any, kind: str) -> None:  # noqa: ANN401  (as below)
+    def _count(self, tensor: Tensor, node: Any, kind: str, function: Function) -> None:  # noqa: ANN401  (as below)
         notes = _notes(node)
         if self._seen in notes:
             return
@@ -185,7 +181,7 @@ class Units:
         mine = self._units.get(source.layer)
         if mine is None:
             mine = self._units[source.layer] = UnitCounts()
-        mine.function = function = _FUNCTIONS[kind]
+        mine.function = function
         self._leave_out_void(mine)
         if len(mine.looks) == _CALLS:
             return
@@ -193,15 +189,11 @@ class Units:
         per_unit = rows.numel() // max(rows.shape[source.dim], 1)
         if per_unit > _ENTRIES and source.dim != 0:
             rows = rows[:: min(per_unit // _ENTRIES, rows.shape[0])]
-        fired = saturated = None
-        if kind in _SILENT:
+        fired, saturated = None, saturated_share(rows, node, function)
+        if kind in SILENT:
             if self._scratch is None or _form(self._scratch) != _form(rows):
                 self._scratch = torch.empty_like(rows)
             fired = _fired(rows, source.dim, self._scratch)
-        elif function == "tanh":
-            saturated = _share_above(rows, 0.0, 1 - 2 * OUTER_SHARE)
-        elif function == "sigmoid":
-            saturated = _share_above(rows, 0.5, 0.5 - OUTER_SHARE)
         entries = rows.numel() // max(rows.shape[source.dim], 1)
         mine.looks.append(Look(self._attempts.now, fired, entries, saturated))
 
@@ -228,6 +220,7 @@ class Units:
             self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
+            self._facts[name, "input_size"] = torch.hypot(mean, spread)
 
     def collect(self, step: StepView, transfer: Transfer) -> Part:
         """Return what this step has brought, by layer, and the facts about those in question."""
@@ -255,7 +248,8 @@ class Units:
             dead |= {name: (transfer.add(share), units) for name, share in silent}
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
         cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
-        self._units, self._facts, self._completed, self._scratch = theirs, {}, {}, None
+        skips = () if self._skip is None else (Fact(self._skip, "skip_connection", 1.0),)
+        self._units, self._facts, self._completed, self._scratch, self._skip = theirs, {}, {}, None, None
 
         def part() -> ProbeValues:
             activations = []
@@ -271,7 +265,7 @@ class Units:
                     )
                 )
             measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
-            return ProbeValues(tuple(activations), facts=measured, cuts=cuts)
+            return ProbeValues(tuple(activations), facts=(*measured, *skips), cuts=cuts)
 
         return part
 
@@ -308,6 +302,7 @@ class Units:
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
         self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+        self._skip = None
 
 
 # Comparisons that give booleans, and sums of those, cost several times as much on CPU as arithmetic that says the same.
@@ -323,11 +318,6 @@ def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
     ones = torch.abs(rows, out=scratch).clamp_(max=1).ceil_()
     fired = ones.sum(others, dtype=torch.float32)
     return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
-
-
-def _share_above(rows: Tensor, middle: float, distance: float) -> Tensor:
-    """Return the share of entries farther from the middle than this; NaN is not."""
-    return (rows - middle).abs_().sub_(distance).clamp_(min=0).sign_().mean(dtype=torch.float32)
 
 
 def _largest_weight(layer: nn.Module) -> Tensor | None:

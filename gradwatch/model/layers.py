@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ _NORMALIZATIONS = (
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})  # also where they run from their sources
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+_OF_RECURRENT = re.compile(r"_l(\d+)")  # torch's own way of naming: weight_ih_l0, weight_ih_l0_reverse
+_OF_CONTAINER = re.compile(r"(.+)[./][^./]*")
 
 
 def clean(name: str) -> str:
@@ -106,7 +110,12 @@ def describe(
         own = [(name, p) for name, p in module._parameters.items() if p is not None and id(p) not in columns]
         if not own:
             continue
-        layers.append(LayerInfo(layer, type(module).__name__, order.get(layer), _location(modules, layer)))
+        steps = {name: _step_of(module, name) for name, _ in own}
+        several = len(set(steps.values())) > 1
+        within = layer if several else None
+        of = {name: ".".join(filter(None, (layer, step if several else ""))) for name, step in steps.items()}
+        kind, location = type(module).__name__, _location(modules, layer)
+        layers.extend(LayerInfo(name, kind, order.get(name), location, within) for name in dict.fromkeys(of.values()))
         for name, parameter in own:
             if id(parameter) in columns:
                 continue
@@ -115,7 +124,7 @@ def describe(
             parameters.append(
                 ParameterInfo(
                     name=f"{layer}.{name}" if layer else name,
-                    layer=layer,
+                    layer=of[name],
                     shape=shape,
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     optimizer=stepped.get(id(parameter)),
@@ -126,7 +135,21 @@ def describe(
     return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns
 
 
+def _step_of(module: nn.Module, name: str) -> str:
+    """Return which step of depth inside of its module a parameter belongs to.
+
+    That is the layer of a recurrent module, or the entry of a container, by its name up to the last dot or slash: other
+    libraries keep the parameters of all their layers in one container. "" where the module is one step.
+    """
+    if hasattr(module, "_all_weights"):  # torch's list of names by layer, which every recurrent module of its own has
+        layer = _OF_RECURRENT.search(name)
+        return f"l{layer[1]}" if layer is not None else ""
+    entry = _OF_CONTAINER.fullmatch(name)
+    return entry[1] if entry is not None else name if isinstance(module, _CONTAINERS) else ""
+
+
 def _role(module: nn.Module, name: str, dimensions: int) -> Role:
+    name = re.split("[./]", name)[-1]
     if name.startswith("bias") or name.endswith("_bias"):  # torch's own way of naming, for RNNs and attention too
         return "bias"
     if isinstance(module, _NORMALIZATIONS):

@@ -31,6 +31,12 @@ def saturation(outputs: Tensor) -> Tensor:
     return (outputs.abs() > _SATURATED).double().mean()
 
 
+def _saturated(sigmoids: Sequence[Tensor], tanhs: Sequence[Tensor]) -> Tensor:
+    """Return the share of the entries of all of them that are in the outer 1 % of their range."""
+    ends = [(s - 0.5).abs() > 0.5 - OUTER_SHARE for s in sigmoids] + [t.abs() > 1 - 2 * OUTER_SHARE for t in tanhs]
+    return torch.stack([end.double().mean() for end in ends]).mean()
+
+
 class LayerWeights(NamedTuple):
     """The weights of one layer and direction, as torch names and shapes them."""
 
@@ -55,6 +61,9 @@ class Cell(ABC):
     weights: LayerWeights
     kept: Tensor | None = field(default=None, init=False)
     """After `run`: the share of the old state that a gate kept, (T, R, hidden); None where no gate does."""
+    flat: Tensor | None = field(default=None, init=False)
+    """After `run`: the share of gates and candidates, or of states, in the outer 1 % of their range; None where none
+    has an end."""
     through: Tensor | None = field(default=None, init=False)
     """After `run`: the derivative of h' by c', (T, R, hidden); None where there is no cell state."""
     let_in: Tensor | None = field(default=None, init=False)
@@ -103,6 +112,7 @@ class Rnn(Cell):
         """Recompute the hidden states; see `Cell.run`."""
         a = self._from_input() + self._from_state()
         h = a.relu() if self.relu else a.tanh()
+        self.flat = None if self.relu else _saturated((), (h,))
         self._slope = (a > 0).to(a.dtype) if self.relu else 1 - h * h
         return h
 
@@ -122,6 +132,7 @@ class Gru(Cell):
         r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
         n = (xn + r * q).tanh()
         self._r, self._z, self.kept = r, z, z
+        self.flat = _saturated((r, z), (n,))
         dn = (1 - z) * (1 - n * n)
         self._k = torch.stack([dn * q * r * (1 - r), (self.before - n) * z * (1 - z), dn], -2)
         return n + z * (self.before - n)
@@ -144,6 +155,7 @@ class Lstm(Cell):
         i, f, g, o = (self._from_input() + self._from_state()).chunk(4, -1)
         i, f, g, o = i.sigmoid_(), f.sigmoid_(), g.tanh_(), o.sigmoid_()
         self._f, self.kept = f, f
+        self.flat = _saturated((i, f, o), (g,))
         new = i * g
         cells = torch.empty_like(new)
         earlier = torch.empty_like(new)

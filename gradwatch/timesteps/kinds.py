@@ -74,7 +74,7 @@ class Kind:
 
 
 def _lstm_facts(cell: Cell, weights: LayerWeights) -> Facts:
-    facts: Facts = {} if cell.kept is None else {"forget_gate": cell.kept.mean()}
+    facts: Facts = {**_gates(cell), **({} if cell.kept is None else {"forget_gate": cell.kept.mean()})}
     if cell.let_in is not None and cell.saturated is not None:
         facts |= {"input_gate": cell.let_in, "cell_saturation": cell.saturated}
     if weights.b_ih is not None and weights.b_hh is not None:
@@ -84,14 +84,18 @@ def _lstm_facts(cell: Cell, weights: LayerWeights) -> Facts:
 
 
 def _gru_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
-    return {} if cell.kept is None else {"update_gate": cell.kept.mean()}
+    return {**_gates(cell), **({} if cell.kept is None else {"update_gate": cell.kept.mean()})}
 
 
-def _rnn_facts(cell: Cell, weights: LayerWeights) -> Facts:  # noqa: ARG001  (as the others)
+def _rnn_facts(cell: Cell, weights: LayerWeights) -> Facts:
     if weights.hh.shape[-1] > _LARGEST:
-        return {}
+        return _gates(cell)
     w = weights.hh.float()
-    return {"spectral_radius": _radius(w), "spectral_norm": _radius(w.T @ w).sqrt()}
+    return {**_gates(cell), "spectral_radius": _radius(w), "spectral_norm": _radius(w.T @ w).sqrt()}
+
+
+def _gates(cell: Cell) -> Facts:
+    return {} if cell.flat is None else {"saturated_gates": cell.flat}
 
 
 def _radius(matrix: Tensor) -> Tensor:

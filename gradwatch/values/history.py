@@ -62,6 +62,7 @@ class History:
             both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
             self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
             self._weights = None
+        track.note_kicks(snapshot)
         columns = self.columns
         if self._weights is None:
             self._weights = columns.weights(self._weight_norms)
@@ -162,6 +163,11 @@ class History:
         """Global gradient norms of the first window."""
         return self._track.first_norms
 
+    @property
+    def kicks(self) -> Mapping[str, tuple[float, int]]:
+        """Per layer, the largest update of a weight over the weight that still lasts as a kick, and its step."""
+        return self._track.kicks
+
     def had_gradients(self, *, anywhere: bool = False) -> bool:
         """Tell whether a parameter of this optimizer, or `anywhere` one of any, has ever had a gradient."""
         tracks = self._tracks.values() if anywhere else [self._track]
@@ -205,12 +211,12 @@ class History:
 
     @property
     def numbers(self) -> Mapping[str, int]:
-        """The number of each layer by its name."""
+        """The number of each layer by its name, as `LayerColumns.numbers`."""
         return self.columns.numbers
 
     @property
     def inner(self) -> Sequence[str]:
-        """Names of the layers that no other layer lies in, in the order of the forward pass."""
+        """Names of the modules of layers that no other of them lies in, in the order of the forward pass."""
         return self.columns.innermost
 
     def gains(self, *, first: bool = False) -> Floats:
@@ -296,7 +302,12 @@ class History:
     def sound_once(self, layer: int) -> bool:
         """Tell whether this layer once had a gradient that was worth something beside those of later layers."""
         name = self.model.layers[layer].name
-        return self.best_ratio.get(name, 0.0) >= self.thresholds.of(name).vanishing_sound
+        return self.best_ratio.get(name, 0.0) >= self.thresholds_of(layer).vanishing_sound
+
+    def thresholds_of(self, layer: int) -> Thresholds:
+        """Return the thresholds that hold for a layer: one inside of a module has those of the module too."""
+        t, info = self.thresholds, self.model.layers[layer]
+        return t.of(info.name, info.module) if t.layers else t
 
     def is_open(self, code: str, place: str) -> bool:
         """Tell whether an alert of this rule is open at this place."""

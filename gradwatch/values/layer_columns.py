@@ -74,7 +74,7 @@ def around(layers: Sequence[str]) -> str:
 
 def trunk(model: ModelInfo) -> str:
     """Return the deepest module that contains more than half of the layers."""
-    names = [layer.name.split(".") for layer in model.layers]
+    names = [layer.module.split(".") for layer in model.layers]
     found: list[str] = []
     while True:
         depth = len(found) + 1
@@ -96,15 +96,31 @@ class LayerColumns:
         self.model = model
         self.order: Sequence[int] = model.forward_order
         """Numbers of the layers in the order of the forward pass."""
-        self.numbers: Mapping[str, int] = {layer.name: i for i, layer in enumerate(model.layers)}
-        """The number of each layer by its name."""
+        within = {layer.module: i for i, layer in enumerate(model.layers)}
+        self.numbers: Mapping[str, int] = within | {layer.name: i for i, layer in enumerate(model.layers)}
+        """The number of each layer by its name; of a module that holds several, that of the last, whose output is the
+        module's."""
 
     @functools.cached_property
     def innermost(self) -> Sequence[str]:
-        """Names of the layers that no other layer lies in, in the order of the forward pass."""
-        names = [layer.name for layer in self.model.layers]
+        """Names of the modules of layers that no other of them lies in, in the order of the forward pass."""
+        names = [layer.module for layer in self.model.layers]
         around = {name[:at] for name in names for at, letter in enumerate(name) if letter == "."} | {""}
-        return [names[i] for i in self.order if names[i] not in around]
+        return list(dict.fromkeys(names[i] for i in self.order if names[i] not in around))
+
+    def module_of(self, layer: str) -> str:
+        """Return the name of the module that holds a layer; a name that is no layer's is returned as it is."""
+        number = self.numbers.get(layer)
+        return layer if number is None else self.model.layers[number].module
+
+    def layer_of(self, module: str, part: str = "") -> str:
+        """Return the name of the layer whose output a module's is, or that a part of a recurrent module is.
+
+        A module that is none is returned as it is.
+        """
+        inside = ".".join(filter(None, (module, part)))
+        number = self.numbers.get(inside if inside in self.numbers else module)
+        return module if number is None else self.model.layers[number].name
 
     def weights(self, known: Mapping[str, float]) -> Floats:
         """Return the norms of the parameters that count, by name known so far; NaN where one is not known, or 0."""

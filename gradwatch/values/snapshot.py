@@ -21,12 +21,13 @@ Absent = Literal["frozen", "unused", "disconnected", "unstepped"]
 layer; its layer ran in the forward pass of this step and still nothing arrived; one is there, its module is in training
 mode, and no optimizer that is watched steps it."""
 
-Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax"]
+Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax", "softsign", "clamp"]
 """An activation; "relu" is any whose output is exactly 0 where its derivative is."""
 
 FactName = Literal[
     "silent_by_bias",
     "input_offset",
+    "input_size",
     "spectral_norm",
     "spectral_radius",
     "forget_gate",
@@ -36,16 +37,22 @@ FactName = Literal[
     "cell_saturation",
     "update_gate",
     "saturation",
+    "saturated_gates",
+    "skip_connection",
 ]
 """What a `Fact` tells.
 
 silent_by_bias: of the units that are 0 for every input, the share that would not be without their bias.
 input_offset: norm of the input's mean over its spread; infinite where the input is the same for every sample.
+input_size: root mean square of the input; of a standardized one it is 1.
 spectral_norm, spectral_radius: of the largest weight; of a recurrent module, of W_hh.
 forget_gate, update_gate: mean share of the state that the gates keep; forget_bias: mean of the forget gates' bias.
 input_gate: mean share of what is new that an LSTM's gates let into its cell; input_bias: mean of their bias.
 cell_saturation: share of an LSTM's cells whose tanh is in the outer 1 % of its range.
 saturation: share of a tanh network's outputs above 0.98.
+saturated_gates: share of a recurrent layer's gates and candidates (of an RNN, of its states) in the outer 1 % of their
+range.
+skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
 """
 
 Column = tuple[float | None, ...]
@@ -74,7 +81,7 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """A module that owns parameters."""
+    """One step of depth: a module that owns parameters, or one of the layers inside of it."""
 
     name: str
     kind: str
@@ -83,6 +90,13 @@ class LayerInfo:
     """Position in the forward pass; None until a probe has seen the layer run."""
     location: str | None = None
     """`file:line` of the user's class that holds the layer; None if it and all around it are of installed libraries."""
+    within: str | None = None
+    """The module that holds this layer beside others; None where the layer is the module."""
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns its parameters: what runs, and what hooks see."""
+        return self.name if self.within is None else self.within
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +151,8 @@ class ActivationStats:
     """Share of its units that a ReLU-like activation after it left at 0 for every input of many probes, for longer than
     chance explains."""
     saturated: float | None = None
-    """Share of its entries that a bounded activation after it put into the outer 1 % of its range, at either end."""
+    """Share of its entries that a bounded activation after it put into the outer 1 % of its range, at either end; of a
+    softmax, share of the distributions of which one entry has 99 %."""
     units: int | None = None
     """Features, or channels."""
     scaled: bool = False

@@ -86,11 +86,17 @@ upon layer has them."""
 OFF_CENTRE = 5.0
 """Mean of an input over its spread from which on it counts as off-centre: of standardized input it is 0, of pixels in
 [0, 1] 2 or less."""
+LARGE_INPUT = 10.0
+"""Root mean square of an input that accounts for saturation: of a standardized one it is 1, and weights of the usual
+initializations keep it at that."""
 KICK = 0.3
 """An update over the weights that can move a layer's units out of reach: 1e-3 a step is the rule of thumb."""
 SOUND_UPDATE = 0.01
 """An update over the weights to which a learning rate that is too large is to come down: first steps of the healthy
 labelled runs lie at 0.005 to 0.1."""
+KICK_LASTS = 200
+"""Steps for which such an update is remembered as a cause: those of the beginning, where updates are at their largest
+and all steps are measured, and units that it moved out of reach are found within them."""
 BY_BIAS = 0.5
 """Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
 part."""
@@ -268,12 +274,12 @@ class Thresholds:
                 )
             dataclasses.replace(self, layers={}, **numbers)  # type: ignore[arg-type]  # which checks them
 
-    def of(self, layer: str) -> Thresholds:
-        """Return the thresholds that hold for `layer`: the last pattern that matches wins."""
+    def of(self, *names: str) -> Thresholds:
+        """Return the thresholds that hold for a layer of these names: the last pattern that matches one wins."""
         mine = {
             k: v
             for pattern, numbers in self.layers.items()
-            if fnmatch.fnmatchcase(layer, pattern)
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names)
             for k, v in numbers.items()
         }
         return dataclasses.replace(self, layers={}, **mine) if mine else self  # type: ignore[arg-type]  # all checked

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import KEPT, PROBES
+from gradwatch.values.thresholds import KEPT, KICK, KICK_LASTS, PROBES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +33,22 @@ class Track:
     """The lowest median of `EDGE` losses in a row."""
     first_norms: list[float] = field(default_factory=list)
     """Finite global norms of the first window, the measure for later ones."""
+    kicks: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """By layer, the largest update of a weight over the weight, if it was a kick, and its step; a later one takes the
+    place of one that no longer lasts."""
     added: int = 0
     """How many snapshots there were."""
     skipped: int = 0
     """Steps in a row that a GradScaler skipped, up to now."""
+
+    def note_kicks(self, snapshot: Snapshot) -> None:
+        """Take note of the updates that move units out of reach."""
+        for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=False):
+            if ratio is None or not KICK <= ratio < math.inf or p.role != "weight":
+                continue
+            known, step = self.kicks.get(p.layer, (0.0, snapshot.step))
+            if ratio > known or snapshot.step - step > KICK_LASTS:
+                self.kicks[p.layer] = ratio, snapshot.step
 
     def to_plain(self, plain: Callable[[Snapshot], dict[str, Any]]) -> dict[str, Any]:
         """Return all of it as dicts, lists, numbers and strings; `plain` makes those of a snapshot."""
@@ -49,6 +62,7 @@ class Track:
             "last_losses": list(self.last_losses),
             "best_loss": self.best_loss,
             "first_norms": list(self.first_norms),
+            "kicks": {layer: list(kick) for layer, kick in self.kicks.items()},
             "added": self.added,
             "skipped": self.skipped,
         }
@@ -71,5 +85,6 @@ class Track:
         track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
         track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
         track.last_losses.extend(plain["last_losses"])
+        track.kicks = {layer: (ratio, step) for layer, (ratio, step) in plain.get("kicks", {}).items()}
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         return track

@@ -159,3 +159,82 @@ def test_a_layer_that_was_replaced_is_measured_under_its_old_name_and_new_shape(
     same(watched.norms(), truth)
     assert [s.model.parameters[0].shape for s in watched.snapshots] == [(8, 4), (8, 4), (6, 4), (6, 4)]
     assert watched.snapshots[2].model is watched.snapshots[3].model
+
+
+class Held(nn.Module):
+    """Keeps the tensors of four layers in one place."""
+
+    def __init__(self, tensors, used):
+        super().__init__()
+        self.tensors, self.used = tensors, used
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        for weight, bias in self.used(self.tensors):
+            x = torch.tanh(x @ weight + bias)
+        return self.head(x)
+
+
+def container(kind, names):
+    torch.manual_seed(0)
+    values = {n: nn.Parameter(torch.randn(4, 4) if "kernel" in n else torch.zeros(4)) for n in names}
+    if kind is nn.ParameterDict:
+        return kind(values)
+    made = nn.Module()  # as tensordict's does: names with dots, which `register_parameter` refuses
+    made._parameters.update(values)
+    return made
+
+
+@pytest.mark.parametrize(("kind", "dot"), [(nn.ParameterDict, "/"), (nn.Module, ".")], ids=["slashes", "dots"])
+def test_an_entry_of_a_container_is_a_layer_by_its_name_up_to_the_last_separator(kind, dot):
+    names = [f"deep{dot}dense_{k}{dot}{what}" for k in range(4) for what in ("kernel", "bias")]
+
+    def used(tensors):
+        return [[tensors._parameters[n] for n in names[at : at + 2]] for at in range(0, 8, 2)]
+
+    model = Held(container(kind, names), used)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+    for _ in range(3):
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+    info = watched.snapshots[-1].model
+    layers = [f"tensors.deep{dot}dense_{k}" for k in range(4)]
+    assert [info.layers[i].name for i in info.forward_order] == [*layers, "head"]
+    assert [layer.module for layer in info.layers] == ["tensors"] * 4 + ["head"]
+    assert {p.name: p.layer for p in info.parameters}[f"tensors.deep{dot}dense_2{dot}kernel"] == layers[2]
+    assert {p.role for p in info.parameters if p.name.endswith("bias")} == {"bias"}
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_recurrent_module_of_several_layers_is_several_steps_of_depth(directions):
+    model = nn.Sequential(nn.LSTM(3, 4, 3, bidirectional=directions == 2), nn.ReLU())
+    info = describe(model, (), {})[0]
+    assert [(x.name, x.kind, x.module) for x in info.layers] == [(f"0.l{k}", "LSTM", "0") for k in range(3)]
+    assert [sum(p.layer == x.name for p in info.parameters) for x in info.layers] == [4 * directions] * 3
+
+
+def test_a_recurrent_module_of_one_layer_is_that_layer_and_a_model_that_is_one_has_its_layers():
+    assert [x.name for x in describe(nn.LSTM(3, 4, bidirectional=True), (), {})[0].layers] == [""]
+    assert [(x.name, x.module) for x in describe(nn.GRU(3, 4, 2), (), {})[0].layers] == [("l0", ""), ("l1", "")]
+
+
+def test_layers_inside_of_a_module_run_when_it_runs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.lstm = nn.Linear(4, 1), nn.LSTM(3, 4, 3)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0])
+
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 2, 3)).sum().backward()
+        optimizer.step()
+    last = watched.snapshots[-1]
+    assert [last.model.layers[i].name for i in last.model.forward_order] == ["lstm.l0", "lstm.l1", "lstm.l2", "head"]
+    assert last.absent is None

@@ -262,7 +262,14 @@ def test_a_probe_tells_the_kind_of_a_module_and_the_direction_of_its_parts():
     ]
     assert {(f.name, f.part) for f in snapshot.facts if f.part} == {
         (name, part)
-        for name in ("forget_gate", "forget_bias", "input_gate", "input_bias", "cell_saturation")
+        for name in (
+            "forget_gate",
+            "forget_bias",
+            "input_gate",
+            "input_bias",
+            "cell_saturation",
+            "saturated_gates",
+        )
         for part in ("l0", "l0_reverse")
     }
 

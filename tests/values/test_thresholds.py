@@ -66,8 +66,8 @@ class Seen(Thresholds):
 
     read: ClassVar = set()
 
-    def of(self, layer):
-        read, own = self.read, super().of(layer)
+    def of(self, *names):
+        read, own = self.read, super().of(*names)
 
         class Asked:
             def __getattr__(self, name):

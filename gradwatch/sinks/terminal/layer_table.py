@@ -48,7 +48,10 @@ def layer_table(
     if most is not None and len(rows) > most:
         chosen = {
             layer.name
-            for layer in sorted(rows, key=lambda layer: (layer.name not in codes, _rank(norm_of[layer.name])))[:most]
+            for layer in sorted(
+                rows,
+                key=lambda layer: (codes.keys().isdisjoint((layer.name, layer.module)), _rank(norm_of[layer.name])),
+            )[:most]
         }
         shown = [layer for layer in rows if layer.name in chosen]
 
@@ -64,7 +67,7 @@ def layer_table(
             made.add_column("log10", no_wrap=True)
         made.add_column("", overflow="fold")
         for layer in shown:
-            norm, wrong = norm_of[layer.name], codes.get(layer.name, ())
+            norm, wrong = norm_of[layer.name], [a for name in {layer.name, layer.module} for a in codes.get(name, ())]
             gravest = max((a.severity for a in wrong), default=None)
             style = COLOURS[gravest] if gravest else ""
             cells = [
