@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gradwatch.detectors import dead, depth, disconnected, exploding, nonfinite, stalled, time, underflow
+from gradwatch.detectors import dead, depth, disconnected, exploding, idle, nonfinite, skipped, stalled, time, underflow
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Explanation, Finding
@@ -16,6 +16,8 @@ DETECTORS: tuple[Detector, ...] = (
     depth.vanishing_depth,
     exploding.exploding,
     underflow.underflow,
+    idle.idle,
+    skipped.skipped,
     time.through_time,
     stalled.stalled,
 )
@@ -23,7 +25,7 @@ DETECTORS: tuple[Detector, ...] = (
 
 RULES: Mapping[str, Rule] = {
     rule.code: rule
-    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, stalled)
+    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, idle, skipped, stalled)
     for rule in family.RULES
 }
 """The rules of the default detectors, by code; docs/rules.md describes them."""

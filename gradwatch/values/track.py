@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import KEPT, PROBES
+from gradwatch.values.thresholds import KEPT, PROBES, UNMOVED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,20 @@ class Track:
     """How many snapshots there were."""
     skipped: int = 0
     """Steps in a row that a GradScaler skipped, up to now."""
+    moved: int | None = None
+    """The newest step that was seen to move the weights; None where none was."""
+    standing: int = 0
+    """Probes in a row, up to now, whose step had a gradient and left the weights where they were."""
+
+    def note_movement(self, snapshot: Snapshot) -> None:
+        """Note whether a step has moved the weights, if it had anything to move them by and that was measured."""
+        update = snapshot.update_global
+        if update is None or snapshot.skipped or not any(snapshot.norm):
+            return
+        if update < UNMOVED:
+            self.standing += 1
+        else:
+            self.moved, self.standing = snapshot.step, 0
 
     def to_plain(self, plain: Callable[[Snapshot], dict[str, Any]]) -> dict[str, Any]:
         """Return all of it as dicts, lists, numbers and strings; `plain` makes those of a snapshot."""
@@ -51,6 +65,8 @@ class Track:
             "first_norms": list(self.first_norms),
             "added": self.added,
             "skipped": self.skipped,
+            "moved": self.moved,
+            "standing": self.standing,
         }
 
     @classmethod
@@ -72,4 +88,5 @@ class Track:
         track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
         track.last_losses.extend(plain["last_losses"])
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
+        track.moved, track.standing = plain.get("moved"), plain.get("standing", 0)
         return track

@@ -80,6 +80,10 @@ class OptimizerSteps:
         self.count = 0
         """The number of the next step."""
         self._stride = 1
+        self._scaler = training.scaler
+        """What scales the loss; one that nobody told is seen when it calls the optimizer."""
+        self._stepped = False
+        """Whether the optimizer has stepped since `read` was called last."""
         self._extra = False
         """Whether the next step is a probe out of turn, because an alert has begun."""
         self.state = State.IDLE
@@ -113,7 +117,7 @@ class OptimizerSteps:
             self._hooks.detach()
             self._hooks = None
             del self._guard, self._emit
-        self.optimizer = None
+        self.optimizer = self._scaler = None
 
     # --- a step as the hooks tell of it ---
 
@@ -131,6 +135,9 @@ class OptimizerSteps:
             self._begin("applied")
         if self._measurement is not None:
             self.state = State.APPLIED
+            if self._training.scaler is None:
+                self._scaler = loss_scale.stepping() or self._scaler
+            self._measurement.of_optimizer(self.optimizer, self._scaler)
             if self._measurement.probe:
                 parameters = self._parameters()
                 self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
@@ -153,6 +160,7 @@ class OptimizerSteps:
 
     def _finish(self, emit: Emit) -> None:
         self._losses.end(self.index)
+        self._stepped = True
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
@@ -182,6 +190,10 @@ class OptimizerSteps:
         if step is not None:
             self._number(step)
         self._begin("before_clip")
+        if self._measurement is not None:
+            self._measurement.of_optimizer(self.optimizer, self._scaler)
+            self._measurement.first_of_step = self._stepped
+        self._stepped = False
         self._count_on()
         if self.optimizer is None:
             self._end(State.DONE, emit)
@@ -227,7 +239,7 @@ class OptimizerSteps:
             self._absent = self._model_map.without_gradient(self._columns, parameters, ran)
         if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
             measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
-        factor = loss_scale.at_step(self._training.scaler, self.optimizer, stage)
+        factor = loss_scale.at_step(self._scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
         if probe or not self._weighed:
