@@ -77,7 +77,7 @@ def check(
             value.backward()  # type: ignore[no-untyped-call]  # torch's
         if all(parameter.grad is None for parameter in model.parameters()):
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
-        watcher.step()
+        watcher.step(loss=value if loss is not None else None)
     return watcher.report
 
 

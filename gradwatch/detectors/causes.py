@@ -24,7 +24,20 @@ from gradwatch.values.thresholds import (
 )
 
 Cause = Literal[
-    "dead", "saturated", "weak", "large", "cut", "constant_input", "bias", "offset", "update", "rate", "format"
+    "dead",
+    "saturated",
+    "weak",
+    "large",
+    "cut",
+    "constant_input",
+    "bias",
+    "offset",
+    "update",
+    "rate",
+    "format",
+    "no_signal",
+    "no_rate",
+    "small_rate",
 ]
 """What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
 
@@ -59,6 +72,12 @@ def flat(history: History) -> set[int]:
         return set()
     last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
     return set(history.order[: last + 1])
+
+
+def nothing_to_learn(history: History) -> bool:
+    """Tell whether every loss of the window was exactly 0, and with it every gradient now."""
+    losses = history.losses(history.thresholds.window)
+    return bool(losses) and not any(losses) and not any(history.snapshot.norm)
 
 
 def steepest(history: History, count: int = 4) -> list[str]:
@@ -164,6 +183,8 @@ def of_a_cut(history: History, finding: Finding) -> Finding:
     if "norm" in finding.evidence:  # it is there, and exactly zero
         if _in_half(history):
             return with_cause(finding, "format", {}, {"format": "float16"})
+        if nothing_to_learn(history):
+            return with_cause(finding, "no_signal", {})
         order = _names(history)
         dead = {a.module: a.dead or 0.0 for a in newest_activations(history)}
         after = order[order.index(last) :] if last in order else []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import flat, of_vanishing
+from gradwatch.detectors.idle import last_update, share_left
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -157,7 +158,10 @@ def _everywhere(history: History) -> Iterator[Finding]:
     largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
     if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
         return
-    share = largest / np.maximum(np.abs(losses), 1e-300)
+    with np.errstate(over="ignore"):
+        share = largest / np.maximum(np.abs(losses), 1e-300)
+    if share_left(history) is not None or (last_update(history) or 0.0) >= t.slow_update:
+        return  # it is clipping, or the loss that is told is another one, by a factor: the weights do move
     if share.max() > 0 and (share < limit).mean() >= t.share:
         yield Finding(
             "GW102",

@@ -7,11 +7,13 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.causes import with_cause
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
-from gradwatch.values.report import UNKNOWN, Explanation, Finding, Severity
+from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import KEPT, LEFT_OVER_PROBES, SAME_NORM, STANDING_PROBES
+from gradwatch.values.thresholds import LEFT_OVER_PROBES, SAME_NORM, STANDING_PROBES
 
 
 def idle(history: History) -> Iterator[Finding]:
@@ -27,28 +29,46 @@ def idle(history: History) -> Iterator[Finding]:
 
 
 def _unmoved(history: History) -> Iterator[Finding]:
-    """Find that at probe after probe a step had a gradient and left all weights as they were.
+    """Find that at probe after probe a step had a gradient and left all weights as they were, or nearly.
 
-    The findings of gradients that are too small to move anything are others.
+    Where the gradient is too small to move anything, or clipping has made it so, that is another finding.
     """
-    t, now, moved = history.thresholds, history.snapshot, history.moved
-    if history.standing < STANDING_PROBES or history.count < t.window or not any(now.norm) or _bad(now):
+    t, now, update = history.thresholds, history.snapshot, last_update(history)
+    if update is None or history.count < t.window or not any(now.norm) or _bad(now) or warming_up(history):
         return
-    probes = [s for s in history.window() if s.update_ratio is not None and not s.skipped]
-    rates = [s.rate for s in probes if s.rate is not None]
-    rate = rates[-1] if rates else None
-    if rate and rates[-1] > rates[0]:  # a warm-up
+    stand = history.standing >= STANDING_PROBES
+    if stand and last_rate(history) == 0:
+        yield _standing(history, _severity(history), update)
         return
-    cut = share_left(history)
-    if rate != 0 and (history.improved or _rounded(probes) or (cut is None and not _asks(history))):
+    if history.improved or now.lost is not None or share_left(history) is not None or (asks := _asks(history)) is False:
         return
-    evidence = {"update": (probes[-1].update_global if probes else None) or 0.0}
-    cause = "rate" if rate == 0 else "clipped" if cut is not None else "small_rate" if rate else ""
-    evidence |= {} if rate is None else {"rate": rate}
-    evidence |= {} if cut is None else cut
-    evidence |= {} if moved is None else {"moved": float(moved)}
-    onset = probes[-history.standing].step if history.standing <= len(probes) else moved + 1 if moved is not None else 0
-    yield Finding("GW903", "unstepped", _severity(history), "", onset=onset, evidence=evidence, cause=cause)
+    if stand and (asks or history.moved is None):
+        yield _standing(history, Severity.WARNING, update)
+    elif asks and update < t.slow_update and history.improved is False and history.count >= t.stalled_after:
+        yield _standing(history, Severity.INFO, update)
+
+
+def _standing(history: History, severity: Severity, update: float) -> Finding:
+    """Return the finding, since the first of the probes that belong to it."""
+    probes = [s.step for s in history.window() if s.update_ratio is not None and not s.skipped]
+    onset = probes[max(len(probes) - max(history.standing, 1), 0)] if probes else history.snapshot.step
+    evidence = {"update": update, **({} if history.moved is None else {"moved": float(history.moved)})}
+    return Finding("GW903", "unstepped", severity, "", onset=onset, evidence=evidence)
+
+
+def _of_the_rate(history: History, finding: Finding) -> Finding:
+    """Tell whether the learning rate is 0, or too small to move these weights by these gradients."""
+    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None), history.snapshot)
+    weights = math.hypot(*(w for w in probe.weight_norm or () if w is not None))
+    rate, norm = last_rate(history), probe.norm_global or 0.0
+    if rate == 0:
+        return with_cause(finding, "no_rate", {"rate": rate})
+    if rate is None or not weights:
+        return finding
+    entries = sum(p.elements for p, n in zip(probe.model.parameters, probe.norm, strict=True) if n is not None)
+    if rate * (math.sqrt(entries) if history.adaptive else norm) >= history.thresholds.slow_update * weights:
+        return finding
+    return with_cause(finding, "small_rate", {"rate": rate, **({} if history.adaptive else {"norm": norm})})
 
 
 def _severity(history: History) -> Severity:
@@ -59,25 +79,37 @@ def _severity(history: History) -> Severity:
     return Severity.WARNING
 
 
-def _asks(history: History) -> bool:
-    """Tell whether the gradient asks for more than the steps give: small gradients make small steps by themselves.
+def last_update(history: History) -> float | None:
+    """Return how far the last step that was measured moved the weights; see `Snapshot.update_global`."""
+    return next((u for s in reversed(history.window()) if (u := s.update_global) is not None), None)
 
-    Of an Adam-like optimizer the size of the gradient does not matter, but for epsilon; of another, the loss tells.
+
+def warming_up(history: History) -> bool:
+    """Tell whether the learning rate is rising."""
+    rates = [s.rate for s in history.window() if s.rate is not None]
+    return bool(rates) and rates[-1] > rates[0]
+
+
+def last_rate(history: History) -> float | None:
+    """Return the learning rate of the last probe; None where the optimizer has none."""
+    return next((s.rate for s in reversed(history.window()) if s.rate is not None), None)
+
+
+def _asks(history: History) -> bool | None:
+    """Tell whether the gradient asks for more than the steps give; None: without the loss, nobody knows.
+
+    Small gradients make small steps by themselves. Of an Adam-like optimizer the size of the gradient does not matter,
+    but for epsilon; of another, the loss tells.
     """
     import numpy as np
 
     now, t = history.snapshot, history.thresholds
-    info = history.model.optimizers[now.optimizer] if now.optimizer is not None else None
-    if info is not None and info.adaptive:
-        return max((r for r in now.rms if r is not None), default=0.0) >= (info.eps or 0.0)
-    losses = history.losses(1)
-    sensitivity = float(np.nanmax(history.sensitivities(1), initial=0.0))
-    return bool(losses) and sensitivity >= t.flat_sensitivity * abs(losses[-1])
-
-
-def _rounded(probes: Sequence[Snapshot]) -> bool:
-    """Tell whether there are weights in a format of less than 32 bits, which may be rounded back."""
-    return any(s.lost is not None for s in probes[-1:])
+    if history.adaptive and now.optimizer is not None:
+        eps = history.model.optimizers[now.optimizer].eps or 0.0
+        return max((r for r in now.rms if r is not None), default=0.0) >= eps
+    if not (losses := history.losses(1)):
+        return None
+    return bool(np.nanmax(history.sensitivities(1), initial=0.0) >= t.flat_sensitivity * abs(losses[-1]))
 
 
 def _bad(snapshot: Snapshot) -> bool:
@@ -111,20 +143,26 @@ def share_left(history: History) -> dict[str, float] | None:
 def _same(numbers: Sequence[float | None]) -> bool:
     """Tell whether all are the same number, above 0, up to rounding; or there are none."""
     known = [n for n in numbers if n is not None]
-    return not known or (0 < max(known) < math.inf and min(known) >= max(known) * (1 - SAME_NORM))
+    return all(0 < n < math.inf and abs(n - known[0]) <= SAME_NORM * known[0] for n in known)
 
 
 def _clipped(history: History) -> Iterator[Finding]:
-    """Find that clipping leaves so little that no weight gets anywhere, while the loss stands still."""
-    t = history.thresholds
-    if history.improved or (left := share_left(history)) is None:
+    """Find that clipping leaves so little that no weight gets anywhere, while the loss stands still.
+
+    A clip that is reached at each step, and weights that move, are what the beginning of many a sound training looks
+    like: it is worth a word only where the loss stands still for long.
+    """
+    t, update = history.thresholds, last_update(history)
+    if history.improved or warming_up(history) or update is None or (left := share_left(history)) is None:
         return
-    update = next((u for s in reversed(history.window()) if (u := s.update_global) is not None), math.inf)
     slow = update < t.slow_update * (t.clear_factor if history.is_open("GW904", "") else 1.0)
-    severity = Severity.WARNING if slow and history.improved is False else Severity.INFO
-    if severity is Severity.INFO and ("norm" in left or not history.is_open("GW904", "")) and history.count < KEPT:
-        return  # a clip that is reached at each step is what the beginning of many a sound training looks like
-    evidence = {**left, **({"update": update} if math.isfinite(update) else {})}
+    if not slow and (history.improved is None or history.count < t.stalled_after):
+        return
+    sure = history.improved is False or history.standing >= STANDING_PROBES
+    severity = Severity.WARNING if slow and sure else Severity.INFO
+    evidence = {**left, "update": update}
+    if (scale := history.snapshot.loss_scale) is not None and scale != 1:
+        evidence["loss_scale"] = scale
     onset = history.window(t.window)[0].step
     yield Finding("GW904", "unstepped", severity, "", onset=onset, evidence=evidence)
 
@@ -144,52 +182,27 @@ def _left_over(history: History) -> Iterator[Finding]:
 
 
 def _explain_unmoved(finding: Finding) -> Explanation:
-    evidence = finding.evidence
-    update, rate, moved = evidence.get("update", 0.0), evidence.get("rate"), evidence.get("moved")
-    how = f"by more than {update:.1g} of themselves" if update else "at all"
-    message = f"the optimizer steps, and the weights have not moved {how} since step {finding.onset}"
-    if finding.cause == "rate":
-        if moved is None:
-            cause = "its learning rate is 0"
-            return Explanation(message, cause, "look at what sets the learning rate: a schedule, or its units of time")
-        return Explanation(
-            message,
-            "its learning rate is 0: the schedule has run out",
-            "a schedule over as many steps as the training has: count what its step() is called for, batches or epochs",
-        )
-    if finding.cause == "clipped":
-        return Explanation(message, *_said_of_clipping(finding))
-    if finding.cause == "small_rate":
-        return Explanation(
-            message, f"its learning rate of {rate or 0.0:.2g} is too small to change them", "raise the learning rate"
-        )
-    return Explanation(
-        message, UNKNOWN, "look at what the optimizer's step() does, and whether something puts the weights back"
-    )
+    update = finding.evidence["update"]
+    how = f"a step moves the weights by {update:.1g} of themselves" if update else "no weight has moved"
+    cause, remedy = said(finding, "look at what the optimizer's step() does, and whether something puts weights back")
+    return Explanation(f"the optimizer steps, and {how}, since step {finding.onset}", cause, remedy)
 
 
 def _explain_clipped(finding: Finding) -> Explanation:
-    evidence, cause_and_remedy = finding.evidence, _said_of_clipping(finding)
-    update = evidence.get("update")
-    moves = "" if update is None else f": a step moves the weights by {update:.1g} of themselves"
+    evidence = finding.evidence
+    moves = f": a step moves the weights by {evidence['update']:.1g} of themselves"
     if "clip_factor" in evidence:
         message = f"clipping leaves {evidence['clip_factor']:.1g} of the gradient at each step"
+        cause = "the gradients are mostly far above the norm at which they are clipped"
     else:
-        message = f"the global gradient norm is {evidence.get('norm', 0.0):.3g} at each step"
-    return Explanation(f"{message} since step {finding.onset}{moves}", *cause_and_remedy)
-
-
-def _said_of_clipping(finding: Finding) -> tuple[str, str]:
-    left = finding.evidence.get("clip_factor")
-    if left is None:
-        norm = finding.evidence.get("norm", 0.0)
-        cause = f"the gradients are clipped or normalized to {norm:.3g} before the step, however large they were"
+        message = f"the global gradient norm is {evidence['norm']:.3g} at each step"
+        cause = "the gradients are clipped or normalized to that norm before the step, however large they were"
+    if "loss_scale" in evidence:
+        cause += f", and a loss scale of {evidence['loss_scale']:.3g} is in use"
+        remedy = "scaler.unscale_(optimizer) before clipping: else it is the scaled gradient that is clipped"
     else:
-        cause = f"the gradients are clipped to {left:.1g} of what they were"
-    return cause, (
-        "under a GradScaler call scaler.unscale_(optimizer) before clipping, or scaled gradients are clipped; else clip"
-        " at the norm that the gradients mostly have, which watcher.step() before clipping shows"
-    )
+        remedy = "clip at a norm that the gradients mostly do not reach; watcher.step() before clipping shows them"
+    return Explanation(f"{message} since step {finding.onset}{moves}", cause, remedy)
 
 
 def _explain_left_over(finding: Finding) -> Explanation:
@@ -202,7 +215,7 @@ def _explain_left_over(finding: Finding) -> Explanation:
 
 
 RULES = (
-    Rule("GW903", "unstepped", _explain_unmoved),
+    Rule("GW903", "unstepped", _explain_unmoved, _of_the_rate),
     Rule("GW904", "unstepped", _explain_clipped),
     Rule("GW905", "unstepped", _explain_left_over),
 )
