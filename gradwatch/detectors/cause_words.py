@@ -153,8 +153,10 @@ def _cut(finding: Finding) -> tuple[str, str]:
 def _no_signal(_: Finding) -> tuple[str, str]:
     return (
         "the loss is exactly 0 as well: there is nothing in these batches to learn from",
-        "look at what the loss is made of: rewards or advantages that are all equal within a group, a mask or weight of"
-        " 0, labels that are all ignored",
+        (
+            "look at what the loss is made of: rewards or advantages that are all equal within a group, a mask or"
+            " weight of 0, labels that are all ignored"
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import flat, of_vanishing
-from gradwatch.detectors.idle import last_update, share_left
+from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -104,8 +104,8 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
     import numpy as np
 
     third = max(len(ratios) // 3, 1)
-    first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
+        first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
         return np.asarray((last > factor * first) & (last > OPENING_FLOOR * limits))
 
 
@@ -160,7 +160,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     with np.errstate(over="ignore"):
         share = largest / np.maximum(np.abs(losses), 1e-300)
-    if share_left(history) is not None or (last_update(history) or 0.0) >= t.slow_update:
+    if (history.update or 0.0) >= t.slow_update or share_left(history) is not None:
         return  # it is clipping, or the loss that is told is another one, by a factor: the weights do move
     if share.max() > 0 and (share < limit).mean() >= t.share:
         yield Finding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import with_cause
@@ -33,18 +33,21 @@ def _unmoved(history: History) -> Iterator[Finding]:
 
     Where the gradient is too small to move anything, or clipping has made it so, that is another finding.
     """
-    t, now, update = history.thresholds, history.snapshot, last_update(history)
-    if update is None or history.count < t.window or not any(now.norm) or _bad(now) or warming_up(history):
+    t, now, update = history.thresholds, history.snapshot, history.update
+    if update is None or not update < t.slow_update or history.count < t.window or not any(now.norm) or _bad(now):
         return
     stand = history.standing >= STANDING_PROBES
     if stand and last_rate(history) == 0:
         yield _standing(history, _severity(history), update)
         return
-    if history.improved or now.lost is not None or share_left(history) is not None or (asks := _asks(history)) is False:
+    long = history.improved is False and history.count >= t.stalled_after
+    if not (stand or long) or history.improved or now.lost is not None or warming_up(history):
+        return
+    if share_left(history) is not None or (asks := _asks(history)) is False:
         return
     if stand and (asks or history.moved is None):
         yield _standing(history, Severity.WARNING, update)
-    elif asks and update < t.slow_update and history.improved is False and history.count >= t.stalled_after:
+    elif long and asks:
         yield _standing(history, Severity.INFO, update)
 
 
@@ -72,16 +75,11 @@ def _of_the_rate(history: History, finding: Finding) -> Finding:
 
 
 def _severity(history: History) -> Severity:
-    """A schedule that has run out at the end of a training is no fault; one that did so before half of it is."""
+    """Judge a schedule that has run out: at the end of a training it is no fault, before half of it is over it is."""
     moved = history.moved
     if moved is not None and history.improved is not False and history.snapshot.step - moved < moved:
         return Severity.INFO
     return Severity.WARNING
-
-
-def last_update(history: History) -> float | None:
-    """Return how far the last step that was measured moved the weights; see `Snapshot.update_global`."""
-    return next((u for s in reversed(history.window()) if (u := s.update_global) is not None), None)
 
 
 def warming_up(history: History) -> bool:
@@ -125,25 +123,26 @@ def share_left(history: History) -> dict[str, float] | None:
     `clip_factor` where gradients were read before clipping, else `norm`; None where neither can be said.
     """
     t = history.thresholds
-    window = [s for s in history.window(t.window) if not s.skipped]
-    factors = [s.clip_factor for s in window if s.clip_factor is not None]
+    window = [s for s in reversed(history.window(t.window)) if not s.skipped]
     if len(window) < t.window:
         return None
-    if len(factors) == len(window):
+    factors = [s.clip_factor for s in window if s.clip_factor is not None]
+    if factors:
         # One factor at each step is a loss scale that was divided out in between.
         limit = t.clipped * (t.clear_factor if history.is_open("GW904", "") else 1.0)
-        return None if _same(factors) or statistics.median(factors) > limit else {"clip_factor": factors[-1]}
-    norms = [s.norm_global for s in window]
+        low = len(factors) == len(window) and statistics.median(factors) <= limit
+        return {"clip_factor": factors[0]} if low and not _same(factors) else None
     # Where the gradient of a whole model does not change, that of each parameter does not either.
-    if factors or not _same(norms) or all(map(_same, zip(*(s.norm for s in window), strict=True))):
+    if not _same(s.norm_global for s in window) or all(map(_same, zip(*(s.norm for s in window), strict=True))):
         return None
-    return {"norm": norms[-1] or 0.0}
+    return {"norm": window[0].norm_global or 0.0}
 
 
-def _same(numbers: Sequence[float | None]) -> bool:
+def _same(numbers: Iterable[float | None]) -> bool:
     """Tell whether all are the same number, above 0, up to rounding; or there are none."""
-    known = [n for n in numbers if n is not None]
-    return all(0 < n < math.inf and abs(n - known[0]) <= SAME_NORM * known[0] for n in known)
+    known = (n for n in numbers if n is not None)
+    first = next(known, None)
+    return first is None or (0 < first < math.inf and all(abs(n - first) <= SAME_NORM * first for n in known))
 
 
 def _clipped(history: History) -> Iterator[Finding]:
@@ -152,11 +151,13 @@ def _clipped(history: History) -> Iterator[Finding]:
     A clip that is reached at each step, and weights that move, are what the beginning of many a sound training looks
     like: it is worth a word only where the loss stands still for long.
     """
-    t, update = history.thresholds, last_update(history)
-    if history.improved or warming_up(history) or update is None or (left := share_left(history)) is None:
+    t, update = history.thresholds, history.update
+    if history.improved or update is None:
         return
     slow = update < t.slow_update * (t.clear_factor if history.is_open("GW904", "") else 1.0)
     if not slow and (history.improved is None or history.count < t.stalled_after):
+        return
+    if warming_up(history) or (left := share_left(history)) is None:
         return
     sure = history.improved is False or history.standing >= STANDING_PROBES
     severity = Severity.WARNING if slow and sure else Severity.INFO

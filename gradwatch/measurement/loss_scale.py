@@ -64,7 +64,7 @@ class ScaleSentinel:
         return None if self._changed is None else transfer.add(self._changed)
 
     def collect(self, _step: StepView, _transfer: Transfer) -> Part:
-        """Return what of the gradient was there before; the rest of what it knows is asked for before the probes are."""
+        """Return what of the gradient was there before; what else it knows is asked for before the probes are."""
         share, self._left_over = self._left_over, None
         return ProbeValues if share is None else lambda: ProbeValues(left_over=share.value)
 

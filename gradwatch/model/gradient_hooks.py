@@ -115,10 +115,10 @@ class _Arrivals:
         return difference
 
     def left_over(self) -> Tensor | None:
-        """Return the share of the gradient now that was there before the forward pass; 0 where it is not in it any more.
+        """Return the share of the gradient now that was there before the forward pass; 0 where it has been zeroed.
 
-        It is in it where the gradient is that and what arrived, and is not what arrived alone; in direction, because
-        clipping and unscaling have divided both, or in size, where one number has no direction.
+        It is there where the gradient is the sum of that and of what arrived, and not what arrived alone: in direction,
+        because clipping and unscaling divide both, or in size, because a single number has no direction.
         """
         if (compared := self._compared()) is None:
             return None
@@ -129,7 +129,8 @@ class _Arrivals:
 
         def apart(other: Tensor) -> Tensor:
             along = (now * other).sum() / other.square().sum()  # NaN where there is nothing, which compares as False
-            return torch.linalg.vector_norm(now - along * other) / size
+            distance: Tensor = torch.linalg.vector_norm(now - along * other) / size
+            return distance
 
         by_direction = (apart(both) <= CHANGED) & (apart(arrived) > LEFT_OVER)
         by_size = (torch.linalg.vector_norm(now - both) <= CHANGED * size) & (

@@ -159,6 +159,11 @@ class History:
         return self._track.skipped
 
     @property
+    def update(self) -> float | None:
+        """How far the newest step that was measured so moved all weights, over their norm; None where none was."""
+        return self._track.update
+
+    @property
     def moved(self) -> int | None:
         """The newest step that was seen to move the weights; None where none was."""
         return self._track.moved

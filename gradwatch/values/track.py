@@ -36,6 +36,8 @@ class Track:
     """How many snapshots there were."""
     skipped: int = 0
     """Steps in a row that a GradScaler skipped, up to now."""
+    update: float | None = None
+    """How far the newest step that was measured so moved all weights, over their norm: `Snapshot.update_global`."""
     moved: int | None = None
     """The newest step that was seen to move the weights; None where none was."""
     standing: int = 0
@@ -43,8 +45,10 @@ class Track:
 
     def note_movement(self, snapshot: Snapshot) -> None:
         """Note whether a step has moved the weights, if it had anything to move them by and that was measured."""
-        update = snapshot.update_global
-        if update is None or snapshot.skipped or not any(snapshot.norm):
+        if (update := snapshot.update_global) is None or snapshot.skipped:
+            return
+        self.update = update
+        if not any(snapshot.norm):
             return
         if update < UNMOVED:
             self.standing += 1
@@ -65,6 +69,7 @@ class Track:
             "first_norms": list(self.first_norms),
             "added": self.added,
             "skipped": self.skipped,
+            "update": self.update,
             "moved": self.moved,
             "standing": self.standing,
         }
@@ -88,5 +93,6 @@ class Track:
         track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
         track.last_losses.extend(plain["last_losses"])
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
-        track.moved, track.standing = plain.get("moved"), plain.get("standing", 0)
+        track.update, track.moved = plain.get("update"), plain.get("moved")
+        track.standing = plain.get("standing", 0)
         return track

@@ -378,6 +378,11 @@ def _one_of_each():
     yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
+    still = {"update_ratio": [(0.0, 0.0)] * 25, "weight_norm": [(1.0, 1.0)] * 25}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "rate": [0.0] * 25, **still}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "clip_factor": [1e-5 + 1e-6 * i for i in range(25)], **still}
+    yield (two, [(1.0, 1.0)] * 2), {"left_over": [0.5] * 2}
+    yield (one, [(1.0,)] * 50), {"skipped": [i % 3 == 0 for i in range(50)]}
     yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (

@@ -36,7 +36,9 @@ class World:
         self.length = dice.choice((1, 2, 13, 60))
         roles = typing.get_args(Role)
         self.model = ModelInfo(
-            tuple(LayerInfo(n, dice.choice(("Linear", "LSTM")), dice.choice((None, i))) for i, n in enumerate(self.names)),
+            tuple(
+                LayerInfo(n, dice.choice(("Linear", "LSTM")), dice.choice((None, i))) for i, n in enumerate(self.names)
+            ),
             tuple(
                 ParameterInfo(
                     f"{n}.{role}",
@@ -47,7 +49,7 @@ class World:
                     role,
                 )
                 for n in self.names
-                for role in {"weight", dice.choice(roles)}
+                for role in dict.fromkeys(("weight", dice.choice(roles)))
             ),
             (OptimizerInfo("Adam", dice.random() < 0.5, dice.choice((None, 0.0, 1e-8, 1.0))),),
         )
@@ -151,7 +153,7 @@ class Whatever(dict):
         return key not in self.absent
 
     def get(self, key, default=None):
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401  (which would call itself)
 
 
 def finding_of(code, dice, world):
