@@ -41,7 +41,9 @@ def _unmoved(history: History) -> Iterator[Finding]:
         yield _standing(history, _severity(history), update)
         return
     long = history.improved is False and history.count >= t.stalled_after
-    if not (stand or long) or history.improved or now.lost is not None or warming_up(history):
+    if not (stand or long) or history.improved or warming_up(history):
+        return
+    if _probe(history).lost is not None:  # what is rounded away is found by its share
         return
     if share_left(history) is not None or (asks := _asks(history)) is False:
         return
@@ -61,7 +63,7 @@ def _standing(history: History, severity: Severity, update: float) -> Finding:
 
 def _of_the_rate(history: History, finding: Finding) -> Finding:
     """Tell whether the learning rate is 0, or too small to move these weights by these gradients."""
-    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None), history.snapshot)
+    probe = _probe(history)
     weights = math.hypot(*(w for w in probe.weight_norm or () if w is not None))
     rate, norm = last_rate(history), probe.norm_global or 0.0
     if rate == 0:
@@ -80,6 +82,11 @@ def _severity(history: History) -> Severity:
     if moved is not None and history.improved is not False and history.snapshot.step - moved < moved:
         return Severity.INFO
     return Severity.WARNING
+
+
+def _probe(history: History) -> Snapshot:
+    """Return the newest snapshot of a step of which it was measured how far it moved the weights."""
+    return next((s for s in reversed(history.window()) if s.update_ratio is not None), history.snapshot)
 
 
 def warming_up(history: History) -> bool:
