@@ -11,6 +11,7 @@ from gradwatch.detectors.causes import flat, of_vanishing
 from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.thresholds import OPENING_FLOOR
 
@@ -160,8 +161,8 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     with np.errstate(over="ignore"):
         share = largest / np.maximum(np.abs(losses), 1e-300)
-    if (history.update or 0.0) >= t.slow_update or share_left(history) is not None:
-        return  # it is clipping, or the loss that is told is another one, by a factor: the weights do move
+    if _moves(history) or share_left(history) is not None:  # it is clipping, or another loss that is told, by a factor
+        return
     if share.max() > 0 and (share < limit).mean() >= t.share:
         yield Finding(
             "GW102",
@@ -171,6 +172,23 @@ def _everywhere(history: History) -> Iterator[Finding]:
             onset=history.window(t.window)[0].step,
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
+
+
+def _moves(history: History) -> bool:
+    """Tell whether the last step that was measured so moved a weight at an ordinary speed.
+
+    In units of its own size, or of the size that keeps a signal as large as it was, where it is smaller than that: what
+    is next to nothing moves fast beside itself, and nothing comes of it.
+    """
+    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None), None)
+    if probe is None or probe.weight_norm is None or probe.update_ratio is None:
+        return False
+    known = zip(probe.model.parameters, probe.update_ratio, probe.weight_norm, strict=True)
+    return any(
+        ratio * weight >= history.thresholds.slow_update * max(weight, math.sqrt((*p.shape, 1)[0]))
+        for p, ratio, weight in known
+        if ratio is not None and weight and counts(p)
+    )
 
 
 def _absolute(history: History) -> Iterator[Finding]:

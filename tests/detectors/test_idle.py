@@ -326,6 +326,15 @@ def test_where_nothing_moves_the_flat_loss_is_still_found():
     assert Trained(sgd(0.01), factor=1e-8).serious == {"GW102"}
 
 
+def test_weights_of_next_to_nothing_move_fast_beside_themselves_and_learn_nothing():
+    model = net()
+    for layer in model[::2]:
+        nn.init.normal_(layer.weight, std=1e-3)
+        nn.init.zeros_(layer.bias)
+
+    assert Trained(sgd(0.01, momentum=0.9), model=model).serious == {"GW102"}
+
+
 # --- gradients that are not zeroed ---
 
 
