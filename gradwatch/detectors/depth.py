@@ -161,10 +161,8 @@ def _everywhere(history: History) -> Iterator[Finding]:
         return
     with np.errstate(over="ignore"):
         share = largest / np.maximum(np.abs(losses), 1e-300)
-    if _moves(history) or share_left(history) is not None:  # it is clipping, or another loss that is told, by a factor
-        return
-    if share.max() > 0 and (share < limit).mean() >= t.share:
-        yield Finding(
+    if share.max() > 0 and (share < limit).mean() >= t.share and share_left(history) is None:
+        found = Finding(
             "GW102",
             "vanishing-depth",
             Severity.WARNING,
@@ -172,6 +170,9 @@ def _everywhere(history: History) -> Iterator[Finding]:
             onset=history.window(t.window)[0].step,
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
+        # Of weights that move, and with nothing that makes the loss flat, it is another loss that is told, by a factor.
+        if not _moves(history) or of_vanishing(history, found).cause:
+            yield found
 
 
 def _moves(history: History) -> bool:

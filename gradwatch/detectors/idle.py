@@ -47,9 +47,9 @@ def _unmoved(history: History) -> Iterator[Finding]:
         return
     if share_left(history) is not None or (asks := _asks(history)) is False:
         return
-    if stand and (asks or history.moved is None):
+    if stand and asks:
         yield _standing(history, Severity.WARNING, update)
-    elif long and asks:
+    elif (long and asks) or (stand and history.moved is None):
         yield _standing(history, Severity.INFO, update)
 
 
@@ -164,7 +164,8 @@ def _clipped(history: History) -> Iterator[Finding]:
     slow = update < t.slow_update * (t.clear_factor if history.is_open("GW904", "") else 1.0)
     if not slow and (history.improved is None or history.count < t.stalled_after):
         return
-    if warming_up(history) or (left := share_left(history)) is None:
+    told = history.explained and not history.is_open("GW904", "")  # by another alert, why the loss stands still
+    if told or history.count <= t.window or warming_up(history) or (left := share_left(history)) is None:
         return
     sure = history.improved is False or history.standing >= STANDING_PROBES
     severity = Severity.WARNING if slow and sure else Severity.INFO

@@ -94,7 +94,10 @@ def to_norm(limit):
 def test_weights_that_never_move_are_found_and_the_rate_is_why(optimizer, says, told):
     found = Trained(optimizer, told=told)
 
-    assert found.serious == {"GW903"}
+    # Without the loss, nobody knows whether the gradient or the rate of SGD is so small.
+    unsure = not told and "gradients of norm" in says
+    assert found.known["GW903"].severity is (Severity.INFO if unsure else Severity.WARNING)
+    assert found.known.keys() == {"GW903"}
     assert found.known["GW903"].began == 20
     assert says in str(found.known["GW903"])
 
@@ -250,7 +253,7 @@ def test_scaled_gradients_that_are_clipped(form):
 
     assert known.keys() == {"GW904"}
     assert known["GW904"].severity is Severity.WARNING
-    assert known["GW904"].began == 19
+    assert known["GW904"].began == 20
     said = str(known["GW904"])
     share = "the global gradient norm is 1.53e-05 at each step" if form == "hooks" else "clipping leaves "
     assert share in said
