@@ -301,7 +301,7 @@ def test_strong_clipping_that_trains_is_no_fault(explicit):
 
 def test_one_factor_at_each_step_is_a_loss_scale_and_no_clip():
     model, known = net(), []
-    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
     with gradwatch.watch(model, optimizer, on_alert=known.append) as watcher:
         for step in range(60):
             x, y = batch(step)
