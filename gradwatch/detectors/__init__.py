@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gradwatch.detectors import dead, depth, disconnected, exploding, nonfinite, stalled, time, underflow, unstepped
+from gradwatch.detectors import (
+    dead,
+    depth,
+    disconnected,
+    exploding,
+    idle,
+    nonfinite,
+    skipped,
+    stalled,
+    time,
+    underflow,
+    unstepped,
+)
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Explanation, Finding
@@ -17,6 +29,8 @@ DETECTORS: tuple[Detector, ...] = (
     depth.vanishing_depth,
     exploding.exploding,
     underflow.underflow,
+    idle.idle,
+    skipped.skipped,
     time.through_time,
     stalled.stalled,
 )
@@ -24,7 +38,19 @@ DETECTORS: tuple[Detector, ...] = (
 
 RULES: Mapping[str, Rule] = {
     rule.code: rule
-    for family in (depth, exploding, time, disconnected, nonfinite, dead, underflow, stalled, unstepped)
+    for family in (
+        depth,
+        exploding,
+        time,
+        disconnected,
+        nonfinite,
+        skipped,
+        dead,
+        underflow,
+        stalled,
+        unstepped,
+        idle,
+    )
     for rule in family.RULES
 }
 """The rules of the default detectors, by code; docs/rules.md describes them."""

@@ -247,6 +247,33 @@ def _cut(finding: Finding) -> tuple[str, str]:
     )
 
 
+def _no_signal(_: Finding) -> tuple[str, str]:
+    return (
+        "the loss is exactly 0 as well: there is nothing in these batches to learn from",
+        (
+            "look at what the loss is made of: rewards or advantages that are all equal within a group, a mask or"
+            " weight of 0, labels that are all ignored"
+        ),
+    )
+
+
+def _no_rate(finding: Finding) -> tuple[str, str]:
+    if "moved" in finding.evidence:
+        return (
+            "its learning rate is 0: the schedule has run out",
+            "a schedule over as many steps as the training has: count what its step() is called for, batches or epochs",
+        )
+    return "its learning rate is 0", "look at what sets the learning rate: a schedule, or the units of its time"
+
+
+def _small_rate(finding: Finding) -> tuple[str, str]:
+    rate = f"its learning rate of {finding.evidence['rate']:.2g} is too small"
+    if "norm" in finding.evidence:
+        norm = finding.evidence["norm"]
+        return f"{rate} for gradients of norm {norm:.2g}", "raise the learning rate, or multiply the loss"
+    return f"{rate} to change them", "raise the learning rate"
+
+
 CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "dead": _dead,
     "saturated": _saturated,
@@ -264,5 +291,8 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "zero_weights": _zero_weights,
     "flat_loss": _flat_loss,
     "stacked": _stacked,
+    "no_signal": _no_signal,
+    "no_rate": _no_rate,
+    "small_rate": _small_rate,
 }
 """The words of each cause that `causes` measures: what it is, and what to try."""

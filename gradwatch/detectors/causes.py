@@ -51,6 +51,9 @@ Cause = Literal[
     "zero_weights",
     "flat_loss",
     "stacked",
+    "no_signal",
+    "no_rate",
+    "small_rate",
 ]
 """What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
 
@@ -133,6 +136,12 @@ def zero_weights(history: History) -> list[str]:
         if p.role == "weight" and norm is not None:
             sizes[p.layer] = max(sizes.get(p.layer, 0.0), norm)
     return [name for name in _names(history) if sizes.get(name) == 0]
+
+
+def nothing_to_learn(history: History) -> bool:
+    """Tell whether every loss of the window was exactly 0, and with it every gradient now."""
+    losses = history.losses(history.thresholds.window)
+    return bool(losses) and not any(losses) and not any(history.snapshot.norm)
 
 
 def steepest(history: History, count: int = 4) -> list[str]:
@@ -283,6 +292,8 @@ def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
     """Tell what has left exactly zero of a gradient that is there."""
     if _in_half(history):
         return with_cause(finding, "format", {}, {"format": "float16"})
+    if nothing_to_learn(history):
+        return with_cause(finding, "no_signal", {})
     order = _names(history)
     after = order[order.index(last) :] if last in order else []
     moving = {p.layer for p, norm in zip(history.model.parameters, history.snapshot.norm, strict=True) if norm}

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import before_misread, flat, of_vanishing
+from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.thresholds import OPENING_FLOOR
 
@@ -109,8 +111,8 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
     import numpy as np
 
     third = max(len(ratios) // 3, 1)
-    first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
+        first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
         return np.asarray((last > factor * first) & (last > OPENING_FLOOR * limits))
 
 
@@ -182,9 +184,11 @@ def _everywhere(history: History) -> Iterator[Finding]:
     largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
     if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
         return
-    share = largest / np.maximum(np.abs(losses), 1e-300)
-    if (share.max() > 0 or history.is_open("GW102", "")) and (share < limit).mean() >= t.share:
-        yield Finding(
+    with np.errstate(over="ignore"):
+        share = largest / np.maximum(np.abs(losses), 1e-300)
+    nothing = share.max() == 0 and not history.is_open("GW102", "")
+    if not nothing and (share < limit).mean() >= t.share and share_left(history) is None:
+        found = Finding(
             "GW102",
             "vanishing-depth",
             Severity.WARNING,
@@ -192,6 +196,26 @@ def _everywhere(history: History) -> Iterator[Finding]:
             onset=history.window(len(share))[int((share < limit).argmax())].step,
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
+        # Of weights that move, and with nothing that makes the loss flat, it is another loss that is told, by a factor.
+        if not _moves(history) or of_vanishing(history, found).cause:
+            yield found
+
+
+def _moves(history: History) -> bool:
+    """Tell whether the last step that was measured so moved a weight at an ordinary speed.
+
+    In units of its own size, or of the size that keeps a signal as large as it was, where it is smaller than that: what
+    is next to nothing moves fast beside itself, and nothing comes of it.
+    """
+    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None), None)
+    if probe is None or probe.weight_norm is None or probe.update_ratio is None:
+        return False
+    known = zip(probe.model.parameters, probe.update_ratio, probe.weight_norm, strict=True)
+    return any(
+        ratio * weight >= history.thresholds.slow_update * max(weight, math.sqrt((*p.shape, 1)[0]))
+        for p, ratio, weight in known
+        if ratio is not None and weight and counts(p)
+    )
 
 
 def _closed(history: History) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import flat, of_a_cut
+from gradwatch.detectors.causes import flat, nothing_to_learn, of_a_cut
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
@@ -22,9 +22,13 @@ def disconnected(history: History) -> Iterator[Finding]:
     trained = _trained(history)
     severity = Severity.ERROR
     if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end
-        if history.improved:
+        idle = nothing_to_learn(history)
+        if history.improved and history.first_loss:
             return
-        severity = Severity.INFO if history.improved is None and any(history.first_norms) else severity
+        if any(history.first_norms):
+            severity = Severity.INFO if idle or history.improved is None else severity
+        elif idle:  # rewards may be rare at first
+            severity = Severity.WARNING
     without, zero = _without_gradient(history, trained), _with_zeros(history, trained)
     for norm, cut in (({}, without), ({"norm": 0.0}, zero)):
         for run in history.runs(cut, trained):

@@ -94,7 +94,7 @@ def _rounded(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     """
     t = history.thresholds
     last = [s for s in probes if s.lost is not None][-t.underflow_probes :]
-    if len(last) < t.underflow_probes:
+    if len(last) < t.underflow_probes or last[-1].rate == 0:  # then there is nothing to be rounded away
         return
     limit = t.lost_updates / (t.clear_share_factor if history.is_open("GW702", "") else 1.0)
     shares = [_lost(s) for s in last]
@@ -138,7 +138,7 @@ def _epsilon(history: History) -> Iterator[Finding]:
     if len(window) < t.window or _largest(history, history.snapshot) >= limit:
         return
     sizes = [_largest(history, s) for s in window if not s.skipped]
-    if len(sizes) < t.window or not 0 < max(sizes) < limit:
+    if len(sizes) < t.window or not 0 < max(sizes) < limit or not sizes[-1]:  # of exactly 0 nothing is divided
         return
     # A model that has converged has small gradients too: without a loss, only what never was above counts for more
     # than information.
@@ -164,8 +164,8 @@ def _largest(history: History, snapshot: Snapshot) -> float:
     import numpy as np
 
     elements = history.elements("weight", "normalization", "gain", "embedding")
-    squares = np.square(np.nan_to_num(np.array(snapshot.norm, dtype=float))) / np.where(elements > 0, elements, np.inf)
-    return float(np.sqrt(squares.max(initial=0.0)))
+    sizes = np.nan_to_num(np.array(snapshot.norm, dtype=float), posinf=np.inf)[elements > 0]
+    return float((sizes / np.sqrt(elements[elements > 0])).max(initial=0.0))
 
 
 # --- in words ---
@@ -210,7 +210,8 @@ def _explain_epsilon(finding: Finding) -> Explanation:
     rms, eps, optimizer = finding.evidence["rms"], finding.evidence["eps"], finding.names["optimizer"]
     return Explanation(
         f"the typical gradient entry is {rms:.1g}, below the eps of {eps:.1g} of {optimizer}, since step"
-        f" {finding.onset}: its steps are {eps / rms:.2g} times smaller than the learning rate implies",
+        f" {finding.onset}: its steps are {eps / rms if rms else math.inf:.2g} times smaller than the learning rate"
+        " implies",
         "the loss, or its weight, is so small that epsilon divides in place of the gradient's own size",
         f"multiply the loss, or set eps={rms / 1e3:.0e} or less in {optimizer}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -14,6 +15,8 @@ from gradwatch.model.gradient_hooks import Sentinel, transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import Stage
 
+_SCALED_STEP = torch.amp.GradScaler.step.__code__
+
 
 class ScaleSentinel:
     """Sees gradients of a module as they arrive, to compare them with those at the step; a `Probe`."""
@@ -22,6 +25,7 @@ class ScaleSentinel:
         """Begin without a module; `passes` says of each backward pass, by its number, whether it counts."""
         self._sentinel = Sentinel(passes)
         self._changed: Tensor | None = None
+        self._left_over: Pending | None = None
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -52,18 +56,40 @@ class ScaleSentinel:
         self._sentinel.forget(broken)
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
+        # What another optimizer steps may stand there on purpose, until its own turn comes.
+        share = self._sentinel.left_over() if not step.others else None
+        self._left_over = transfer.add(share) if share is not None else None
         if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step
             self._sentinel.remove()
         return None if self._changed is None else transfer.add(self._changed)
 
     def collect(self, _step: StepView, _transfer: Transfer) -> Part:
-        """Return nothing: what it knows is asked for before the probes are."""
-        return ProbeValues
+        """Return what of the gradient was there before; what else it knows is asked for before the probes are."""
+        share, self._left_over = self._left_over, None
+        return ProbeValues if share is None else lambda: ProbeValues(left_over=share.value)
 
     def clear(self) -> None:
         """Let go of the parameters."""
         self._sentinel.remove()
-        self._changed = None
+        self._changed = self._left_over = None
+
+
+def stepping() -> Any:  # noqa: ANN401  (torch has several scalers and no common type)
+    """Return the GradScaler whose `step` has called, by way of an optimizer, what calls this; None where none has."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _SCALED_STEP:
+            return frame.f_locals.get("self")
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def of_scaler(scaler: Any) -> float | Tensor | None:  # noqa: ANN401
+    """Return the loss scale that is in force, where it is: to ask for the number would be to wait for the device."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale = getattr(scaler, "_scale", None)
+    return scale.detach().clone() if isinstance(scale, Tensor) else float(scaler.get_scale())
 
 
 def at_step(scaler: Any, optimizer: Any, stage: Stage) -> float | Tensor | None:  # noqa: ANN401  (no common type)
@@ -76,7 +102,7 @@ def at_step(scaler: Any, optimizer: Any, stage: Stage) -> float | Tensor | None:
     states = getattr(scaler, "_per_optimizer_states", {})
     if id(optimizer) in states and states[id(optimizer)]["stage"].name != "READY":
         return None  # unscale_() has been called
-    return float(scaler.get_scale())
+    return of_scaler(scaler)
 
 
 def of_backward(scaler: Any, optimizer: Any) -> float | Tensor | None:  # noqa: ANN401
@@ -84,4 +110,4 @@ def of_backward(scaler: Any, optimizer: Any) -> float | Tensor | None:  # noqa: 
     fused = getattr(optimizer, "grad_scale", None)
     if isinstance(fused, Tensor):
         return fused
-    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+    return of_scaler(scaler)

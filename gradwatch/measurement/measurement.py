@@ -7,10 +7,11 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from gradwatch.measurement import norms
+from gradwatch.measurement import loss_scale, norms
 from gradwatch.measurement.columns import APPLIED, NORM, WEIGHT, Numbers, columns
 from gradwatch.measurement.parameters import Parameters
 from gradwatch.measurement.processes import Processes
@@ -56,10 +57,14 @@ class Measurement:
         self.silence: Silence | None = None
         """Put there where none was, for several steps in a row."""
         self.absent: Sequence[Absent | None] = ()
+        self.first_of_step = True
+        """Whether the optimizer has stepped since gradients were read before; else this is a further micro-batch."""
         self.notes: list[str] = []
         self._half = False
         self._scale: Pending | None = None
         self._late_scale: Pending | None = None
+        self._loss_scale: Pending | None = None
+        self._rates: list[Pending] = []
         self._found_inf: list[Pending] = []
         self.told: Sequence[float | Tensor] = ()
         """The losses of the step, where the loop has told them."""
@@ -112,6 +117,16 @@ class Measurement:
         found = getattr(optimizer, "found_inf", None)
         if isinstance(found, Tensor):
             self._found_inf.append(self._transfer.add(found))
+
+    def of_optimizer(self, optimizer: Any, scaler: Any) -> None:  # noqa: ANN401  (whatever steps and scales)
+        """Note the loss scale that is in force, and at a probe the optimizer's learning rates."""
+        if (scale := loss_scale.of_scaler(scaler)) is not None:
+            self._loss_scale = self._transfer.add(norms.number(scale))
+        if self.probe:
+            rates = [rate for g in getattr(optimizer, "param_groups", ()) if (rate := g.get("lr")) is not None]
+            told = [rate for rate in rates if not isinstance(rate, Tensor)]
+            largest = [*(rate for rate in rates if isinstance(rate, Tensor)), *([max(told)] if told else [])]
+            self._rates = [self._transfer.add(norms.number(rate)) for rate in largest]
 
     def losses(self, losses: Sequence[float | Tensor]) -> None:
         """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it."""
@@ -170,6 +185,9 @@ class Measurement:
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
             silence=self.silence,
+            loss_scale=self._loss_scale.value if self._loss_scale is not None else scale,
+            rate=max((rate.value for rate in self._rates), default=None),
+            left_over=seen.left_over if self.first_of_step else None,
         )
 
     def _unscale(self, numbers: Numbers) -> tuple[float | None, float | None]:
@@ -177,8 +195,9 @@ class Measurement:
         scale = self._scale.value if self._scale is not None else None
         if self._late_scale is not None:
             late = self._late_scale.value
-            numbers[APPLIED] = {c: n / late for c, n in numbers.get(APPLIED, {}).items()}
-            if scale is None:
+            if late:  # one that has fallen to 0 has left nothing to divide
+                numbers[APPLIED] = {c: n / late for c, n in numbers.get(APPLIED, {}).items()}
+            if scale is None and late:
                 scale, numbers[NORM] = late, {c: n / late for c, n in numbers.get(NORM, {}).items()}
         if APPLIED not in numbers:
             return scale, None
@@ -205,5 +224,6 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
             (*found.facts, *part.facts),
             (*found.cuts, *part.cuts),
             found.origin or part.origin,
+            found.left_over if part.left_over is None else part.left_over,
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

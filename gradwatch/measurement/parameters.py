@@ -255,7 +255,7 @@ def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
     """
     own, half = torch.finfo(gradient.dtype).smallest_normal, torch.finfo(torch.float16)
     if scale is not None:
-        return max(own, half.smallest_normal / float(scale))
+        return max(own, half.smallest_normal / float(scale)) if scale else own
     steps = gradient.double() * 2.0**24
     return max(own, half.smallest_normal) if bool((steps == steps.round()).all()) else own
 

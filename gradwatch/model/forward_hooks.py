@@ -81,8 +81,11 @@ class StepView:
 
     @property
     def factor(self) -> float:
-        """The loss scale that is known to be on the gradients that arrived, once it has been copied; else 1."""
-        return self.scale.value if self.scale is not None else 1.0
+        """The loss scale that is known to be on the gradients that arrived, once it has been copied; else 1.
+
+        Of one that has fallen to 0 nothing can be divided out.
+        """
+        return (self.scale.value if self.scale is not None else 1.0) or 1.0
 
     def scaled(self, changed: float | None = None) -> bool:
         """Tell whether an unknown factor may be on the gradients that arrived, once the numbers have been copied.
@@ -93,7 +96,7 @@ class StepView:
         """
         if changed is None and self.changed is not None:
             changed = self.changed.value
-        return has_unknown_scale(self.scale, changed)
+        return has_unknown_scale(self.scale, changed) or (self.scale is not None and not self.scale.value)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class ProbeValues:
     facts: tuple[Fact, ...] = ()
     cuts: tuple[Cut, ...] = ()
     origin: Origin | None = None
+    left_over: float | None = None
 
 
 Part = Callable[[], ProbeValues]

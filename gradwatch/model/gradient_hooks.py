@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.values.thresholds import LEFT_OVER
+
 CHANGED = 1e-3
 """Share by which a gradient may differ between the backward pass and the step: sums in another order."""
 
@@ -88,8 +90,8 @@ class _Arrivals:
         """Leave out what these backward passes brought."""
         self._sums = {task: arrived for task, arrived in self._sums.items() if task not in passes}
 
-    def difference(self) -> Tensor | None:
-        """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
+    def _compared(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """Return the gradient now, what arrived, and what was there before, in a wide format; None: nothing arrived."""
         gradient = self.parameter.grad
         # A class of its own may refuse arithmetic.
         if gradient is None or not self._sums or type(gradient) is not Tensor or gradient.layout is not torch.strided:
@@ -98,12 +100,45 @@ class _Arrivals:
         if gradient.shape != whole.shape or gradient.device != whole.device:
             return None
         wide = torch.float32 if whole.device.type == "mps" else torch.float64  # which that device lacks
-        now, arrived = gradient.detach().to(wide), whole.to(wide)
+        before = None if self._before is None else self._before.to(wide)
+        return gradient.detach().to(wide), whole.to(wide), before
+
+    def difference(self) -> Tensor | None:
+        """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""
+        if (compared := self._compared()) is None:
+            return None
+        now, arrived, before = compared
         # What was there before the forward pass is still in it, or has been zeroed since.
-        expected = [arrived] if self._before is None else [arrived, arrived + self._before.to(wide)]
-        size = torch.linalg.vector_norm(arrived).clamp(min=torch.finfo(wide).tiny)
+        expected = [arrived] if before is None else [arrived, arrived + before]
+        size = torch.linalg.vector_norm(arrived).clamp(min=torch.finfo(arrived.dtype).tiny)
         difference: Tensor = torch.stack([torch.linalg.vector_norm(now - e) for e in expected]).min() / size
         return difference
+
+    def left_over(self) -> Tensor | None:
+        """Return the share of the gradient now that was there before the forward pass; 0 where it has been zeroed.
+
+        It is there where the gradient is the sum of that and of what arrived, and not what arrived alone: in direction,
+        because clipping and unscaling divide both, or in size, because a single number has no direction.
+        """
+        if (compared := self._compared()) is None:
+            return None
+        now, arrived, before = compared
+        if before is None:
+            return torch.zeros((), dtype=now.dtype, device=now.device)
+        size, both = torch.linalg.vector_norm(now), arrived + before
+
+        def apart(other: Tensor) -> Tensor:
+            along = (now * other).sum() / other.square().sum()  # NaN where there is nothing, which compares as False
+            distance: Tensor = torch.linalg.vector_norm(now - along * other) / size
+            return distance
+
+        by_direction = (apart(both) <= CHANGED) & (apart(arrived) > LEFT_OVER)
+        by_size = (torch.linalg.vector_norm(now - both) <= CHANGED * size) & (
+            torch.linalg.vector_norm(now - arrived) > LEFT_OVER * size
+        )
+        old = torch.linalg.vector_norm(before)
+        share = old / (old + torch.linalg.vector_norm(arrived))
+        return torch.where(by_direction | by_size, share, torch.zeros_like(share))
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -151,6 +186,11 @@ class Sentinel:
         """Return how far a gradient now is from what arrived, as a share of that; None where nothing arrived."""
         found = (arrivals.difference() for arrivals in self._seen)
         return next((difference for difference in found if difference is not None), None)
+
+    def left_over(self) -> Tensor | None:
+        """Return the share of a gradient that was there before the forward pass, the larger of those that are seen."""
+        found = [share for arrivals in self._seen if (share := arrivals.left_over()) is not None]
+        return torch.stack(found).max() if found else None
 
     def of(self, parameters: AbstractSet[int]) -> bool:
         """Tell whether it is of these parameters, by `id`, that one is seen."""

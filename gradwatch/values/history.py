@@ -71,6 +71,7 @@ class History:
         sensitivity = columns.sensitivity(norms, self._weights)
         track.sensitivities.append(sensitivity)
         track.ratios.append(columns.over_later(sensitivity))
+        track.note_movement(snapshot)
         track.added += 1
         if track.added % EDGE == 0:
             self._note_best(track)
@@ -157,6 +158,21 @@ class History:
     def skipped(self) -> int:
         """Steps in a row that a GradScaler skipped, up to now."""
         return self._track.skipped
+
+    @property
+    def update(self) -> float | None:
+        """How far the newest step that was measured so moved all weights, over their norm; None where none was."""
+        return self._track.update
+
+    @property
+    def moved(self) -> int | None:
+        """The newest step that was seen to move the weights; None where none was."""
+        return self._track.moved
+
+    @property
+    def standing(self) -> int:
+        """Probes in a row, up to now, whose step had a gradient and left the weights where they were."""
+        return self._track.standing
 
     @property
     def first_norms(self) -> Sequence[float]:

@@ -140,7 +140,8 @@ class LayerColumns:
         import numpy as np
 
         counted, owners, starts = self._counted
-        values = norms[counted] * weights
+        with np.errstate(invalid="ignore", over="ignore"):  # of weights that have run away
+            values = norms[counted] * weights
         known = ~np.isnan(values)
         total = np.full(len(self.model.layers), np.nan)
         if len(values):
@@ -156,7 +157,7 @@ class LayerColumns:
         ordered = sensitivity[order]
         later = np.append(np.fmax.accumulate(ordered[::-1])[::-1][1:], np.nan)
         ratio = np.empty_like(sensitivity)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             ratio[order] = ordered / np.where(later > 0, later, np.nan)
         return ratio
 
@@ -170,7 +171,7 @@ class LayerColumns:
         found = np.full(len(self.model.layers), np.nan)
         if weight_norms is not None:
             for layer, column in self._largest.items():
-                norm, rows = weight_norms[column], self.model.parameters[column].shape[0]
+                norm, rows = weight_norms[column], (*self.model.parameters[column].shape, 1)[0]
                 found[layer] = np.nan if norm is None else norm / math.sqrt(max(rows, 1))
         return found
 

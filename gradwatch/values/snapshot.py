@@ -279,12 +279,29 @@ class Snapshot:
     """Where what was not finite in a probe came from, whether or not it reached a gradient."""
     silence: Silence | None = None
     """There where no parameter had a gradient: one snapshot stands for several such steps in a row."""
+    loss_scale: float | None = None
+    """The loss scale of the GradScaler that steps this optimizer, whoever divides it out; None where none was seen."""
+    rate: float | None = None
+    """The largest learning rate of the optimizer's groups; None where it has none."""
+    left_over: float | None = None
+    """Share of a gradient at this step that stood there before the forward pass, and that nobody zeroed: 0 where it was
+    zeroed. None where nothing could be compared."""
 
     @property
     def norm_global(self) -> float | None:
         """L2 norm over all gradients together; None if there is none."""
         norms = [n for n in self.norm if n is not None]
         return math.hypot(*norms) if norms else None
+
+    @property
+    def update_global(self) -> float | None:
+        """How far the step has moved all parameters together, over their norm; None where it was not measured.
+
+        One that was 0 adds nothing: it has no size to compare with.
+        """
+        both = zip(self.update_ratio or (), self.weight_norm or (), strict=False)
+        known = [(ratio * weight, weight) for ratio, weight in both if ratio is not None and weight]
+        return math.hypot(*(u for u, _ in known)) / math.hypot(*(w for _, w in known)) if known else None
 
     @property
     def rms(self) -> Column:

@@ -45,6 +45,19 @@ head is few, and tuning by heads, norms, biases or prompts alone leaves out most
 STEPLESS = 300
 """Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
 micro-batches than any published training accumulates (256)."""
+UNMOVED = 2.0**-24
+"""An update over the weights that leaves them where they are: half a unit in the last place of a float32, to which most
+entries are rounded back. A rule of thumb for what trains is 1e-3."""
+STANDING_PROBES = 3
+"""Probes in a row at which no weight must have moved: steps 1, 10 and 20, which outlasts a warm-up's first rates."""
+LEFT_OVER = 1e-2
+"""Share by which a gradient must differ from what arrived in the backward pass before something else is in it; sums in
+another order differ by a tenth of that. Where nothing is zeroed, half of the gradient of the second step is old."""
+LEFT_OVER_PROBES = 2
+"""Probes in a row at which a gradient must hold what was there before: once, somebody may have meant it."""
+SAME_NORM = 1e-3
+"""Share by which global norms, or factors of clipping, may differ and still be one number: that of a clip, of a
+normalization, or of a loss scale. From batch to batch they scatter by a hundred times that."""
 LINE_LAYERS = 6
 """Layers from which on a line through their gradients says something."""
 LINE_CORRELATION = 0.8
@@ -198,6 +211,15 @@ class Thresholds:
     flushed_small: float = 0.9
     """Share of the entries that are not 0 which must be below the smallest normal number of the format: zeros of ReLU
     and embeddings stand beside large ones."""
+    clipped: float = 1e-3
+    """Share of the gradient that clipping leaves, below which it takes nearly everything: clipping that tames spikes
+    leaves a tenth, that of a loss scale times the gradient 1e-5."""
+    slow_update: float = 1e-5
+    """An update over the weights at which nothing is learned in the steps of a training: 1e-3 is a rule of thumb, and
+    ten thousand steps of 1e-5 in one direction move a weight by a tenth of itself."""
+    skipped_share: float = 0.2
+    """Share of the last steps that a GradScaler may skip, in each half of what is remembered. It grows its scale every
+    2,000 steps, and one that is told to grow it every ten skips one in eleven."""
     lost_updates: float = 0.5
     """Share of low-precision weights that have a gradient and that a step leaves as they were."""
     below_epsilon: float = 1 / 3
@@ -252,6 +274,8 @@ class Thresholds:
             "flushed",
             "flushed_small",
             "lost_updates",
+            "clipped",
+            "skipped_share",
             "explosion_depth_gap",
         ):
             if getattr(self, name) > 1:

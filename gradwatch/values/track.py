@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import KEPT, KICK, KICK_LASTS, PROBES
+from gradwatch.values.thresholds import KEPT, KICK, KICK_LASTS, PROBES, UNMOVED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +40,24 @@ class Track:
     """How many snapshots there were."""
     skipped: int = 0
     """Steps in a row that a GradScaler skipped, up to now."""
+    update: float | None = None
+    """How far the newest step that was measured so moved all weights, over their norm: `Snapshot.update_global`."""
+    moved: int | None = None
+    """The newest step that was seen to move the weights; None where none was."""
+    standing: int = 0
+    """Probes in a row, up to now, whose step had a gradient and left the weights where they were."""
+
+    def note_movement(self, snapshot: Snapshot) -> None:
+        """Note whether a step has moved the weights, if it had anything to move them by and that was measured."""
+        if (update := snapshot.update_global) is None or snapshot.skipped:
+            return
+        self.update = update
+        if not any(snapshot.norm):
+            return
+        if update < UNMOVED:
+            self.standing += 1
+        else:
+            self.moved, self.standing = snapshot.step, 0
 
     def note_kicks(self, snapshot: Snapshot) -> None:
         """Take note of the updates that move units out of reach."""
@@ -65,6 +83,9 @@ class Track:
             "kicks": {layer: list(kick) for layer, kick in self.kicks.items()},
             "added": self.added,
             "skipped": self.skipped,
+            "update": self.update,
+            "moved": self.moved,
+            "standing": self.standing,
         }
 
     @classmethod
@@ -87,4 +108,6 @@ class Track:
         track.last_losses.extend(plain["last_losses"])
         track.kicks = {layer: (ratio, step) for layer, (ratio, step) in plain.get("kicks", {}).items()}
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
+        track.update, track.moved = plain.get("update"), plain.get("moved")
+        track.standing = plain.get("standing", 0)
         return track

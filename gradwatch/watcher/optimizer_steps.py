@@ -91,6 +91,8 @@ class OptimizerSteps:
         self.count = 0
         """The number of the next step."""
         self._stride = 1
+        self._scaler = training.scaler
+        """What scales the loss; one that nobody told is seen when it calls the optimizer."""
         self._extra = False
         """Whether the next step is a probe out of turn, because an alert has begun or a gradient was not finite."""
         self._look_again = False
@@ -134,7 +136,7 @@ class OptimizerSteps:
             self._hooks.detach()
             self._hooks = None
             del self._guard, self._emit
-        self.optimizer = None
+        self.optimizer = self._scaler = None
 
     # --- a step as the hooks tell of it ---
 
@@ -153,6 +155,9 @@ class OptimizerSteps:
         if self._measurement is not None:
             self._training.unheard.end()
             self.state = State.APPLIED
+            if self._training.scaler is None:
+                self._scaler = loss_scale.stepping() or self._scaler
+            self._measurement.of_optimizer(self.optimizer, self._scaler)
             if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
                 parameters = self._parameters()
                 self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
@@ -202,6 +207,9 @@ class OptimizerSteps:
         if step is not None:
             self._number(step)
         self._begin("before_clip")
+        if self._measurement is not None:
+            self._measurement.of_optimizer(self.optimizer, self._scaler)
+            self._measurement.first_of_step = self.optimizer is not None and not self.waits
         self._count_on()
         self.waits += self.optimizer is not None
         if self.optimizer is None or self.waits > STEPLESS:
@@ -273,7 +281,7 @@ class OptimizerSteps:
             measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
         if self.index == 0:  # the first speaks for what none steps
             measurement.outside(*self._model_map.outside(), weigh=probe or not self._weighed)
-        factor = loss_scale.at_step(self._training.scaler, self.optimizer, stage)
+        factor = loss_scale.at_step(self._scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
         if probe or not self._weighed or measurement.empty:

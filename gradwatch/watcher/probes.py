@@ -78,7 +78,7 @@ class Probes:
                 raise
             self._sentinel.clear()
             self.failed(error)
-        parts = []
+        parts = [self._sentinel.collect(step, transfer)]
         for probe in self._asked:
             try:
                 parts.append(probe.collect(step, transfer))

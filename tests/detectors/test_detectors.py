@@ -387,6 +387,32 @@ def test_a_model_that_has_converged_to_the_last_bit_is_not_ill():
     assert fold(model(2), rows, losses=falling)[1] == []
 
 
+def test_a_loss_of_zero_from_the_start_and_gradients_of_zero_leave_nothing_to_learn():
+    zeros, weighed = [(0.0, 0.0)] * 25, {"weight_norm": [(1.0, 1.0)] * 30}
+
+    _, found = fold(model(2), zeros, losses=[-0.0] * 25, **weighed)
+    assert codes(found) == [("GW401", "l0", Severity.WARNING)]
+    assert found[0].cause == "no_signal"
+    assert "the loss is exactly 0 as well" in explain(found[0]).cause
+    assert "rewards or advantages that are all equal" in explain(found[0]).remedy
+    # One such batch is no fault, and where there was a gradient before, the task may be done.
+    assert fold(model(2), [(0.0, 0.0), (1.0, 1.0)] * 12 + [(0.0, 0.0)], losses=[0.0] * 25, **weighed)[1] == []
+    losses, weighed = [-1e-9, 1e-9, -1e-9, 1e-9, -1e-9] + [0.0] * 50, {"weight_norm": [(1.0, 1.0)] * 55}
+    _, found = fold(model(2), [(1e-9, 1e-9)] * 5 + zeros * 2, losses=losses, **weighed)
+    assert codes(found) == [("GW401", "l0", Severity.INFO)]
+    # A dead network has a loss.
+    _, found = fold(model(2), zeros, losses=STILL, **weighed)
+    assert codes(found) == [("GW401", "l0", Severity.ERROR)]
+    assert found[0].cause == ""
+
+
+def test_below_epsilon_and_then_exactly_zero_is_another_fault():
+    rows = [(1e-12, 1e-12)] * 24 + [(0.0, 0.0)]
+
+    assert [f.code for f in fold(model(2, adaptive=True), rows[:24], losses=STILL)[1]] == ["GW102", "GW703"]
+    assert [f.code for f in fold(model(2, adaptive=True), rows, losses=STILL)[1]] == ["GW102"]
+
+
 # --- hysteresis, and words ---
 
 
@@ -451,6 +477,11 @@ def _one_of_each():
     yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
+    still = {"update_ratio": [(0.0, 0.0)] * 25, "weight_norm": [(1.0, 1.0)] * 25}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "rate": [0.0] * 25, **still}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "clip_factor": [1e-5 + 1e-6 * i for i in range(25)], **still}
+    yield (two, [(1.0, 1.0)] * 2), {"left_over": [0.5] * 2}
+    yield (one, [(1.0,)] * 50), {"skipped": [i % 3 == 0 for i in range(50)]}
     yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
     yield (two, [(None, None)]), {"silence": [Silence(0, 0, told=10, by="AdamW")]}
     yield (two, [(None, None)]), {"silence": [Silence(0, 10)], "absent": [("disconnected",) * 2]}

@@ -403,7 +403,8 @@ def test_a_zero_by_construction_is_no_fault(name, optimizer, told):
 @pytest.mark.parametrize("wait", [30, STEPS])
 @pytest.mark.parametrize("name", ["factor-before-a-factor-of-zero", "last-BatchNorm-at-zero", "last-Linear-at-zero"])
 def test_a_branch_may_stay_at_zero_while_the_learning_rate_does(name, told, wait):
-    assert train(HEALTHY[name][0], told=told, wait=wait)[0] == set()
+    # That the learning rate is 0 is said of the whole model, and is true.
+    assert train(HEALTHY[name][0], told=told, wait=wait)[0] <= {("GW903", "")}
 
 
 @pytest.mark.parametrize("told", [True, False])

@@ -303,7 +303,7 @@ def test_a_layer_whose_weights_are_only_of_another_size_does_not_vanish():
             net[2].weight.div_(1e4)
         return net
 
-    assert train(Training(scaled, lr=1e-12))[1] == {}
+    assert {code for code, _, _ in train(Training(scaled, lr=1e-12))[1]} <= {"GW903"}  # at that rate nothing moves
 
 
 # --- patient ---
