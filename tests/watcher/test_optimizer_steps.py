@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loops import Watched
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
@@ -204,3 +205,22 @@ def test_the_search_for_writers_finds_them(tmp_path):
         "a.py:2 steps._columns",
         "a.py:4 steps.count",
     ]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_first_update_is_measured_though_no_probe_is_there(explicit):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    before = model.weight.detach().double().clone()
+    watched = Watched(model, optimizer, on_alert=lambda _: None)
+    model(torch.randn(5, 4)).square().mean().backward()
+    if explicit:
+        watched.watcher.step()
+    optimizer.step()
+
+    (snapshot,) = watched.snapshots
+    moved = ((model.weight.detach().double() - before).norm() / before.norm()).item()
+    assert snapshot.step == 0
+    assert snapshot.zeros is None  # so it was no probe
+    assert snapshot.update_ratio[0] == pytest.approx(moved, rel=1e-6)
