@@ -150,12 +150,122 @@ def _cut(finding: Finding) -> tuple[str, str]:
     )
 
 
+def _inside(finding: Finding) -> tuple[str, str]:
+    at = finding.names["unreached"] or "the model"
+    return (
+        f"a gradient arrives at what {at} gives, and none at its weights: its forward passes by them",
+        f"look inside {at} for .data, detach(), torch.no_grad() or a copy of its weights",
+    )
+
+
+def _own(finding: Finding) -> tuple[str, str]:
+    at = finding.names["unreached"] or "the model"
+    return (
+        f"a gradient arrives at what {at} gives, and {at} does without this weight of its own",
+        "leave it, or call requires_grad_(False) on it; if it is to be used, look for what switches it on",
+    )
+
+
+def _unused(finding: Finding) -> tuple[str, str]:
+    at = finding.names["unreached"] or "the model"
+    return (
+        f"nothing was seen to take what {at} gives",
+        (
+            f"leave it, or call requires_grad_(False) on {finding.place or 'it'}; if it is to learn, use its output in"
+            " the loss, and not by way of argmax, .item() or a comparison"
+        ),
+    )
+
+
+def _outside(finding: Finding) -> tuple[str, str]:
+    at = finding.names["unreached"] or "the model"
+    return (
+        f"nothing that the loss depends on is made of what {at} gives",
+        f"look between {at} and the loss for detach(), .item(), torch.tensor(), .numpy(), argmax or no_grad()",
+    )
+
+
+def _checkpoint(finding: Finding) -> tuple[str, str]:
+    at = finding.names["unreached"] or "the model"
+    return (
+        f"a reentrant checkpoint runs {at}, and no input of it needs a gradient, so that the graph ends there",
+        (
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or let its input need a gradient"
+            " (enable_input_require_grads() in transformers)"
+        ),
+    )
+
+
+def _zero_input(finding: Finding) -> tuple[str, str]:
+    at = _at(finding)
+    return (
+        f"what {at} takes is exactly zero",
+        f"leave it if nothing is to come in there; else look at what feeds {at}",
+    )
+
+
+def _softmax(finding: Finding) -> tuple[str, str]:
+    at = finding.names["at"] or "the output"
+    return (
+        f"it leads to a softmax over one value alone (at {at}), which gives 1 whatever it takes",
+        "leave it: with more than one value to choose from it gets a gradient",
+    )
+
+
+def _narrow(finding: Finding) -> tuple[str, str]:
+    at, values = finding.names["at"] or "the output", finding.evidence["values"]
+    gives = "the same" if values < 2 else "1 and -1"
+    return (
+        (
+            f"all of it goes through a normalization over {values:.0f} value{'s' * (values > 1)} (at {at}), which gives"
+            f" {gives} whatever it takes"
+        ),
+        f"let the normalization at {at} work over more values, or leave it out",
+    )
+
+
+def _state(finding: Finding) -> tuple[str, str]:
+    at, evidence = _at(finding), finding.evidence
+    return (
+        (
+            f"it feeds the initial state of {at} alone, which forgets it: the horizon of {at} is"
+            f" {evidence['horizon']:.0f} of {evidence['length']:.0f} timesteps"
+        ),
+        f"leave it, or hand the same to {at} as an input at every timestep",
+    )
+
+
+def _aside(finding: Finding) -> tuple[str, str]:
+    names, through = finding.names, finding.evidence.get("through")
+    at = f"what {names['at']} gives" if names["at"] else "what it takes"
+    if through is None:
+        share = f"the gradient that the layers before it get does not come through {names['from']}"
+    else:
+        share = (
+            f"at most {through:.1g} of the gradient at {at} comes through {names['from']}, and the rest passes by it"
+        )
+    return (
+        f"{share}: so it is before a product or a gate that begins near 0, and opens as that grows",
+        "leave it while the loss comes down; else begin with larger weights there",
+    )
+
+
 CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "dead": _dead,
     "saturated": _saturated,
     "weak": _weak,
     "large": _large,
     "cut": _cut,
+    "inside": _inside,
+    "own": _own,
+    "unused": _unused,
+    "outside": _outside,
+    "checkpoint": _checkpoint,
+    "zero_input": _zero_input,
+    "softmax": _softmax,
+    "narrow": _narrow,
+    "state": _state,
+    "aside": _aside,
     "constant_input": _constant_input,
     "bias": _bias,
     "offset": _offset,

@@ -8,9 +8,10 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
+from gradwatch.detectors.flows import aside, cut_of, fades_with, flows_of, takes_zeros
 from gradwatch.values.history import History
 from gradwatch.values.report import Finding
-from gradwatch.values.snapshot import ActivationStats, FactName, Function
+from gradwatch.values.snapshot import ActivationStats, FactName, Flow, Function
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     BY_BIAS,
@@ -24,7 +25,27 @@ from gradwatch.values.thresholds import (
 )
 
 Cause = Literal[
-    "dead", "saturated", "weak", "large", "cut", "constant_input", "bias", "offset", "update", "rate", "format"
+    "dead",
+    "saturated",
+    "weak",
+    "large",
+    "cut",
+    "inside",
+    "own",
+    "unused",
+    "outside",
+    "checkpoint",
+    "zero_input",
+    "softmax",
+    "narrow",
+    "state",
+    "aside",
+    "constant_input",
+    "bias",
+    "offset",
+    "update",
+    "rate",
+    "format",
 ]
 """What `Finding.cause` may be; `cause_words.CAUSES` has the words."""
 
@@ -106,6 +127,8 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
     """Tell whether float16, dead or saturated units, or weights that are too small account for a vanished gradient."""
     if _in_half(history):
         return with_cause(finding, "format", {}, {"format": "float16"})
+    if finding.place in history.numbers and (standing := _standing(history, finding)) is not None:
+        return standing
     layers = _reach(history, finding)
     among = set(layers)
     known = [a for a in newest_activations(history) if a.module in among]
@@ -116,6 +139,23 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
     if saturated is not None and saturated[0] >= MOSTLY_FLAT:
         return _saturated(history, finding, *saturated)
     return _weak(history, finding, layers)
+
+
+def _standing(history: History, finding: Finding) -> Finding | None:
+    """Tell whether a place in the model accounts for it: an initial state, a side branch, a narrow normalization."""
+    names = _reach(history, finding)[: int(finding.evidence.get("layers", 1))]
+    worst = finding.names.get("worst", finding.place)
+    flow = flows_of(history).get(worst, Flow(worst))
+    if (fading := fades_with(history, flow.layer)) is not None:
+        where, horizon, length = fading
+        return with_cause(finding, "state", {"horizon": float(horizon), "length": float(length)}, {"at": where})
+    if (barrier := flow.barrier) is not None:
+        return with_cause(finding, "narrow", {"values": float(barrier.values)}, {"at": barrier.at})
+    numbers = {history.numbers[name] for name in names}
+    if numbers and numbers <= aside(history, numbers):
+        share = {} if flow.through is None else {"through": flow.through}
+        return with_cause(finding, "aside", share, {"at": flow.source or "", "from": flow.layer})
+    return None
 
 
 def _in_half(history: History) -> bool:
@@ -170,12 +210,17 @@ def of_a_cut(history: History, finding: Finding) -> Finding:
         closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
         if closed is not None:
             return with_cause(finding, "dead", {"dead": 1.0}, {"at": closed})
-    cuts = next((s.cuts for s in reversed(history.window()) if s.cuts is not None or s.facts is not None), None)
-    cut = next((c for c in cuts or () if c.layer == last), None)
-    if cut is None:
-        return finding
-    names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
-    return with_cause(finding, "cut", {"graph": float(cut.graph)}, names)
+    cut, flow = cut_of(history, last), flows_of(history).get(last)
+    if cut is not None:
+        names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
+        kind: Cause = "cut" if cut.kind is None or cut.kind == "between" else cut.kind
+        return with_cause(finding, kind, {"graph": float(cut.graph)}, names)
+    if "norm" in finding.evidence and takes_zeros(history, last):
+        return with_cause(finding, "zero_input", {}, {"at": last})
+    if flow is not None and (barrier := flow.barrier) is not None:
+        kind = "softmax" if barrier.operation == "softmax" else "narrow"
+        return with_cause(finding, kind, {"values": float(barrier.values)}, {"at": barrier.at})
+    return finding
 
 
 def of_silence(history: History, finding: Finding) -> Finding:

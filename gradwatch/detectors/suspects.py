@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gradwatch.detectors.causes import newest_activations, steepest
+from gradwatch.detectors.flows import flows_of
 from gradwatch.values.history import History
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import ModelInfo
@@ -39,6 +40,7 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
     dead = {a.module for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
     places = {alert.finding.place for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
-    chosen |= silent | cut | dead | named
+    narrow = {f.layer for f in flows_of(history).values() if f.barrier is not None}
+    chosen |= silent | cut | dead | named | narrow
     after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
     return frozenset([name for name in order if name in chosen | after][:_MOST])

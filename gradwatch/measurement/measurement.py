@@ -142,6 +142,7 @@ class Measurement:
             sequences=seen.sequences or None,
             facts=seen.facts or None,
             cuts=seen.cuts or None,
+            flows=seen.flows or None,
             computed_in="float16" if self._half else None,
             notes=(*self.parameters.notes, *self.notes),
         )
@@ -174,6 +175,10 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
                 stats = dataclasses.replace(known, **news)  # noqa: PLW2901
             activations[stats.module] = stats
         found = ProbeValues(
-            (), (*found.sequences, *part.sequences), (*found.facts, *part.facts), (*found.cuts, *part.cuts)
+            (),
+            (*found.sequences, *part.sequences),
+            (*found.facts, *part.facts),
+            (*found.cuts, *part.cuts),
+            (*found.flows, *part.flows),
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow
 
 
 class Pending(Protocol):
@@ -104,6 +104,7 @@ class ProbeValues:
     sequences: tuple[SequenceStats, ...] = ()
     facts: tuple[Fact, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    flows: tuple[Flow, ...] = ()
 
 
 Part = Callable[[], ProbeValues]

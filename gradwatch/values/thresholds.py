@@ -85,6 +85,14 @@ SILENT_SPELLS = 7.0
 """The same, in entries between two that are not silent as the layer's other units have them: a unit like them is
 silent for so long by chance once in 1,000 (e^-7)."""
 
+PASSED_BY = 0.05
+"""Share of the gradient at what a layer takes that can have come through it, at most, for it to be passed by: in a
+chain of layers all of it does; through queries, keys and gates at their libraries' initialization came 1e-4 to 1e-2
+(stock transformers of width 32)."""
+JUNCTION = 100.0
+"""Sensitivity over that of the layer before, from which on a gradient is lost at one place and not layer by layer: a
+sigmoid with weights a tenth of what it needs loses 40 times."""
+
 LARGEST_EXPONENT = 700.0
 """`math.exp` of more overflows a float64, at 709.8."""
 

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor, nn
 
 from gradwatch.measurement import norms
+from gradwatch.measurement.flow import FlowProbe
 from gradwatch.measurement.loss_scale import ScaleSentinel
 from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.measurement.transfer import Transfer
@@ -35,8 +36,12 @@ class Probes:
         """
         self.attempts = attempts
         outputs = OutputGradients(attempts)
-        self._sentinel, self._units = ScaleSentinel(outputs.passes), Units(outputs, attempts)
-        self._asked: list[Probe] = [outputs, self._units, *([sequences] if sequences is not None else [])]
+        self._sentinel, self._units, self._flow = (
+            ScaleSentinel(outputs.passes),
+            Units(attempts),
+            FlowProbe(outputs, attempts),
+        )
+        self._asked: list[Probe] = [outputs, self._units, self._flow, *([sequences] if sequences is not None else [])]
         self._warn, self._strict = warn, strict
 
     def all(self) -> list[Probe]:
@@ -45,7 +50,7 @@ class Probes:
 
     def suspect(self, layers: Collection[str]) -> None:
         """Look more closely at these layers, in the forward pass to come."""
-        self._units.suspects = layers
+        self._units.suspects = self._flow.suspects = layers
 
     def collect(
         self,

@@ -26,7 +26,7 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats
+from gradwatch.values.snapshot import ActivationStats, Barrier, Flow
 
 
 def model(count, *, adaptive=False, order=None):
@@ -377,6 +377,8 @@ def _one_of_each():
     )
     yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
+    narrow = (Flow("l0", barrier=Barrier("l1", "layer_norm", 1)),)
+    yield (two, [(1e-8, 1.0)]), {"flows": [narrow]}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
     yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
