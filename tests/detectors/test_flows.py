@@ -463,7 +463,7 @@ def test_queries_and_keys_that_begin_small_are_no_vanishing_by_depth():
         y = model.norms[1](y + model.blocks[1](y))
         next_token(model.head(y), tokens()).backward()
         through.append(mine.grad.norm().item())
-    assert through[0] / through[1] < share < 0.05
+    assert through[0] / through[1] < share < 0.2
 
     assert read(0.3)[1] == {}
 
