@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from gradwatch.detectors.causes import Cause
+from gradwatch.detectors.flow_words import FLOWS
 from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
 from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SOUND_UPDATE
@@ -227,26 +228,6 @@ def _stacked(finding: Finding) -> tuple[str, str]:
     return cause, f"fewer layers in {at} (num_layers=2), or a module for each, with x = x + layer(x) between them"
 
 
-def _cut(finding: Finding) -> tuple[str, str]:
-    place = finding.place or "the model's own parameters"
-    unreached, reached = finding.names["unreached"] or place, finding.names.get("reached")
-    if reached is None:
-        return (
-            f"the gradient reaches nothing after {unreached}: the loss does not use its output",
-            f"use the output of {unreached} in the loss, or call requires_grad_(False) on {place}",
-        )
-    back = f"the gradient comes back to {reached} and ends there"
-    if finding.evidence["graph"]:
-        return (
-            f"{back}: the output of {unreached} has a graph, and {reached} uses none of it",
-            f"look between {unreached} and {reached} for detach(), .item(), .numpy(), argmax or round",
-        )
-    return (
-        f"{back}: the output of {unreached} has no graph",
-        f"look inside {unreached} for torch.no_grad() or detach()",
-    )
-
-
 def _no_signal(_: Finding) -> tuple[str, str]:
     return (
         "the loss is exactly 0 as well: there is nothing in these batches to learn from",
@@ -279,7 +260,6 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "saturated": _saturated,
     "weak": _weak,
     "large": _large,
-    "cut": _cut,
     "constant_input": _constant_input,
     "bias": _bias,
     "offset": _offset,
@@ -288,6 +268,7 @@ CAUSES: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "radius": _radius,
     "format": _format,
     **ORIGINS,
+    **FLOWS,
     "zero_weights": _zero_weights,
     "flat_loss": _flat_loss,
     "stacked": _stacked,

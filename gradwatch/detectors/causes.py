@@ -8,11 +8,22 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
+from gradwatch.detectors.flows import aside, cut_of, fades_with, flow_of, takes_zeros
+from gradwatch.detectors.measured import (
+    fact,
+    forward_names,
+    functions,
+    newest_activations,
+    nothing_to_learn,
+    reach,
+    saturation,
+    spectral_norm,
+    spectral_radius,
+    zero_weights,
+)
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Finding
-from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, FactName, Function
+from gradwatch.values.snapshot import Flow
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     BY_BIAS,
@@ -22,7 +33,6 @@ from gradwatch.values.thresholds import (
     KICK_LASTS,
     LARGE_GAIN,
     LARGEST_EXPONENT,
-    MISREAD_PROBES,
     MOSTLY_DEAD,
     MOSTLY_FLAT,
     NEEDED_GAIN,
@@ -36,6 +46,16 @@ Cause = Literal[
     "weak",
     "large",
     "cut",
+    "inside",
+    "own",
+    "unused",
+    "outside",
+    "checkpoint",
+    "zero_input",
+    "softmax",
+    "narrow",
+    "state",
+    "aside",
     "constant_input",
     "bias",
     "offset",
@@ -73,124 +93,13 @@ def with_cause(
     )
 
 
-# --- what was measured ---
-
-
-def newest_activations(history: History) -> tuple[ActivationStats, ...]:
-    """Return what the newest probe saw of the outputs of modules."""
-    return next((s.activations or () for s in history.looks(1)), ())
-
-
-def saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
-    """Return, by layer, the share of what its activation gave that is at an end of its range, and the activation.
-
-    That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
-    """
-    found: dict[str, tuple[float, Function | Literal["gate"]]] = {
-        history.columns.layer_of(a.module): (a.saturated, a.function)
-        for a in newest_activations(history)
-        if a.saturated is not None and a.function is not None
-    }
-    newest = next(iter(history.sequences(1)), None)
-    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
-    for fact in (newest.facts or ()) if newest is not None else ():
-        layer = history.columns.layer_of(fact.place, fact.part)
-        if fact.name == "saturated_gates" and fact.value > found.get(layer, (0.0, ""))[0]:
-            found[layer] = fact.value, "tanh" if kinds.get(fact.place) == "RNN" else "gate"
-    return found
-
-
-def flat(history: History) -> set[int]:
-    """Return the layers at or before one whose activation is saturated all over.
-
-    Zeros there are where the gradient faded to, and no cut.
-    """
-    known = {layer for layer, (share, _) in saturation(history).items() if share >= MOSTLY_DEAD}
-    if not known:
-        return set()
-    last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
-    return set(history.order[: last + 1])
-
-
-def misread(history: History) -> dict[str, SequenceStats]:
-    """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
-    probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
-    found = [
-        {s.module: s for s in p.sequences or () if s.part == "" and (s.over_batch or s.reads_padding)} for p in probes
-    ]
-    return {name: stats for name, stats in found[-1].items() if all(name in f for f in found)} if found else {}
-
-
-def before_misread(history: History) -> set[int]:
-    """Return the layers before a recurrent module that does not read its data: that is why they have no gradient."""
-    order, names = history.order, misread(history)
-    last = [at for at, i in enumerate(order) for name in names if inside(history.model.layers[i].name, name)]
-    return set(order[: max(last, default=0)])
-
-
-def zero_weights(history: History) -> list[str]:
-    """Return the layers whose weights are all exactly 0, in the order of the forward pass."""
-    weights = history.weight_norms() or ()
-    sizes: dict[str, float] = {}
-    for p, norm in zip(history.model.parameters, weights, strict=False):
-        if p.role == "weight" and norm is not None:
-            sizes[p.layer] = max(sizes.get(p.layer, 0.0), norm)
-    return [name for name in _names(history) if sizes.get(name) == 0]
-
-
-def nothing_to_learn(history: History) -> bool:
-    """Tell whether every loss of the window was exactly 0, and with it every gradient now."""
-    losses = history.losses(history.thresholds.window)
-    return bool(losses) and not any(losses) and not any(history.snapshot.norm)
-
-
-def steepest(history: History, count: int = 4) -> list[str]:
-    """Return the layers with the largest weights for their size."""
-    import numpy as np
-
-    gains = history.gains()
-    order = np.argsort(-np.nan_to_num(gains))[:count]
-    return [history.model.layers[i].name for i in order.tolist() if gains[i] > 0]
-
-
-def _fact(history: History, place: str, name: FactName) -> float | None:
-    """Return a number of a module as it was measured last; None where it was not."""
-    facts = (f for s in reversed(history.window()) for f in s.facts or ())
-    return next((f.value for f in facts if (f.place, f.name, f.part) == (place, name, "")), None)
-
-
-def _spectral_norm(history: History, place: str) -> dict[str, float]:
-    norm = _fact(history, place, "spectral_norm")
-    return {} if norm is None else {"spectral_norm": norm}
-
-
-def _functions(history: History) -> dict[str, Function]:
-    """Return the activation after each layer of which one was seen."""
-    seen = newest_activations(history)
-    return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
-
-
-def _names(history: History) -> list[str]:
-    """Return the names of the layers in the order of the forward pass."""
-    return [history.model.layers[i].name for i in history.order]
-
-
-def _reach(history: History, finding: Finding) -> list[str]:
-    """Return the layers of a finding and the one after them, in forward order; of the whole model all."""
-    order, last = _names(history), finding.names.get("last")
-    if finding.place not in order or not last:
-        return order
-    return order[order.index(finding.place) : order.index(last) + 2]
-
-
-# --- what it means ---
-
-
 def of_vanishing(history: History, finding: Finding) -> Finding:
     """Tell whether float16, dead or saturated units, or weights that are too small account for a vanished gradient."""
     if _in_half(history):
         return with_cause(finding, "format", {}, {"format": "float16"})
-    layers = _reach(history, finding)
+    if finding.place in history.numbers and (standing := _standing(history, finding)) is not None:
+        return standing
+    layers = reach(history, finding)
     among = set(layers)
     known = [(history.columns.layer_of(a.module), a) for a in newest_activations(history)]
     known = [(layer, a) for layer, a in known if layer in among]
@@ -207,14 +116,31 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
 
 def _with_remedies(history: History, finding: Finding, layers: Collection[str]) -> Finding:
     """Return a finding that tells what of the usual remedies the layers have already: of those none is named again."""
-    functions = _functions(history)
-    seen = [functions[name] for name in layers if name in functions]
+    known = functions(history)
+    seen = [known[name] for name in layers if name in known]
     has = {
         "relus": sum(f == "relu" for f in seen) > len(seen) / 2,
         "normalized": any(p.role == "normalization" and p.layer in layers for p in history.model.parameters),
         "skips": any(f.name == "skip_connection" for s in history.window() for f in s.facts or ()),
     }
     return dataclasses.replace(finding, evidence={**finding.evidence, **{name: 1.0 for name, it in has.items() if it}})
+
+
+def _standing(history: History, finding: Finding) -> Finding | None:
+    """Tell whether a place in the model accounts for it: an initial state, a side branch, a narrow normalization."""
+    names = reach(history, finding)[: int(finding.evidence.get("layers", 1))]
+    worst = finding.names.get("worst", finding.place)
+    flow = flow_of(history, worst) or Flow(worst)
+    if (fading := fades_with(history, flow.layer)) is not None:
+        where, horizon, length = fading
+        return with_cause(finding, "state", {"horizon": float(horizon), "length": float(length)}, {"at": where})
+    if (barrier := flow.barrier) is not None:
+        return with_cause(finding, "narrow", {"values": float(barrier.values)}, {"at": barrier.at})
+    numbers = {history.numbers[name] for name in names}
+    if numbers and numbers <= aside(history, numbers):
+        share = {} if flow.through is None else {"through": flow.through}
+        return with_cause(finding, "aside", share, {"at": flow.source or "", "from": flow.layer})
+    return None
 
 
 def _in_half(history: History) -> bool:
@@ -239,9 +165,9 @@ def _saturated(history: History, finding: Finding, share: float, at: str, functi
         numbers["gain"] = gain
     module = history.columns.module_of(at)
     if at == next(layer.name for layer in history.model.layers if layer.module == module):  # what enters is its input
-        of_input = {"offset": _fact(history, module, "input_offset"), "size": _fact(history, module, "input_size")}
+        of_input = {"offset": fact(history, module, "input_offset"), "size": fact(history, module, "input_size")}
         numbers |= {name: value for name, value in of_input.items() if value is not None and math.isfinite(value)}
-    return with_cause(finding, "saturated", numbers | _spectral_norm(history, at), names)
+    return with_cause(finding, "saturated", numbers | spectral_norm(history, at), names)
 
 
 def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Finding | None:
@@ -258,9 +184,9 @@ def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Findi
 
 def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     """Find that weights too small for their activations account for the larger part of what is missing."""
-    ratio, all_gains, functions = finding.evidence.get("ratio", 0.0), history.gains().tolist(), _functions(history)
+    ratio, all_gains, known = finding.evidence.get("ratio", 0.0), history.gains().tolist(), functions(history)
     gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
-    needed = {name: NEEDED_GAIN.get(functions.get(name, ""), 1.0) for name in gains}
+    needed = {name: NEEDED_GAIN.get(known.get(name, ""), 1.0) for name in gains}
     weak = {name: share for name, gain in gains.items() if (share := gain / needed[name]) < SMALL_GAIN}
     if not weak or not 0 < ratio < 1 or "normalized" in finding.evidence:  # which takes their size away
         return finding
@@ -269,7 +195,7 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     worst = min(weak, key=weak.__getitem__)
     numbers = {"gain": gains[worst], "needed": needed[worst], "weak": float(len(weak))}
     ends = {"first": next(iter(weak)), "until": list(weak)[-1]}
-    return with_cause(finding, "weak", numbers, {"at": worst, "function": functions.get(worst, ""), **ends})
+    return with_cause(finding, "weak", numbers, {"at": worst, "function": known.get(worst, ""), **ends})
 
 
 def of_a_cut(history: History, finding: Finding) -> Finding:
@@ -280,12 +206,17 @@ def of_a_cut(history: History, finding: Finding) -> Finding:
     last = finding.names.get("last", finding.place)
     if "norm" in finding.evidence and (known := _of_zeros(history, finding, last)) is not None:
         return known
-    cuts = next((s.cuts for s in reversed(history.window()) if s.cuts is not None or s.facts is not None), None)
-    cut = next((c for c in cuts or () if c.layer == history.columns.module_of(last)), None)
-    if cut is None:
-        return finding
-    names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
-    return with_cause(finding, "cut", {"graph": float(cut.graph)}, names)
+    cut, flow = cut_of(history, last), flow_of(history, last)
+    if cut is not None:
+        names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
+        kind: Cause = "cut" if cut.kind is None or cut.kind == "between" else cut.kind
+        return with_cause(finding, kind, {"graph": float(cut.graph)}, names)
+    if "norm" in finding.evidence and takes_zeros(history, last):
+        return with_cause(finding, "zero_input", {}, {"at": last})
+    if flow is not None and (barrier := flow.barrier) is not None:
+        kind = "softmax" if barrier.operation == "softmax" else "narrow"
+        return with_cause(finding, kind, {"values": float(barrier.values)}, {"at": barrier.at})
+    return _flat_loss(history, finding) if "norm" in finding.evidence else finding
 
 
 def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
@@ -294,26 +225,31 @@ def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
         return with_cause(finding, "format", {}, {"format": "float16"})
     if nothing_to_learn(history):
         return with_cause(finding, "no_signal", {})
-    order = _names(history)
+    order = forward_names(history)
     after = order[order.index(last) :] if last in order else []
     moving = {p.layer for p, norm in zip(history.model.parameters, history.snapshot.norm, strict=True) if norm}
     zeros = [name for name in zero_weights(history) if name not in moving]
-    if among := [name for name in zeros if name in _reach(history, finding)] or [n for n in zeros if n in after]:
+    if among := [name for name in zeros if name in reach(history, finding)] or [n for n in zeros if n in after]:
         return _of_zero_weights(history, finding, among)
     dead = {history.columns.layer_of(a.module): a.dead or 0.0 for a in newest_activations(history)}
     closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
     if closed is not None:
         return _dead(history, finding, 1.0, closed)
-    if any(a.module == "" and a.grad_norm == 0 for a in newest_activations(history)):
-        losses = history.losses(KEPT)
-        same = sum(1 for _ in itertools.takewhile(lambda loss: loss == losses[-1], reversed(losses)))
-        return with_cause(finding, "flat_loss", {"same": float(same), "loss": losses[-1]} if same > 1 else {})
     return None
+
+
+def _flat_loss(history: History, finding: Finding) -> Finding:
+    """Tell whether the gradient is zero at what the model gives already."""
+    if not any(a.module == "" and a.grad_norm == 0 for a in newest_activations(history)):
+        return finding
+    losses = history.losses(KEPT)
+    same = sum(1 for _ in itertools.takewhile(lambda loss: loss == losses[-1], reversed(losses)))
+    return with_cause(finding, "flat_loss", {"same": float(same), "loss": losses[-1]} if same > 1 else {})
 
 
 def _of_zero_weights(history: History, finding: Finding, zeros: Sequence[str]) -> Finding:
     """Say whose weights are 0, and of a single layer what comes after it."""
-    function = _functions(history).get(zeros[0]) if len(zeros) == 1 else None
+    function = functions(history).get(zeros[0]) if len(zeros) == 1 else None
     names = {"at": " and ".join(zeros), **({} if function is None else {"activation": function})}
     return with_cause(finding, "zero_weights", {"zeros": float(len(zeros))}, names)
 
@@ -327,9 +263,9 @@ def _dead(history: History, finding: Finding, share: float, at: str) -> Finding:
 
 def of_silence(history: History, finding: Finding) -> Finding:
     """Tell whether the input, an update or the bias keeps a layer's units at 0."""
-    place, finding = finding.place, _with_remedies(history, finding, _names(history))
-    norm = _spectral_norm(history, place)
-    bias, offset = _fact(history, place, "silent_by_bias"), _fact(history, place, "input_offset")
+    place, finding = finding.place, _with_remedies(history, finding, forward_names(history))
+    norm = spectral_norm(history, place)
+    bias, offset = fact(history, place, "silent_by_bias"), fact(history, place, "input_offset")
     if offset is not None and math.isinf(offset):
         return with_cause(finding, "constant_input", norm)
     if (kick := _kick_of(history, [place], until=finding.onset)) is not None:
@@ -367,7 +303,7 @@ def of_explosion(history: History, finding: Finding) -> Finding:
 
     gains = history.gains(first=True)  # before they exploded themselves
     needed = np.full(len(gains), NEEDED_GAIN["relu"])
-    for name, function in _functions(history).items():
+    for name, function in functions(history).items():
         if name in history.numbers:
             needed[history.numbers[name]] = max(NEEDED_GAIN.get(function, 1.0), NEEDED_GAIN["relu"])
     over = np.where(np.isfinite(gains), gains / needed, 0.0)
@@ -381,7 +317,7 @@ def of_explosion(history: History, finding: Finding) -> Finding:
         numbers = {"gain": float(gains[at]), "times": float(over[at]), "over": float((over >= large).sum())}
         if together >= history.thresholds.explosion_depth:
             numbers["together"] = together
-        return with_cause(finding, "large", numbers | _spectral_norm(history, worst), {"at": worst})
+        return with_cause(finding, "large", numbers | spectral_norm(history, worst), {"at": worst})
     radius = spectral_radius(history, finding.place)
     if radius is not None and radius >= EXPANDING:
         return with_cause(finding, "radius", {"spectral_radius": radius})
@@ -391,10 +327,3 @@ def of_explosion(history: History, finding: Finding) -> Finding:
         ratio, layer, step = kick
         return with_cause(finding, "update", {"update": ratio, "when": float(step)}, {"at": layer})
     return finding
-
-
-def spectral_radius(history: History, place: str) -> float | None:
-    """Return the largest spectral radius of a recurrent module's matrices, as it was measured first; None: of none."""
-    facts = ([f for f in s.facts or () if f.place == place] for s in history.window())
-    found = ([f.value for f in mine if f.name == "spectral_radius"] for mine in facts)
-    return max(next(filter(None, found), ()), default=None)

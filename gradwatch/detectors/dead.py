@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import WARM_UP, said
-from gradwatch.detectors.causes import of_silence, zero_weights
+from gradwatch.detectors.causes import of_silence
+from gradwatch.detectors.measured import zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import around, said
-from gradwatch.detectors.causes import before_misread, flat, of_vanishing
+from gradwatch.detectors.causes import of_vanishing
+from gradwatch.detectors.flows import aside, fades_with, rounding
 from gradwatch.detectors.idle import share_left
+from gradwatch.detectors.measured import before_misread, flat
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import counts
+from gradwatch.values.layer_columns import counts, norms
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.thresholds import OPENING_FLOOR
 
@@ -44,13 +46,18 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
-    vanishing[list(before_misread(history))] = False  # that is another kind
-    for run in _faults(history, vanishing, ratios[-1], closed):
+    vanishing[list(before_misread(history) | rounding(history))] = False  # those are other kinds
+    vanishing &= _small(history, limits)
+    spare = np.zeros_like(vanishing)
+    spare[list(_spared(history, vanishing))] = True
+    runs = [(run, False) for run in _faults(history, vanishing & ~spare, ratios[-1], closed)]
+    runs += [(run, True) for run in _faults(history, vanishing & spare, ratios[-1], closed)]
+    for run, is_spare in runs:
         held = [i for i in run if history.is_open("GW101", history.model.layers[i].name)]
         place = history.model.layers[(held or run)[0]].name
         worst = min(run, key=lambda i: ratios[-1][i])
         ratio = float(ratios[-1][worst])
-        severity = _severity(history, run, ratio)
+        severity = Severity.INFO if is_spare else _severity(history, run, ratio)
         yield Finding(
             "GW101",
             "vanishing-depth",
@@ -69,6 +76,31 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
                 "last": history.model.layers[run[-1]].name,
             },
         )
+
+
+def _small(history: History, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell which layers get little gradient; others may only have weights near 0, which begin to grow."""
+    import numpy as np
+
+    by_layer = norms(history.model, history.snapshot.norm)
+    found = np.ones(len(limits), dtype=bool)
+    later = 0.0
+    for i in reversed(history.order):
+        norm = by_layer[history.model.layers[i].name] or 0.0
+        found[i] = norm < limits[i] * later
+        later = max(later, norm)
+    return found
+
+
+def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
+    """Return the layers of these that the gradient passes by, or that only feed the initial state of a short memory."""
+    import numpy as np
+
+    layers = set(np.flatnonzero(vanishing).tolist())
+    if not layers:
+        return layers
+    states = {i for i in layers if fades_with(history, history.model.layers[i].name)}
+    return states | aside(history, layers)
 
 
 def _fading(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import flat, nothing_to_learn, of_a_cut
+from gradwatch.detectors.causes import of_a_cut
+from gradwatch.detectors.flows import idle, rounding, without_effect
+from gradwatch.detectors.measured import flat, nothing_to_learn
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
@@ -14,7 +16,11 @@ from gradwatch.values.thresholds import KEPT
 
 
 def disconnected(history: History) -> Iterator[Finding]:
-    """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot."""
+    """GW401: a layer ran, its optimizer steps it, and nothing, or exactly zero, arrives at snapshot after snapshot.
+
+    GW402: it leads to nothing.
+    """
+    yield from _worthless(history)
     if all(history.snapshot.norm):  # nearly always: none is missing, none is zero
         return
     if history.snapshot.silence is not None:  # nothing has arrived at any: GW901 says so
@@ -22,27 +28,55 @@ def disconnected(history: History) -> Iterator[Finding]:
     trained = _trained(history)
     severity = Severity.ERROR
     if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end
-        idle = nothing_to_learn(history)
+        nothing = nothing_to_learn(history)
         if history.improved and history.first_loss:
             return
         if any(history.first_norms):
-            severity = Severity.INFO if idle or history.improved is None else severity
-        elif idle:  # rewards may be rare at first
+            severity = Severity.INFO if nothing or history.improved is None else severity
+        elif nothing:  # rewards may be rare at first
             severity = Severity.WARNING
     without, zero = _without_gradient(history, trained), _with_zeros(history, trained)
-    for norm, cut in (({}, without), ({"norm": 0.0}, zero)):
+    zero -= rounding(history)
+    spare = {i for i in without | zero if idle(history, history.model.layers[i].name)}
+    for norm, cut, its in (
+        ({}, without - spare, severity),
+        ({"norm": 0.0}, zero - spare, severity),
+        ({}, without & spare, Severity.INFO),
+        ({"norm": 0.0}, zero & spare, Severity.INFO),
+    ):
         for run in history.runs(cut, trained):
             names = [history.model.layers[i].name for i in run]
             onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
             yield Finding(
                 "GW401",
                 "disconnected",
-                severity,
+                its,
                 names[0],
                 onset=onset,
                 evidence={"layers": float(len(run)), **norm},
                 names={"last": names[-1]},
             )
+
+
+def _worthless(history: History) -> Iterator[Finding]:
+    """GW402: all that layers lead to is a normalization of one value, so that their gradient is the rounding of a 0."""
+    flows = without_effect(history)
+    if not flows:
+        return
+    trained = _trained(history)
+    for run in history.runs({i for i in trained if history.model.layers[i].name in flows}, trained):
+        names = [history.model.layers[i].name for i in run]
+        barrier = flows[names[-1]].barrier
+        seen = [any(f.layer == names[-1] for f in s.flows or ()) for s in history.window()]
+        yield Finding(
+            "GW402",
+            "disconnected",
+            Severity.ERROR,
+            names[0],
+            onset=history.window()[seen.index(True)].step,
+            evidence={"layers": float(len(run))},
+            names={"last": names[-1], "at": barrier.at if barrier is not None else "", "operation": "normalization"},
+        )
 
 
 def _trained(history: History) -> dict[int, list[int]]:
@@ -143,4 +177,20 @@ def _explain(finding: Finding) -> Explanation:
     return Explanation(message, cause, remedy)
 
 
-RULES = (Rule("GW401", "disconnected", _explain, of_a_cut),)
+def _explain_worthless(finding: Finding) -> Explanation:
+    what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
+    through, do = (f" to {last} ({count:.0f} layers)", "do") if count > 1 else ("", "does")
+    at = finding.names["at"] or "the last module"
+    return Explanation(
+        f"what {what}{through} {do} changes nothing: it goes through {at} alone, which gives the same for all;"
+        f" the true gradient is 0, and what arrives since step {finding.onset} is rounding noise, of which an Adam-like"
+        " optimizer makes steps of ordinary size",
+        f"{at} normalizes over a single value",
+        f"take the normalization at {at} out, or let it normalize over more than one value",
+    )
+
+
+RULES = (
+    Rule("GW401", "disconnected", _explain, of_a_cut),
+    Rule("GW402", "disconnected", _explain_worthless),
+)

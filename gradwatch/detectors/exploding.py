@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.causes import of_explosion, spectral_radius
+from gradwatch.detectors.causes import of_explosion
+from gradwatch.detectors.measured import spectral_radius
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.causes import misread
+from gradwatch.detectors.measured import misread
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     FADES,

@@ -60,8 +60,8 @@ def _explain(finding: Finding) -> Explanation:
         message,
         "some steps have gradients that are not finite at any loss scale: the scale is not to blame, and falls without"
         " end",
-        "look at the loss and the gradients of a batch that is skipped in float32, without autocast and scaler, and mend"
-        " or leave out what is not finite there",
+        "look at the loss and the gradients of a batch that is skipped in float32, without autocast and scaler, and"
+        " mend or leave out what is not finite there",
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from gradwatch.detectors.causes import newest_activations, steepest
+from gradwatch.detectors.flows import flows_of
+from gradwatch.detectors.measured import newest_activations, steepest
 from gradwatch.values.history import History
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import ModelInfo
@@ -40,7 +41,8 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
     dead = {history.columns.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
     places = {history.columns.layer_of(alert.finding.place) for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
-    chosen |= silent | cut | dead | named
+    narrow = {f.layer for f in flows_of(history).values() if f.barrier is not None}
+    chosen |= silent | cut | dead | named | narrow
     after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
     modules = (model.layers[i].module for i in model.forward_order if model.layers[i].name in chosen | after)
     return frozenset(itertools.islice(dict.fromkeys(modules), _MOST))

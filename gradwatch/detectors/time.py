@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gradwatch.detectors import memory
-from gradwatch.detectors.causes import flat, misread
+from gradwatch.detectors.measured import flat, misread
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     GROWS,

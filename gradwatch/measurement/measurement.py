@@ -181,6 +181,7 @@ class Measurement:
             sequences=seen.sequences or None,
             facts=seen.facts or None,
             cuts=seen.cuts or None,
+            flows=seen.flows or None,
             computed_in="float16" if self._half else None,
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
@@ -225,5 +226,6 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
             (*found.cuts, *part.cuts),
             found.origin or part.origin,
             found.left_over if part.left_over is None else part.left_over,
+            (*found.flows, *part.flows),
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,11 @@ class Output:
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of what arrived, by backward pass: of the sum of several only the norms of its parts are known."""
 
+    def norm(self, broken: Collection[int]) -> Tensor | None:
+        """Return the norm of what one backward pass brought; None where none did, or several."""
+        arrived = [norm for task, norm in self.norms.items() if task not in broken]
+        return arrived[0] if len(arrived) == 1 else None
+
 
 class OutputGradients:
     """Sees the gradients at the outputs of all modules; a `Probe`.
@@ -55,6 +60,8 @@ class OutputGradients:
         """Modules at whose output a gradient arrived in the step that was collected last; None where nobody looked."""
         self.arrived: Mapping[str, Pending] = {}
         """By module, the norm of the gradient at its output in the step that was collected last, a loss scale in it."""
+        self.sizes: dict[str, Tensor] = {}
+        """By module, the norm of what arrived, of that step; those of other optimizers are left out."""
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -132,6 +139,7 @@ class OutputGradients:
     def collect(self, step: StepView, transfer: Transfer) -> Part:
         """Return the norms that this step has brought, by module."""
         sizes: dict[str, Pending] = {}
+        self.sizes = {}
         unknown = []
         broken = self._attempts.broken
         outputs = self._outputs.items()  # those of other optimizers too: the gradient did come by
@@ -145,7 +153,8 @@ class OutputGradients:
             if any(len(of_output) > 1 for of_output in arrived):
                 unknown.append(name)
             elif parts:
-                sizes[name] = transfer.add(parts[0] if len(parts) == 1 else norms.norm(torch.stack(parts)))
+                self.sizes[name] = parts[0] if len(parts) == 1 else norms.norm(torch.stack(parts))
+                sizes[name] = transfer.add(self.sizes[name])
         self.passes.clear()
         self.reached, self.arrived = frozenset(came) if self._names else None, sizes
 
@@ -156,11 +165,21 @@ class OutputGradients:
 
         return part
 
+    def at(self, node: Any) -> Output | None:  # noqa: ANN401  (nodes have no common type that tells of this)
+        """Return what is known of the gradient at the only output of a node that a module gave."""
+        found = [
+            seen
+            for key, seen in node.metadata.items()
+            if isinstance(key, tuple) and key[0] is self._mark and isinstance(seen, Output)
+        ]
+        return found[0] if len(found) == 1 else None
+
     def clear(self) -> None:
         """Let go of everything, and look no more."""
         for name in tuple(self._outputs):
             self._pop(name)
         self._names, self._without_graph, self.reached, self.arrived = {}, set(), None, {}
+        self.sizes = {}
         self.passes.clear()
 
     def _pop(self, name: str) -> list[Output]:

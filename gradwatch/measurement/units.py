@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.norms import spectral_norm
-from gradwatch.measurement.output_gradients import OutputGradients
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact, FactName, Function
+from gradwatch.values.snapshot import ActivationStats, Fact, FactName, Function
 from gradwatch.values.thresholds import SILENT_ENTRIES, SILENT_SPELLS
 
 _ENTRIES = 4096
@@ -88,15 +87,9 @@ class Units:
     from whose output it was made.
     """
 
-    def __init__(self, outputs: OutputGradients, attempts: Attempts) -> None:
-        """Begin with nothing.
-
-        Args:
-            outputs: the probe that knows how far the gradient came; it must be collected first.
-            attempts: knows which calls an exception ended.
-
-        """
-        self._outputs, self._attempts = outputs, attempts
+    def __init__(self, attempts: Attempts) -> None:
+        """Begin with nothing; `attempts` knows which calls an exception ended."""
+        self._attempts = attempts
         self._mark, self._seen = object(), object()
         """What this one writes at nodes, beside what other watchers write there."""
         self.suspects: Collection[str] = frozenset()
@@ -111,8 +104,6 @@ class Units:
         """For what is worked out of one activation after the other: new memory costs as much as the arithmetic."""
         self._skip: str | None = None
         """The first module with a skip connection before or in it."""
-        self._completed: dict[str, bool] = {}
-        """Modules in the order in which they were done, and whether what they gave has a graph."""
 
     def arm(self, view: ModelView) -> dict[int, nn.Module]:
         """Choose all modules, by `id`; none where torch.compile is at work."""
@@ -131,14 +122,9 @@ class Units:
     def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
         name = self._names.get(id(module))
-        if name is None or transformed():
+        if name is None or transformed() or not torch.is_grad_enabled():
             return
         given = floats(output)
-        if torch._C._current_graph_task_id() == -1:
-            self._completed.pop(name, None)
-            self._completed[name] = any(t.grad_fn is not None for t in given)
-        if not torch.is_grad_enabled():
-            return
         owner = bool(module._parameters) and any(p is not None for p in module._parameters.values())
         for tensor in given:
             if owner:
@@ -211,6 +197,8 @@ class Units:
             silent = top <= 0
             by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
             self._facts[name, "silent_by_bias"] = by_bias
+        if inputs and inputs[0].numel():
+            self._facts[name, "input_size"] = inputs[0].detach().abs().amax().float()
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
             apart = x - x[:1]  # exactly 0 where the input is always the same
@@ -247,9 +235,8 @@ class Units:
             silent = zip(counts, self._dead(counts, entries), strict=True)
             dead |= {name: (transfer.add(share), units) for name, share in silent}
         facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
-        cuts = () if self._outputs.reached is None else tuple(self._cuts(self._outputs.reached))
         skips = () if self._skip is None else (Fact(self._skip, "skip_connection", 1.0),)
-        self._units, self._facts, self._completed, self._scratch, self._skip = theirs, {}, {}, None, None
+        self._units, self._facts, self._scratch, self._skip = theirs, {}, None, None
 
         def part() -> ProbeValues:
             activations = []
@@ -265,7 +252,7 @@ class Units:
                     )
                 )
             measured = tuple(Fact(place, what, value.value) for (place, what), value in facts.items())
-            return ProbeValues(tuple(activations), facts=(*measured, *skips), cuts=cuts)
+            return ProbeValues(tuple(activations), facts=(*measured, *skips))
 
         return part
 
@@ -289,19 +276,9 @@ class Units:
         spells = torch.where(alive > 0, SILENT_SPELLS / rate.clamp(min=1e-9), torch.zeros_like(rate))
         return (silent >= spells.clamp(min=SILENT_ENTRIES)).float().mean(1).unbind()
 
-    def _cuts(self, reached: Collection[str]) -> Iterator[Cut]:
-        """Tell of each layer in question that the gradient did not reach where it ended."""
-        order = list(self._completed)
-        for at, name in enumerate(order):
-            if name not in self.suspects or name in reached:
-                continue
-            after = next((i for i in range(at + 1, len(order)) if order[i] in reached), None)
-            last = order[(after if after is not None else at + 1) - 1]
-            yield Cut(name, last, None if after is None else order[after], graph=self._completed[last])
-
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
-        self._names, self._units, self._facts, self._completed, self._scratch = {}, {}, {}, {}, None
+        self._names, self._units, self._facts, self._scratch = {}, {}, {}, None
         self._skip = None
 
 

@@ -65,6 +65,11 @@ class Attempts:
         if self._open is not None and self._open.module == id(module):
             self._open = None
 
+    @property
+    def running(self) -> bool:
+        """Whether an outermost call is under way."""
+        return self._open is not None
+
     def backward(self) -> int:
         """Return the number of the backward pass that runs now, whose end is waited for."""
         task = torch._C._current_graph_task_id()

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Origin
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow, Origin
 
 
 class Pending(Protocol):
@@ -109,6 +109,7 @@ class ProbeValues:
     cuts: tuple[Cut, ...] = ()
     origin: Origin | None = None
     left_over: float | None = None
+    flows: tuple[Flow, ...] = ()
 
 
 Part = Callable[[], ProbeValues]

@@ -24,6 +24,18 @@ mode, and no optimizer that is watched steps it."""
 Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax", "softsign", "clamp"]
 """An activation; "relu" is any whose output is exactly 0 where its derivative is."""
 
+CutKind = Literal["between", "inside", "own", "unused", "outside", "checkpoint"]
+"""How a layer that ran is without a gradient.
+
+between: it ends between two modules. inside: what the layer gave has one, and its weights, which are all that it holds,
+have none. own: the same of a module that also holds layers, and does without its own weights, or gave what it took.
+unused: nothing was seen to take what it gave. outside: what it gave left the model, and does not come into the loss.
+checkpoint: a reentrant checkpoint ran it over inputs that need no gradient.
+"""
+
+BarrierKind = Literal["softmax", "layer_norm", "group_norm"]
+"""An operation that gives the same whatever it takes: softmax of one value, a normalization of one or two."""
+
 FactName = Literal[
     "silent_by_bias",
     "input_offset",
@@ -185,6 +197,38 @@ class Cut:
     """The first module after that which it did reach; None where it reached none."""
     graph: bool
     """Whether the output of `unreached` has a graph."""
+    kind: CutKind | None = None
+    """None: of a record that does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Barrier:
+    """An operation that lets next to no gradient through, because it works over too few values."""
+
+    at: str
+    """The module that gave what it computes, or was made of it."""
+    operation: BarrierKind
+    values: int
+    """Over how many values it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """How the gradient comes to a layer in question, and past it."""
+
+    layer: str
+    source: str | None = None
+    """The layer whose output it takes; None where that was not found."""
+    fed: bool = True
+    """Whether anything of the batch, or of a layer before it, goes into it."""
+    through: float | None = None
+    """The largest share of the gradient at that output that can have come through this layer: the rest passes by it."""
+    state_of: str | None = None
+    """A recurrent layer, if it feeds nothing but the initial state of that."""
+    barrier: Barrier | None = None
+    """One that lies on every way from the layer to what the model gave."""
+    peak: float | None = None
+    """The mean of the largest weights of the softmax that it leads to; None where it leads to none that can be read."""
 
 
 Phase = Literal["data", "weights", "forward", "backward"]
@@ -286,6 +330,8 @@ class Snapshot:
     left_over: float | None = None
     """Share of a gradient at this step that stood there before the forward pass, and that nobody zeroed: 0 where it was
     zeroed. None where nothing could be compared."""
+    flows: tuple[Flow, ...] | None = None
+    """Of layers in question, how the gradient comes to them."""
 
     @property
     def norm_global(self) -> float | None:

@@ -128,6 +128,14 @@ SILENT_SPELLS = 7.0
 """The same, in entries between two that are not silent as the layer's other units have them: a unit like them is
 silent for so long by chance once in 1,000 (e^-7)."""
 
+PASSED_BY = 0.2
+"""Share of the gradient at what a layer takes that can have come through it, at most, for it to be passed by. In a
+chain of layers it is 1 or more, because the Frobenius norm is an upper bound; of queries, keys and gates of stock
+transformers of width 32, while they are below the limit of vanishing, it was 1e-6 to 0.1."""
+JUNCTION = 100.0
+"""Sensitivity over that of the layer before, from which on a gradient is lost at one place and not layer by layer: a
+sigmoid with weights a tenth of what it needs loses 40 times."""
+
 LARGEST_EXPONENT = 700.0
 """`math.exp` of more overflows a float64, at 709.8."""
 

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor, nn
 
 from gradwatch.measurement import norms
+from gradwatch.measurement.flow import FlowProbe
 from gradwatch.measurement.loss_scale import ScaleSentinel
 from gradwatch.measurement.origins import Origins
 from gradwatch.measurement.output_gradients import OutputGradients
@@ -36,8 +37,12 @@ class Probes:
         """
         self.attempts = attempts
         outputs = OutputGradients(attempts)
-        self._sentinel, self._units = ScaleSentinel(outputs.passes), Units(outputs, attempts)
-        self._asked: list[Probe] = [outputs, self._units, Origins(outputs, attempts)]
+        self._sentinel, self._units, self._flow = (
+            ScaleSentinel(outputs.passes),
+            Units(attempts),
+            FlowProbe(outputs, attempts),
+        )
+        self._asked: list[Probe] = [outputs, self._units, self._flow, Origins(outputs, attempts)]
         if sequences is not None:
             self._asked.append(sequences)
         self._warn, self._strict = warn, strict
@@ -48,7 +53,7 @@ class Probes:
 
     def suspect(self, layers: Collection[str]) -> None:
         """Look more closely at these layers, in the forward pass to come."""
-        self._units.suspects = layers
+        self._units.suspects = self._flow.suspects = layers
 
     def collect(
         self,

@@ -27,7 +27,7 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Fact, Silence
+from gradwatch.values.snapshot import ActivationStats, Barrier, Fact, Flow, Silence
 
 
 def model(count, *, adaptive=False, order=None):
@@ -476,6 +476,8 @@ def _one_of_each():
     )
     yield (two, [(1e-9, 1e-9)] * 2), {"zeros": [(0.9, 0.9)] * 2, "subnormal": [(1.0, 1.0)] * 2}
     yield (two, [(1.0, 1.0)] * 2), {"zeros": [(0.0, 0.0)] * 2, "lost": [(0.9, 0.9)] * 2}
+    narrow = (Flow("l0", barrier=Barrier("l1", "layer_norm", 1)),)
+    yield (two, [(1e-8, 1.0)]), {"flows": [narrow]}
     yield (adam, [(1e-12, 1e-12)] * 25), {"losses": [1.0] * 25}
     still = {"update_ratio": [(0.0, 0.0)] * 25, "weight_norm": [(1.0, 1.0)] * 25}
     yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "rate": [0.0] * 25, **still}

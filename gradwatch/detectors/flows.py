@@ -1,0 +1,107 @@
+"""Layers that get nothing, or next to nothing, for a reason that lies in how the model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from gradwatch.values.history import History
+from gradwatch.values.sequences import reach_of
+from gradwatch.values.snapshot import Cut, Flow
+from gradwatch.values.thresholds import JUNCTION, MOSTLY_DEAD, PASSED_BY
+
+
+def flows_of(history: History) -> dict[str, Flow]:
+    """Return, by the module of a layer, how the gradient comes to it, as it was measured last."""
+    found: dict[str, Flow] = {}
+    for snapshot in history.window():
+        found.update((f.layer, f) for f in snapshot.flows or ())
+    return found
+
+
+def flow_of(history: History, layer: str) -> Flow | None:
+    """Return how the gradient comes to a layer; None where that was not measured."""
+    return flows_of(history).get(history.columns.module_of(layer))
+
+
+def cut_of(history: History, layer: str) -> Cut | None:
+    """Return where the gradient of a layer ended at the newest look; None where it did not, or nobody knows."""
+    looks = (s for s in reversed(history.window()) if s.cuts is not None or s.facts is not None)
+    cuts = next((s.cuts or () for s in looks), ())
+    return next((c for c in cuts if c.layer == history.columns.module_of(layer)), None)
+
+
+def takes_zeros(history: History, layer: str) -> bool:
+    """Tell whether what a layer took, when it was looked at last, was zero all over."""
+    module = history.columns.module_of(layer)
+    facts = (f for s in reversed(history.window()) for f in s.facts or ())
+    return next((f.value == 0 for f in facts if f.place == module and f.name == "input_size"), False)
+
+
+def idle(history: History, layer: str) -> bool:
+    """Tell whether a layer that gets nothing is not to get anything, as the model is used.
+
+    Nothing takes what it gives, its module does without it, it takes zeros, or it leads to a softmax of one value.
+    """
+    cut, flow = cut_of(history, layer), flow_of(history, layer)
+    if cut is not None:
+        return cut.kind in ("unused", "own")
+    barrier = flow.barrier if flow is not None else None
+    return (barrier is not None and barrier.operation == "softmax") or takes_zeros(history, layer)
+
+
+def without_effect(history: History) -> dict[str, Flow]:
+    """Return the layers that lead to nothing but a normalization of one value, which gives its shift whatever it takes.
+
+    Their true gradient is 0, and what arrives is rounding.
+    """
+    return {
+        name: f
+        for name, f in flows_of(history).items()
+        if f.barrier is not None and f.barrier.operation != "softmax" and f.barrier.values == 1
+    }
+
+
+def rounding(history: History) -> set[int]:
+    """Return those layers, and the normalizations at which it ends, by their numbers."""
+    flows = without_effect(history)
+    names = {*flows, *(f.barrier.at for f in flows.values() if f.barrier is not None)}
+    return {i for i, layer in enumerate(history.model.layers) if layer.module in names}
+
+
+def fades_with(history: History, layer: str) -> tuple[str, int, int] | None:
+    """Return the recurrent layer whose initial state is all that a layer feeds, its horizon, and its timesteps.
+
+    None where there is none, or it remembers its initial state.
+    """
+    flow = flow_of(history, layer)
+    if flow is None or flow.state_of is None:
+        return None
+    for snapshot in reversed(history.sequences()):
+        for stats in snapshot.sequences or ():
+            reach = reach_of(stats) if (stats.module, stats.part) == (flow.state_of, "") else None
+            if reach is not None:
+                return None if reach.censored else (flow.state_of, reach.timesteps, stats.length)
+    return None
+
+
+def aside(history: History, layers: Collection[int]) -> set[int]:
+    """Return those of these layers that lie on a side branch at whose end the gradient is lost, and not by its depth.
+
+    The gradient passes by its first layer, or nothing comes before that; the others take from one another. So it is
+    before a product or a gate that begins nearly shut; a softmax with all of its weight on one value is no such thing.
+    """
+    ratios, numbers, known = history.ratios(1)[-1], history.numbers, flows_of(history)
+    flows = {i: known[layer.module] for i, layer in enumerate(history.model.layers) if layer.module in known}
+    sources = {i: numbers.get(history.columns.layer_of(f.source or ""), -1) for i, f in flows.items()}
+    ordered = [i for i in history.order if i in flows]
+    shut = {i for i, f in flows.items() if f.peak is not None and f.peak >= MOSTLY_DEAD}
+    beside = {i for i, f in flows.items() if not f.fed or (f.through is not None and f.through <= PASSED_BY)} - shut
+    for i in ordered:
+        if sources[i] in beside:
+            beside.add(i)
+    ends = {i: ratios[i] for i in ordered}
+    for i in reversed(ordered):  # one after the other, up to where far more arrives
+        source = sources[i]
+        if source in ends and ratios[i] < JUNCTION * ratios[source]:
+            ends[source] = max(ends[source], ends[i])
+    return {i for i in layers if i in beside and ends[i] * JUNCTION < 1}

@@ -1,0 +1,130 @@
+"""What probes have measured of layers, as detectors and causes ask for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gradwatch.values.history import History
+from gradwatch.values.layer_columns import inside
+from gradwatch.values.report import Finding
+from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.snapshot import ActivationStats, FactName, Function
+from gradwatch.values.thresholds import (
+    MISREAD_PROBES,
+    MOSTLY_DEAD,
+)
+
+
+def newest_activations(history: History) -> tuple[ActivationStats, ...]:
+    """Return what the newest probe saw of the outputs of modules."""
+    return next((s.activations or () for s in history.looks(1)), ())
+
+
+def saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
+    """Return, by layer, the share of what its activation gave that is at an end of its range, and the activation.
+
+    That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
+    """
+    found: dict[str, tuple[float, Function | Literal["gate"]]] = {
+        history.columns.layer_of(a.module): (a.saturated, a.function)
+        for a in newest_activations(history)
+        if a.saturated is not None and a.function is not None
+    }
+    newest = next(iter(history.sequences(1)), None)
+    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
+    for fact in (newest.facts or ()) if newest is not None else ():
+        layer = history.columns.layer_of(fact.place, fact.part)
+        if fact.name == "saturated_gates" and fact.value > found.get(layer, (0.0, ""))[0]:
+            found[layer] = fact.value, "tanh" if kinds.get(fact.place) == "RNN" else "gate"
+    return found
+
+
+def flat(history: History) -> set[int]:
+    """Return the layers at or before one whose activation is saturated all over.
+
+    Zeros there are where the gradient faded to, and no cut.
+    """
+    known = {layer for layer, (share, _) in saturation(history).items() if share >= MOSTLY_DEAD}
+    if not known:
+        return set()
+    last = max((at for at, i in enumerate(history.order) if history.model.layers[i].name in known), default=-1)
+    return set(history.order[: last + 1])
+
+
+def misread(history: History) -> dict[str, SequenceStats]:
+    """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
+    probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
+    found = [
+        {s.module: s for s in p.sequences or () if s.part == "" and (s.over_batch or s.reads_padding)} for p in probes
+    ]
+    return {name: stats for name, stats in found[-1].items() if all(name in f for f in found)} if found else {}
+
+
+def before_misread(history: History) -> set[int]:
+    """Return the layers before a recurrent module that does not read its data: that is why they have no gradient."""
+    order, names = history.order, misread(history)
+    last = [at for at, i in enumerate(order) for name in names if inside(history.model.layers[i].name, name)]
+    return set(order[: max(last, default=0)])
+
+
+def zero_weights(history: History) -> list[str]:
+    """Return the layers whose weights are all exactly 0, in the order of the forward pass."""
+    weights = history.weight_norms() or ()
+    sizes: dict[str, float] = {}
+    for p, norm in zip(history.model.parameters, weights, strict=False):
+        if p.role == "weight" and norm is not None:
+            sizes[p.layer] = max(sizes.get(p.layer, 0.0), norm)
+    return [name for name in forward_names(history) if sizes.get(name) == 0]
+
+
+def nothing_to_learn(history: History) -> bool:
+    """Tell whether every loss of the window was exactly 0, and with it every gradient now."""
+    losses = history.losses(history.thresholds.window)
+    return bool(losses) and not any(losses) and not any(history.snapshot.norm)
+
+
+def steepest(history: History, count: int = 4) -> list[str]:
+    """Return the layers with the largest weights for their size."""
+    import numpy as np
+
+    gains = history.gains()
+    order = np.argsort(-np.nan_to_num(gains))[:count]
+    return [history.model.layers[i].name for i in order.tolist() if gains[i] > 0]
+
+
+def fact(history: History, place: str, name: FactName) -> float | None:
+    """Return a number of a module as it was measured last; None where it was not."""
+    facts = (f for s in reversed(history.window()) for f in s.facts or ())
+    return next((f.value for f in facts if (f.place, f.name, f.part) == (place, name, "")), None)
+
+
+def spectral_norm(history: History, place: str) -> dict[str, float]:
+    """Return the spectral norm of a layer's weight as evidence; nothing where it was not measured."""
+    norm = fact(history, place, "spectral_norm")
+    return {} if norm is None else {"spectral_norm": norm}
+
+
+def functions(history: History) -> dict[str, Function]:
+    """Return the activation after each layer of which one was seen."""
+    seen = newest_activations(history)
+    return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
+
+
+def forward_names(history: History) -> list[str]:
+    """Return the names of the layers in the order of the forward pass."""
+    return [history.model.layers[i].name for i in history.order]
+
+
+def reach(history: History, finding: Finding) -> list[str]:
+    """Return the layers of a finding and the one after them, in forward order; of the whole model all."""
+    order, last = forward_names(history), finding.names.get("last")
+    if finding.place not in order or not last:
+        return order
+    return order[order.index(finding.place) : order.index(last) + 2]
+
+
+def spectral_radius(history: History, place: str) -> float | None:
+    """Return the largest spectral radius of a recurrent module's matrices, as it was measured first; None: of none."""
+    facts = ([f for f in s.facts or () if f.place == place] for s in history.window())
+    found = ([f.value for f in mine if f.name == "spectral_radius"] for mine in facts)
+    return max(next(filter(None, found), ()), default=None)

@@ -1,0 +1,516 @@
+"""What a model leaves aside is told from what is cut off, and the cause of a cut is where the cut is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import gradwatch
+from gradwatch import Severity
+
+
+class Model(nn.Module):
+    """Hands the work to a function."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def stack(inputs=8, outputs=16):
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.Tanh())
+
+
+def mean_square(out, x):
+    return (out - x.sum(1, keepdim=True) / 4).square().mean()
+
+
+def said_of(model, loss=mean_square, *, steps=30, optimizer=None, draw=lambda: torch.randn(16, 8)):
+    """Train, and return of each code and place the worst severity and the last words."""
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=3e-3)
+    found = {}
+
+    def hear(report):
+        for alert in report.open:
+            key = alert.finding.code, alert.finding.place
+            worst = max(alert.severity, found[key][0]) if key in found else alert.severity
+            found[key] = worst, alert
+
+    with gradwatch.watch(model, optimizer, sinks=[hear], on_alert=lambda _: None) as watcher:
+        for _ in range(steps):
+            x = draw()
+            value = loss(model(x), x)
+            watcher.record(value)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    return found
+
+
+# --- what is cut off ---
+
+
+class Passing(nn.Module):
+    def __init__(self, take):
+        super().__init__()
+        self.weight, self.bias, self.take = nn.Parameter(torch.randn(16, 16) / 4), nn.Parameter(torch.zeros(16)), take
+
+    def forward(self, x):
+        return torch.relu(x @ self.take(self.weight) + self.take(self.bias))
+
+
+class Beside(nn.Module):
+    """A frozen layer, and a trained one beside it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(4, inputs) / 3), nn.Parameter(torch.randn(outputs, 4) / 3)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+def argmax(m, x):
+    return m.head(m.table(m.enc(x).argmax(-1)))
+
+
+def towers(m, x):
+    """The tower that is whole runs between the one that is cut off and the head."""
+    one = m.one(x)
+    other = m.other(x)
+    return m.head(torch.cat([one.detach(), other], 1))
+
+
+def towers_without_grad(m, x):
+    with torch.no_grad():
+        one = m.one(x)
+    other = m.other(x)
+    return m.head(torch.cat([one, other], 1))
+
+
+CUTS = {
+    "data": (
+        lambda: Model(
+            lambda m, x: m.head(m.own(m.enc(x))), enc=stack(), own=Passing(lambda w: w.data), head=nn.Linear(16, 1)
+        ),
+        "own",
+        "inside",
+        "look inside own for .data",
+    ),
+    "copy": (
+        lambda: Model(
+            lambda m, x: m.head(m.own(m.enc(x))),
+            enc=stack(),
+            own=Passing(lambda w: w.detach().clone()),
+            head=nn.Linear(16, 1),
+        ),
+        "own",
+        "inside",
+        "a copy of its weights",
+    ),
+    "towers": (
+        lambda: Model(towers, one=stack(), other=stack(), head=nn.Linear(32, 1)),
+        "one.0",
+        "cut",
+        "look between one and head for detach()",
+    ),
+    "towers-without-grad": (
+        lambda: Model(towers_without_grad, one=stack(), other=stack(), head=nn.Linear(32, 1)),
+        "one.0",
+        "cut",
+        "look inside one for torch.no_grad()",
+    ),
+    "argmax": (
+        lambda: Model(argmax, enc=stack(), table=nn.Embedding(16, 8), head=nn.Linear(8, 1)),
+        "enc.0",
+        "cut",
+        "look between enc and table for detach(), .item(), .numpy(), argmax",
+    ),
+    "frozen-child": (
+        lambda: Model(lambda m, x: m.head(m.enc(x).detach()), enc=stack(), head=Beside(16, 1)),
+        "enc.0",
+        "cut",
+        "look between enc and head for detach()",
+    ),
+    "reentrant-checkpoint": (
+        lambda: Model(
+            lambda m, x: m.head(checkpoint(m.two, checkpoint(m.one, x, use_reentrant=True), use_reentrant=True)),
+            one=stack(),
+            two=stack(16),
+            head=Beside(16, 1),
+        ),
+        "one.0",
+        "checkpoint",
+        "use_reentrant=False",
+    ),
+    "a-call-that-the-loss-does-not-use": (
+        lambda: Model(None, actor=stack(), critic=nn.Linear(8, 1)),
+        "actor.0",
+        "outside",
+        "torch.tensor()",
+    ),
+    "a-distribution-of-which-numbers-are-taken": (
+        lambda: Model(
+            lambda m, x: (torch.distributions.Categorical(logits=m.actor(x)), m.critic(x)),
+            actor=stack(),
+            critic=nn.Linear(8, 1),
+        ),
+        "actor.0",
+        "outside",
+        "torch.tensor()",
+    ),
+}
+"""Each with the place, the cause, and a part of what to do."""
+
+
+class TwoCalls(nn.Module):
+    """Lets the loop call its parts."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.actor, self.critic = model.actor, model.critic
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", CUTS)
+def test_a_cut_is_an_error_and_its_cause_is_where_it_is(name):
+    torch.manual_seed(0)
+    build, place, cause, remedy = CUTS[name]
+    model, loss = build(), mean_square
+    kept = []
+    if name == "a-distribution-of-which-numbers-are-taken":
+
+        def loss(out, x):
+            policy, value = out
+            chosen = policy.log_prob(policy.sample())
+            kept[:] = [chosen]
+            return mean_square(value, x) + torch.tensor(chosen.tolist()).mean()
+
+    if name == "a-call-that-the-loss-does-not-use":
+        model.run = None
+        found = said_of_parts(model)
+    else:
+        found = said_of(model, loss)
+
+    severity, alert = found["GW401", place]
+    assert severity is Severity.ERROR
+    assert alert.finding.cause == cause
+    assert remedy in alert.remedy
+    assert {key for key, (worst, _) in found.items() if worst > Severity.INFO} == {("GW401", place)}
+
+
+def said_of_parts(model):
+    """Train what the loop calls part by part; of one it takes numbers alone."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    found = {}
+
+    def hear(report):
+        found.update({(a.finding.code, a.finding.place): (a.severity, a) for a in report.open})
+
+    with gradwatch.watch(model, optimizer, sinks=[hear], on_alert=lambda _: None):
+        for _ in range(30):
+            x = torch.randn(16, 8)
+            bonus = torch.tensor(model.actor(x).tolist()).mean()
+            optimizer.zero_grad()
+            (mean_square(model.critic(x), x) + bonus).backward()
+            optimizer.step()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Model(
+            lambda m, x: m.head(m.own(m.enc(x))), enc=stack(), own=Passing(lambda w: w), head=nn.Linear(16, 1)
+        ),
+        lambda: Model(lambda m, x: m.head(checkpoint(m.one, x, use_reentrant=False)), one=stack(), head=Beside(16, 1)),
+        lambda: Model(
+            lambda m, x: m.head(checkpoint(m.one, x.clone().requires_grad_(), use_reentrant=True)),
+            one=stack(),
+            head=Beside(16, 1),
+        ),
+    ],
+)
+def test_what_is_to_be_done_of_it_makes_it_go_away(build):
+    torch.manual_seed(0)
+    assert said_of(build()) == {}
+
+
+# --- what is left aside ---
+
+
+class Pooled(nn.Module):
+    """Gives what nobody takes beside what the loss takes, as a model of a library does."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc, self.pool = stack(), nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+
+    def forward(self, x):
+        given = self.enc(x)
+        return {"all": given, "pooled": self.pool(given)}
+
+
+class Masked(nn.Module):
+    """Has a vector for masks that it does not draw."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask, self.enc = nn.Parameter(torch.zeros(8)), stack()
+
+    def forward(self, x):
+        return self.enc(x)
+
+
+class Queries(nn.Module):
+    """Attention by hand; without `kept`, its keys and values are computed and left."""
+
+    def __init__(self, size=16, std=None, *, kept=True):
+        super().__init__()
+        self.q, self.k, self.v, self.kept = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, size), kept
+        for layer in (self.q, self.k) if std else ():
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x).view(x.shape), self.v(x).view(x.shape)
+        if not self.kept:
+            return q.roll(1, 1) * 0.5
+        return (q @ k.mT / math.sqrt(x.shape[-1])).softmax(-1) @ v
+
+
+def choose(m, x):
+    """Weigh one candidate, as a selection of variables does with one variable."""
+    weights = m.select(x).softmax(-1)
+    return m.head(weights * m.enc(x))
+
+
+LEFT = {
+    "pooler": (
+        lambda: Model(lambda m, x: m.head(m.body(x)["all"]), body=Pooled(), head=nn.Linear(16, 1)),
+        "body.pool.0",
+        "unused",
+    ),
+    "pooler-that-the-loop-keeps": (
+        lambda: Model(
+            lambda m, x: {"out": m.head((given := m.body(x))["all"]), **given}, body=Pooled(), head=nn.Linear(16, 1)
+        ),
+        "body.pool.0",
+        "unused",
+    ),
+    "keys-and-values": (
+        lambda: Model(
+            lambda m, x: m.head(m.att(m.enc(x)[:, None])[:, 0]),
+            enc=stack(),
+            att=Queries(kept=False),
+            head=nn.Linear(16, 1),
+        ),
+        "att.k",
+        "unused",
+    ),
+    "mask": (lambda: Model(lambda m, x: m.head(m.body(x)), body=Masked(), head=nn.Linear(16, 1)), "body", "own"),
+    "zero-input": (
+        lambda: Model(
+            lambda m, x: m.head(m.enc(x) + m.context(torch.zeros(len(x), 4))),
+            enc=stack(),
+            context=nn.Linear(4, 16, bias=False),
+            head=nn.Linear(16, 1),
+        ),
+        "context",
+        "zero_input",
+    ),
+    "softmax-of-one": (
+        lambda: Model(choose, select=nn.Linear(8, 1), enc=stack(), head=nn.Linear(16, 1)),
+        "select",
+        "softmax",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_nothing_takes_is_information(name):
+    torch.manual_seed(0)
+    build, place, cause = LEFT[name]
+    model = build()
+
+    def loss(out, x):
+        return mean_square(out["out"] if isinstance(out, dict) else out, x)
+
+    found = said_of(model, loss)
+
+    assert {key: worst for key, (worst, _) in found.items()} == {("GW401", place): Severity.INFO}
+    alert = found["GW401", place][1]
+    assert alert.finding.cause == cause
+    assert {p.grad is None or not p.grad.any() for p in model.get_submodule(place).parameters(recurse=False)} == {True}
+
+
+@pytest.mark.parametrize("name", ["pooler", "keys-and-values", "mask", "zero-input", "softmax-of-one"])
+def test_one_batch_with_what_nothing_takes_is_healthy(name):
+    torch.manual_seed(0)
+    gradwatch.assert_healthy(LEFT[name][0](), torch.randn(16, 8))
+
+
+# --- a normalization of one value ---
+
+
+class Skipped(nn.Module):
+    """A deep branch before a normalization of one value, beside a linear layer that learns alone."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.deep = nn.Sequential(stack(), stack(16), nn.Linear(16, 1))
+        self.norm, self.skip = norm, nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.norm(self.deep(x)) + self.skip(x)
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])
+def test_what_leads_to_a_normalization_of_one_value_learns_nothing_and_that_is_one_alert(make):
+    torch.manual_seed(0)
+    model = Skipped(nn.LayerNorm(1))
+    x = torch.randn(16, 8)
+    mean_square(model.double()(x.double()), x.double()).backward()
+    assert all(p.grad.abs().max() < 1e-12 for p in model.deep.parameters())
+    model.zero_grad()
+
+    found = said_of(model.float(), optimizer=make(model.parameters(), lr=1e-2))
+
+    assert {key: worst for key, (worst, _) in found.items()} == {("GW402", "deep.0.0"): Severity.ERROR}
+    alert = found["GW402", "deep.0.0"][1]
+    assert "norm" in alert.cause
+    assert alert.finding.evidence["layers"] == 3
+    assert said_of(Skipped(nn.Identity())) == {}
+
+
+def test_a_true_gradient_of_zero_is_found_whether_or_not_noise_arrives():
+    torch.manual_seed(0)
+    report = gradwatch.check(Skipped(nn.LayerNorm(1)), torch.randn(16, 8))
+
+    assert [(a.finding.code, a.finding.place) for a in report.open] == [("GW402", "deep.0.0")]
+
+
+# --- beside the way ---
+
+
+class Reader(nn.Module):
+    """Attends over tokens, with normalization after each sum, all weights but the head's N(0, std)."""
+
+    def __init__(self, std, size=32, blocks=2):
+        super().__init__()
+        self.table, self.first = nn.Embedding(20, size), nn.LayerNorm(size)
+        self.blocks = nn.ModuleList(nn.Sequential(Queries(size), nn.Linear(size, size)) for _ in range(blocks))
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(blocks))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        self.head = nn.Linear(size, 20)
+
+    def forward(self, tokens):
+        x = self.first(self.table(tokens))
+        for block, norm in zip(self.blocks, self.norms, strict=True):
+            x = norm(x + block(x))
+        return self.head(x)
+
+
+def tokens():
+    return torch.randint(0, 20, (16, 12))
+
+
+def next_token(out, x):
+    return functional.cross_entropy(out.flatten(0, 1), ((x * 7 + 3) % 20).flatten())
+
+
+def test_queries_and_keys_that_begin_small_are_no_vanishing_by_depth():
+    def read(std, optimizer=torch.optim.Adam):
+        torch.manual_seed(0)
+        model = Reader(std)
+        return model, said_of(
+            model, next_token, steps=40, draw=tokens, optimizer=optimizer(model.parameters(), lr=1e-4)
+        )
+
+    for optimizer in (torch.optim.Adam, torch.optim.SGD):
+        model, found = read(0.01, optimizer)
+        assert {code for code, _ in found} == {"GW101"}
+        assert {worst for worst, _ in found.values()} == {Severity.INFO}
+        assert {alert.finding.cause for _, alert in found.values()} == {"aside"}
+        assert {place.rsplit(".", 1)[1] for _, place in found} <= {"q", "k"}
+        assert all("larger weights" in alert.remedy for _, alert in found.values())
+
+    # The share that is told is never below that which comes through, taken by autograd.
+    share = found["GW101", "blocks.0.0.q"][1].finding.evidence["through"]
+    x, through = model.first(model.table(tokens())).detach(), []
+    for part in ("q", "all"):
+        mine = x.clone().requires_grad_()
+        attention = model.blocks[0][0]
+        q = attention.q(mine)
+        k, v = (layer(mine if part == "all" else x) for layer in (attention.k, attention.v))
+        given = (q @ k.mT / math.sqrt(32)).softmax(-1) @ v
+        rest = mine if part == "all" else x
+        y = model.norms[0](rest + model.blocks[0][1](given))
+        y = model.norms[1](y + model.blocks[1](y))
+        next_token(model.head(y), tokens()).backward()
+        through.append(mine.grad.norm().item())
+    assert through[0] / through[1] < share < 0.2
+
+    assert read(0.3)[1] == {}
+
+
+class TwoTowers(nn.Module):
+    """A deep tower of sigmoids beside a short one, both on what the same layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.low = nn.Linear(8, 16)
+        self.short = nn.Linear(16, 16)
+        self.deep = nn.Sequential(*(m for _ in range(9) for m in (nn.Linear(16, 16), nn.Sigmoid())))
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, x):
+        low = self.low(x)
+        return self.head(torch.cat([self.short(low), self.deep(low)], 1))
+
+
+def test_a_deep_tower_that_the_gradient_passes_by_vanishes_all_the_same():
+    torch.manual_seed(0)
+    found = said_of(TwoTowers(), steps=40, optimizer=None)
+
+    assert found["GW101", "deep.0"][0] is Severity.WARNING
+
+
+class Begun(nn.Module):
+    """Gives a recurrent layer its initial state."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin, self.rnn, self.head = nn.Linear(4, 16), nn.GRU(3, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(self.rnn(x, self.begin(x[:, 0, :1].expand(-1, 4)).tanh()[None])[0][:, -1])
+
+
+def test_what_feeds_only_the_initial_state_fades_with_the_memory_of_the_layer():
+    torch.manual_seed(0)
+    model = Begun()
+    found = said_of(
+        model,
+        lambda out, x: (out - x[:, -3:].sum((1, 2))[:, None]).square().mean(),
+        draw=lambda: torch.randn(16, 60, 3),
+    )
+
+    worst, alert = found["GW101", "begin"]
+    assert worst is Severity.INFO
+    assert alert.finding.cause == "state"
+    assert "the initial state of rnn" in alert.cause
