@@ -112,7 +112,7 @@ def _left_out(history: History) -> Iterator[Finding]:
     # trained elsewhere, what gets no gradient, as a copy that follows, and most of a model may well be meant.
     few = len(left_out) < LEFT_OUT * sum(p.trainable is not False for p in model.parameters)
     forgotten = [p for p in left_out if few and p in stood and after(p.layer)]
-    shown = sorted(forgotten or left_out, key=lambda p: order[p.layer])
+    shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
     yield Finding(
         "GW902",
         "unstepped",
