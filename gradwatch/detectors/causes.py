@@ -291,7 +291,7 @@ def _kick_of(history: History, layers: Collection[str], until: int | None = None
         if r and p.layer in layers and p.role == "weight" and math.isfinite(r)
     ]
     if until is not None:
-        kicks = ((ratio, layer, step) for layer, (ratio, step) in history.kicks.items() if layer in layers)
+        kicks = ((ratio, layer, step) for layer, (ratio, step) in history.track.kicks.items() if layer in layers)
         ratios = [kick for kick in (*ratios, *kicks) if until - KICK_LASTS <= kick[2] <= until]
     largest = max(ratios, default=None)
     return largest if largest is not None and largest[0] >= KICK else None

@@ -33,10 +33,10 @@ def _unmoved(history: History) -> Iterator[Finding]:
 
     Where the gradient is too small to move anything, or clipping has made it so, that is another finding.
     """
-    t, now, update = history.thresholds, history.snapshot, history.update
+    t, now, update = history.thresholds, history.snapshot, history.track.update
     if update is None or not update < t.slow_update or history.count < t.window or not any(now.norm) or _bad(now):
         return
-    stand = history.standing >= STANDING_PROBES
+    stand = history.track.standing >= STANDING_PROBES
     if stand and last_rate(history) == 0:
         yield _standing(history, _severity(history), update)
         return
@@ -49,15 +49,15 @@ def _unmoved(history: History) -> Iterator[Finding]:
         return
     if stand and asks:
         yield _standing(history, Severity.WARNING, update)
-    elif (long and asks) or (stand and history.moved is None):
+    elif (long and asks) or (stand and history.track.moved is None):
         yield _standing(history, Severity.INFO, update)
 
 
 def _standing(history: History, severity: Severity, update: float) -> Finding:
     """Return the finding, since the first of the probes that belong to it."""
     probes = [s.step for s in history.window() if s.update_ratio is not None and not s.skipped]
-    onset = probes[max(len(probes) - max(history.standing, 1), 0)] if probes else history.snapshot.step
-    evidence = {"update": update, **({} if history.moved is None else {"moved": float(history.moved)})}
+    onset = probes[max(len(probes) - max(history.track.standing, 1), 0)] if probes else history.snapshot.step
+    evidence = {"update": update, **({} if history.track.moved is None else {"moved": float(history.track.moved)})}
     return Finding("GW903", "unstepped", severity, "", onset=onset, evidence=evidence)
 
 
@@ -78,7 +78,7 @@ def _of_the_rate(history: History, finding: Finding) -> Finding:
 
 def _severity(history: History) -> Severity:
     """Judge a schedule that has run out: at the end of a training it is no fault, before half of it is over it is."""
-    moved = history.moved
+    moved = history.track.moved
     if moved is not None and history.improved is not False and history.snapshot.step - moved < moved:
         return Severity.INFO
     return Severity.WARNING
@@ -158,7 +158,7 @@ def _clipped(history: History) -> Iterator[Finding]:
     A clip that is reached at each step, and weights that move, are what the beginning of many a sound training looks
     like: it is worth a word only where the loss stands still for long.
     """
-    t, update = history.thresholds, history.update
+    t, update = history.thresholds, history.track.update
     if history.improved or update is None:
         return
     slow = update < t.slow_update * (t.clear_factor if history.is_open("GW904", "") else 1.0)
@@ -167,7 +167,7 @@ def _clipped(history: History) -> Iterator[Finding]:
     told = history.explained and not history.is_open("GW904", "")  # by another alert, why the loss stands still
     if told or history.count <= t.window or warming_up(history) or (left := share_left(history)) is None:
         return
-    sure = history.improved is False or history.standing >= STANDING_PROBES
+    sure = history.improved is False or history.track.standing >= STANDING_PROBES
     severity = Severity.WARNING if slow and sure else Severity.INFO
     evidence = {**left, "update": update}
     if (scale := history.snapshot.loss_scale) is not None and scale != 1:

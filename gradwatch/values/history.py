@@ -80,7 +80,7 @@ class History:
             if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
                 track.first_norms.append(total)
             if snapshot.loss is not None and snapshot.silence is None:  # else it is the loss of others
-                self._add_loss(track, snapshot.loss)
+                track.add_loss(snapshot.loss)
         self._improved = self._has_improved()
 
     def note_open(self, keys: Iterable[Key], *, explained: bool = False) -> None:
@@ -106,16 +106,6 @@ class History:
             if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
                 self.best_ratio[layer.name] = value
 
-    @staticmethod
-    def _add_loss(track: Track, loss: float) -> None:
-        loss = math.inf if math.isnan(loss) else loss  # so that medians know where it stands
-        track.last_losses.append(loss)
-        if len(track.first_losses) < EDGE:
-            track.first_losses.append(loss)
-        level = statistics.median(list(track.last_losses)[-EDGE:])
-        if len(track.last_losses) >= EDGE and (track.best_loss is None or level < track.best_loss):
-            track.best_loss = level
-
     # --- what detectors read ---
 
     @property
@@ -136,7 +126,7 @@ class History:
     @property
     def snapshot(self) -> Snapshot:
         """The newest snapshot."""
-        return self._track.snapshots[-1]
+        return self.track.snapshots[-1]
 
     @property
     def model(self) -> ModelInfo:
@@ -152,46 +142,26 @@ class History:
     @property
     def count(self) -> int:
         """How many snapshots there were, the forgotten ones included."""
-        return self._track.added
+        return self.track.added
 
     @property
     def skipped(self) -> int:
         """Steps in a row that a GradScaler skipped, up to now."""
-        return self._track.skipped
-
-    @property
-    def update(self) -> float | None:
-        """How far the newest step that was measured so moved all weights, over their norm; None where none was."""
-        return self._track.update
-
-    @property
-    def moved(self) -> int | None:
-        """The newest step that was seen to move the weights; None where none was."""
-        return self._track.moved
-
-    @property
-    def standing(self) -> int:
-        """Probes in a row, up to now, whose step had a gradient and left the weights where they were."""
-        return self._track.standing
+        return self.track.skipped
 
     @property
     def first_norms(self) -> Sequence[float]:
         """Global gradient norms of the first window."""
-        return self._track.first_norms
-
-    @property
-    def kicks(self) -> Mapping[str, tuple[float, int]]:
-        """Per layer, the largest update of a weight over the weight that still lasts as a kick, and its step."""
-        return self._track.kicks
+        return self.track.first_norms
 
     def had_gradients(self, *, anywhere: bool = False) -> bool:
         """Tell whether a parameter of this optimizer, or `anywhere` one of any, has ever had a gradient."""
-        tracks = self._tracks.values() if anywhere else [self._track]
+        tracks = self._tracks.values() if anywhere else [self.track]
         return any(track.first_norms or any(s.silence is None for s in track.snapshots) for track in tracks)
 
     def window(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
-        return _last(self._track.snapshots, count)
+        return _last(self.track.snapshots, count)
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
@@ -209,7 +179,7 @@ class History:
         """
         import numpy as np
 
-        return np.stack(_last(self._track.sensitivities, count))
+        return np.stack(_last(self.track.sensitivities, count))
 
     def ratios(self, count: int) -> Floats:
         """Return each layer's sensitivity over the largest of the layers after it in the forward pass.
@@ -218,7 +188,7 @@ class History:
         """
         import numpy as np
 
-        return np.stack(_last(self._track.ratios, count))
+        return np.stack(_last(self.track.ratios, count))
 
     @property
     def order(self) -> Sequence[int]:
@@ -245,21 +215,21 @@ class History:
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
-        return _last(self._track.probes, count) if self.begun else []
+        return _last(self.track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
         """Return the last `count` known losses."""
-        return _last(self._track.last_losses, count)
+        return _last(self.track.last_losses, count)
 
     @property
     def first_loss(self) -> float | None:
         """Median of the first five losses; None where the loss is not known."""
-        return statistics.median(self._track.first_losses) if self._track.first_losses else None
+        return statistics.median(self.track.first_losses) if self.track.first_losses else None
 
     @property
     def best_loss(self) -> float | None:
         """The lowest median of five losses in a row; None where the loss is not known."""
-        return self._track.best_loss
+        return self.track.best_loss
 
     @property
     def improved(self) -> bool | None:
@@ -270,7 +240,7 @@ class History:
         return self._improved
 
     def _has_improved(self) -> bool | None:
-        track = self._track
+        track = self.track
         if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not self._has_size:
             return None
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
@@ -283,7 +253,7 @@ class History:
     @property
     def _has_size(self) -> bool:
         """Whether 0 is the least that the loss can be, so that a share of it means something."""
-        track = self._track
+        track = self.track
         lowest = min((*track.first_losses, *track.last_losses, track.best_loss or 0.0), default=0.0)
         return lowest >= 0 and statistics.median(track.first_losses) > 0
 
@@ -392,7 +362,8 @@ class History:
         self._improved = self._has_improved() if self.begun else None
 
     @property
-    def _track(self) -> Track:
+    def track(self) -> Track:
+        """What is remembered of the optimizer of the newest snapshot."""
         return self._tracks[self._now]
 
     @property

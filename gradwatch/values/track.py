@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import KEPT, KICK, KICK_LASTS, PROBES, UNMOVED
+from gradwatch.values.thresholds import EDGE, KEPT, KICK, KICK_LASTS, PROBES, UNMOVED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +59,16 @@ class Track:
             self.standing += 1
         else:
             self.moved, self.standing = snapshot.step, 0
+
+    def add_loss(self, loss: float) -> None:
+        """Take note of the loss of a step."""
+        loss = math.inf if math.isnan(loss) else loss  # so that medians know where it stands
+        self.last_losses.append(loss)
+        if len(self.first_losses) < EDGE:
+            self.first_losses.append(loss)
+        level = statistics.median(list(self.last_losses)[-EDGE:])
+        if len(self.last_losses) >= EDGE and (self.best_loss is None or level < self.best_loss):
+            self.best_loss = level
 
     def note_kicks(self, snapshot: Snapshot) -> None:
         """Take note of the updates that move units out of reach."""

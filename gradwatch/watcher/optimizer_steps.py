@@ -7,26 +7,21 @@ import enum
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from torch import Tensor
 
 from gradwatch.measurement import loss_scale
 from gradwatch.measurement.measurement import Measurement
-from gradwatch.measurement.model_map import ModelMap
 from gradwatch.measurement.parameters import undisturbed
-from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.model.forward_hooks import Part
 from gradwatch.model.optimizer_hooks import StepHooks
-from gradwatch.values.snapshot import Absent, ModelInfo, Snapshot, Stage
+from gradwatch.values.snapshot import Absent, Snapshot, Stage
 from gradwatch.values.thresholds import STEPLESS
-from gradwatch.watcher.cadence import Cadence
-from gradwatch.watcher.forward_pass import ForwardPass
-from gradwatch.watcher.losses import Losses
 from gradwatch.watcher.silent_steps import SilentSteps
-from gradwatch.watcher.unheard import Unheard
+from gradwatch.watcher.stepped_parameters import SteppedParameters
+from gradwatch.watcher.training import Training
 
 Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
@@ -50,23 +45,6 @@ class State(enum.Enum):
     """The step that was measured last is done."""
     SKIPPED = "skipped"
     """The optimizer never came for what is not finite: a scaler skipped the step."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """The training that a watcher watches: what its optimizers have in common."""
-
-    model_map: ModelMap
-    forward_pass: ForwardPass
-    losses: Losses
-    unheard: Unheard
-    processes: Processes
-    cadence: Cadence
-    patience: int
-    """Measured steps in a row without any gradient that are worth a snapshot."""
-    scaler: Any = None
-    clock: Callable[[], int] | None = None
-    """Numbers the steps where the loop has an axis of its own."""
 
 
 class OptimizerSteps:
@@ -110,12 +88,7 @@ class OptimizerSteps:
         self._silent = SilentSteps(training.patience)
         self._owed: str | None = None
         """The step for which the process that speaks for this one waits."""
-        self._ids: list[int] = []
-        self._columns: list[int] = []
-        self._described: ModelInfo | None = None
-        """The description that `_columns` belongs to."""
-        self._weighed = False
-        """Whether the weights were measured since `_columns` was made."""
+        self._stepped = SteppedParameters(training.model_map)
         self._absent: dict[int, Absent] = {}
         """What the last look at a forward pass said of columns that have no gradient or may have zeros in its place."""
         self._spare: dict[int, Tensor] = {}
@@ -159,8 +132,10 @@ class OptimizerSteps:
                 self._scaler = loss_scale.stepping() or self._scaler
             self._measurement.of_optimizer(self.optimizer, self._scaler)
             if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
-                parameters = self._parameters()
-                self._turn = self._measurement.parameters.copy(self._columns, parameters, self._turn, self._spare)
+                parameters = self._stepped.now(self.optimizer)
+                self._turn = self._measurement.parameters.copy(
+                    self._stepped.columns, parameters, self._turn, self._spare
+                )
         self._losses.taken(self.index)
 
     def on_loss(self, loss: object) -> None:
@@ -271,22 +246,22 @@ class OptimizerSteps:
         probe, self._extra = self._extra or self._cadence.probed(self.count), False
         transfer = Transfer()
         parts, ran = self._seen(transfer)
-        parameters = self._parameters()
+        parameters = self._stepped.now(self.optimizer)
         measurement = Measurement(self.count, self._model_map.info, stage, transfer, parts, probe=probe)
-        measurement.parameters.holders = self._model_map.holders(self._columns)
-        columns, gradients = self._gradients(parameters)
+        measurement.parameters.holders = self._model_map.holders(self._stepped.columns)
+        columns, gradients = self._stepped.gradients(parameters)
         if ran is not None:
-            self._absent = self._model_map.without_gradient(self._columns, parameters, ran)
+            self._absent = self._model_map.without_gradient(self._stepped.columns, parameters, ran)
         if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
-            measurement.absent = self._model_map.absent(self._columns, parameters, self._absent)
+            measurement.absent = self._model_map.absent(self._stepped.columns, parameters, self._absent)
         if self.index == 0:  # the first speaks for what none steps
-            measurement.outside(*self._model_map.outside(), weigh=probe or not self._weighed)
+            measurement.outside(*self._model_map.outside(), weigh=probe or not self._stepped.weighed)
         factor = loss_scale.at_step(self._scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
-        if probe or not self._weighed or measurement.empty:
-            measurement.parameters.weights(self._columns, parameters)
-            self._weighed = True
+        if probe or not self._stepped.weighed or measurement.empty:
+            measurement.parameters.weights(self._stepped.columns, parameters)
+            self._stepped.weighed = True
         measurement.losses(self._losses_now())
         return measurement
 
@@ -301,39 +276,22 @@ class OptimizerSteps:
         parts: list[Part] = []
         if look.awaited_by(self.index) and self._model_map.model is not None:
             scale = loss_scale.of_backward(self._training.scaler, self.optimizer)
-            mine = set(map(id, self._parameters()))
+            mine = set(map(id, self._stepped.now(self.optimizer)))
             parts = look.seen(scale, mine, self._model_map.stepped_by_others(self.optimizer), transfer)
         ran = look.release(self.index)
         if ran is None:
             return parts, None
         self._model_map.learn_order(ran)
-        self._ids = []  # describe it anew: for the order, and for parameters that were replaced under the same id
+        self._stepped.forget()
         return parts, frozenset(ran)
 
     def _compare(self, measurement: Measurement) -> None:
         """See what clipping has made of the gradients that were read before it."""
         with undisturbed():
-            columns, gradients = self._gradients(self._parameters())
+            columns, gradients = self._stepped.gradients(self._stepped.now(self.optimizer))
             measurement.as_applied(columns, gradients, self.optimizer)
             measurement.found_inf(self.optimizer)
             measurement.losses(self._losses_now())
-
-    def _parameters(self) -> list[Tensor]:
-        """Return the parameters that are stepped now, in line with `_columns`; what is not of the model is left out."""
-        every = self._model_map.parameters(self.optimizer)
-        ids = list(map(id, every))
-        if ids != self._ids:  # some have come, gone or been replaced
-            self._model_map.describe()
-            self._ids, self._described = ids, None
-        if self._described is not self._model_map.info:
-            self._described, self._weighed = self._model_map.info, False
-            self._columns = self._model_map.columns(ids)
-        return every if len(self._columns) == len(ids) else [p for p in every if p in self._model_map]
-
-    def _gradients(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-        """Return the gradients that there are, each with its column."""
-        found = [(c, g) for c, p in zip(self._columns, parameters, strict=True) if (g := p.grad) is not None]
-        return [c for c, _ in found], [g for _, g in found]
 
     # --- the end of a step ---
 
@@ -345,10 +303,10 @@ class OptimizerSteps:
         self.state = end
         if not measurement.empty:
             self._silent.end()
-        elif not self._columns or not self._silent.add(measurement, self._columns):
+        elif not self._stepped.columns or not self._silent.add(measurement, self._stepped.columns):
             if self._silent.due and not self._training.processes.silent:
                 self._extra = True
-                self._training.forward_pass.look_ahead(self.index, self._model_map.last_layer(self._columns))
+                self._training.forward_pass.look_ahead(self.index, self._model_map.last_layer(self._stepped.columns))
             return
         optimizer = self.index if self.optimizer is not None else None
         key = self._owed or ""

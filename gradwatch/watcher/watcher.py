@@ -27,9 +27,10 @@ from gradwatch.values.snapshot import Snapshot
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.judge import Judge
 from gradwatch.watcher.losses import Losses
-from gradwatch.watcher.optimizer_steps import OptimizerSteps, Training
+from gradwatch.watcher.optimizer_steps import OptimizerSteps
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.probes import Probes
+from gradwatch.watcher.training import Training
 from gradwatch.watcher.unheard import Unheard
 from gradwatch.watcher.warn_once import WarnOnce, said
 

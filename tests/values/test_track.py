@@ -28,7 +28,7 @@ def probed(ratios, *, norm=(1.0, 1.0), skipped=False):
 def test_weights_stand_where_a_step_with_a_gradient_leaves_them():
     history = probed([1e-3, None, 1e-9, None, 0.0])
 
-    assert (history.update, history.moved, history.standing) == (0.0, 0, 2)
+    assert (history.track.update, history.track.moved, history.track.standing) == (0.0, 0, 2)
     assert probed([0.0, 1e-3]).standing == 0
     assert probed([0.0, 0.0], norm=(0.0, None)).standing == 0  # nothing to move them by
     assert probed([0.0, 0.0], skipped=True).standing == 0

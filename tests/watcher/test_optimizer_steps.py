@@ -191,7 +191,7 @@ def writers(root, fields):
 def test_nobody_else_writes_the_fields_of_a_step():
     fields = set(vars(Seen().steps))
 
-    assert {"state", "count", "_measurement", "_columns"} <= fields
+    assert {"state", "count", "_measurement", "_stepped"} <= fields
     assert writers(Path(gradwatch.__file__).parent, fields) == []
 
 
