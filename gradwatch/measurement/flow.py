@@ -341,11 +341,6 @@ class FlowProbe:
         alive = [ref() is not None for ref in (self._given[name].nodes if name in self._given else ())]
         return any(alive[:-1]) or (any(alive) and name not in self.graph.names)
 
-    @property
-    def used(self) -> Collection[int]:
-        """Parameters in the graph of what the model gave, by `id`, whether or not their module was called."""
-        return self.graph.parameters
-
 
 def _weak(tensor: Tensor) -> Any:  # noqa: ANN401  (a class without types)
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's

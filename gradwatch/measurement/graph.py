@@ -33,10 +33,6 @@ class Graph:
         self._mark, self._state = mark, (mark, "state")
         self.names: set[str] = set()
         """Modules whose output it leads to."""
-        self.parameters: set[int] = set()
-        """By `id`."""
-        self.strangers: dict[int, int] = {}
-        """Parameters that the graph leads to, with their numbers of entries, by `id`."""
         self.joins: list[tuple[int, tuple[int, ...], str]] = []
         """Where something without a graph was put to what has one: when, of what shape, and before which module."""
         self._open: set[str] = set()
@@ -108,10 +104,6 @@ class Graph:
             if node.name() in _SOFTMAX and (top := _top(node)) is not None:
                 peak = len(self._tops)
                 self._tops.append(top)
-            leaf = getattr(node, "variable", None)
-            if isinstance(leaf, nn.Parameter):
-                self.parameters.add(id(leaf))
-                self.strangers[id(leaf)] = leaf.numel()
             if known == (False, False):
                 self._note_join(node, within)
             if barrier is None and (found := _blocks(node)) is not None:
