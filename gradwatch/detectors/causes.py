@@ -128,7 +128,8 @@ def _with_remedies(history: History, finding: Finding, layers: Collection[str]) 
 
 def _standing(history: History, finding: Finding) -> Finding | None:
     """Tell whether a place in the model accounts for it: an initial state, a side branch, a narrow normalization."""
-    names = reach(history, finding)[: int(finding.evidence.get("layers", 1))]
+    names, count = reach(history, finding), finding.evidence.get("layers", 1.0)
+    names = names[: int(count)] if count < len(names) else names
     worst = finding.names.get("worst", finding.place)
     flow = flow_of(history, worst) or Flow(worst)
     if (fading := fades_with(history, flow.layer)) is not None:

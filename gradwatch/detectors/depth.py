@@ -71,7 +71,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
                 "share": float(low[:, worst].mean()),
             },
             names={
-                "first": history.model.layers[run[0]].name,
+                "begins": history.model.layers[run[0]].name,
                 "worst": history.model.layers[worst].name,
                 "last": history.model.layers[run[-1]].name,
             },
@@ -87,7 +87,7 @@ def _small(history: History, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
     later = 0.0
     for i in reversed(history.order):
         norm = by_layer[history.model.layers[i].name] or 0.0
-        found[i] = norm < limits[i] * later
+        found[i] = norm == 0 or norm < limits[i] * later
         later = max(later, norm)
     return found
 
@@ -280,7 +280,7 @@ def _absolute(history: History) -> Iterator[Finding]:
 
 def _explain(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
-    first, count = names.get("first", finding.place) or "the first layer", evidence["layers"]
+    first, count = names.get("begins", finding.place) or "the first layer", evidence["layers"]
     through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
     worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
     get, their = ("get", "their") if count > 1 else ("gets", "its")

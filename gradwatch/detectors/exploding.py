@@ -146,7 +146,7 @@ def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
     weights = snapshot.weight_norm or (None,) * len(snapshot.norm)
     for p, ratio, weight in zip(snapshot.model.parameters, snapshot.update_ratio or (), weights, strict=False):
         if ratio is not None and p.role == "weight" and math.isfinite(ratio):
-            ordinary = ORDINARY_GAIN * math.sqrt(max(p.shape[0], 1))
+            ordinary = ORDINARY_GAIN * math.sqrt(max((*p.shape, 1)[0], 1))
             yield p.layer, ratio if weight is None else ratio * min(weight / ordinary, 1.0)
 
 

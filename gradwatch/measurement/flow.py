@@ -167,7 +167,7 @@ class FlowProbe:
             self._taken(call, [*tensors(inputs), *tensors(kwargs)], given)
         for tensor in given:
             self._give(name, tensor)
-        if isinstance(module, nn.RNNBase):
+        if hasattr(module, "hidden_size") and hasattr(module, "num_layers"):  # recurrent, over a whole sequence
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
             for tensor in floats(state):
                 self.graph.note_state(tensor.grad_fn, name)
@@ -298,7 +298,7 @@ class FlowProbe:
                     yield Cut(name, name, name, graph=True, kind=kind)
                 continue
             after = self._follower(name, call, reached)
-            last = self._last(call, after)
+            last = self._last(name, call, after)
             kind = "between"
             if self._calls[last].checkpoint or call.checkpoint:
                 kind = "checkpoint"
@@ -326,7 +326,7 @@ class FlowProbe:
         joins = sorted(join for join in self.graph.joins if join[1] not in known)
         return next((at for n, shape, at in joins if any(n > c.made >= 0 and shape == c.shape for c in lost)), None)
 
-    def _last(self, call: _Call, after: str | None) -> str:
+    def _last(self, name: str, call: _Call, after: str | None) -> str:
         """Return the last module before that which the gradient did not reach, of the same outermost call."""
         end = self._calls[after].began if after is not None else call.ended
         before = [
@@ -334,7 +334,7 @@ class FlowProbe:
             for n, c in self._calls.items()
             if call.ended <= c.ended <= end and n not in (self._outputs.reached or ())
         ]
-        return max(before)[1]
+        return max(before, default=(0, name))[1]
 
     def _kept(self, name: str) -> bool:
         """Tell whether somebody keeps the graph of what a layer gave, though no module gave it on."""
@@ -347,7 +347,11 @@ def _weak(tensor: Tensor) -> Any:  # noqa: ANN401  (a class without types)
 
 
 def _storage(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
+    """Return the number of what a tensor's entries lie in; of what has none (a sparse one) the tensor's own."""
+    try:
+        number: int = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
     return number
 
 

@@ -56,8 +56,9 @@ class ScaleSentinel:
         self._sentinel.forget(broken)
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
-        # What another optimizer steps may stand there on purpose, until its own turn comes.
-        share = self._sentinel.left_over() if not step.others else None
+        # What another optimizer steps, or none, may stand there on purpose.
+        mine = not step.others and self._sentinel.of(step.mine)
+        share = self._sentinel.left_over() if mine else None
         self._left_over = transfer.add(share) if share is not None else None
         if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step
             self._sentinel.remove()

@@ -198,7 +198,7 @@ class Units:
             by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
             self._facts[name, "silent_by_bias"] = by_bias
         if inputs and inputs[0].numel():
-            self._facts[name, "input_size"] = inputs[0].detach().abs().amax().float()
+            self._facts[name, "input_size"] = inputs[0].detach().float().square().mean().sqrt()
         if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
             x = inputs[0].detach().float()
             apart = x - x[:1]  # exactly 0 where the input is always the same
@@ -208,7 +208,6 @@ class Units:
             self._facts[name, "input_offset"] = torch.where(
                 spread > 0, mean / spread, torch.inf
             )  # infinite where the input is always the same
-            self._facts[name, "input_size"] = torch.hypot(mean, spread)
 
     def collect(self, step: StepView, transfer: Transfer) -> Part:
         """Return what this step has brought, by layer, and the facts about those in question."""

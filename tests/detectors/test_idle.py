@@ -82,12 +82,12 @@ def to_norm(limit):
 @pytest.mark.parametrize(
     ("optimizer", "says"),
     [
-        (sgd(0.0), "no weight has moved, since step 1. Likely cause: its learning rate is 0"),
-        (adam(0.0), "no weight has moved, since step 1. Likely cause: its learning rate is 0"),
+        (sgd(0.0), "no weight has moved, since step 0. Likely cause: its learning rate is 0"),
+        (adam(0.0), "no weight has moved, since step 0. Likely cause: its learning rate is 0"),
         (sgd(1e-9), "its learning rate of 1e-09 is too small for gradients of norm 0."),
         (
             adam(1e-9),
-            "of themselves, since step 1. Likely cause: its learning rate of 1e-09 is too small to change them",
+            "of themselves, since step 0. Likely cause: its learning rate of 1e-09 is too small to change them",
         ),
     ],
 )

@@ -39,7 +39,7 @@ NUMBERS = {
     ("depth.py", "_rising", 3): "thirds of a window",
     ("depth.py", "_everywhere", 1e-300): "keeps a division from failing; smaller than any loss",
     ("causes.py", "_weak", 1e-30): "keeps a logarithm from failing; smaller than any gain",
-    ("causes.py", "steepest", 4): "how many layers are looked at more closely",
+    ("measured.py", "steepest", 4): "how many layers are looked at more closely",
     ("suspects.py", "", 32): "how many layers a probe looks at more closely",
     ("suspects.py", "", 256): "how many at the first look",
     ("time.py", "_growth", 64): "entries of a cache",

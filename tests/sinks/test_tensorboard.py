@@ -157,7 +157,7 @@ def test_the_steps_on_the_x_axis_are_those_that_were_measured(run):
     for tag in (*SUMMARY, "gradwatch_norm/body.0", "gradwatch_norm/head"):
         assert [e.step for e in events.Scalars(tag)] == measured, tag
     probes = [r.snapshot.step for r in reports if r.snapshot.update_ratio is not None]
-    assert probes == [1, 10, 20]
+    assert probes == [0, 1, 10, 20]  # at step 0 for the update alone
     assert [e.step for e in events.Scalars("gradwatch_update/head")] == probes
     assert [e.wall_time for e in events.Scalars("gradwatch/norm_global")] == [r.snapshot.wall_time for r in reports]
 

@@ -29,9 +29,9 @@ def test_weights_stand_where_a_step_with_a_gradient_leaves_them():
     history = probed([1e-3, None, 1e-9, None, 0.0])
 
     assert (history.track.update, history.track.moved, history.track.standing) == (0.0, 0, 2)
-    assert probed([0.0, 1e-3]).standing == 0
-    assert probed([0.0, 0.0], norm=(0.0, None)).standing == 0  # nothing to move them by
-    assert probed([0.0, 0.0], skipped=True).standing == 0
+    assert probed([0.0, 1e-3]).track.standing == 0
+    assert probed([0.0, 0.0], norm=(0.0, None)).track.standing == 0  # nothing to move them by
+    assert probed([0.0, 0.0], skipped=True).track.standing == 0
 
 
 def test_it_goes_on_after_a_stop_and_from_a_state_that_did_not_know_of_it():
@@ -40,12 +40,12 @@ def test_it_goes_on_after_a_stop_and_from_a_state_that_did_not_know_of_it():
     again = History()
     again.load_state_dict(state)
 
-    assert (again.update, again.moved, again.standing) == (0.0, 0, 2)
+    assert (again.track.update, again.track.moved, again.track.standing) == (0.0, 0, 2)
     for track in state["tracks"]:
         for name in ("update", "moved", "standing"):
             del track[name]
     again.load_state_dict(state)
-    assert (again.update, again.moved, again.standing) == (None, None, 0)
+    assert (again.track.update, again.track.moved, again.track.standing) == (None, None, 0)
 
 
 def test_the_update_of_all_weights_together_leaves_out_what_has_no_size():
