@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import idle, rounding, without_effect
-from gradwatch.detectors.measured import flat, nothing_to_learn
+from gradwatch.detectors.measured import flat, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
@@ -37,7 +37,8 @@ def disconnected(history: History) -> Iterator[Finding]:
             severity = Severity.WARNING
     without, zero = _without_gradient(history, trained), _with_zeros(history, trained)
     zero -= rounding(history)
-    spare = {i for i in without | zero if idle(history, history.model.layers[i].name)}
+    stuck = set(zero_weights(history))  # they take zeros because others are stuck too
+    spare = {i for i in without | zero if (name := history.model.layers[i].name) not in stuck and idle(history, name)}
     for norm, cut, its in (
         ({}, without - spare, severity),
         ({"norm": 0.0}, zero - spare, severity),
@@ -64,10 +65,11 @@ def _worthless(history: History) -> Iterator[Finding]:
     if not flows:
         return
     trained = _trained(history)
-    for run in history.runs({i for i in trained if history.model.layers[i].name in flows}, trained):
+    for run in history.runs({i for i in trained if history.model.layers[i].module in flows}, trained):
         names = [history.model.layers[i].name for i in run]
-        barrier = flows[names[-1]].barrier
-        seen = [any(f.layer == names[-1] for f in s.flows or ()) for s in history.window()]
+        last = history.columns.module_of(names[-1])
+        barrier = flows[last].barrier
+        seen = [any(f.layer == last for f in s.flows or ()) for s in history.window()]
         yield Finding(
             "GW402",
             "disconnected",
