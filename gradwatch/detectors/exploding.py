@@ -152,7 +152,11 @@ def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
 
 def _throws(history: History, snapshot: Snapshot) -> bool:
     """Tell whether a step has changed a weight by more than itself."""
-    return any(moved > history.thresholds.explosion_update for _, moved in _moves(snapshot))
+    limit = history.thresholds.explosion_update
+    # What counts is at most the ratio itself, and that is nearly never above it.
+    if max(filter(None, snapshot.update_ratio or ()), default=0.0) <= limit:
+        return False
+    return any(moved > limit for _, moved in _moves(snapshot))
 
 
 def _loss(history: History) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from gradwatch.detectors.measured import fact
 from gradwatch.values.history import History
 from gradwatch.values.sequences import reach_of
 from gradwatch.values.snapshot import Cut, Flow
@@ -12,6 +13,10 @@ from gradwatch.values.thresholds import JUNCTION, MOSTLY_DEAD, PASSED_BY
 
 def flows_of(history: History) -> dict[str, Flow]:
     """Return, by the module of a layer, how the gradient comes to it, as it was measured last."""
+    return history.once(_flows)
+
+
+def _flows(history: History) -> dict[str, Flow]:
     found: dict[str, Flow] = {}
     for snapshot in history.window():
         found.update((f.layer, f) for f in snapshot.flows or ())
@@ -25,16 +30,17 @@ def flow_of(history: History, layer: str) -> Flow | None:
 
 def cut_of(history: History, layer: str) -> Cut | None:
     """Return where the gradient of a layer ended at the newest look; None where it did not, or nobody knows."""
+    return history.once(_cuts).get(history.columns.module_of(layer))
+
+
+def _cuts(history: History) -> dict[str, Cut]:
     looks = (s for s in reversed(history.window()) if s.cuts is not None or s.facts is not None)
-    cuts = next((s.cuts or () for s in looks), ())
-    return next((c for c in cuts if c.layer == history.columns.module_of(layer)), None)
+    return {cut.layer: cut for cut in reversed(next((s.cuts or () for s in looks), ()))}
 
 
 def takes_zeros(history: History, layer: str) -> bool:
     """Tell whether what a layer took, when it was looked at last, was zero all over."""
-    module = history.columns.module_of(layer)
-    facts = (f for s in reversed(history.window()) for f in s.facts or ())
-    return next((f.value == 0 for f in facts if f.place == module and f.name == "input_size"), False)
+    return fact(history, history.columns.module_of(layer), "input_size") == 0
 
 
 def idle(history: History, layer: str) -> bool:

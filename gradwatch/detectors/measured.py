@@ -17,6 +17,10 @@ from gradwatch.values.thresholds import (
 
 def newest_activations(history: History) -> tuple[ActivationStats, ...]:
     """Return what the newest probe saw of the outputs of modules."""
+    return history.once(_newest_activations)
+
+
+def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return next((s.activations or () for s in history.looks(1)), ())
 
 
@@ -25,6 +29,10 @@ def saturation(history: History) -> dict[str, tuple[float, Function | Literal["g
 
     That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
     """
+    return history.once(_saturation)
+
+
+def _saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
     found: dict[str, tuple[float, Function | Literal["gate"]]] = {
         history.columns.layer_of(a.module): (a.saturated, a.function)
         for a in newest_activations(history)
@@ -44,6 +52,10 @@ def flat(history: History) -> set[int]:
 
     Zeros there are where the gradient faded to, and no cut.
     """
+    return history.once(_flat)
+
+
+def _flat(history: History) -> set[int]:
     known = {layer for layer, (share, _) in saturation(history).items() if share >= MOSTLY_DEAD}
     if not known:
         return set()
@@ -53,6 +65,10 @@ def flat(history: History) -> set[int]:
 
 def misread(history: History) -> dict[str, SequenceStats]:
     """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
+    return history.once(_misread)
+
+
+def _misread(history: History) -> dict[str, SequenceStats]:
     probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
     found = [
         {s.module: s for s in p.sequences or () if s.part == "" and (s.over_batch or s.reads_padding)} for p in probes
@@ -69,6 +85,10 @@ def before_misread(history: History) -> set[int]:
 
 def zero_weights(history: History) -> list[str]:
     """Return the layers whose weights are all exactly 0, in the order of the forward pass."""
+    return history.once(_zero_weights)
+
+
+def _zero_weights(history: History) -> list[str]:
     weights = history.weight_norms() or ()
     sizes: dict[str, float] = {}
     for p, norm in zip(history.model.parameters, weights, strict=False):
@@ -94,8 +114,11 @@ def steepest(history: History, count: int = 4) -> list[str]:
 
 def fact(history: History, place: str, name: FactName) -> float | None:
     """Return a number of a module as it was measured last; None where it was not."""
-    facts = (f for s in reversed(history.window()) for f in s.facts or ())
-    return next((f.value for f in facts if (f.place, f.name, f.part) == (place, name, "")), None)
+    return history.once(_facts).get((place, name))
+
+
+def _facts(history: History) -> dict[tuple[str, FactName], float]:
+    return {(f.place, f.name): f.value for s in history.window() for f in s.facts or () if not f.part}
 
 
 def spectral_norm(history: History, place: str) -> dict[str, float]:
@@ -106,12 +129,20 @@ def spectral_norm(history: History, place: str) -> dict[str, float]:
 
 def functions(history: History) -> dict[str, Function]:
     """Return the activation after each layer of which one was seen."""
+    return history.once(_functions)
+
+
+def _functions(history: History) -> dict[str, Function]:
     seen = newest_activations(history)
     return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
 
 
 def forward_names(history: History) -> list[str]:
     """Return the names of the layers in the order of the forward pass."""
+    return history.once(_forward_names)
+
+
+def _forward_names(history: History) -> list[str]:
     return [history.model.layers[i].name for i in history.order]
 
 

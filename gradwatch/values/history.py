@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
 from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
-from gradwatch.values.track import Track
+from gradwatch.values.track import Track, newest
 
 if TYPE_CHECKING:
     from gradwatch.values.track import Floats
 
 Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""
+
+T = TypeVar("T")
 
 
 class History:
@@ -44,12 +45,14 @@ class History:
         self._weights: Floats | None = None
         """What `LayerColumns.weights` gives for the newest norms of the weights; None until it is asked for."""
         self._improved: bool | None = None
+        self._once: dict[Callable[[History], Any], Any] = {}
 
     def add(self, snapshot: Snapshot) -> None:
         """Fold one snapshot in."""
         import numpy as np
 
         self._now = snapshot.optimizer
+        self._once.clear()
         track = self._tracks.setdefault(self._now, Track())
         if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
             for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
@@ -92,6 +95,7 @@ class History:
 
         """
         self._open, self._explained = frozenset(keys), explained
+        self._once.clear()
 
     def _note_best(self, track: Track) -> None:
         """Note where the ratios of the last snapshots were the best so far.
@@ -101,12 +105,19 @@ class History:
         """
         import numpy as np
 
-        level = np.median(np.stack(_last(track.ratios, EDGE)), axis=0)
+        level = np.median(np.stack(newest(track.ratios, EDGE)), axis=0)
         for layer, value in zip(track.snapshots[-1].model.layers, level.tolist(), strict=True):
             if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
                 self.best_ratio[layer.name] = value
 
     # --- what detectors read ---
+
+    def once(self, work: Callable[[History], T]) -> T:
+        """Return what a function makes of this history: it is worked out once for all who ask between two changes."""
+        if work not in self._once:
+            self._once[work] = work(self)
+        found: T = self._once[work]
+        return found
 
     @property
     def open(self) -> Collection[Key]:
@@ -161,11 +172,11 @@ class History:
 
     def window(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
-        return _last(self.track.snapshots, count)
+        return newest(self.track.snapshots, count)
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
-        return _last([s for s in self.window() if s.activations is not None], count)
+        return newest([s for s in self.window() if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
         """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
@@ -179,7 +190,7 @@ class History:
         """
         import numpy as np
 
-        return np.stack(_last(self.track.sensitivities, count))
+        return np.stack(newest(self.track.sensitivities, count))
 
     def ratios(self, count: int) -> Floats:
         """Return each layer's sensitivity over the largest of the layers after it in the forward pass.
@@ -188,7 +199,7 @@ class History:
         """
         import numpy as np
 
-        return np.stack(_last(self.track.ratios, count))
+        return np.stack(newest(self.track.ratios, count))
 
     @property
     def order(self) -> Sequence[int]:
@@ -215,11 +226,11 @@ class History:
 
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
-        return _last(self.track.probes, count) if self.begun else []
+        return newest(self.track.probes, count) if self.begun else []
 
     def losses(self, count: int) -> list[float]:
         """Return the last `count` known losses."""
-        return _last(self.track.last_losses, count)
+        return newest(self.track.last_losses, count)
 
     @property
     def first_loss(self) -> float | None:
@@ -387,7 +398,3 @@ def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:
         [x.name for x in a.layers] == [x.name for x in b.layers]
         and [p.name for p in a.parameters] == [p.name for p in b.parameters]
     )
-
-
-def _last(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:
-    return list(items) if count is None else list(itertools.islice(items, max(len(items) - count, 0), None))

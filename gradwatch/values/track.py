@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -122,3 +123,8 @@ class Track:
         track.update, track.moved = plain.get("update"), plain.get("moved")
         track.standing = plain.get("standing", 0)
         return track
+
+
+def newest(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:
+    """Return the last `count` items; all where it is None."""
+    return list(items) if count is None else list(itertools.islice(items, max(len(items) - count, 0), None))
