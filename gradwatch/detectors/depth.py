@@ -96,11 +96,15 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
     """Return the layers of these that the gradient passes by, or that only feed the initial state of a short memory."""
     import numpy as np
 
-    layers = set(np.flatnonzero(vanishing).tolist())
+    layers, ratios = set(np.flatnonzero(vanishing).tolist()), history.ratios(1)[-1]
     if not layers:
         return layers
     states = {i for i in layers if fades_with(history, history.model.layers[i].name)}
-    return states | aside(history, layers)
+    # A side branch opens while the loss comes down; not from nothing, and not where the loss has stood for long.
+    t = history.thresholds
+    stands = history.improved is False and not history.at_best and history.count >= t.aside_after
+    beside = set() if stands else {i for i in aside(history, layers) if ratios[i] >= t.vanishing_hopeless}
+    return states | beside
 
 
 def _fading(

@@ -235,6 +235,8 @@ class Thresholds:
     they should be."""
     underflow_probes: int = 2
     """Probes in a row at which entries must be flushed or updates lost."""
+    aside_after: int = 100
+    """Snapshots after which a side branch that has not opened is spared no longer, if the loss has not come down."""
     stalled_after: int = 200
     """Measured snapshots before a loss may be said to stand: slow training is no fault."""
     stalled: float = 0.01
@@ -326,6 +328,7 @@ _COUNTS = (
     "dead_probes",
     "underflow_probes",
     "stalled_after",
+    "aside_after",
 )
 PER_LAYER = (
     "vanishing_ratio",
