@@ -19,6 +19,7 @@ from gradwatch.model.nested import floats, tensors
 from gradwatch.values.snapshot import Stray
 from gradwatch.values.thresholds import UPDATE_PROBES
 
+_LEAF = "torch::autograd::AccumulateGrad"
 _MOST = 30_000
 """Nodes that are looked at in one call."""
 _WEIGHED = 100
@@ -42,7 +43,7 @@ class Strays:
 
     What the outermost call was given is the user's, and so is all that stands before it: other networks, prompts,
     inputs that are differentiated by. A tensor that is no `nn.Parameter` counts only where it cannot be data: with
-    another number of rows than all that the model gives. Where several probes have found nothing, nobody looks any more.
+    another number of rows than all that the model gives. Where several probes have found none, nobody looks any more.
     """
 
     def __init__(self, attempts: Attempts) -> None:
@@ -171,7 +172,7 @@ def _leaves(roots: Iterable[Any], ends: set[Any]) -> list[Any]:
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
+        if node.name() == _LEAF:  # a function of one's own may have any attribute
             found.append(node)
         stack += [n for n, _ in node.next_functions if n is not None]
     return found

@@ -129,7 +129,7 @@ def critic_of_a_generator():
 
 def adversarial():
     """The input itself is differentiated by, and stays the same."""
-    x = torch.randn(6, 4, requires_grad=True)
+    x = nn.Parameter(torch.randn(6, 4))
     return nn.Linear(4, 1), lambda m: m(x).square().mean(), ()
 
 
