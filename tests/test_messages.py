@@ -54,7 +54,10 @@ TABLE = {
     "a model without parameters": (
         lambda _: gradwatch.watch(nn.ReLU()),
         ValueError,
-        "model must have parameters, got a ReLU without any",
+        (
+            "model must have parameters, got a ReLU without any"
+            " (modules in a plain list or dict are not registered: nn.ModuleList, nn.ModuleDict)"
+        ),
     ),
     "an optimizer's name": (
         lambda _: gradwatch.watch(NET, "adam"),

@@ -1,8 +1,8 @@
-"""Parameters that an optimizer steps in vain, and parameters that no optimizer steps."""
+"""Parameters that an optimizer steps in vain, and parameters that no optimizer steps, or that are none of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
@@ -10,17 +10,19 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.thresholds import LEFT_OUT, UPDATE_PROBES
+from gradwatch.values.snapshot import Stray
+from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
 
 
 def unstepped(history: History) -> Iterator[Finding]:
     """GW900: nothing steps what is watched. GW901: an optimizer steps, and none of its parameters has a gradient.
 
-    GW902: parameters are in no optimizer.
+    GW902: parameters are in no optimizer. GW906: weights are no parameters.
     """
     yield from _unheard(history)
     yield from _in_vain(history)
     yield from _left_out(history)
+    yield from _unregistered(history)
 
 
 def _unheard(history: History) -> Iterator[Finding]:
@@ -128,6 +130,59 @@ def _left_out(history: History) -> Iterator[Finding]:
     )
 
 
+def _unregistered(history: History) -> Iterator[Finding]:
+    """Find tensors that get gradients, are none of the model's parameters, and stand still or are made at each step.
+
+    What moves is stepped by somebody. What is held by a module in evaluation mode, as a teacher is, may be meant.
+    """
+    looks = history.looks(UPDATE_PROBES)
+    seen = [{stray.number: stray for stray in s.strays or ()} for s in looks]
+    if len(seen) < UPDATE_PROBES or not all(seen):
+        return
+    still = [
+        stray
+        for stray in seen[-1].values()
+        if stray.weight_norm is not None
+        and all(
+            (was := its.get(stray.number)) is not None
+            and (was.weight_norm, was.version) == (stray.weight_norm, stray.version)
+            for its in seen
+        )
+    ]
+    found = still or _made_anew(seen)
+    if not found:
+        return
+    shapes = list(dict.fromkeys(str(stray.shape) for stray in found))
+    kinds = dict.fromkeys(stray.kind for stray in found if stray.kind)
+    yield Finding(
+        "GW906",
+        "unstepped",
+        Severity.WARNING if any(stray.training for stray in found) else Severity.INFO,
+        "",
+        onset=looks[0].step,
+        evidence={
+            "tensors": float(len(found)),
+            "still": float(bool(still)),
+            "parameters": float(any(stray.parameter for stray in found)),
+        },
+        names={"shapes": ", ".join(shapes[:NAMED]) + ", ..." * (len(shapes) > NAMED), "kinds": ", ".join(kinds)},
+    )
+
+
+def _made_anew(seen: Sequence[Mapping[int, Stray]]) -> list[Stray]:
+    """Return the parameters of the last look that no other has seen, if the others had as many of their own."""
+    new = [
+        [
+            stray
+            for number, stray in its.items()
+            if stray.parameter and not any(number in other for other in seen if other is not its)
+        ]
+        for its in seen
+    ]
+    same = len({tuple(sorted(stray.shape for stray in its)) for its in new}) == 1
+    return new[-1] if same else []
+
+
 def _explain_in_vain(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
     count, optimizer = evidence["parameters"], names["optimizer"]
@@ -190,6 +245,38 @@ def _explain_left_out(finding: Finding) -> Explanation:
     )
 
 
+def _explain_unregistered(finding: Finding) -> Explanation:
+    evidence, names = finding.evidence, finding.names
+    count, still, kinds = evidence["tensors"], evidence["still"], names["kinds"]
+    one = count == 1
+    of = f" of {kinds}" if kinds else ""
+    message = (
+        f"{count:.0f} tensor{'' if one else 's'}{of} that the model computes with, and that"
+        f" get{'s a gradient' if one else ' gradients'}, {'is' if one else 'are'} none of its parameters"
+        f" (shape{'' if one else 's'} {names['shapes']}): "
+    )
+    them = "it" if one else "them"
+    if not still:
+        return Explanation(
+            f"{message}{'it is' if one else 'they are'} made anew at each step, since step {finding.onset}",
+            "layers or parameters that forward() makes are gone after it, and in no optimizer",
+            "make them once, in __init__, and use them in forward()",
+        )
+    if kinds:
+        cause = "modules in a plain list, dict or other object are not registered, and model.parameters() lacks theirs"
+    elif evidence["parameters"]:
+        cause = "nn.Parameters in a list, or of which .to() or arithmetic made another before it was assigned, are not"
+        cause += " registered"
+    else:
+        cause = "a tensor with requires_grad=True is no nn.Parameter, and is not registered"
+    return Explanation(
+        f"{message}nothing has moved {them} since step {finding.onset}",
+        cause,
+        "nn.ModuleList, nn.ModuleDict, nn.ParameterList, or assign the nn.Parameter itself, before the optimizer is"
+        " made; requires_grad_(False) on what is to stay as it is",
+    )
+
+
 def _explain_unheard(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
     told, by, optimizer = evidence["told"], names["by"], names["optimizer"]
@@ -226,4 +313,5 @@ RULES = (
     Rule("GW900", "unstepped", _explain_unheard),
     Rule("GW901", "disconnected", _explain_in_vain, of_a_cut),
     Rule("GW902", "unstepped", _explain_left_out, explains_a_stall=False),
+    Rule("GW906", "unstepped", _explain_unregistered, explains_a_stall=False),
 )

@@ -182,6 +182,7 @@ class Measurement:
             facts=seen.facts or None,
             cuts=seen.cuts or None,
             flows=seen.flows or None,
+            strays=seen.strays or None,
             computed_in="float16" if self._half else None,
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
@@ -227,5 +228,6 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
             found.origin or part.origin,
             found.left_over if part.left_over is None else part.left_over,
             (*found.flows, *part.flows),
+            (*found.strays, *part.strays),
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

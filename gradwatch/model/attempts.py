@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -47,9 +49,11 @@ class Attempts:
         """Number of the first call since the last backward pass that came to its end."""
         self._open: _Open | None = None
         self._running: set[int] = set()
+        self._called: dict[int, weakref.ref[nn.Module]] = {}
 
     def entered(self, module: nn.Module) -> None:
         """Take note of a call that begins."""
+        self._called[id(module)] = weakref.ref(module)
         elsewhere = self._open is not None and self._open.thread != threading.get_ident()
         if elsewhere or torch._C._current_graph_task_id() != -1:  # a checkpoint computes once more
             return
@@ -64,6 +68,12 @@ class Attempts:
         """Take note of a call that ends."""
         if self._open is not None and self._open.module == id(module):
             self._open = None
+
+    def called(self) -> Iterator[nn.Module]:
+        """Yield the modules that were called in this step, of the model or not."""
+        for ref in self._called.values():
+            if (module := ref()) is not None:
+                yield module
 
     @property
     def running(self) -> bool:
@@ -104,6 +114,7 @@ class Attempts:
         self.void.clear()
         self.broken.clear()
         self._running.clear()
+        self._called.clear()
         self._open, self._first = None, self.now + 1
 
 

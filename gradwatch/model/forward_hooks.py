@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow, Origin
+from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow, Origin, Stray
 
 
 class Pending(Protocol):
@@ -110,6 +110,7 @@ class ProbeValues:
     origin: Origin | None = None
     left_over: float | None = None
     flows: tuple[Flow, ...] = ()
+    strays: tuple[Stray, ...] = ()
 
 
 Part = Callable[[], ProbeValues]

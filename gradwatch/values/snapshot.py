@@ -231,6 +231,25 @@ class Flow:
     """The mean of the largest weights of the softmax that it leads to; None where it leads to none that can be read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A tensor that got a gradient within the model, and that is none of its parameters and nobody's input."""
+
+    number: int
+    """The same at several probes where it is the same tensor."""
+    shape: tuple[int, ...]
+    parameter: bool
+    """Whether it is an `nn.Parameter`."""
+    kind: str = ""
+    """Class of the module that holds it; "" where none that ran does."""
+    training: bool = True
+    """Whether that is in training mode."""
+    weight_norm: float | None = None
+    """Its L2 norm before the update; None where it was gone by then."""
+    version: int = 0
+    """How often it has been written to."""
+
+
 Phase = Literal["data", "weights", "forward", "backward"]
 """When a number came to be not finite: before the model took it; in an earlier step, which left it in the weights or
 buffers; in the forward pass; on the way back."""
@@ -332,6 +351,8 @@ class Snapshot:
     zeroed. None where nothing could be compared."""
     flows: tuple[Flow, ...] | None = None
     """Of layers in question, how the gradient comes to them."""
+    strays: tuple[Stray, ...] | None = None
+    """Tensors that the model uses as weights and does not own; None where none was seen, or nobody looked."""
 
     @property
     def norm_global(self) -> float | None:

@@ -42,6 +42,8 @@ alone."""
 LEFT_OUT = 0.5
 """Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: a forgotten
 head is few, and tuning by heads, norms, biases or prompts alone leaves out most."""
+NAMED = 4
+"""Shapes that an alert names; it says so where there are more."""
 STEPLESS = 300
 """Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
 micro-batches than any published training accumulates (256)."""

@@ -13,6 +13,7 @@ from gradwatch.measurement.flow import FlowProbe
 from gradwatch.measurement.loss_scale import ScaleSentinel
 from gradwatch.measurement.origins import Origins
 from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.measurement.strays import Strays
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.measurement.units import Units
 from gradwatch.model.attempts import Attempts
@@ -42,7 +43,7 @@ class Probes:
             Units(attempts),
             FlowProbe(outputs, attempts),
         )
-        self._asked: list[Probe] = [outputs, self._units, self._flow, Origins(outputs, attempts)]
+        self._asked: list[Probe] = [outputs, self._units, self._flow, Origins(outputs, attempts), Strays(attempts)]
         if sequences is not None:
             self._asked.append(sequences)
         self._warn, self._strict = warn, strict

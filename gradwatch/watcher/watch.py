@@ -85,7 +85,10 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not any(True for _ in model.parameters()):
-        raise ValueError(f"model must have parameters, got a {type(model).__name__} without any")
+        raise ValueError(
+            f"model must have parameters, got a {type(model).__name__} without any"
+            " (modules in a plain list or dict are not registered: nn.ModuleList, nn.ModuleDict)"
+        )
     options = Options(
         name=name,
         every_n_steps=every_n_steps,

@@ -27,7 +27,7 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Barrier, Fact, Flow, Silence
+from gradwatch.values.snapshot import ActivationStats, Barrier, Fact, Flow, Silence, Stray
 
 
 def model(count, *, adaptive=False, order=None):
@@ -490,6 +490,8 @@ def _one_of_each():
     parameters = (two.parameters[0], dataclasses.replace(two.parameters[1], optimizer=None, trainable=True))
     left_out = dataclasses.replace(two, parameters=parameters)
     yield (left_out, [(1.0, None)] * 20), {}
+    strays = (Stray(0, (4, 4), parameter=True, kind="Linear", weight_norm=1.0),)
+    yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": [(ActivationStats("l1", 1.0),)] * 3}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (
         SequenceStats("l0", length=60, lag_gain=fades),
