@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
-from gradwatch.detectors.flows import aside, fades_with, rounding
+from gradwatch.detectors.flows import aside, before_one_value, fades_with, rounding
 from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.measured import before_misread, flat
 from gradwatch.detectors.rule import Rule
@@ -46,7 +46,8 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
-    vanishing[list(before_misread(history) | rounding(history))] = False  # those are other kinds
+    others = before_misread(history) | rounding(history) | before_one_value(history)
+    vanishing[list(others)] = False  # those are other kinds
     vanishing &= _small(history, limits)
     spare = np.zeros_like(vanishing)
     spare[list(_spared(history, vanishing))] = True

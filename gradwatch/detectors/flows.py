@@ -43,6 +43,16 @@ def takes_zeros(history: History, layer: str) -> bool:
     return fact(history, history.columns.module_of(layer), "input_size") == 0
 
 
+def before_one_value(history: History) -> set[int]:
+    """Return the layers that lead to nothing but a softmax of one value, which is 1 whatever it takes."""
+    names = {name for name, flow in flows_of(history).items() if _of_one(flow)}
+    return {i for i, layer in enumerate(history.model.layers) if layer.module in names}
+
+
+def _of_one(flow: Flow | None) -> bool:
+    return flow is not None and flow.barrier is not None and flow.barrier.operation == "softmax"
+
+
 def idle(history: History, layer: str) -> bool:
     """Tell whether a layer that gets nothing is not to get anything, as the model is used.
 
@@ -51,8 +61,7 @@ def idle(history: History, layer: str) -> bool:
     cut, flow = cut_of(history, layer), flow_of(history, layer)
     if cut is not None:
         return cut.kind in ("unused", "own")
-    barrier = flow.barrier if flow is not None else None
-    return (barrier is not None and barrier.operation == "softmax") or takes_zeros(history, layer)
+    return _of_one(flow) or takes_zeros(history, layer)
 
 
 def without_effect(history: History) -> dict[str, Flow]:

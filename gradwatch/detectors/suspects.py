@@ -41,8 +41,14 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
     dead = {history.columns.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
     places = {history.columns.layer_of(alert.finding.place) for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
-    narrow = {f.layer for f in flows_of(history).values() if f.barrier is not None}
+    narrow = {history.columns.layer_of(f.layer) for f in flows_of(history).values() if f.barrier is not None}
     chosen |= silent | cut | dead | named | narrow
     after = {order[i + 1] for i in range(len(order) - 1) if order[i] in chosen}
-    modules = (model.layers[i].module for i in model.forward_order if model.layers[i].name in chosen | after)
+    # Where there is no room for all, what is known of the first of these must not be forgotten.
+    modules = (
+        layer.module
+        for names in (named | narrow, chosen | after)
+        for layer in (model.layers[i] for i in model.forward_order)
+        if layer.name in names
+    )
     return frozenset(itertools.islice(dict.fromkeys(modules), _MOST))

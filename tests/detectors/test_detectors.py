@@ -26,6 +26,7 @@ from gradwatch import (
 )
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
+from gradwatch.detectors.suspects import suspects
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats, Barrier, Fact, Flow, Silence, Stray
 
@@ -156,6 +157,22 @@ def test_zeros_at_the_end_of_a_fade_are_vanishing_and_not_a_cut():
 
     assert codes(found) == [("GW101", "l0", Severity.WARNING)]
     assert found[0].evidence["layers"] == 3
+
+
+def test_what_leads_to_a_softmax_of_one_value_is_no_fade_and_is_not_forgotten():
+    one = Barrier("l40", "softmax", 1)
+    rows = [(*(1e-9,) * 40, 0.0, 1e-9, 1.0)] * 20
+    known, _ = fold(model(43), rows, flows=[(Flow("l40", barrier=one, peak=1.0),)] * 20)
+    unknown, _ = fold(model(43), rows)
+
+    def last(history):
+        return {f.names["last"] for f in findings(history) if f.code == "GW101"}
+
+    assert last(unknown) == {"l41"}
+    assert "l40" not in {name for f in findings(known) if f.code == "GW101" for name in f.names.values()}
+    # Of more layers than there is room for, this is looked at again: else it is an error once that is forgotten.
+    assert "l40" in suspects(known, known.model, ())
+    assert "l40" not in suspects(unknown, unknown.model, ())
 
 
 def test_biases_do_not_count():
