@@ -1,1 +1,1 @@
-"""Stock models of public libraries, trained from their configurations: what gradwatch says while their loss comes down."""
+"""Stock models of public libraries, trained from their configurations: what gradwatch says while they learn."""

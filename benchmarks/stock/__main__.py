@@ -21,7 +21,7 @@ from benchmarks.command import parser
 from benchmarks.stock.run import Outcome, Stock, judged
 
 LIBRARIES = {
-    "transformers": ("transformers_text", "transformers_senses"),
+    "transformers": ("transformers_text", "transformers_sight", "transformers_others"),
     "neuralforecast": ("neuralforecast_models",),
     "pytorch-forecasting": ("pytorch_forecasting_models",),
     "darts": ("darts_models",),
@@ -42,7 +42,10 @@ def totals(outcomes: list[Outcome]) -> str:
     down = [o for o in ran if o.came_down]
     accused = [o for o in down if o.alerts]
     lines = [
-        f"{len(outcomes)} models, {len(ran)} ran, the loss of {len(down)} came down, {len(accused)} of those are accused",
+        (
+            f"{len(outcomes)} models, {len(ran)} ran, the loss of {len(down)} came down, "
+            f"and {len(accused)} of those are accused"
+        ),
         *(f"  {o.name} {o.width}: " + ", ".join(sorted({a["code"] for a in o.alerts})) for o in accused),
     ]
     return "\n".join(lines)

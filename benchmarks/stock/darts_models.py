@@ -7,7 +7,7 @@ from typing import Any
 import darts.models
 from darts import TimeSeries
 
-from benchmarks.stock.forecasting import AHEAD, PAST, ROWS, SERIES, series, trainer
+from benchmarks.stock.forecasting import AHEAD, PAST, ROWS, series, trainer
 from benchmarks.stock.run import Heard, Stock
 
 
@@ -34,7 +34,10 @@ def stock(name: str, tag: str = "", *, covariates: str = "", shift: bool = True,
 
 
 MODELS = [
-    *(stock("BlockRNNModel", kind, model=kind, hidden_dim=lambda w: w, n_rnn_layers=2) for kind in ("RNN", "LSTM", "GRU")),
+    *(
+        stock("BlockRNNModel", kind, model=kind, hidden_dim=lambda w: w, n_rnn_layers=2)
+        for kind in ("RNN", "LSTM", "GRU")
+    ),
     *(
         stock("RNNModel", kind, model=kind, hidden_dim=lambda w: w, training_length=PAST + AHEAD, shift=False)
         for kind in ("RNN", "LSTM", "GRU")
@@ -43,7 +46,13 @@ MODELS = [
     stock("NBEATSModel", "interpretable", generic_architecture=False, layer_widths=lambda w: w),
     stock("NHiTSModel", layer_widths=lambda w: w),
     stock("TCNModel", num_filters=lambda w: w),
-    stock("TransformerModel", d_model=lambda w: w, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=lambda w: 4 * w),
+    stock(
+        "TransformerModel",
+        d_model=lambda w: w,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        dim_feedforward=lambda w: 4 * w,
+    ),
     stock("TFTModel", hidden_size=lambda w: w, add_relative_index=True),
     stock("TFTModel", "covariates", hidden_size=lambda w: w, add_relative_index=True, covariates="past_covariates"),
     stock("DLinearModel"),

@@ -21,8 +21,8 @@ def series() -> np.ndarray:
 
 
 def monitor(heard: Heard) -> GradientMonitor:
-    """Return the callback; libraries copy it with its sinks, and a function is the same after that."""
-    return GradientMonitor(sinks=[lambda report: heard(report)], on_alert=unsaid)
+    """Return the callback; some libraries copy it with its sinks, and a copied function is the same one."""
+    return GradientMonitor(sinks=[lambda report: heard(report)], on_alert=unsaid)  # noqa: PLW0108
 
 
 def trainer(heard: Heard, **more: Any) -> dict[str, Any]:

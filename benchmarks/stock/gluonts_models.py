@@ -37,12 +37,34 @@ def stock(path: str, *, frequency: bool = True, tag: str = "", **extra: Any) -> 
 _PAST = {"context_length": PAST}
 MODELS = [
     stock("deepar.DeepAREstimator", hidden_size=lambda w: w, **_PAST),
-    stock("simple_feedforward.SimpleFeedForwardEstimator", frequency=False, hidden_dimensions=lambda w: [w, w], **_PAST),
+    stock(
+        "simple_feedforward.SimpleFeedForwardEstimator", frequency=False, hidden_dimensions=lambda w: [w, w], **_PAST
+    ),
     stock("tft.TemporalFusionTransformerEstimator", hidden_dim=lambda w: w, variable_dim=lambda w: w, **_PAST),
-    stock("patch_tst.PatchTSTEstimator", frequency=False, patch_len=8, d_model=lambda w: w, dim_feedforward=lambda w: 4 * w, **_PAST),
+    stock(
+        "patch_tst.PatchTSTEstimator",
+        frequency=False,
+        patch_len=8,
+        d_model=lambda w: w,
+        dim_feedforward=lambda w: 4 * w,
+        **_PAST,
+    ),
     stock("lag_tst.LagTSTEstimator", d_model=lambda w: w, dim_feedforward=lambda w: 4 * w, **_PAST),
     stock("d_linear.DLinearEstimator", frequency=False, hidden_dimension=lambda w: w, **_PAST),
     stock("tide.TiDEEstimator", encoder_hidden_dim=lambda w: w, decoder_hidden_dim=lambda w: w, **_PAST),
-    stock("tide.TiDEEstimator", tag="layernorm", encoder_hidden_dim=lambda w: w, decoder_hidden_dim=lambda w: w, layer_norm=True, **_PAST),
-    stock("wavenet.WaveNetEstimator", num_residual_channels=lambda w: w, num_skip_channels=lambda w: w, num_bins=64, dilation_depth=3),
+    stock(
+        "tide.TiDEEstimator",
+        tag="layernorm",
+        encoder_hidden_dim=lambda w: w,
+        decoder_hidden_dim=lambda w: w,
+        layer_norm=True,
+        **_PAST,
+    ),
+    stock(
+        "wavenet.WaveNetEstimator",
+        num_residual_channels=lambda w: w,
+        num_skip_channels=lambda w: w,
+        num_bins=64,
+        dilation_depth=3,
+    ),
 ]

@@ -40,7 +40,9 @@ def data(*, rich: bool = False, **more: Any) -> TimeSeriesDataSet:
     )
 
 
-def stock(name: str, tag: str = "", *, rich: bool = False, of_data: dict[str, Any] | None = None, **extra: Any) -> Stock:
+def stock(
+    name: str, tag: str = "", *, rich: bool = False, of_data: dict[str, Any] | None = None, **extra: Any
+) -> Stock:
     """Return a network of the library; what is a function in `extra` is given the width."""
 
     def train(width: int, steps: int, heard: Heard) -> None:
@@ -56,7 +58,9 @@ def stock(name: str, tag: str = "", *, rich: bool = False, of_data: dict[str, An
 ABSOLUTE = {"add_relative_time_idx": False}
 MODELS = [
     stock("TemporalFusionTransformer", hidden_size=lambda w: w, hidden_continuous_size=lambda w: w // 2),
-    stock("TemporalFusionTransformer", "rich", rich=True, hidden_size=lambda w: w, hidden_continuous_size=lambda w: w // 2),
+    stock(
+        "TemporalFusionTransformer", "rich", rich=True, hidden_size=lambda w: w, hidden_continuous_size=lambda w: w // 2
+    ),
     stock("NBeats", widths=lambda w: [w, w]),
     stock("NBeatsKAN", widths=lambda w: [w, w]),
     stock("NHiTS", hidden_size=lambda w: w),

@@ -62,7 +62,7 @@ def reversed_copy(rows: int, length: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def stripes(rows: int, size: int = IMAGE) -> tuple[Tensor, Tensor]:
-    """Return pictures (rows, 3, size, size) of noisy stripes and their classes: the direction and width of the stripes."""
+    """Return pictures (rows, 3, size, size) of noisy stripes and their classes: direction and width."""
     label = torch.randint(CLASSES, (rows,))
     grid = torch.arange(size, dtype=torch.get_default_dtype())
     x, y = grid.expand(size, size), grid.expand(size, size).T

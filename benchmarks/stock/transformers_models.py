@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
@@ -136,7 +135,7 @@ KEEP = object()
 """The library's own default, where `SMALL` would set another value."""
 
 
-def stock(  # noqa: PLR0913  (a row of the table)
+def stock(
     kind: str,
     batch: Callable[[], Batch],
     *,
