@@ -1,0 +1,37 @@
+"""What the forecasting libraries share: the series, the callback, and a Trainer that prints and keeps nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.stock import tasks
+from benchmarks.stock.run import Heard, unsaid
+from gradwatch.lightning import GradientMonitor
+
+SERIES, LENGTH = 4, 200
+PAST, AHEAD = 24, 12
+ROWS = 16
+
+
+def series() -> np.ndarray:
+    """Return the values (SERIES, LENGTH) that are to be forecast."""
+    return tasks.sines(SERIES, LENGTH).numpy()
+
+
+def monitor(heard: Heard) -> GradientMonitor:
+    """Return the callback; some libraries copy it with its sinks, and a copied function is the same one."""
+    return GradientMonitor(sinks=[lambda report: heard(report)], on_alert=unsaid)  # noqa: PLW0108
+
+
+def trainer(heard: Heard, **more: Any) -> dict[str, Any]:
+    """Return arguments for the Trainer."""
+    return {
+        "callbacks": [monitor(heard)],
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **more,
+    }
