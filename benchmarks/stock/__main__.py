@@ -1,9 +1,12 @@
-"""Train stock models of public libraries from their configurations, and list what gradwatch accuses.
+r"""Train stock models of public libraries from their configurations, and list what gradwatch accuses.
 
 Nothing is downloaded. Each library has an environment of its own (`constraints.txt` holds torch 2.13.0):
 
-python3.11 -m venv hf && hf/bin/pip install -c constraints.txt . transformers==5.24.0 accelerate==1.15.0 lightning==2.6.6
-PYTHONPATH=$PWD hf/bin/python -m benchmarks.stock --library transformers --width 32 --json transformers_32.json
+python3.11 -m venv hf && hf/bin/pip install -c constraints.txt . transformers==5.24.0 accelerate==1.15.0
+python3.11 -m venv fc && fc/bin/pip install -c constraints.txt . \
+    neuralforecast==3.3.0 pytorch-forecasting==1.8.0 darts==0.48.1 gluonts==0.17.0
+hf/bin/python -m benchmarks.stock --library transformers --width 32 --json transformers_32.json
+fc/bin/python -m benchmarks.stock --library neuralforecast --only 'T*' --width 256
 """
 
 from __future__ import annotations
@@ -57,7 +60,7 @@ def main() -> None:
     mine.add_argument("--library", choices=LIBRARIES, required=True)
     mine.add_argument("--width", type=int, default=32)
     mine.add_argument("--steps", type=int, default=200)
-    mine.add_argument("--only", default="*", help="a pattern of names")
+    mine.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names")
     mine.add_argument("--json", type=Path, help="where the results go, after each model")
     mine.add_argument("-v", action="store_true", help="show tracebacks")
     options = mine.parse_args()
@@ -65,7 +68,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     outcomes = []
     for model in models(options.library):
-        if not fnmatch.fnmatch(model.name, options.only):
+        if not any(fnmatch.fnmatch(model.name, pattern) for pattern in options.only):
             continue
         outcomes.append(judged(options.library, model, options.width, options.steps))
         print(outcomes[-1], flush=True)

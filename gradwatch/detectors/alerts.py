@@ -35,17 +35,20 @@ def judge(
     """
     detectors, open_alerts = tuple(detectors), tuple(open_alerts)
     rules = rules_of(detectors)
-    codes = {alert.finding.code for alert in open_alerts}
+    codes = {alert.finding.code for alert in open_alerts} | history.muted
     history.note_open(
         (alert.finding.key for alert in open_alerts),
         explained=any(code not in rules or rules[code].explains_a_stall for code in codes),
     )
     history.add(snapshot)
     found: list[Finding] = []
+    history.muted = frozenset()
     for detector in detectors:
         try:
             for finding in detector(history):
-                if not muted(finding, ignore, history.columns.module_of(finding.place)):
+                if muted(finding, ignore, history.columns.module_of(finding.place)):
+                    history.muted |= {finding.code}
+                else:
                     known = _with_cause(history, finding, rules)
                     explain(known, rules)  # words that fail are a failure of this detector, and not of all alerts later
                     found.append(known)

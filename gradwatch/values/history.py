@@ -37,6 +37,7 @@ class History:
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
         self._open: frozenset[Key] = frozenset()
+        self.muted: frozenset[str] = frozenset()  # codes of what was found now, and muted
         self._explained = False
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
@@ -116,8 +117,7 @@ class History:
         """Return what a function makes of this history: it is worked out once for all who ask between two changes."""
         if work not in self._once:
             self._once[work] = work(self)
-        found: T = self._once[work]
-        return found
+        return self._once[work]  # type: ignore[no-any-return]  # what `work` made
 
     @property
     def open(self) -> Collection[Key]:
@@ -280,7 +280,7 @@ class History:
         pairs = [(a, b) for a, b in itertools.pairwise(losses) if 0 < a < math.inf and 0 < b < math.inf]
         if not pairs or not self._has_size:
             return None
-        steps = [math.log(b / a) for a, b in pairs]
+        steps = [math.log(b) - math.log(a) for a, b in pairs]
         trend = statistics.fmean(steps)
         return statistics.median(abs(step - trend) for step in steps)
 
