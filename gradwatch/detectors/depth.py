@@ -101,11 +101,24 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
     if not layers:
         return layers
     states = {i for i in layers if fades_with(history, history.model.layers[i].name)}
-    # A side branch opens while the loss comes down; not from nothing, and not where the loss has stood for long.
+    # A side branch opens by what moves in it, while the loss comes down; not from nothing.
     t = history.thresholds
     stands = history.improved is False and not history.at_best and history.count >= t.aside_after
-    beside = set() if stands else {i for i in aside(history, layers) if ratios[i] >= t.vanishing_hopeless}
-    return states | beside
+    still = _still(history)
+    beside = {i for i in aside(history, layers) if ratios[i] >= t.vanishing_hopeless and i not in still}
+    return states if stands else states | beside
+
+
+def _still(history: History) -> set[int]:
+    """Return the layers that the last step that was measured so has hardly moved, whatever it did to their biases."""
+    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None and not s.skipped), None)
+    if probe is None:
+        return set()
+    moved: dict[str, float] = {}
+    for p, ratio in zip(probe.model.parameters, probe.update_ratio or (), strict=True):
+        if ratio is not None and counts(p):
+            moved[p.layer] = max(moved.get(p.layer, 0.0), ratio)
+    return {history.numbers[name] for name, most in moved.items() if most < history.thresholds.slow_update}
 
 
 def _fading(
