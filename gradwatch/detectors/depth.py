@@ -97,20 +97,20 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
     """Return the layers of these that the gradient passes by, or that only feed the initial state of a short memory."""
     import numpy as np
 
-    layers, ratios = set(np.flatnonzero(vanishing).tolist()), history.ratios(1)[-1]
+    layers = set(np.flatnonzero(vanishing).tolist())
     if not layers:
         return layers
     states = {i for i in layers if fades_with(history, history.model.layers[i].name)}
-    # A side branch opens by what moves in it, while the loss comes down; not from nothing.
-    t = history.thresholds
-    stands = history.improved is False and not history.at_best and history.count >= t.aside_after
-    still = _still(history)
-    beside = {i for i in aside(history, layers) if ratios[i] >= t.vanishing_hopeless and i not in still}
-    return states if stands else states | beside
+    beside = aside(history, layers)
+    # One whose weights a plain step does not move, while it moves others, will not open. Adam's steps grow as soon as
+    # its epsilon lets them.
+    if not history.adaptive:
+        beside -= _still(history)
+    return states | beside
 
 
 def _still(history: History) -> set[int]:
-    """Return the layers that the last step that was measured so has hardly moved, whatever it did to their biases."""
+    """Return the layers that the last step that was measured so has hardly moved, while it moved others as usual."""
     probe = next((s for s in reversed(history.window()) if s.update_ratio is not None and not s.skipped), None)
     if probe is None:
         return set()
@@ -118,7 +118,10 @@ def _still(history: History) -> set[int]:
     for p, ratio in zip(probe.model.parameters, probe.update_ratio or (), strict=True):
         if ratio is not None and counts(p):
             moved[p.layer] = max(moved.get(p.layer, 0.0), ratio)
-    return {history.numbers[name] for name, most in moved.items() if most < history.thresholds.slow_update}
+    t = history.thresholds
+    if max(moved.values(), default=0.0) < t.ordinary_update:
+        return set()
+    return {history.numbers[name] for name, most in moved.items() if most < t.slow_update}
 
 
 def _fading(

@@ -227,6 +227,8 @@ class Thresholds:
     slow_update: float = 1e-5
     """An update over the weights at which nothing is learned in the steps of a training: 1e-3 is a rule of thumb, and
     ten thousand steps of 1e-5 in one direction move a weight by a tenth of itself."""
+    ordinary_update: float = 1e-3
+    """An update over the weights of ordinary size: the rule of thumb. Beside it a layer below `slow_update` stands."""
     skipped_share: float = 0.2
     """Share of the last steps that a GradScaler may skip, in each half of what is remembered. It grows its scale every
     2,000 steps, and one that is told to grow it every ten skips one in eleven."""
@@ -237,8 +239,6 @@ class Thresholds:
     they should be."""
     underflow_probes: int = 2
     """Probes in a row at which entries must be flushed or updates lost."""
-    aside_after: int = 100
-    """Snapshots after which a side branch that has not opened is spared no longer, if the loss has not come down."""
     stalled_after: int = 200
     """Measured snapshots before a loss may be said to stand: slow training is no fault."""
     stalled: float = 0.01
@@ -330,7 +330,6 @@ _COUNTS = (
     "dead_probes",
     "underflow_probes",
     "stalled_after",
-    "aside_after",
 )
 PER_LAYER = (
     "vanishing_ratio",

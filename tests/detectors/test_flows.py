@@ -441,13 +441,14 @@ def test_queries_and_keys_that_begin_small_are_no_vanishing_by_depth():
             model, next_token, steps=40, draw=tokens, optimizer=optimizer(model.parameters(), lr=1e-4)
         )
 
-    for optimizer in (torch.optim.Adam, torch.optim.SGD):
-        model, found = read(0.01, optimizer)
-        assert {code for code, _ in found} == {"GW101"}
-        assert {worst for worst, _ in found.values()} == {Severity.INFO}
-        assert {alert.finding.cause for _, alert in found.values()} == {"aside"}
-        assert {place.rsplit(".", 1)[1] for _, place in found} <= {"q", "k"}
-        assert all("larger weights" in alert.remedy for _, alert in found.values())
+    # By plain SGD, which moves the others a thousand times as far, they would stay as they are.
+    assert {worst for worst, _ in read(0.01, torch.optim.SGD)[1].values()} == {Severity.WARNING}
+    model, found = read(0.01)
+    assert {code for code, _ in found} == {"GW101"}
+    assert {worst for worst, _ in found.values()} == {Severity.INFO}
+    assert {alert.finding.cause for _, alert in found.values()} == {"aside"}
+    assert {place.rsplit(".", 1)[1] for _, place in found} <= {"q", "k"}
+    assert all("larger weights" in alert.remedy for _, alert in found.values())
 
     # The share that is told is never below that which comes through, taken by autograd.
     share = found["GW101", "blocks.0.0.q"][1].finding.evidence["through"]
