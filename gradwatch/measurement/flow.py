@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradwatch.measurement import norms
 from gradwatch.measurement.graph import Graph
 from gradwatch.measurement.output_gradients import Output, OutputGradients
-from gradwatch.model.attempts import Attempts
+from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats, tensors
@@ -371,12 +369,7 @@ def _may_be_of(shape: tuple[int, ...], is_float: bool, given: tuple[int, ...]) -
 
 
 def _in_a_checkpoint() -> bool:
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_code is _CHECKPOINT for frame in callers())
 
 
 def _passed_by(module: nn.Module | None, call: _Call) -> CutKind | None:

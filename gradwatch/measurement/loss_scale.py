@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradwatch.model.attempts import callers
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import Sentinel, transformed
 from gradwatch.model.nested import floats
@@ -77,12 +77,7 @@ class ScaleSentinel:
 
 def stepping() -> Any:  # noqa: ANN401  (torch has several scalers and no common type)
     """Return the GradScaler whose `step` has called, by way of an optimizer, what calls this; None where none has."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _SCALED_STEP:
-            return frame.f_locals.get("self")
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return next((frame.f_locals.get("self") for frame in callers() if frame.f_code is _SCALED_STEP), None)
 
 
 def of_scaler(scaler: Any) -> float | Tensor | None:  # noqa: ANN401

@@ -118,10 +118,13 @@ class Attempts:
         self._open, self._first = None, self.now + 1
 
 
-def _calls_on_the_stack() -> int:
+def callers() -> Iterator[FrameType]:
+    """Yield the frames of the functions that have led to this call, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
-    found = 0
     while frame is not None:
-        found += frame.f_code is _CALL
+        yield frame
         frame = frame.f_back
-    return found
+
+
+def _calls_on_the_stack() -> int:
+    return sum(frame.f_code is _CALL for frame in callers())

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import unserializable_hook
 
-from gradwatch.model.attempts import Attempts
+from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of
@@ -50,12 +48,7 @@ def _sharded(module: nn.Module) -> bool:
 
 def _checkpointed() -> bool:
     """Tell whether torch's activation checkpointing runs this; when it does so again, our hooks may be gone."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back
-    return False
+    return any(frame.f_globals.get("__name__") == "torch.utils.checkpoint" for frame in callers())
 
 
 def first_tensor(value: object) -> Tensor | None:
