@@ -22,7 +22,7 @@ def said(finding: Finding, otherwise: str) -> tuple[str, str]:
 def around(finding: Finding, where: str) -> str:
     """Return what keeps a gradient from fading through depth, of that which the network does not have there yet."""
     has = finding.evidence
-    if "normalized" in has and "skips" in has:
+    if has_both(finding):
         return WARM_UP
     missing = [] if "relus" in has else ["ReLU-like activations with He initialization"]
     missing += [] if "normalized" in has else ["normalization"]
@@ -35,6 +35,11 @@ WARM_UP = (
     " norm_first=True)"
 )
 """What helps a network that has normalization and skip connections."""
+
+
+def has_both(finding: Finding) -> bool:
+    """Tell whether the network has normalization and skip connections, so that they are no remedy."""
+    return "normalized" in finding.evidence and "skips" in finding.evidence
 
 
 def _at(finding: Finding) -> str:
@@ -133,9 +138,7 @@ def _bias(finding: Finding) -> tuple[str, str]:
 def _offset(finding: Finding) -> tuple[str, str]:
     return (
         f"the input of {finding.place} is off-centre: its mean is {finding.evidence['offset']:.3g} times its spread",
-        WARM_UP
-        if "normalized" in finding.evidence and "skips" in finding.evidence
-        else f"standardize the input of {finding.place}",
+        WARM_UP if has_both(finding) else f"standardize the input of {finding.place}",
     )
 
 

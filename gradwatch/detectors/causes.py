@@ -13,6 +13,7 @@ from gradwatch.detectors.measured import (
     fact,
     forward_names,
     functions,
+    kinds,
     newest_activations,
     nothing_to_learn,
     reach,
@@ -174,9 +175,7 @@ def _saturated(history: History, finding: Finding, share: float, at: str, functi
 def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Finding | None:
     """Find that the gradient fades from layer to layer inside of one recurrent module."""
     module = history.columns.module_of(layers[-1] if layers else "")
-    newest = next(iter(history.sequences(1)), None)
-    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
-    kind, count = kinds.get(module), sum(layer.module == module for layer in history.model.layers)
+    kind, count = kinds(history).get(module), sum(layer.module == module for layer in history.model.layers)
     inside = [name for name in layers if history.columns.module_of(name) == module]
     if kind is None or count < 2 or len(inside) < 2:
         return None

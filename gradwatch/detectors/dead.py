@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from gradwatch.detectors.cause_words import WARM_UP, said
+from gradwatch.detectors.cause_words import WARM_UP, has_both, said
 from gradwatch.detectors.causes import of_silence
 from gradwatch.detectors.measured import zero_weights
 from gradwatch.detectors.rule import Rule
@@ -97,7 +97,7 @@ def _explain(finding: Finding) -> Explanation:
     whose = place if count == 1 else names["worst"]
     more = f" (and most of {place} to {names['last']}, {count:.0f} layers)" if count > 1 else ""
     otherwise = f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU"
-    if "normalized" in evidence and "skips" in evidence:
+    if has_both(finding):
         otherwise = WARM_UP
     cause, remedy = said(finding, otherwise)
     return Explanation(

@@ -10,7 +10,7 @@ from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
 from gradwatch.detectors.flows import aside, before_one_value, fades_with, rounding
 from gradwatch.detectors.idle import share_left
-from gradwatch.detectors.measured import before_misread, flat
+from gradwatch.detectors.measured import before_misread, flat, newest_update
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts, norms
@@ -111,7 +111,7 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
 
 def _still(history: History) -> set[int]:
     """Return the layers that the last step that was measured so has hardly moved, while it moved others as usual."""
-    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None and not s.skipped), None)
+    probe = newest_update(history)
     if probe is None:
         return set()
     moved: dict[str, float] = {}
@@ -260,7 +260,7 @@ def _moves(history: History) -> bool:
     In units of its own size, or of the size that keeps a signal as large as it was, where it is smaller than that: what
     is next to nothing moves fast beside itself, and nothing comes of it.
     """
-    probe = next((s for s in reversed(history.window()) if s.update_ratio is not None), None)
+    probe = newest_update(history)
     if probe is None or probe.weight_norm is None or probe.update_ratio is None:
         return False
     known = zip(probe.model.parameters, probe.update_ratio, probe.weight_norm, strict=True)

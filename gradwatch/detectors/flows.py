@@ -46,7 +46,7 @@ def takes_zeros(history: History, layer: str) -> bool:
 def before_one_value(history: History) -> set[int]:
     """Return the layers that lead to nothing but a softmax of one value, which is 1 whatever it takes."""
     names = {name for name, flow in flows_of(history).items() if _of_one(flow)}
-    return {i for i, layer in enumerate(history.model.layers) if layer.module in names}
+    return _numbers(history, names)
 
 
 def _of_one(flow: Flow | None) -> bool:
@@ -80,7 +80,12 @@ def rounding(history: History) -> set[int]:
     """Return those layers, and the normalizations at which it ends, by their numbers."""
     flows = without_effect(history)
     names = {*flows, *(f.barrier.at for f in flows.values() if f.barrier is not None)}
-    return {i for i, layer in enumerate(history.model.layers) if layer.module in names}
+    return _numbers(history, names)
+
+
+def _numbers(history: History, modules: Collection[str]) -> set[int]:
+    """Return the layers of these modules, by their numbers."""
+    return {i for i, layer in enumerate(history.model.layers) if layer.module in modules}
 
 
 def fades_with(history: History, layer: str) -> tuple[str, int, int] | None:

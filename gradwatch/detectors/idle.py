@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import with_cause
+from gradwatch.detectors.measured import newest_update
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -88,8 +89,8 @@ def _severity(history: History) -> Severity:
 
 
 def _probe(history: History) -> Snapshot:
-    """Return the newest snapshot of a step of which it was measured how far it moved the weights."""
-    return next((s for s in reversed(history.window()) if s.update_ratio is not None), history.snapshot)
+    """Return the newest snapshot that tells how far the weights moved, or just the newest."""
+    return newest_update(history) or history.snapshot
 
 
 def warming_up(history: History) -> bool:

@@ -7,8 +7,8 @@ from typing import Literal
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Finding
-from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, FactName, Function
+from gradwatch.values.sequences import RecurrenceName, SequenceStats
+from gradwatch.values.snapshot import ActivationStats, FactName, Function, Snapshot
 from gradwatch.values.thresholds import (
     MISREAD_PROBES,
     MOSTLY_DEAD,
@@ -22,6 +22,17 @@ def newest_activations(history: History) -> tuple[ActivationStats, ...]:
 
 def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return next((s.activations or () for s in history.looks(1)), ())
+
+
+def newest_update(history: History) -> Snapshot | None:
+    """Return the newest snapshot of a step of which it was measured how far it moved the weights; None: of none."""
+    return next((s for s in reversed(history.window()) if s.update_ratio is not None), None)
+
+
+def kinds(history: History) -> dict[str, RecurrenceName | None]:
+    """Return what the recurrent modules of the newest look through time are, by name."""
+    newest = next(iter(history.sequences(1)), None)
+    return {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
 
 
 def saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
@@ -38,12 +49,11 @@ def _saturation(history: History) -> dict[str, tuple[float, Function | Literal["
         for a in newest_activations(history)
         if a.saturated is not None and a.function is not None
     }
-    newest = next(iter(history.sequences(1)), None)
-    kinds = {s.module: s.kind for s in newest.sequences or () if s.part == ""} if newest is not None else {}
+    newest, known = next(iter(history.sequences(1)), None), kinds(history)
     for fact in (newest.facts or ()) if newest is not None else ():
         layer = history.columns.layer_of(fact.place, fact.part)
         if fact.name == "saturated_gates" and fact.value > found.get(layer, (0.0, ""))[0]:
-            found[layer] = fact.value, "tanh" if kinds.get(fact.place) == "RNN" else "gate"
+            found[layer] = fact.value, "tanh" if known.get(fact.place) == "RNN" else "gate"
     return found
 
 
@@ -70,9 +80,7 @@ def misread(history: History) -> dict[str, SequenceStats]:
 
 def _misread(history: History) -> dict[str, SequenceStats]:
     probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
-    found = [
-        {s.module: s for s in p.sequences or () if s.part == "" and (s.over_batch or s.reads_padding)} for p in probes
-    ]
+    found = [{s.module: s for s in p.sequences or () if s.part == "" and s.misread} for p in probes]
     return {name: stats for name, stats in found[-1].items() if all(name in f for f in found)} if found else {}
 
 

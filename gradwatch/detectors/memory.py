@@ -27,11 +27,10 @@ from gradwatch.values.thresholds import MOSTLY_FLAT
 def detached_states(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     """Find where a carried state is detached: a fault where that keeps the gradient from what a declared need asks."""
     newest = probes[-1].sequences or ()
-    whole = next((s.need for s in newest if s.part == "model" and s.need is not None), None)
     for place, reached in reached_by(probes[-1]).items():
         since = list(itertools.takewhile(lambda p: place in reached_by(p), reversed(probes)))  # noqa: B023 (used here)
         mine = [s for s in newest if s.module == place]
-        need = next((s.need for s in mine if s.need is not None), whole)
+        need = _need(newest, place)
         short = need is not None and reached < need and len(since) >= history.thresholds.of(place).horizon_probes
         yield Finding(
             "GW303",
@@ -48,6 +47,13 @@ def detached_states(history: History, probes: Sequence[Snapshot]) -> Iterator[Fi
         )
 
 
+def _need(newest: Sequence[SequenceStats], place: str) -> int | None:
+    """Return the need that was declared of a module, or else of the model."""
+    declared = [s for s in newest if s.need is not None]
+    of_module = (s.need for s in declared if s.module == place)
+    return next(of_module, next((s.need for s in declared if s.part == "model"), None))
+
+
 def reached_by(probe: Snapshot) -> dict[str, int]:
     """Return how many of its newest timesteps a gradient reaches, by module whose carried state is detached."""
     return {s.module: s.reached for s in probe.sequences or () if s.reached is not None}
@@ -61,9 +67,8 @@ def full_cells(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
     if history.improved is not False:
         return
     newest = probes[-1].sequences or ()
-    whole = next((s.need for s in newest if s.part == "model"), None)
     for stats in (s for s in newest if s.part == "" and s.kind == "LSTM"):
-        place, need = stats.module, stats.need or whole
+        place, need = stats.module, _need(newest, stats.module)
         patience = history.thresholds.of(place).horizon_probes
         last = probes[-patience:]
         seen = [worst(p.facts or (), place, FADES) for p in last]
@@ -88,7 +93,7 @@ def misreading(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
     for place, stats in misread(history).items():
         of = batch_read if stats.over_batch else padding_read
         mine = [next((s for s in p.sequences or () if (s.module, s.part) == (place, "")), None) for p in probes]
-        since = itertools.takewhile(lambda s: s is not None and (s.over_batch or s.reads_padding), reversed(mine))
+        since = itertools.takewhile(lambda s: s is not None and s.misread, reversed(mine))
         onset = probes[-len(list(since))].step
         yield dataclasses.replace(of(stats, place), severity=severity, onset=onset)
 

@@ -41,8 +41,8 @@ def through_time(history: History) -> Iterator[Finding]:
         return
     # Where gates are saturated all over, that is the one fault, and GW101 tells of it.
     shut = [history.model.layers[i] for i in flat(history)]
-    closed = {layer.module for layer in shut if history.is_open("GW101", layer.name)}
-    claims = [c for c in _claims(history, probes) if c.place not in closed | misread(history).keys()]
+    told = {layer.module for layer in shut if history.is_open("GW101", layer.name)} | misread(history).keys()
+    claims = [c for c in _claims(history, probes) if c.place not in told]
     unmet = {
         c.place
         for c in claims

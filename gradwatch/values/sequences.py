@@ -143,6 +143,11 @@ class SequenceStats:
         return self.grad_data is not None and self.grad_data < HORIZON_GAIN
 
     @property
+    def misread(self) -> bool:
+        """Whether the module reads something else than its data: padding, or the batch as time."""
+        return self.over_batch or self.reads_padding
+
+    @property
     def why_unknown(self) -> str:
         """Why `lag_gain` is missing, in words; "" where that is not known."""
         return self.note or ""
