@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradwatch.measurement.graph import saved_dim
 from gradwatch.values.snapshot import Function
 from gradwatch.values.thresholds import OUTER_SHARE
 
@@ -46,8 +47,7 @@ def saturated_share(rows: Tensor, node: Any, function: Function) -> Tensor | Non
     if function == "sigmoid":
         return _share_above(rows, 0.5, inner / 2)
     if function == "softmax":
-        dim: int = node._saved_dim  # which wraps around below 0
-        dim = dim if dim < rows.dim() else dim - 2**64
+        dim = saved_dim(node)
         return _share_above(rows.amax(dim), 0.0, 1 - OUTER_SHARE) if dim % rows.dim() else None  # those are thinned out
     return _clamped(rows, node, function) if function in ("hardtanh", "clamp") else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -57,24 +57,18 @@ class Graph:
 
     def nearest(self, node: Any, among: Collection[str] | None = None) -> tuple[str | None, Any]:  # noqa: ANN401
         """Return the nearest module on the way back from a node, of these if there are any named, and its node."""
-        front = [node]
-        for _ in range(_NEAR):
-            for one in front:
-                name = self.name_of(one)
-                if name is not None and (among is None or name in among):
-                    return name, one
-            front = [n for one in front for n, _ in one.next_functions if n is not None][:8]
+        for one in near(node, _NEAR):
+            name = self.name_of(one)
+            if name is not None and (among is None or name in among):
+                return name, one
         return None, None
 
     @staticmethod
     def leaf(node: Any) -> int | None:  # noqa: ANN401
         """Return the nearest parameter on the way back from a node, by `id`."""
-        front = [node]
-        for _ in range(_NEAR):
-            for one in front:
-                if isinstance(leaf := getattr(one, "variable", None), nn.Parameter):
-                    return id(leaf)
-            front = [n for one in front for n, _ in one.next_functions if n is not None][:8]
+        for one in near(node, _NEAR):
+            if isinstance(leaf := getattr(one, "variable", None), nn.Parameter):
+                return id(leaf)
         return None
 
     def walk(self, roots: Iterable[Any]) -> None:
@@ -133,13 +127,13 @@ class Graph:
             return
         shape = tuple(node._input_metadata[0].shape)
         if node.name() == "CatBackward0":
-            dim = _signed(node._saved_dim) % max(len(shape), 1)
+            dim = saved_dim(node) % max(len(shape), 1)
             known = [n._input_metadata[number].shape for n, number in edges if n is not None]
             missing = sum(n is None for n, _ in edges)
             rest = shape[dim] - sum(s[dim] for s in known)
             shape = (*shape[:dim], rest // missing, *shape[dim + 1 :])
         elif node.name() == "StackBackward0":
-            dim = _signed(node._saved_dim) % max(len(shape), 1)
+            dim = saved_dim(node) % max(len(shape), 1)
             shape = shape[:dim] + shape[dim + 1 :]
         self.joins.append((node._sequence_nr(), shape, within))
 
@@ -156,6 +150,14 @@ class Graph:
         return {name: self._states[name] for name in names if name in self._states and name not in self._direct}
 
 
+def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401
+    """Yield a node and those on the way back from it that are fewer steps away than these, the nearest first."""
+    front = [node]
+    for _ in range(steps):
+        yield from front
+        front = [n for one in front for n, _ in one.next_functions if n is not None][:8]
+
+
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401
     """Return the mean of the largest weights of a softmax, from what it has saved; None where that was put away.
 
@@ -166,12 +168,13 @@ def _top(node: Any) -> Tensor | None:  # noqa: ANN401
     shape = tuple(node._input_metadata[0].shape)
     if type(result) is not Tensor or tuple(result.shape) != shape or not shape or not result.numel():
         return None
-    return result.detach().amax(_signed(node._saved_dim)).mean(dtype=torch.float32)
+    return result.detach().amax(saved_dim(node)).mean(dtype=torch.float32)
 
 
-def _signed(number: int) -> int:
-    """Return a dimension as it was given: of the negative ones autograd gives the bits."""
-    return number - 2**64 if number >= 2**63 else number
+def saved_dim(node: Any) -> int:  # noqa: ANN401
+    """Return the dimension that a node works along, as it was given: of the negative ones autograd gives the bits."""
+    dim: int = node._saved_dim
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _attends_to_one(node: Any) -> bool:  # noqa: ANN401
@@ -187,7 +190,7 @@ def _blocks(node: Any) -> tuple[Any, int] | None:  # noqa: ANN401
     kind = node.name()
     if kind in _SOFTMAX:
         shape = node._input_metadata[0].shape
-        width = shape[_signed(node._saved_dim)] if len(shape) else 1
+        width = shape[saved_dim(node)] if len(shape) else 1
         return ("softmax", 1) if width == 1 else None
     if kind == "NativeLayerNormBackward0":
         width = math.prod(node._saved_normalized_shape)

@@ -31,9 +31,13 @@ class Output:
     norms: dict[int, Tensor] = field(default_factory=dict)
     """Of what arrived, by backward pass: of the sum of several only the norms of its parts are known."""
 
+    def arrived(self, broken: Collection[int]) -> list[Tensor]:
+        """Return the norms of what arrived, but for what the `broken` backward passes brought."""
+        return [norm for task, norm in self.norms.items() if task not in broken]
+
     def norm(self, broken: Collection[int]) -> Tensor | None:
         """Return the norm of what one backward pass brought; None where none did, or several."""
-        arrived = [norm for task, norm in self.norms.items() if task not in broken]
+        arrived = self.arrived(broken)
         return arrived[0] if len(arrived) == 1 else None
 
 
@@ -143,12 +147,12 @@ class OutputGradients:
         unknown = []
         broken = self._attempts.broken
         outputs = self._outputs.items()  # those of other optimizers too: the gradient did come by
-        came = {name for name, given in outputs if any(task not in broken for one in given for task in one.norms)}
+        came = {name for name, given in outputs if any(one.arrived(broken) for one in given)}
         for name in tuple(self._outputs):
             module = step.modules.get(name)
             if step.others and module is not None and step.of_others(set(map(id, module.parameters()))):
                 continue
-            arrived = [[n for t, n in output.norms.items() if t not in broken] for output in self._pop(name)]
+            arrived = [output.arrived(broken) for output in self._pop(name)]
             parts = [norm for of_output in arrived for norm in of_output]
             if any(len(of_output) > 1 for of_output in arrived):
                 unknown.append(name)

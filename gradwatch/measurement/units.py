@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
+from gradwatch.measurement.graph import near
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
@@ -197,10 +198,12 @@ class Units:
             silent = top <= 0
             by_bias = (silent & (top - bias.detach().float() > 0)).sum().float() / silent.sum().clamp(min=1)
             self._facts[name, "silent_by_bias"] = by_bias
-        if inputs and inputs[0].numel():
-            self._facts[name, "input_size"] = inputs[0].detach().float().square().mean().sqrt()
-        if inputs and inputs[0].dim() > 1 and inputs[0].shape[0] > 1:
-            x = inputs[0].detach().float()
+        if not inputs:
+            return
+        x = inputs[0].detach().float()
+        if x.numel():
+            self._facts[name, "input_size"] = x.square().mean().sqrt()
+        if x.dim() > 1 and x.shape[0] > 1:
             apart = x - x[:1]  # exactly 0 where the input is always the same
             middle = apart.mean(dim=0)
             mean = (x[0] + middle).square_().mean().sqrt()
@@ -318,11 +321,5 @@ def _notes(node: Any) -> dict[object, Any]:  # noqa: ANN401  (nodes have no comm
 
 def _source(node: Any, key: object) -> UnitSource | None:  # noqa: ANN401
     """Return what layer an activation was made from: the nearest on the way back."""
-    front = [node]
-    for _ in range(_WALK):
-        for one in front:
-            mark: UnitSource | None = _notes(one).get(key)
-            if mark is not None:
-                return mark
-        front = [n for one in front for n, _ in one.next_functions if n is not None][:8]
-    return None
+    marks: Iterator[UnitSource | None] = (_notes(one).get(key) for one in near(node, _WALK))
+    return next((mark for mark in marks if mark is not None), None)

@@ -33,8 +33,8 @@ def saturation(outputs: Tensor) -> Tensor:
 
 def _saturated(sigmoids: Sequence[Tensor], tanhs: Sequence[Tensor]) -> Tensor:
     """Return the share of the entries of all of them that are in the outer 1 % of their range."""
-    ends = [(s - 0.5).abs() > 0.5 - OUTER_SHARE for s in sigmoids] + [t.abs() > 1 - 2 * OUTER_SHARE for t in tanhs]
-    return torch.stack([end.double().mean() for end in ends]).mean()
+    of_gates = [((s - 0.5).abs() > 0.5 - OUTER_SHARE).double().mean() for s in sigmoids]
+    return torch.stack(of_gates + [saturation(t) for t in tanhs]).mean()
 
 
 class LayerWeights(NamedTuple):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.values.snapshot import Silence
+
+Key = TypeVar("Key")
 
 
 class SilentSteps:
@@ -45,8 +48,13 @@ class SilentSteps:
 
     def _moved(self, now: Mapping[str, float]) -> bool | None:
         """Tell whether parameters have changed since the first step; None where they were not measured twice."""
-        both = now.keys() & self._weights.keys()
-        return any(now[name] != self._weights[name] for name in both) if both and self.count > 1 else None
+        return changed(self._weights, now) if self.count > 1 else None
+
+
+def changed(before: Mapping[Key, float], now: Mapping[Key, float]) -> bool | None:
+    """Tell whether a norm that was measured both times has changed; None where there is none."""
+    both = now.keys() & before.keys()
+    return any(now[key] != before[key] for key in both) if both else None
 
 
 def _weights(measurement: Measurement, columns: Sequence[int]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from gradwatch.measurement.parameters import Parameters, undisturbed
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.values.snapshot import Silence
 from gradwatch.values.thresholds import STEPLESS
+from gradwatch.watcher.silent_steps import changed
 
 
 class Unheard:
@@ -102,9 +103,8 @@ class Unheard:
         """What was heard."""
         if self._by:
             return Silence(0, 0, moved=None, told=self._others, by=self._by)
-        now = self._weigh() if self._weights else {}
-        both = now.keys() & self._weights.keys()
-        moved = any(now[c] != self._weights[c] for c in both) if both and self._told > self._patience else None
+        twice = bool(self._weights) and self._told > self._patience
+        moved = changed(self._weights, self._weigh()) if twice else None
         return Silence(0, 0, moved=moved, told=self._told)
 
     def _weigh(self) -> Mapping[int, float]:
