@@ -22,6 +22,12 @@ def _stages(width: int) -> list[int]:
     return [width // 2, width]
 
 
+_PYRAMID = {"depths": [1, 1], "hidden_sizes": _stages, "num_encoder_blocks": 2, "strides": [4, 2]}
+"""Two stages, of which the second sees less and is wider."""
+
+_ATTENTION = {"num_attention_heads": [1, 2], "mlp_ratios": [4, 4]}
+"""In each of them."""
+
 MODELS = [
     stock("vit", pictures, patch_size=8),
     stock("vit", pictures, patch_size=8, trainer=True),
@@ -91,48 +97,33 @@ MODELS = [
     stock(
         "poolformer",
         pictures,
-        depths=[1, 1],
-        hidden_sizes=_stages,
-        num_encoder_blocks=2,
+        **_PYRAMID,
         patch_sizes=[7, 3],
-        strides=[4, 2],
         padding=[2, 1],
     ),
     stock(
         "pvt",
         pictures,
-        depths=[1, 1],
-        hidden_sizes=_stages,
-        num_encoder_blocks=2,
+        **_PYRAMID,
+        **_ATTENTION,
         patch_sizes=[4, 2],
-        strides=[4, 2],
         sequence_reduction_ratios=[2, 1],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[4, 4],
     ),
     stock(
         "pvt_v2",
         pictures,
-        depths=[1, 1],
-        hidden_sizes=_stages,
-        num_encoder_blocks=2,
+        **_PYRAMID,
+        **_ATTENTION,
         patch_sizes=[7, 3],
-        strides=[4, 2],
         sr_ratios=[2, 1],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[4, 4],
     ),
     stock(
         "segformer",
         pictures,
-        depths=[1, 1],
-        hidden_sizes=_stages,
-        num_encoder_blocks=2,
+        **_PYRAMID,
+        **_ATTENTION,
         patch_sizes=[7, 3],
-        strides=[4, 2],
         sr_ratios=[2, 1],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[4, 4],
     ),
     stock(
         "cvt",

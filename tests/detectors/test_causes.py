@@ -8,25 +8,13 @@ import weakref
 
 import pytest
 import torch
+from models import Model
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch.measurement.norms import spectral_norm
-
-
-class Model(nn.Module):
-    """Hands the work to a function, so that each case stands where it is tested."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def probes(model, inputs, *, lr=0.0, optimizer=None, skip=1, **options):

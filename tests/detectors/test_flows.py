@@ -6,25 +6,13 @@ import math
 
 import pytest
 import torch
+from models import Model
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch import Severity
-
-
-class Model(nn.Module):
-    """Hands the work to a function."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def stack(inputs=8, outputs=16):
