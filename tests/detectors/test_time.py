@@ -440,6 +440,13 @@ def test_a_detached_state_beyond_the_need_is_information_and_asks_for_no_declara
     assert "horizon=" not in explain(finding).remedy
 
 
+def test_a_detached_state_is_judged_by_the_need_of_its_module_before_that_of_the_model():
+    more, less = (found(*[(cut(64, need=need), whole(LONG, length=64, need=64))] * 4) for need in (100, 50))
+
+    assert [(*codes([f]), f.evidence["need"]) for f in more] == [(("GW303", "rnn", Severity.WARNING), 100.0)]
+    assert [(*codes([f]), f.evidence["need"]) for f in less] == [(("GW303", "rnn", Severity.INFO), 50.0)]
+
+
 def test_where_a_need_is_not_met_for_it_the_detached_state_is_the_cause():
     stats = dataclasses.replace(cut(16), lag_gain=(1.0,) * 16 + (0.0,) * 48)
     probe = (stats, dataclasses.replace(stats, module="", part="model", need=64, reached=None))
