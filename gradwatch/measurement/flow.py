@@ -287,6 +287,8 @@ class FlowProbe:
     def _cuts(self, step: StepView, reached: Collection[str]) -> Iterator[Cut]:
         """Tell of each layer that is in question, or has no gradient, where that ended."""
         lively = {call.outermost for name, call in self._calls.items() if name in reached}
+        came = sorted((c.began, n) for n, c in self._calls.items() if n in reached)
+        lost = sorted((c.ended, n) for n, c in self._calls.items() if n not in reached)
         for name, call in self._calls.items():
             own = _own(step.modules.get(name))
             if not call.ended or (name not in self.suspects and (not own or any(p.grad is not None for p in own))):
@@ -295,8 +297,11 @@ class FlowProbe:
                 if (kind := _passed_by(step.modules.get(name), call)) is not None:
                     yield Cut(name, name, name, graph=True, kind=kind)
                 continue
-            after = self._follower(name, call, reached)
-            last = self._last(name, call, after)
+            followers = [n for began, n in came if began > call.ended]
+            after = self._follower(name, call, followers, [self._calls[n] for end, n in lost if end >= call.ended])
+            # The last module before that which the gradient did not reach.
+            end = self._calls[after].began if after is not None else call.ended
+            last = max((one for one in lost if call.ended <= one[0] <= end), default=(0, name))[1]
             kind = "between"
             if self._calls[last].checkpoint or call.checkpoint:
                 kind = "checkpoint"
@@ -308,11 +313,16 @@ class FlowProbe:
                 kind = "outside"
             yield Cut(name, last, after, graph=self._calls[last].graph, kind=kind)
 
-    def _follower(self, name: str, call: _Call, reached: Collection[str]) -> str | None:
-        """Return the first module, of those that the gradient reached, that took numbers cut off from the graph."""
-        later = sorted((c.began, n) for n, c in self._calls.items() if n in reached and c.began > call.ended)
-        followers = [n for _, n in later]
-        lost = [c for n, c in self._calls.items() if n not in reached and c.ended >= call.ended]
+    def _follower(self, name: str, call: _Call, followers: Sequence[str], lost: Sequence[_Call]) -> str | None:
+        """Return the first module that took numbers cut off from the graph.
+
+        Args:
+            name: the layer that has no gradient.
+            call: its call.
+            followers: modules that the gradient reached, of those that began later, in their order.
+            lost: calls that it did not reach, of those that ended later, and this one.
+
+        """
         for other in followers:
             its = self._calls[other]
             new = [(shape, wide) for storage, shape, wide in its.loose if self._seen[storage][0] > call.ended]
@@ -323,16 +333,6 @@ class FlowProbe:
         known = {shape for when, shape in self._seen.values() if when <= call.ended}
         joins = sorted(join for join in self.graph.joins if join[1] not in known)
         return next((at for n, shape, at in joins if any(n > c.made >= 0 and shape == c.shape for c in lost)), None)
-
-    def _last(self, name: str, call: _Call, after: str | None) -> str:
-        """Return the last module before that which the gradient did not reach, of the same outermost call."""
-        end = self._calls[after].began if after is not None else call.ended
-        before = [
-            (c.ended, n)
-            for n, c in self._calls.items()
-            if call.ended <= c.ended <= end and n not in (self._outputs.reached or ())
-        ]
-        return max(before, default=(0, name))[1]
 
     def _kept(self, name: str) -> bool:
         """Tell whether somebody keeps the graph of what a layer gave, though no module gave it on."""
