@@ -89,7 +89,7 @@ def check(
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
         watcher.step(loss=value.detach() if loss is not None else _size(output))
     snapshot = watcher.report.snapshot
-    if all(norm is None or math.isfinite(norm) for norm in snapshot.norm):
+    if snapshot.finite:
         return watcher.report
     origin = first_bad_operation(model, labelled(model, args, kwargs), run) or snapshot.origin
     snapshot = dataclasses.replace(snapshot, origin=origin)

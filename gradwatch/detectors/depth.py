@@ -235,7 +235,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
     ):
         return
     largest = np.nan_to_num(history.sensitivities(t.window), nan=0.0).max(axis=1)[-len(losses) :]
-    if not np.isfinite(losses).all() or not all(n is None or math.isfinite(n) for n in history.snapshot.norm):
+    if not np.isfinite(losses).all() or not history.snapshot.finite:
         return
     with np.errstate(over="ignore"):
         share = largest / np.maximum(np.abs(losses), 1e-300)

@@ -80,7 +80,7 @@ def _growth(history: History) -> Iterator[Finding]:
 def _runaway(history: History) -> Iterator[Finding]:
     """Find that what is not finite now had grown before: it exploded, and the NaN is the end of it."""
     now = history.snapshot
-    if now.skipped or all(n is None or math.isfinite(n) for n in now.norm):
+    if now.skipped or now.finite:
         return
     before = [
         (s.step, n) for s in history.window() if not s.skipped and (n := s.norm_global) is not None and math.isfinite(n)

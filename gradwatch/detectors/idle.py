@@ -35,7 +35,7 @@ def _unmoved(history: History) -> Iterator[Finding]:
     Where the gradient is too small to move anything, or clipping has made it so, that is another finding.
     """
     t, now, update = history.thresholds, history.snapshot, history.track.update
-    if update is None or not update < t.slow_update or not any(now.norm) or _bad(now):
+    if update is None or not update < t.slow_update or not any(now.norm) or not now.finite:
         return
     # A step later than others have their say: what leaves nothing of the gradient is not the step's fault.
     if history.count <= t.window or (history.explained and not history.is_open("GW903", "")):
@@ -119,10 +119,6 @@ def _asks(history: History) -> bool | None:
     if not (losses := history.losses(1)):
         return None
     return bool(np.nanmax(history.sensitivities(1), initial=0.0) >= t.flat_sensitivity * abs(losses[-1]))
-
-
-def _bad(snapshot: Snapshot) -> bool:
-    return any(n is not None and not math.isfinite(n) for n in snapshot.norm)
 
 
 # --- clipping ---

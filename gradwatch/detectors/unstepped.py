@@ -10,7 +10,7 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import Stray
+from gradwatch.values.snapshot import Snapshot, Stray
 from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
 
 
@@ -30,7 +30,6 @@ def _unheard(history: History) -> Iterator[Finding]:
     snapshot, silence = history.snapshot, history.snapshot.silence
     if silence is None or silence.steps:
         return
-    optimizer = "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
     yield Finding(
         "GW900",
         "unstepped",
@@ -38,8 +37,13 @@ def _unheard(history: History) -> Iterator[Finding]:
         "",
         onset=silence.since,
         evidence={"told": float(silence.told)} | ({} if silence.moved is None else {"moved": float(silence.moved)}),
-        names={"optimizer": optimizer, "by": silence.by},
+        names={"optimizer": _kind(snapshot), "by": silence.by},
     )
+
+
+def _kind(snapshot: Snapshot) -> str:
+    """Return what optimizer took the step; "" where the gradients were only read."""
+    return "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
 
 
 def _in_vain(history: History) -> Iterator[Finding]:
@@ -65,7 +69,6 @@ def _in_vain(history: History) -> Iterator[Finding]:
         severity = Severity.WARNING
     elif not ran and (snapshot.loss is None or history.had_gradients(anywhere=True)):
         severity = Severity.INFO
-    optimizer = "" if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer].kind
     yield Finding(
         "GW901",
         "disconnected",
@@ -79,7 +82,7 @@ def _in_vain(history: History) -> Iterator[Finding]:
             "moved": float(bool(silence.moved)),
             "before": float(history.had_gradients()),
         },
-        names={"optimizer": optimizer, "first": layers[0], "last": layers[-1], "whole": "yes" if whole else ""},
+        names={"optimizer": _kind(snapshot), "first": layers[0], "last": layers[-1], "whole": "yes" if whole else ""},
     )
 
 

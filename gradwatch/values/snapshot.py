@@ -355,6 +355,11 @@ class Snapshot:
     """Tensors that the model uses as weights and does not own; None where none was seen, or nobody looked."""
 
     @property
+    def finite(self) -> bool:
+        """Whether no gradient that there is holds NaN or infinity."""
+        return all(n is None or math.isfinite(n) for n in self.norm)
+
+    @property
     def norm_global(self) -> float | None:
         """L2 norm over all gradients together; None if there is none."""
         norms = [n for n in self.norm if n is not None]
