@@ -146,7 +146,7 @@ def measuring(name: str, build: Build, rounds: int) -> None:
 
     def measure(*, probe: bool = False) -> Measurement:
         with undisturbed():
-            members, columns = steps._parameters(), steps._columns
+            members, columns = steps._stepped.now(optimizer), steps._stepped.columns
             reading = Measurement(0, watcher._model_map.info, "applied", probe=probe)
             reading.gradients(columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
