@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from gradwatch.detectors.flows import aside, cut_of, fades_with, flow_of, takes_zeros
+from gradwatch.detectors.flows import aside, cut_of, fades_with, flow_of, left_out, takes_zeros
 from gradwatch.detectors.measured import (
     fact,
     forward_names,
@@ -53,6 +53,7 @@ Cause = Literal[
     "outside",
     "checkpoint",
     "zero_input",
+    "left_out",
     "softmax",
     "narrow",
     "state",
@@ -203,20 +204,19 @@ def of_a_cut(history: History, finding: Finding) -> Finding:
 
     That is float16, weights that are all 0, a dead layer, or a loss that is flat.
     """
-    last = finding.names.get("last", finding.place)
-    if "norm" in finding.evidence and (known := _of_zeros(history, finding, last)) is not None:
+    last, zero = finding.names.get("last", finding.place), "norm" in finding.evidence
+    flow = flow_of(history, last) or Flow(last)
+    if flow.barrier is not None and flow.barrier.operation == "softmax":
+        return with_cause(finding, "softmax", {"values": float(flow.barrier.values)}, {"at": flow.barrier.at})
+    if zero and (known := _of_zeros(history, finding, last)) is not None:
         return known
-    cut, flow = cut_of(history, last), flow_of(history, last)
-    if cut is not None:
+    if (cut := cut_of(history, last)) is not None:
         names = {"unreached": cut.unreached, **({} if cut.reached is None else {"reached": cut.reached})}
         kind: Cause = "cut" if cut.kind is None or cut.kind == "between" else cut.kind
         return with_cause(finding, kind, {"graph": float(cut.graph)}, names)
-    if "norm" in finding.evidence and takes_zeros(history, last):
-        return with_cause(finding, "zero_input", {}, {"at": last})
-    if flow is not None and (barrier := flow.barrier) is not None:
-        kind = "softmax" if barrier.operation == "softmax" else "narrow"
-        return with_cause(finding, kind, {"values": float(barrier.values)}, {"at": barrier.at})
-    return _flat_loss(history, finding) if "norm" in finding.evidence else finding
+    if flow.barrier is not None:
+        return with_cause(finding, "narrow", {"values": float(flow.barrier.values)}, {"at": flow.barrier.at})
+    return _of_other_zeros(history, finding, last) if zero else finding
 
 
 def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
@@ -238,8 +238,12 @@ def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
     return None
 
 
-def _flat_loss(history: History, finding: Finding) -> Finding:
-    """Tell whether the gradient is zero at what the model gives already."""
+def _of_other_zeros(history: History, finding: Finding, last: str) -> Finding:
+    """Tell whether a layer takes zeros, gives what is not used, or the gradient is zero at what the model gives."""
+    if takes_zeros(history, last):
+        return with_cause(finding, "zero_input", {}, {"at": last})
+    if (part := left_out(history, last)) is not None:
+        return with_cause(finding, "left_out", {}, {"at": part})
     if not any(a.module == "" and a.grad_norm == 0 for a in newest_activations(history)):
         return finding
     losses = history.losses(KEPT)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
-from gradwatch.detectors.flows import aside, before_one_value, fades_with, rounding
+from gradwatch.detectors.flows import added, aside, before_one_value, fades_with, rounding
 from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.measured import before_misread, flat, newest_update
 from gradwatch.detectors.rule import Rule
@@ -49,6 +49,7 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     others = before_misread(history) | rounding(history) | before_one_value(history)
     vanishing[list(others)] = False  # those are other kinds
     vanishing &= _small(history, limits)
+    vanishing[list(added(history, set(np.flatnonzero(vanishing).tolist())))] = False
     spare = np.zeros_like(vanishing)
     spare[list(_spared(history, vanishing))] = True
     runs = [(run, False) for run in _faults(history, vanishing & ~spare, ratios[-1], closed)]

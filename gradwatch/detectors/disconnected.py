@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
-from gradwatch.detectors.flows import idle, rounding, without_effect
+from gradwatch.detectors.flows import before_one_value, idle, rounding, without_effect
 from gradwatch.detectors.measured import flat, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
@@ -39,6 +39,7 @@ def disconnected(history: History) -> Iterator[Finding]:
     zero -= rounding(history)
     stuck = set(zero_weights(history))  # they take zeros because others are stuck too
     spare = {i for i in without | zero if (name := history.model.layers[i].name) not in stuck and idle(history, name)}
+    spare |= zero & before_one_value(history)
     for norm, cut, its in (
         ({}, without - spare, severity),
         ({"norm": 0.0}, zero - spare, severity),

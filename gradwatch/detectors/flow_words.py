@@ -82,6 +82,17 @@ def _zero_input(finding: Finding) -> tuple[str, str]:
     )
 
 
+def _left_out(finding: Finding) -> tuple[str, str]:
+    at = finding.names["at"] or "the model"
+    return (
+        f"what {at} gives is put side by side with something else, and of the whole the loss takes other parts alone",
+        (
+            f"leave it, or call requires_grad_(False) on {finding.place or 'it'}; if it is to learn, let the loss take"
+            " its part too"
+        ),
+    )
+
+
 def _softmax(finding: Finding) -> tuple[str, str]:
     at = finding.names["at"] or "the output"
     return (
@@ -136,6 +147,7 @@ FLOWS: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "outside": _outside,
     "checkpoint": _checkpoint,
     "zero_input": _zero_input,
+    "left_out": _left_out,
     "softmax": _softmax,
     "narrow": _narrow,
     "state": _state,

@@ -56,12 +56,44 @@ def _of_one(flow: Flow | None) -> bool:
 def idle(history: History, layer: str) -> bool:
     """Tell whether a layer that gets nothing is not to get anything, as the model is used.
 
-    Nothing takes what it gives, its module does without it, it takes zeros, or it leads to a softmax of one value.
+    Nothing takes what it gives, or what its part is of it, its module does without it, it takes zeros, or it leads to a
+    softmax of one value.
     """
     cut, flow = cut_of(history, layer), flow_of(history, layer)
     if cut is not None:
         return cut.kind in ("unused", "own")
-    return _of_one(flow) or takes_zeros(history, layer)
+    return _of_one(flow) or left_out(history, layer) is not None or takes_zeros(history, layer)
+
+
+def left_out(history: History, layer: str) -> str | None:
+    """Return the layer that is one part of a tensor of whose others the rest of the model takes alone.
+
+    It is this one, or one after it that takes from it. None where that is not so.
+    """
+    taken = history.once(_left_out)
+    return taken.get(history.columns.module_of(layer))
+
+
+def _left_out(history: History) -> dict[str, str]:
+    flows = flows_of(history)
+    found = {name: name for name, flow in flows.items() if flow.whole}
+    for i in reversed(history.order):
+        name = history.model.layers[i].module
+        source = flows[name].source if name in found and name in flows and not flows[name].joined else None
+        if source is not None:
+            found.setdefault(source, found[name])
+    return found
+
+
+def added(history: History, layers: Collection[int]) -> set[int]:
+    """Return those of these layers that are only added to what a layer that is none of these gives, or put beside it.
+
+    They get the gradient that that layer's output gets: of vanishing it tells as much as theirs does.
+    """
+    numbers, known = history.numbers, flows_of(history)
+    flows = {i: known.get(history.model.layers[i].module) for i in layers}
+    sources = {i: f.source for i, f in flows.items() if f is not None and f.added}
+    return {i for i, s in sources.items() if s is not None and numbers.get(history.columns.layer_of(s)) not in layers}
 
 
 def without_effect(history: History) -> dict[str, Flow]:
@@ -116,12 +148,13 @@ def aside(history: History, layers: Collection[int]) -> set[int]:
     ordered = [i for i in history.order if i in flows]
     shut = {i for i, f in flows.items() if f.peak is not None and f.peak >= MOSTLY_DEAD}
     beside = {i for i, f in flows.items() if not f.fed or (f.through is not None and f.through <= PASSED_BY)} - shut
-    for i in ordered:
-        if sources[i] in beside:
-            beside.add(i)
+    while further := {i for i in ordered if sources[i] in beside} - beside:
+        beside |= further
     ends = {i: ratios[i] for i in ordered}
     for i in reversed(ordered):  # one after the other, up to where far more arrives
         source = sources[i]
+        if flows[i].joined:  # the branch ends before that
+            continue
         if source in ends and ratios[i] < JUNCTION * ratios[source]:
             ends[source] = max(ends[source], ends[i])
     return {i for i in layers if i in beside and ends[i] * JUNCTION < 1}

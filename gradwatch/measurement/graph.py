@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradwatch.values.snapshot import Barrier
+from gradwatch.values.snapshot import Barrier, BarrierKind
 
 _MOST = 30_000
 """Nodes that are looked at in one step."""
@@ -18,32 +19,116 @@ _NEAR = 8
 _NARROW = 2
 """Values up to which a normalization gives the same whatever it takes: of one its shift, of two 1 and -1."""
 
-_JOINS = frozenset({"CatBackward0", "StackBackward0", "AddBackward0", "SubBackward0", "WhereBackward0"})
+_WIDE = 8
+"""Nodes that are followed at once."""
+_SIDE_BY_SIDE = frozenset({"CatBackward0", "StackBackward0"})
+_REARRANGED = frozenset(
+    f"{kind}Backward{number}"
+    for kind in (
+        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze"),
+        *("Clone", "Alias", "ToCopy"),
+    )
+    for number in (0, 1, 2)
+)
+"""Operations that give what they take, in another shape."""
+_JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
 _SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
+_MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
+_PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
 _SCORES = (0, 1)
 """Where the queries and keys stand among what attention takes."""
 
 
-class Graph:
-    """What was seen of the graph of one step; it keeps none of it."""
+@dataclass(frozen=True)
+class Meeting:
+    """Where weights that their module does not apply itself meet what is made of the input."""
 
-    def __init__(self, mark: object) -> None:
-        """Begin with nothing; `mark` is the key under which the name of a module lies at the node that it gave."""
+    node: Any
+    source: str | None = None
+    """The layer that gave the other thing; None where that was not found."""
+    given: Any = None
+    """The node of what that gave."""
+    fed: bool = True
+    """Whether anything of the batch, or of a layer, was met there."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether they are added there, or put beside."""
+        return self.node.name() in _JOINS
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a product."""
+        return self.node.name() in _PRODUCTS
+
+
+class _Way(NamedTuple):
+    """A node, and what lies on the way to it from what the model gave."""
+
+    node: Any
+    within: str = ""
+    """The last module on it."""
+    barrier: Barrier | None = None
+    state: str | None = None
+    """A recurrent layer whose initial state it goes through."""
+    peak: int | None = None
+    """Number of the last softmax on it."""
+    meets: tuple[Any, int] | None = None
+    """The last node on it, since the last layer, that takes something else too, and where the way enters it."""
+
+
+@dataclass
+class _Ways:
+    """What is known of all ways to what a module gives, or to its weights."""
+
+    open: bool = False
+    """Whether no barrier lies on one of them."""
+    barrier: Barrier | None = None
+    direct: bool = False
+    """Whether one of them is none through the initial state of a recurrent layer."""
+    state: str | None = None
+    peak: int | None = None
+    """Number of the softmax on the first one that was found to have one."""
+    meets: tuple[Any, int] | None = None
+    """Of the first."""
+
+    def add(self, way: _Way) -> None:
+        """Take another way."""
+        if self.peak is None:
+            self.peak = way.peak
+        if self.meets is None:
+            self.meets = way.meets
+        self.open |= way.barrier is None
+        self.barrier = self.barrier or way.barrier
+        self.direct |= way.state is None
+        self.state = self.state or way.state
+
+
+class Graph:
+    """What was seen of the graph of one step; once `let_go` was called it keeps none of it."""
+
+    def __init__(self, mark: object, owners: Mapping[int, str] | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            mark: the key under which the name of a module lies at the node that it gave.
+            owners: by weight, by `id`, the module that it is of.
+
+        """
         self._mark, self._state = mark, (mark, "state")
-        self.names: set[str] = set()
-        """Modules whose output it leads to."""
+        self._owners = owners or {}
+        self._layers = frozenset(self._owners.values())
         self.joins: list[tuple[int, tuple[int, ...], str]] = []
         """Where something without a graph was put to what has one: when, of what shape, and before which module."""
-        self._open: set[str] = set()
-        """Modules to whose output a way leads that no barrier is on."""
-        self._barriers: dict[str, Barrier] = {}
         self._tops: list[Tensor] = []
-        self._peaks: dict[str, int] = {}
-        """By module, the softmax on the first way that was found to it."""
-        self._direct: set[str] = set()
-        """Modules to whose output a way leads that is none through the initial state of a recurrent layer."""
-        self._states: dict[str, str] = {}
+        self._to_outputs: dict[str, _Ways] = {}
+        self._to_weights: dict[str, _Ways] = {}
+
+    @property
+    def names(self) -> Collection[str]:
+        """Modules whose output it leads to."""
+        return self._to_outputs.keys()
 
     def name_of(self, node: Any) -> str | None:  # noqa: ANN401  (nodes have no common type that tells of this)
         """Return the name of the module that gave what a node computes."""
@@ -55,16 +140,26 @@ class Graph:
         if node is not None:
             node.metadata[self._state] = name
 
-    def nearest(self, node: Any, among: Collection[str] | None = None) -> tuple[str | None, Any]:  # noqa: ANN401
-        """Return the nearest module on the way back from a node, of these if there are any named, and its node."""
-        for one in near(node, _NEAR):
-            name = self.name_of(one)
-            if name is not None and (among is None or name in among):
-                return name, one
-        return None, None
+    def nearest(self, node: Any, among: Collection[str] | None = None) -> tuple[str | None, Any, bool]:  # noqa: ANN401
+        """Return the nearest module on the way back from a node, of these if any are named, and its node.
 
-    @staticmethod
-    def leaf(node: Any) -> int | None:  # noqa: ANN401
+        And whether anything is added on the way there, or put beside it.
+        """
+        front = [(node, False)]
+        for _ in range(_NEAR):
+            for one, joined in front:
+                name = self.name_of(one)
+                if name is not None and (among is None or name in among):
+                    return name, one, joined
+            front = [
+                (n, joined or (one.name() in _JOINS and len(edges) > 1))
+                for one, joined in front
+                for edges in (before(one),)
+                for n in edges
+            ][:_WIDE]
+        return None, None, False
+
+    def leaf(self, node: Any) -> int | None:  # noqa: ANN401
         """Return the nearest parameter on the way back from a node, by `id`."""
         for one in near(node, _NEAR):
             if isinstance(leaf := getattr(one, "variable", None), nn.Parameter):
@@ -77,48 +172,50 @@ class Graph:
         Each node is seen with the best way to it: whether no barrier, and no initial state, is on it.
         """
         best: dict[Any, tuple[bool, bool]] = {}
-        stack: list[tuple[Any, str, Barrier | None, str | None, int | None]] = [
-            (node, "", None, None, None) for node in roots
-        ]
+        stack = [_Way(node) for node in roots]
         while stack and len(best) < _MOST:
-            node, within, barrier, state, peak = stack.pop()
+            way = stack.pop()
+            node = way.node
             known = best.get(node, (False, False))
-            now = (known[0] or barrier is None, known[1] or state is None)
+            now = (known[0] or way.barrier is None, known[1] or way.state is None)
             if node in best and now == known:
                 continue
             best[node] = now
-            notes = node.metadata
-            name: str | None = notes.get(self._mark)
-            state = notes.get(self._state, state)
-            if name is not None:
-                within = name
-                self._see(name, barrier, state)
-                if peak is not None:
-                    self._peaks.setdefault(name, peak)
-            if node.name() in _SOFTMAX and (top := _top(node)) is not None:
-                peak = len(self._tops)
-                self._tops.append(top)
-            if known == (False, False):
-                self._note_join(node, within)
-            if barrier is None and (found := _blocks(node)) is not None:
-                barrier = Barrier(within, *found)
-            one = Barrier(within, "softmax", 1) if barrier is None and _attends_to_one(node) else barrier
-            stack += [
-                (n, within, one if place in _SCORES else barrier, state, peak)
-                for place, (n, _) in enumerate(node.next_functions)
-                if n is not None
-            ]
+            stack += self._behind(self._seen(way, first=known == (False, False)))
 
-    def _see(self, name: str, barrier: Barrier | None, state: str | None) -> None:
-        self.names.add(name)
-        if barrier is None:
-            self._open.add(name)
-        else:
-            self._barriers.setdefault(name, barrier)
-        if state is None:
-            self._direct.add(name)
-        else:
-            self._states.setdefault(name, state)
+    def _seen(self, way: _Way, *, first: bool) -> _Way:
+        """Take note of a node, and return the way as it goes on from it."""
+        node, notes = way.node, way.node.metadata
+        way = way._replace(state=notes.get(self._state, way.state))
+        if (leaf := getattr(node, "variable", None)) is not None:
+            if (owner := self._owners.get(id(leaf))) is not None:
+                self._to_weights.setdefault(owner, _Ways()).add(way)
+            return way
+        name: str | None = notes.get(self._mark)
+        if name is not None:
+            way = way._replace(within=name)
+            self._to_outputs.setdefault(name, _Ways()).add(way)
+            if name in self._layers:
+                way = way._replace(meets=None)
+        if node.name() in _SOFTMAX and (top := _top(node)) is not None:
+            way = way._replace(peak=len(self._tops))
+            self._tops.append(top)
+        if first:
+            self._note_join(node, way.within)
+        return way
+
+    def _behind(self, way: _Way) -> Iterator[_Way]:
+        """Yield the ways from a node to those that it takes from."""
+        edges = way.node.next_functions
+        several = sum(n is not None for n, _ in edges) > 1
+        # Elsewhere what has no graph may be a mere number.
+        several |= len(edges) > 1 and way.node.name() in _MATRIX_PRODUCTS | _SIDE_BY_SIDE
+        found = _blocks(way.node) if way.barrier is None else None
+        blocked = way.barrier if found is None else Barrier(way.within, found.operation, found.values)
+        for place, (n, _) in enumerate(edges):
+            if n is not None:
+                barrier = blocked if found is None or place in found.places else way.barrier
+                yield way._replace(node=n, barrier=barrier, meets=(way.node, place) if several else way.meets)
 
     def _note_join(self, node: Any, within: str) -> None:  # noqa: ANN401
         """Note where something without a graph comes in beside what has one."""
@@ -137,17 +234,54 @@ class Graph:
             shape = shape[:dim] + shape[dim + 1 :]
         self.joins.append((node._sequence_nr(), shape, within))
 
-    def peaks(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return, of modules that lead to a softmax, the mean of its largest weights."""
-        return {name: self._tops[self._peaks[name]] for name in names if name in self._peaks}
+    def let_go(self) -> None:
+        """Let go of the nodes where ways meet: whoever keeps one keeps all that lies behind it."""
+        for ways in (*self._to_outputs.values(), *self._to_weights.values()):
+            ways.meets = None
 
-    def barriers(self, names: Sequence[str]) -> dict[str, Barrier]:
-        """Return, of the modules that lie behind a barrier on every way, one of those."""
-        return {name: self._barriers[name] for name in names if name in self._barriers and name not in self._open}
+    def _ways(self, name: str) -> _Ways:
+        """Return the ways to the weights of a module; where those were not met, to what it gives."""
+        return self._to_weights.get(name) or self._to_outputs.get(name) or _Ways()
 
-    def states(self, names: Sequence[str]) -> dict[str, str]:
-        """Return, of the modules that feed nothing but the initial state of a recurrent layer, that layer."""
-        return {name: self._states[name] for name in names if name in self._states and name not in self._direct}
+    def peak(self, name: str) -> Tensor | None:
+        """Return, of a module that leads to a softmax, the mean of the largest weights of that."""
+        peak = self._ways(name).peak
+        return None if peak is None else self._tops[peak]
+
+    def barrier(self, name: str) -> Barrier | None:
+        """Return, of a module that lies behind a barrier on every way, one of those."""
+        ways = self._ways(name)
+        return None if ways.open else ways.barrier
+
+    def state(self, name: str) -> str | None:
+        """Return, of a module that feeds nothing but the initial state of a recurrent layer, that layer."""
+        ways = self._ways(name)
+        return None if ways.direct else ways.state
+
+    def beside(self, name: str) -> Any:  # noqa: ANN401
+        """Return the node that puts what a module gives, as it is, side by side with something else."""
+        ways = self._to_outputs.get(name)
+        node, place = ways.meets if ways is not None and ways.meets is not None else (None, 0)
+        if node is None or node.name() not in _SIDE_BY_SIDE:
+            return None
+        one = node.next_functions[place][0]
+        while one is not None and self.name_of(one) != name:
+            one = before(one)[0] if one.name() in _REARRANGED else None
+        return node if one is not None else None
+
+    def meeting(self, name: str) -> Meeting | None:
+        """Return where the weights of a module meet what is made of the input; None where they were not met."""
+        ways = self._to_weights.get(name)
+        if ways is None or ways.meets is None:
+            return None
+        node, mine = ways.meets
+        others = [n for place, (n, _) in enumerate(node.next_functions) if place != mine]
+        for other in others:
+            if other is not None:
+                source, at, _ = self.nearest(other, self._layers)
+                if source is not None:
+                    return Meeting(node, source, at, fed=True)
+        return Meeting(node, fed=None in others)
 
 
 def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401
@@ -155,7 +289,12 @@ def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401
     front = [node]
     for _ in range(steps):
         yield from front
-        front = [n for one in front for n, _ in one.next_functions if n is not None][:8]
+        front = [n for one in front for n in before(one)][:_WIDE]
+
+
+def before(node: Any) -> list[Any]:  # noqa: ANN401
+    """Return the nodes that a node takes from."""
+    return [n for n, _ in node.next_functions if n is not None]
 
 
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401
@@ -177,25 +316,31 @@ def saved_dim(node: Any) -> int:  # noqa: ANN401
     return dim - 2**64 if dim >= 2**63 else dim
 
 
-def _attends_to_one(node: Any) -> bool:  # noqa: ANN401
-    """Tell whether a node is the attention to a single key, which is a softmax over one value."""
-    if not node.name().startswith("ScaledDotProduct"):
-        return False
-    of_keys = [n._input_metadata[number].shape for n, number in node.next_functions[1:3] if n is not None]
-    return any(len(shape) > 1 and shape[-2] == 1 for shape in of_keys)
+class _Block(NamedTuple):
+    """What lets nothing of the gradient through to some of what a node takes."""
+
+    operation: BarrierKind
+    values: int
+    """Over how many values it works."""
+    places: tuple[int, ...] = (0,)
+    """Which of those that it takes."""
 
 
-def _blocks(node: Any) -> tuple[Any, int] | None:  # noqa: ANN401
-    """Return what kind of barrier a node is, and over how many values it works; None where it is none."""
+def _blocks(node: Any) -> _Block | None:  # noqa: ANN401
+    """Return what kind of barrier a node is; None where it is none."""
     kind = node.name()
     if kind in _SOFTMAX:
         shape = node._input_metadata[0].shape
         width = shape[saved_dim(node)] if len(shape) else 1
-        return ("softmax", 1) if width == 1 else None
+        return _Block("softmax", 1) if width == 1 else None
+    if kind.startswith("ScaledDotProduct"):  # attention to a single key is a softmax over one value
+        of_keys = [n._input_metadata[number].shape for n, number in node.next_functions[1:3] if n is not None]
+        single = any(len(shape) > 1 and shape[-2] == 1 for shape in of_keys)
+        return _Block("softmax", 1, _SCORES) if single else None
     if kind == "NativeLayerNormBackward0":
         width = math.prod(node._saved_normalized_shape)
-        return ("layer_norm", width) if width <= _NARROW else None
+        return _Block("layer_norm", width) if width <= _NARROW else None
     if kind == "NativeGroupNormBackward0":
         width = node._saved_C // max(node._saved_group, 1) * node._saved_HxW
-        return ("group_norm", width) if width <= _NARROW else None
+        return _Block("group_norm", width) if width <= _NARROW else None
     return None

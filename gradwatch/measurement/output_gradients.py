@@ -104,11 +104,18 @@ class OutputGradients:
         number = tensor.output_nr
         seen: Output | None = notes.get((self._mark, number))
         if seen is None or not seen.holders:
-            seen = notes[self._mark, number] = self._hooked(tensor)
+            seen = notes[self._mark, number] = self._hooked(node, number)
         seen.holders += 1
         self._outputs.setdefault(name, []).append(seen)
 
-    def _hooked(self, tensor: Tensor) -> Output:
+    def watched(self, node: Any) -> Output:  # noqa: ANN401  (nodes have no common type that tells of this)
+        """Return what will be known of the gradient at the only output of a node, whoever made that.
+
+        The hook goes with the node.
+        """
+        return self.at(node) or self._hooked(node, 0)
+
+    def _hooked(self, node: Any, number: int) -> Output:  # noqa: ANN401
         me, seen = weakref.ref(self), Output()
 
         def hook(gradient: Tensor | None) -> None:
@@ -119,7 +126,7 @@ class OutputGradients:
                 except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)
                     probe.clear()
 
-        seen.handle = at_output(tensor, hook)
+        seen.handle = at_output(node, number, hook)
         return seen
 
     def _arrived(self, seen: Output, gradient: Tensor) -> None:

@@ -44,13 +44,11 @@ def of_others(parameters: AbstractSet[int], mine: AbstractSet[int], others: Abst
     return not parameters & mine and not parameters.isdisjoint(others)
 
 
-def at_output(tensor: Tensor, hook: Callable[[Tensor | None], None]) -> RemovableHandle:
-    """Let `hook` take what arrives at a tensor that is not a leaf, after all hooks on it.
+def at_output(node: Any, number: int, hook: Callable[[Tensor | None], None]) -> RemovableHandle:  # noqa: ANN401
+    """Let `hook` take what arrives at an output of a node of the graph, after all hooks on the tensor.
 
     Of a tensor that is edited in place later, it is what arrives at the tensor as it is now.
     """
-    node, number = tensor.grad_fn, tensor.output_nr
-    assert node is not None
     handle: RemovableHandle = node.register_prehook(lambda gradients: hook(gradients[number]))
     return handle
 

@@ -356,7 +356,7 @@ class Recorder:
 
         # After the hooks of the user, who may change what goes into the module.
         if name != "x" and tensor.grad_fn is not None:
-            call.handles.append(at_output(tensor, hook))
+            call.handles.append(at_output(tensor.grad_fn, tensor.output_nr, hook))
             return
         # A module may keep the tensor as an attribute: saved with it, the hook stays out, and without a warning.
         call.handles.append(tensor.register_hook(unserializable_hook(hook)))  # type: ignore[no-untyped-call]  # torch's

@@ -221,6 +221,12 @@ class Flow:
     """The layer whose output it takes; None where that was not found."""
     fed: bool = True
     """Whether anything of the batch, or of a layer before it, goes into it."""
+    joined: bool = False
+    """Whether it takes the sum of that and of something else, or both side by side."""
+    added: bool = False
+    """Whether its weights are added to that output, or put beside it, as embeddings of positions are."""
+    whole: float | None = None
+    """Norm of the gradient at what its output is a part of, where it is put side by side with something else."""
     through: float | None = None
     """The largest share of the gradient at that output that can have come through this layer: the rest passes by it."""
     state_of: str | None = None

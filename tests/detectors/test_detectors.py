@@ -175,6 +175,21 @@ def test_what_leads_to_a_softmax_of_one_value_is_no_fade_and_is_not_forgotten():
     assert "l40" not in suspects(unknown, unknown.model, ())
 
 
+@pytest.mark.parametrize(("joined", "severity"), [(True, Severity.INFO), (False, Severity.WARNING)])
+def test_a_branch_that_begins_nearly_shut_ends_where_it_is_added(joined, severity):
+    flows = (Flow("l1", source="l0", through=1e-3), Flow("l2", source="l1"), Flow("l3", source="l2", joined=joined))
+    rows = [(0.2, 3e-5, 5e-4, 3e-2, 1.0)] * 20
+
+    assert codes(fold(model(5), rows, flows=[flows] * 20)[1]) == [("GW101", "l1", severity)]
+
+
+@pytest.mark.parametrize(("added", "sound", "said"), [(True, 0.1, []), (False, 0.1, ["l1"]), (True, 1e-6, ["l0"])])
+def test_what_is_added_to_what_a_layer_gives_is_judged_with_that_layer(added, sound, said):
+    rows, flows = [(sound, 1e-6, 1.0)] * 20, (Flow("l1", source="l0", added=added),)
+
+    assert [place for _, place, _ in codes(fold(model(3), rows, flows=[flows] * 20)[1])] == said
+
+
 def test_biases_do_not_count():
     info = model(2)
     bias = ParameterInfo("l0.bias", "l0", (4,), "float32", 0, "bias")

@@ -263,20 +263,59 @@ class Masked(nn.Module):
 
 
 class Queries(nn.Module):
-    """Attention by hand; without `kept`, its keys and values are computed and left."""
+    """Attention by hand; without `kept`, its keys and values are computed and left.
 
-    def __init__(self, size=16, std=None, *, kept=True):
+    If not `called`, the weights of queries and keys are applied without their modules.
+    """
+
+    def __init__(self, size=16, std=None, *, kept=True, called=True):
         super().__init__()
+        self.called = called
         self.q, self.k, self.v, self.kept = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, size), kept
         for layer in (self.q, self.k) if std else ():
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x):
-        q, k, v = self.q(x), self.k(x).view(x.shape), self.v(x).view(x.shape)
+        if self.called:
+            q, k = self.q(x), self.k(x).view(x.shape)
+        else:
+            q, k = (functional.linear(x, layer.weight, layer.bias) for layer in (self.q, self.k))
+        v = self.v(x).view(x.shape)
         if not self.kept:
             return q.roll(1, 1) * 0.5
         return (q @ k.mT / math.sqrt(x.shape[-1])).softmax(-1) @ v
+
+
+class Chooser(nn.Module):
+    """Weighs one key by a weight of its own, beside the layers that it holds."""
+
+    def __init__(self, weight, *, add):
+        super().__init__()
+        self.enc, self.weight, self.add = stack(), nn.Parameter(weight), add
+
+    def forward(self, x):
+        h = self.enc(x)
+        scores = h.sum(1, keepdim=True) + self.weight if self.add else h @ self.weight
+        return scores.softmax(-1) * h
+
+
+class Heading(nn.Module):
+    """Puts a token before others, and lets all of them ask; what the others get is left out, if only the first counts.
+
+    `between` comes after the others' queries.
+    """
+
+    def __init__(self, between=None):
+        super().__init__()
+        self.token, self.others = nn.Linear(8, 16), nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16))
+        self.keys, self.between = nn.Linear(8, 16), between or nn.Identity()
+
+    def forward(self, x):
+        x = x[:, None] * torch.tensor([1.0, 0.5, 2.0])[:, None]
+        q = torch.cat([self.token(x[:, :1]), self.between(self.others(x[:, 1:]))], 1)
+        k = self.keys(x)
+        return (q @ k.mT / 4).softmax(-1) @ k
 
 
 def choose(m, x):
@@ -324,6 +363,23 @@ LEFT = {
         "select",
         "softmax",
     ),
+    "weights-before-softmax-of-one": (
+        lambda: Model(
+            lambda m, x: m.head(m.body(x)), body=Chooser(torch.randn(16, 1), add=False), head=nn.Linear(16, 1)
+        ),
+        "body",
+        "softmax",
+    ),
+    "zeros-added-before-softmax-of-one": (
+        lambda: Model(lambda m, x: m.head(m.body(x)), body=Chooser(torch.zeros(1, 1), add=True), head=nn.Linear(16, 1)),
+        "body",
+        "softmax",
+    ),
+    "other-rows": (
+        lambda: Model(lambda m, x: m.head(m.body(x)[:, 0]), body=Heading(), head=nn.Linear(16, 1)),
+        "body.others.0",
+        "left_out",
+    ),
 }
 
 
@@ -344,10 +400,22 @@ def test_what_nothing_takes_is_information(name):
     assert {p.grad is None or not p.grad.any() for p in model.get_submodule(place).parameters(recurse=False)} == {True}
 
 
-@pytest.mark.parametrize("name", ["pooler", "keys-and-values", "mask", "zero-input", "softmax-of-one"])
+@pytest.mark.parametrize("name", ["pooler", "keys-and-values", "mask", "zero-input", *list(LEFT)[-4:]])
 def test_one_batch_with_what_nothing_takes_is_healthy(name):
     torch.manual_seed(0)
     gradwatch.assert_healthy(LEFT[name][0](), torch.randn(16, 8))
+
+
+def test_what_is_put_beside_others_and_is_dead_is_not_left_out():
+    torch.manual_seed(0)
+    dead = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+    nn.init.constant_(dead[0].bias, -100.0)
+    model = Model(lambda m, x: m.head(m.body(x)).mean(1), body=Heading(dead), head=nn.Linear(16, 1))
+    found = said_of(model)
+
+    assert ("GW401", "body.others.0") in found
+    assert {alert.finding.cause for (code, _), (_, alert) in found.items() if code == "GW401"} == {"dead"}
+    assert {worst for (code, _), (worst, _) in found.items() if code == "GW401"} == {Severity.ERROR}
 
 
 # --- a normalization of one value ---
@@ -396,10 +464,12 @@ def test_a_true_gradient_of_zero_is_found_whether_or_not_noise_arrives():
 class Reader(nn.Module):
     """Attends over tokens, with normalization after each sum, all weights but the head's N(0, std)."""
 
-    def __init__(self, std, size=32, blocks=2):
+    def __init__(self, std, size=32, blocks=2, *, called=True):
         super().__init__()
         self.table, self.first = nn.Embedding(20, size), nn.LayerNorm(size)
-        self.blocks = nn.ModuleList(nn.Sequential(Queries(size), nn.Linear(size, size)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(Queries(size, called=called), nn.Linear(size, size)) for _ in range(blocks)
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(blocks))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -421,10 +491,11 @@ def next_token(out, x):
     return functional.cross_entropy(out.flatten(0, 1), ((x * 7 + 3) % 20).flatten())
 
 
-def test_queries_and_keys_that_begin_small_are_no_vanishing_by_depth():
+@pytest.mark.parametrize("called", [True, False])
+def test_queries_and_keys_that_begin_small_are_no_vanishing_by_depth(called):
     def read(std, optimizer=torch.optim.Adam):
         torch.manual_seed(0)
-        model = Reader(std)
+        model = Reader(std, called=called)
         return model, said_of(
             model, next_token, steps=40, draw=tokens, optimizer=optimizer(model.parameters(), lr=1e-4)
         )
