@@ -8,6 +8,7 @@ from gradwatch.detectors import (
     dead,
     depth,
     disconnected,
+    exploded,
     exploding,
     idle,
     nonfinite,
@@ -28,6 +29,7 @@ DETECTORS: tuple[Detector, ...] = (
     dead.dead_units,
     depth.vanishing_depth,
     exploding.exploding,
+    exploded.exploded,
     underflow.underflow,
     idle.idle,
     skipped.skipped,
@@ -41,6 +43,7 @@ RULES: Mapping[str, Rule] = {
     for family in (
         depth,
         exploding,
+        exploded,
         time,
         disconnected,
         nonfinite,

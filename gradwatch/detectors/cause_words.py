@@ -11,6 +11,13 @@ from gradwatch.values.report import UNKNOWN, Finding
 from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SOUND_UPDATE
 
 
+CLIP = (
+    "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
+    " between the layers"
+)
+"""What helps against gradients that explode, whatever the cause."""
+
+
 def said(finding: Finding, otherwise: str) -> tuple[str, str]:
     """Return cause and remedy in words; `otherwise` is what to try where no cause was found."""
     for cause, words in CAUSES.items():

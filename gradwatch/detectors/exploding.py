@@ -1,4 +1,4 @@
-"""Gradients and updates that grow beyond what training survives."""
+"""Gradients and updates that grow, in training, beyond what it survives."""
 
 from __future__ import annotations
 
@@ -6,46 +6,36 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from gradwatch.detectors.cause_words import said
+from gradwatch.detectors.cause_words import CLIP, said
 from gradwatch.detectors.causes import of_explosion
-from gradwatch.detectors.measured import spectral_radius
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import (
     EDGE,
-    EXPANDING,
     KEPT,
     LARGEST_EXPONENT,
-    LINE_CORRELATION,
-    LINE_LAYERS,
     LOSS_SCATTER,
     ORDINARY_GAIN,
-    ORDINARY_STEP,
+    ORDINARY_SENSITIVITY,
     UPDATE_PROBES,
 )
 
-_THROWN = ("GW202", "GW203", "GW205", "GW501")
+THROWN = ("GW202", "GW203", "GW205", "GW501")
 """Rules that say that the weights have been thrown, after which nothing that is measured of them is news."""
-_TOLD_ALREADY = (*_THROWN, "GW206", "GW302")
-"""Rules that say of a network that began exploded what GW207 would."""
 
 
 def exploding(history: History) -> Iterator[Finding]:
     """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up.
 
-    GW204: a norm above a limit of the user's. GW205: growth up to infinity. GW206: growth by depth. GW207: a loss that
-    hangs on its weights by far too much.
+    GW204: a norm above a limit of the user's. GW205: growth up to infinity.
     """
     yield from _growth(history)
     yield from _runaway(history)
     yield from _updates(history)
     yield from _loss(history)
-    yield from _depth(history)
-    yield from _steep(history)
 
 
 def _growth(history: History) -> Iterator[Finding]:
@@ -66,7 +56,7 @@ def _growth(history: History) -> Iterator[Finding]:
     base = statistics.median(history.first_norms)
     limit = t.explosion_growth / (t.clear_factor if history.is_open("GW201", "") else 1.0)
     growth = statistics.median(total) / base if base > 0 else 0.0
-    if growth >= limit:
+    if growth >= limit and not _wakes(history):
         yield Finding(
             "GW201",
             "exploding",
@@ -75,6 +65,17 @@ def _growth(history: History) -> Iterator[Finding]:
             onset=window[0].step,
             evidence={"growth": growth, "norm": total[-1], "limit": limit},
         )
+
+
+def _wakes(history: History) -> bool:
+    """Tell whether gradients have grown to no more than what is ordinary: then the training began where it is flat."""
+    import numpy as np
+
+    rows = history.sensitivities(EDGE)
+    first = history.first_loss
+    if not first or np.isnan(rows).all():
+        return False
+    return float(np.nanmax(rows)) <= ORDINARY_SENSITIVITY * abs(first)
 
 
 def _runaway(history: History) -> Iterator[Finding]:
@@ -95,7 +96,7 @@ def _runaway(history: History) -> Iterator[Finding]:
         weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
         ratios = (b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b) if weights else ()
         what, grown = "norm of a weight", max(ratios, default=0.0)
-        thrown = max((moved for s in history.window(2) for _, moved in _moves(s)), default=0.0)
+        thrown = max((moved for s in history.window(2) for _, moved in _changes(s)), default=0.0)
         if thrown > history.thresholds.explosion_update:  # by the very step before
             grown = max(grown, thrown)
         elif not (grown >= history.thresholds.explosion_update_at_once or math.isinf(grown)):
@@ -118,7 +119,7 @@ def _updates(history: History) -> Iterator[Finding]:
         return
     ratios: dict[int, list[float]] = {}
     for s in probes:
-        for layer, ratio in _moves(s):
+        for layer, ratio in _changes(s):
             ratios.setdefault(history.numbers[layer], []).append(ratio)
     wild = {
         i
@@ -138,7 +139,7 @@ def _updates(history: History) -> Iterator[Finding]:
         )
 
 
-def _moves(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
+def _changes(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
     """Return by how much of itself a step has changed each weight, with its layer.
 
     Weights that are smaller than ordinary ones count as of ordinary size.
@@ -156,7 +157,7 @@ def _throws(history: History, snapshot: Snapshot) -> bool:
     # What counts is at most the ratio itself, and that is nearly never above it.
     if max(filter(None, snapshot.update_ratio or ()), default=0.0) <= limit:
         return False
-    return any(moved > limit for _, moved in _moves(snapshot))
+    return any(moved > limit for _, moved in _changes(snapshot))
 
 
 def _loss(history: History) -> Iterator[Finding]:
@@ -205,117 +206,15 @@ def _before_a_throw(history: History) -> tuple[int, float] | None:
     return None
 
 
-def _depth(history: History) -> Iterator[Finding]:
-    """Find that the gradient at what layers give grows layer upon layer on its way back.
-
-    At the last two probes, or at the last by so much that one is enough, or in the one batch that there is.
-    """
-    t = history.thresholds
-    probes = history.looks(min(2, t.window))
-    thrown = any(code in _THROWN for code, *_ in history.open) and not history.is_open("GW206", "")
-    if not probes or thrown or (now := _climb(history, probes[-1])) is None:
-        return
-    limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)
-    lasts = len(probes) == min(2, t.window) and all((c := _climb(history, s)) and c.growth >= limit for s in probes)
-    at_once = now.growth >= t.explosion_depth_at_once
-    if (lasts or at_once) and not _came_down(history, now.growth):
-        yield Finding(
-            "GW206",
-            "exploding",
-            Severity.WARNING,
-            "",
-            onset=probes[0].step if lasts else probes[-1].step,
-            evidence={"growth": now.growth, "limit": t.explosion_depth},
-            names={"first": now.first, "top": now.top},
-        )
-
-
-def _steep(history: History) -> Iterator[Finding]:
-    """Find that from the start a change of some weights by 1 in 1,000 moves the loss by more than itself."""
-    import numpy as np
-
-    t = history.thresholds
-    snapshots = history.window()[:EDGE]
-    losses = [s.loss for s in snapshots if s.loss is not None and math.isfinite(s.loss) and s.loss > 0]
-    if (
-        not t.window <= history.count <= KEPT
-        or len(losses) < len(snapshots)
-        or (t.window > 1 and history.scatter is None)
-        or any(code in _TOLD_ALREADY for code, *_ in history.open)
-    ):
-        return
-    # As clipping leaves it. Every loss is held against the largest of them: one that is small by chance proves nothing.
-    clipped = np.array([min(1.0 if s.clip_factor is None else s.clip_factor, 1.0) for s in snapshots])
-    rows = history.sensitivities(len(history.window()))[:EDGE] * clipped[:, None] / max(losses)
-    rows[~np.isfinite(rows)] = 0.0
-    worst = int(rows.max(axis=0).argmax())
-    steepness = float(rows[:, worst].max())
-    limit = t.explosion_sensitivity
-    if steepness >= limit and not _came_down(history, steepness):
-        place = history.model.layers[worst].name
-        # Of one batch nobody knows whether the training will clip; that does not help a matrix that multiplies.
-        expands = (spectral_radius(history, place) or 0.0) >= EXPANDING
-        yield Finding(
-            "GW207",
-            "exploding",
-            Severity.WARNING if t.window > 1 or expands else Severity.INFO,
-            place,
-            onset=snapshots[0].step,
-            evidence={"sensitivity": steepness, "limit": limit},
-        )
-
-
-def _came_down(history: History, times: float) -> bool:
-    """Tell whether the loss has come down by that factor: then it is no more as far off as the explosion put it."""
-    first, last = history.first_loss, history.losses(EDGE)
-    return bool(history.improved) and first is not None and statistics.median(last) * times <= first
-
-
-class _Climb(NamedTuple):
-    """Growth by depth."""
-
-    growth: float
-    first: str
-    top: str
-
-
-def _climb(history: History, snapshot: Snapshot) -> _Climb | None:
-    """Return how the gradient grows on its way back, with the first layer and the last; None where it follows no line.
-
-    The growth is that along a line fitted through its logarithm.
-
-    That leaves out branches, whose gradient is small beside that of the trunk, and single layers of another scale.
-    """
-    import numpy as np
-
-    known = {a.module: a.grad_norm for a in snapshot.activations or ()}
-    norms = [(name, n) for name in history.inner if (n := known.get(name)) and math.isfinite(n)]
-    if len(norms) < LINE_LAYERS:
-        return None
-    logs = np.log([n for _, n in norms])
-    at = np.arange(len(logs)) - (len(logs) - 1) / 2
-    spread, total = float(np.linalg.norm(logs - logs.mean())), float(logs[0] - logs[-1])
-    law = float(at @ logs / (at @ at))
-    straight = spread > 0 and law * float(np.linalg.norm(at)) / spread <= -LINE_CORRELATION  # the correlation
-    if not straight or total <= 0 or float(-np.diff(logs).min()) > history.thresholds.explosion_depth_gap * total:
-        return None
-    return _Climb(math.exp(min(-law * (len(logs) - 1), LARGEST_EXPONENT)), norms[0][0], norms[-1][0])
-
-
 def _unless_unknown(history: History) -> Severity:
     return Severity.INFO if history.improved is None else Severity.WARNING
 
 
 # --- in words ---
 
-_CLIP = (
-    "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
-    " between the layers"
-)
-
 
 def _explain_growth(finding: Finding) -> Explanation:
-    cause, remedy = said(finding, _CLIP)
+    cause, remedy = said(finding, CLIP)
     return Explanation(
         f"the global gradient norm has been {finding.evidence['growth']:.3g} times that of the first steps"
         f" since step {finding.onset}",
@@ -337,7 +236,7 @@ def _explain_updates(finding: Finding) -> Explanation:
 
 
 def _explain_loss(finding: Finding) -> Explanation:
-    cause, remedy = said(finding, _CLIP)
+    cause, remedy = said(finding, CLIP)
     return Explanation(
         f"the loss has jumped to {finding.evidence['jump']:.3g} times its best level and has stayed there since step"
         f" {finding.onset}",
@@ -352,38 +251,10 @@ def _explain_absolute(finding: Finding) -> Explanation:
 
 
 def _explain_runaway(finding: Finding) -> Explanation:
-    cause, remedy = said(finding, _CLIP)
+    cause, remedy = said(finding, CLIP)
     return Explanation(
         f"the {finding.names['what']} grew {finding.evidence['growth']:.3g} times up to step {finding.onset},"
         " and the gradient has not been finite since",
-        cause,
-        remedy,
-    )
-
-
-def _explain_depth(finding: Finding) -> Explanation:
-    first, top = finding.names["first"], finding.names["top"]
-    cause, remedy = said(
-        finding, f"normalize between the layers, or scale what residual branches add (1/sqrt of their number); {_CLIP}"
-    )
-    return Explanation(
-        f"the gradient grows {finding.evidence['growth']:.2g} times on its way back from {top} to {first}, layer by"
-        f" layer, since step {finding.onset}",
-        cause,
-        remedy,
-    )
-
-
-def _explain_steep(finding: Finding) -> Explanation:
-    steepness, place = finding.evidence["sensitivity"], finding.place or "the model"
-    cause, remedy = said(
-        finding,
-        f"smaller weights in {place} (of a recurrent network: torch.nn.init.orthogonal_ on weight_hh), standardized"
-        f" inputs, or {_CLIP}",
-    )
-    return Explanation(
-        f"the loss hangs on the weights of {place} by far too much: since step {finding.onset} a change of them by 1 in"
-        f" 1,000 moves it by {steepness * ORDINARY_STEP:.3g} times itself",
         cause,
         remedy,
     )
@@ -395,6 +266,4 @@ RULES = (
     Rule("GW203", "exploding", _explain_loss, of_explosion, event=True),
     Rule("GW204", "exploding", _explain_absolute, event=True),
     Rule("GW205", "exploding", _explain_runaway, of_explosion, event=True),
-    Rule("GW206", "exploding", _explain_depth, of_explosion, event=True),
-    Rule("GW207", "exploding", _explain_steep, of_explosion, event=True),
 )

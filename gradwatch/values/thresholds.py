@@ -26,6 +26,9 @@ GIVEN_BACK = 0.5
 LOSS_SCATTER = 2.5
 """Median steps of the logarithm of the loss by which a jump must exceed its limit: of batches of one sample the loss
 wavers by a factor of 7 from step to step (that of a squared normal number), of batches of 32 by 1.2."""
+ORDINARY_SENSITIVITY = 10.0
+"""Largest sensitivity over the first loss up to which grown gradients are not exploded: at the beginning of healthy
+networks it was 0.1 to 42."""
 ORDINARY_GAIN = 1 / math.sqrt(3)
 """Gain of weights as torch itself initializes them (`torch.nn.Linear`). An update is held against the weights, or
 against weights of that gain where they are smaller: what begins near 0 has to grow by many times itself."""

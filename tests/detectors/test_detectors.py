@@ -248,6 +248,13 @@ def test_gradients_that_grow_a_hundredfold_explode_unless_the_loss_is_fine():
     assert fold(model(2), [(1.0, 1.0)] * 20 + [(200.0, 200.0)], losses=STILL)[1] == []  # one spike is none
 
 
+@pytest.mark.parametrize(("start", "said"), [(0.01, []), (0.2, [("GW201", "", Severity.WARNING)])])
+def test_gradients_that_grow_from_nearly_nothing_to_what_is_ordinary_have_not_exploded(start, said):
+    rows = [(start, start)] * 20 + [(500 * start, 500 * start)] * 20
+
+    assert codes(fold(model(2), rows, losses=[1.0] * 40)[1]) == said
+
+
 def test_updates_larger_than_the_weights_explode_at_the_third_or_when_they_are_huge():
     rows = [(1.0, 1.0)] * 20
 
