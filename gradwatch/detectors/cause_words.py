@@ -10,7 +10,6 @@ from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
 from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SOUND_UPDATE
 
-
 CLIP = (
     "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
     " between the layers"
