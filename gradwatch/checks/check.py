@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradwatch.checks.batch import arguments
 from gradwatch.checks.operations import first_bad_operation
+from gradwatch.checks.uses import computed_with
 from gradwatch.detectors import DETECTORS
 from gradwatch.detectors.alerts import judge
 from gradwatch.measurement.origins import labelled
@@ -41,7 +42,8 @@ def check(
 
     Args:
         model: it is run once forward and once backward, in the mode in which it is; where a gradient is not finite,
-            once more, to find the operation.
+            once more, to find the operation, and where weights have none whose module does not run, to see whether
+            anything is made of them.
         batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument.
         loss: takes what the model returned and gives a scalar tensor (targets by closure). Default: the product of all
             floating-point outputs with fixed random numbers, which no normalization at the end annihilates.
@@ -89,10 +91,18 @@ def check(
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
         watcher.step(loss=value.detach() if loss is not None else _size(output))
     snapshot = watcher.report.snapshot
-    if snapshot.finite:
+    if not snapshot.finite:
+        with watcher.probing():
+            origin = first_bad_operation(model, labelled(model, args, kwargs), run) or snapshot.origin
+        snapshot = dataclasses.replace(snapshot, origin=origin)
+    elif "unused" in (snapshot.absent or ()):  # by their modules; the model may apply them itself
+        with watcher.probing():
+            used = computed_with(model, run)
+        columns = zip(snapshot.model.parameters, snapshot.absent or (), strict=True)
+        absent = tuple("disconnected" if why == "unused" and p.name in used else why for p, why in columns)
+        snapshot = dataclasses.replace(snapshot, absent=absent)
+    if snapshot is watcher.report.snapshot:
         return watcher.report
-    origin = first_bad_operation(model, labelled(model, args, kwargs), run) or snapshot.origin
-    snapshot = dataclasses.replace(snapshot, origin=origin)
     return judge(History(at_once), snapshot, detectors=detectors, ignore=ignore)
 
 

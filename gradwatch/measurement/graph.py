@@ -161,10 +161,13 @@ class Graph:
 
     def leaf(self, node: Any) -> int | None:  # noqa: ANN401
         """Return the nearest parameter on the way back from a node, by `id`."""
-        for one in near(node, _NEAR):
-            if isinstance(leaf := getattr(one, "variable", None), nn.Parameter):
-                return id(leaf)
-        return None
+        return next(self._leaves(node), None)
+
+    @staticmethod
+    def _leaves(node: Any) -> Iterator[int]:  # noqa: ANN401
+        """Yield the nearest parameters on the way back from a node, by `id`."""
+        leaves = (getattr(one, "variable", None) for one in near(node, _NEAR))
+        return (id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter))
 
     def walk(self, roots: Iterable[Any]) -> None:
         """Go through the graph of what an outermost call gave.
@@ -276,12 +279,15 @@ class Graph:
             return None
         node, mine = ways.meets
         others = [n for place, (n, _) in enumerate(node.next_functions) if place != mine]
-        for other in others:
-            if other is not None:
-                source, at, _ = self.nearest(other, self._layers)
-                if source is not None:
-                    return Meeting(node, source, at, fed=True)
-        return Meeting(node, fed=None in others)
+        fed = None in others
+        for other in filter(None, others):
+            source, at, _ = self.nearest(other, self._layers)
+            if source is None:  # of weights that are applied without their module
+                source = next((o for leaf in self._leaves(other) if (o := self._owners.get(leaf)) != name), None)
+            if source is not None:
+                return Meeting(node, source, at, fed=True)
+            fed |= getattr(other, "variable", None) is None
+        return Meeting(node, fed=fed)
 
 
 def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401

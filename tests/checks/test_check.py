@@ -631,7 +631,8 @@ def test_a_watched_training_goes_on_as_if_nothing_had_been_checked():
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
 
 
-def test_what_only_a_check_has_run_is_still_unused_to_the_training():
+@pytest.mark.parametrize("entry", [1.0, float("nan")])  # a second pass looks for weights, or for what made the NaN
+def test_what_only_a_check_has_run_is_still_unused_to_the_training(entry):
     class Heads(nn.Module):
         def __init__(self):
             super().__init__()
@@ -644,7 +645,7 @@ def test_what_only_a_check_has_run_is_still_unused_to_the_training():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with gradwatch.watch(model, optimizer, every_n_steps=1, probe_every_n_steps=1, sinks=[reports.append]):
         for _ in range(3):
-            gradwatch.check(model, (torch.ones(8, 16), "two"))
+            gradwatch.check(model, (torch.full((8, 16), entry), "two"))
             model(torch.randn(8, 16)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
