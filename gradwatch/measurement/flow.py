@@ -58,6 +58,8 @@ class FlowProbe:
         self._outputs, self._attempts = outputs, attempts
         self.suspects: Collection[str] = frozenset()
         """Layers in question."""
+        self.applied: Mapping[int, int] = {}
+        """By weight of theirs, by `id`, when something was made of it, in the step that was collected last."""
         self._mark = object()
         """What this one writes at nodes, beside what other watchers write there."""
         self._names: Mapping[int, str] = {}
@@ -239,6 +241,7 @@ class FlowProbe:
         flows = [self._flow(name, step.modules.get(name), broken, transfer) for name in names]
         uncalled = {call.source for call in calls.values() if call.source is not None} - calls.keys() - met.keys()
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]
+        self.applied = self.graph.applied
         self._begin()
         return lambda: ProbeValues(cuts=found, flows=(*(f for flow in flows if (f := flow()) is not None), *beside))
 

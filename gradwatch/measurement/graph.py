@@ -121,6 +121,8 @@ class Graph:
         self._layers = frozenset(self._owners.values())
         self.joins: list[tuple[int, tuple[int, ...], str]] = []
         """Where something without a graph was put to what has one: when, of what shape, and before which module."""
+        self.applied: dict[int, int] = {}
+        """By weight, by `id`, when something was first made of it, by autograd's count."""
         self._tops: list[Tensor] = []
         self._to_outputs: dict[str, _Ways] = {}
         self._to_weights: dict[str, _Ways] = {}
@@ -193,6 +195,9 @@ class Graph:
         if (leaf := getattr(node, "variable", None)) is not None:
             if (owner := self._owners.get(id(leaf))) is not None:
                 self._to_weights.setdefault(owner, _Ways()).add(way)
+                if way.meets is not None:
+                    when = way.meets[0]._sequence_nr()
+                    self.applied[id(leaf)] = min(when, self.applied.get(id(leaf), when))
             return way
         name: str | None = notes.get(self._mark)
         if name is not None:

@@ -114,13 +114,27 @@ class ModelMap:
 
     # --- what ran ---
 
-    def learn_order(self, ran: Iterable[str]) -> None:
-        """Take note of the order in which modules ran for the first time; the next description has it."""
+    def learn_order(self, ran: Iterable[str], applied: Mapping[int, int]) -> None:
+        """Take note of the order in which modules ran for the first time; the next description has it.
+
+        Args:
+            ran: names of modules, in that order.
+            applied: by weight, by `id`, when something was made of it; of those of one module that tells the order.
+
+        """
+        when: dict[str, int] = {}
+        for i, column in self._columns.items():
+            if i in applied:
+                mine = self.info.parameters[column].layer
+                when[mine] = min(applied[i], when.get(mine, applied[i]))
         layers_of: dict[str, list[str]] = {}
         for layer in self.info.layers:
             layers_of.setdefault(layer.module, []).append(layer.name)
         order = dict(self.order)
-        for module in self._used(ran, layers_of):
+        latest = max(applied.values(), default=0) + 1
+        for names in layers_of.values():
+            names.sort(key=lambda name: when.get(name, latest))
+        for module in self._used(ran, sorted(layers_of, key=lambda m: when.get(layers_of[m][0], latest))):
             for name in layers_of.get(module, ()):
                 order.setdefault(name, len(order))
         self.order = order

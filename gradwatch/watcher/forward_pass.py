@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 
 from torch import Tensor
@@ -82,6 +82,11 @@ class ForwardPass:
         if not self._waiting:
             self._trace.disarm()
         return None if self._trace.compiled else self._trace.ran
+
+    @property
+    def applied(self) -> Mapping[int, int]:
+        """By weight, by `id`, when something was made of it in what was last looked at, where that is known."""
+        return self._probes.applied
 
     @property
     def half(self) -> bool:

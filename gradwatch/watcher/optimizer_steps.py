@@ -281,7 +281,7 @@ class OptimizerSteps:
         ran = look.release(self.index)
         if ran is None:
             return parts, None
-        self._model_map.learn_order(ran)
+        self._model_map.learn_order(ran, look.applied)
         self._stepped.forget()
         return parts, frozenset(ran)
 

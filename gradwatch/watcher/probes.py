@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from collections.abc import Set as AbstractSet
 
 from torch import Tensor, nn
@@ -51,6 +51,11 @@ class Probes:
     def all(self) -> list[Probe]:
         """Return them in the order in which they look."""
         return [self._sentinel, *self._asked]
+
+    @property
+    def applied(self) -> Mapping[int, int]:
+        """By weight, by `id`, when something was made of it in the step that was collected last, if that is known."""
+        return self._flow.applied
 
     def suspect(self, layers: Collection[str]) -> None:
         """Look more closely at these layers, in the forward pass to come."""

@@ -68,8 +68,8 @@ def test_a_description_that_says_the_same_is_the_same_object_and_a_new_parameter
 def test_the_order_is_that_in_which_layers_first_ran_and_stays():
     model = Net()
     described = ModelMap(model, [])
-    described.learn_order(["", "early", "late"])
-    described.learn_order(["late", "idle", "early"])
+    described.learn_order(["", "early", "late"], {})
+    described.learn_order(["late", "idle", "early"], {})
     described.describe()
 
     assert dict(described.order) == {"early": 0, "late": 1, "idle": 2}
@@ -78,6 +78,18 @@ def test_the_order_is_that_in_which_layers_first_ran_and_stays():
     again.resume({"idle": 0})
     again.describe()
     assert [layer.order for layer in again.info.layers] == [None, None, 0]
+
+
+def test_what_one_module_holds_and_what_it_does_not_call_is_in_the_order_in_which_it_is_applied():
+    kept = nn.ParameterDict({f"{n}/kernel": nn.Parameter(torch.ones(2, 2)) for n in ("10", "2", "unknown", "1")})
+    model = nn.ModuleDict({"late": nn.Linear(2, 2), "early": nn.Linear(2, 2), "kept": kept})
+    torch.stack([p.sum() for p in model.parameters()]).sum().backward()
+    applied = {id(kept[f"{n}/kernel"]): n for n in (1, 2, 10)}
+    applied |= {id(model["early"].bias): 20, id(model["early"].weight): 21, id(model["late"].weight): 22}
+    described = ModelMap(model, [])
+    described.learn_order([""], applied)
+
+    assert list(described.order) == ["kept.1", "kept.2", "kept.10", "kept.unknown", "early", "late"]
 
 
 @pytest.mark.parametrize(
