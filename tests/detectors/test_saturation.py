@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,7 @@ FUNCTIONS = {
     "hardtanh": functional.hardtanh,
     "softsign": functional.softsign,
     "sigmoid": torch.sigmoid,
+    "hardsigmoid": functional.hardsigmoid,
     "softmax": lambda x: x.softmax(-1),
     "clamp": lambda x: x.clamp(-1, 1),
 }
@@ -104,8 +107,24 @@ def test_what_a_saturated_activation_leaves_of_zero_is_vanishing_by_it(name):
 
     assert {(a.finding.kind, a.finding.cause) for a in found} == {("vanishing-depth", "saturated")}
     assert {a.finding.names["at"] for a in found} == {"layer"}
-    assert {a.finding.names["function"] for a in found} == {name}
+    assert {a.finding.names["function"] for a in found} == {name.replace("hards", "s")}
     assert train(Bounded(FUNCTIONS[name], 0.5), standard, lr=1e-4)[0] == []
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid, nn.Hardsigmoid])
+def test_weights_that_are_all_positive_saturate_and_ordinary_ones_are_the_cure(activation):
+    def net(init):
+        torch.manual_seed(0)
+        sizes = [8, 128, 128, 128]
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), activation())]
+        for layer in layers[::2]:
+            init(layer.weight)
+        return nn.Sequential(*layers, nn.Linear(128, 1))
+
+    (alert,), _ = train(net(lambda w: nn.init.uniform_(w, 0, 2)), standard, lr=1e-3)
+    assert (alert.finding.code, alert.finding.cause) == ("GW101", "saturated")
+    assert "normal" in alert.remedy  # xavier_normal_, or a normalization before it
+    assert train(net(nn.init.xavier_normal_), standard, lr=1e-3)[0] == []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -117,13 +136,13 @@ def test_the_share_at_the_ends_is_that_of_the_tensors_themselves(name):
     given = net.function(net.layer(torch.tanh(net.first(x)))).detach()
     if name == "softmax":
         truth = (given.amax(-1) > 0.99).float().mean()
-    elif name == "sigmoid":
+    elif "sigmoid" in name:
         truth = ((given - 0.5).abs() > 0.49).float().mean()
     else:
         truth = (given.abs() > 0.98).float().mean()
     snapshot = gradwatch.check(net, x).snapshot
     (seen,) = [a for a in snapshot.activations if a.module == "layer"]
-    assert (seen.function, seen.saturated) == (name, pytest.approx(float(truth), abs=1e-6))
+    assert (seen.function, seen.saturated) == (name.replace("hards", "s"), pytest.approx(float(truth), abs=1e-6))
     assert 0.0 < float(truth) < 1.0
 
 
