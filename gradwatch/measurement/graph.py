@@ -26,11 +26,11 @@ _REARRANGED = frozenset(
     f"{kind}Backward{number}"
     for kind in (
         *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze"),
-        *("Clone", "Alias", "ToCopy"),
+        *("Clone", "Alias", "ToCopy", "Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
     )
     for number in (0, 1, 2)
 )
-"""Operations that give what they take, in another shape."""
+"""Operations that give what they take, or a part of it, in another shape."""
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
 _SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
@@ -91,13 +91,13 @@ class _Ways:
     peak: int | None = None
     """Number of the softmax on the first one that was found to have one."""
     meets: tuple[Any, int] | None = None
-    """Of the first."""
+    """Of the first; of several weights that of one that is not added, if there is one."""
 
     def add(self, way: _Way) -> None:
         """Take another way."""
         if self.peak is None:
             self.peak = way.peak
-        if self.meets is None:
+        if self.meets is None or (way.meets is not None and self.meets[0].name() in _JOINS):
             self.meets = way.meets
         self.open |= way.barrier is None
         self.barrier = self.barrier or way.barrier
@@ -286,13 +286,22 @@ class Graph:
         others = [n for place, (n, _) in enumerate(node.next_functions) if place != mine]
         fed = None in others
         for other in filter(None, others):
+            if self._is_weight(other):
+                continue
             source, at, _ = self.nearest(other, self._layers)
             if source is None:  # of weights that are applied without their module
                 source = next((o for leaf in self._leaves(other) if (o := self._owners.get(leaf)) != name), None)
             if source is not None:
                 return Meeting(node, source, at, fed=True)
-            fed |= getattr(other, "variable", None) is None
+            fed = True
         return Meeting(node, fed=fed)
+
+    @staticmethod
+    def _is_weight(node: Any) -> bool:  # noqa: ANN401
+        """Tell whether a node gives a leaf, as it is."""
+        while node.name() in _REARRANGED and (behind := before(node)):
+            node = behind[0]
+        return hasattr(node, "variable")
 
 
 def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401

@@ -150,3 +150,30 @@ def test_no_node_is_kept():
         model.block.layer.register_forward_hook(mark)
         model(torch.randn(16, 8, dtype=torch.float64))
         assert [ref() for ref in marks] == [None]
+
+
+class Asks(nn.Module):
+    """Attends with a query of its own, as pooling heads do; its weights are in one matrix of torch's attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.attention = nn.Parameter(torch.randn(1, 1, 8)), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, h):
+        return self.attention(self.query.expand(len(h), -1, -1), h, h)[0][:, 0]
+
+
+def test_a_query_that_only_meets_weights_is_fed_by_nothing_and_attention_by_what_it_attends_to():
+    torch.manual_seed(0)
+    model = Model(
+        lambda m, x: m.last(m.asks(m.first(x).view(16, 2, 8))),
+        first=nn.Linear(8, 16),
+        asks=Asks(),
+        last=nn.Linear(8, 8),
+    ).double()
+    found, _ = flows(model)
+
+    assert (found["asks"].source, found["asks"].fed) == (None, False)
+    attention = found["asks.attention"]
+    assert (attention.source, attention.fed, attention.added) == ("first", True, False)
+    assert attention.through > 0
