@@ -20,7 +20,6 @@ from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
-from gradwatch.model.layers import role
 from gradwatch.model.nested import floats, tensors
 from gradwatch.values.snapshot import Flow
 
@@ -69,8 +68,6 @@ class FlowProbe:
         """Modules with weights of their own that are to be trained."""
         self._owners_of: dict[int, str] = {}
         """Those by their weights, by `id`."""
-        self._weights: dict[int, str] = {}
-        """The same without biases, which do not count."""
         self._containers: frozenset[str] = frozenset()
         """Those that hold other layers, to which their own weights are an addition."""
         self.clear()
@@ -86,25 +83,18 @@ class FlowProbe:
         own = {name: weights for name, module in view.modules.items() if (weights := trainable(module))}
         self._owners = frozenset(own)
         self._owners_of = {id(p): name for name, weights in reversed(own.items()) for p in weights}
-        biases = {
-            id(p)
-            for module in view.modules.values()
-            for name, p in module._parameters.items()
-            if p is not None and role(module, name, p.dim()) == "bias"
-        }
-        self._weights = {i: name for i, name in self._owners_of.items() if i not in biases}
         self._containers = frozenset(name for name in own if holds_layers(view.modules[name]))
         self._begin()
         return {id(module): module for module in view.modules.values()}
 
     def clear(self) -> None:
         """Let go of what was seen in this step, and look no more."""
-        self._names, self._owners_of, self._weights = {}, {}, {}
+        self._names, self._owners_of = {}, {}
         self._buffers, self._owners, self._containers = frozenset(), frozenset(), frozenset()
         self._begin()
 
     def _begin(self) -> None:
-        self._seen = Seen(Graph(self._mark, self._weights))
+        self._seen = Seen(Graph(self._mark, self._owners_of))
         self._met: dict[str, _Met] = {}
         self._whole: dict[str, Output] = {}
         """By layer, the gradient at what its output was put side by side with something else in."""

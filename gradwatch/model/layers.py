@@ -128,7 +128,7 @@ def describe(
                     shape=shape,
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     optimizer=stepped.get(id(parameter)),
-                    role=role(module, name, len(shape)),
+                    role=_role(module, name, len(shape)),
                     trainable=parameter.requires_grad,
                 )
             )
@@ -148,8 +148,7 @@ def _step_of(module: nn.Module, name: str) -> str:
     return entry[1] if entry is not None else name if isinstance(module, _CONTAINERS) else ""
 
 
-def role(module: nn.Module, name: str, dimensions: int) -> Role:
-    """Return what a parameter is to the module that holds it, by its name there and its number of dimensions."""
+def _role(module: nn.Module, name: str, dimensions: int) -> Role:
     name = re.split("[./]", name)[-1]
     if name.startswith("bias") or name.endswith("_bias"):  # torch's own way of naming, for RNNs and attention too
         return "bias"
