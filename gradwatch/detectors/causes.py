@@ -10,6 +10,7 @@ from typing import Literal
 
 from gradwatch.detectors.flows import aside, cut_of, fades_with, flow_of, left_out, takes_zeros
 from gradwatch.detectors.measured import (
+    activations_by_layer,
     fact,
     forward_names,
     functions,
@@ -103,9 +104,8 @@ def of_vanishing(history: History, finding: Finding) -> Finding:
         return standing
     layers = reach(history, finding)
     among = set(layers)
-    known = [(history.columns.layer_of(a.module), a) for a in newest_activations(history)]
-    known = [(layer, a) for layer, a in known if layer in among]
-    dead = max(((a.dead, layer) for layer, a in known if a.dead is not None), default=None)
+    known = activations_by_layer(history).items()
+    dead = max(((a.dead, layer) for layer, a in known if layer in among and a.dead is not None), default=None)
     if dead is not None and dead[0] >= MOSTLY_DEAD:
         return _dead(history, finding, *dead)
     # What is hard passes the gradient whole until it is at its end.
@@ -231,8 +231,8 @@ def _of_zeros(history: History, finding: Finding, last: str) -> Finding | None:
     zeros = [name for name in zero_weights(history) if name not in moving]
     if among := [name for name in zeros if name in reach(history, finding)] or [n for n in zeros if n in after]:
         return _of_zero_weights(history, finding, among)
-    dead = {history.columns.layer_of(a.module): a.dead or 0.0 for a in newest_activations(history)}
-    closed = next((name for name in after if dead.get(name, 0.0) >= 1.0), None)
+    known = activations_by_layer(history)
+    closed = next((name for name in after if name in known and (known[name].dead or 0.0) >= 1.0), None)
     if closed is not None:
         return _dead(history, finding, 1.0, closed)
     return None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
-from gradwatch.detectors.flows import added, aside, before_one_value, fades_with, rounding
+from gradwatch.detectors.flows import added, aside, before_one_value, fading, rounding
 from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.measured import before_misread, flat, newest_update
 from gradwatch.detectors.rule import Rule
@@ -84,11 +84,11 @@ def _small(history: History, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Tell which layers get little gradient; others may only have weights near 0, which begin to grow."""
     import numpy as np
 
-    by_layer = norms(history.model, history.snapshot.norm)
+    by_layer, layers = norms(history.model, history.snapshot.norm), history.model.layers
     found = np.ones(len(limits), dtype=bool)
     later = 0.0
     for i in reversed(history.order):
-        norm = by_layer[history.model.layers[i].name] or 0.0
+        norm = by_layer[layers[i].name] or 0.0
         found[i] = norm == 0 or norm < limits[i] * later
         later = max(later, norm)
     return found
@@ -101,7 +101,7 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
     layers = set(np.flatnonzero(vanishing).tolist())
     if not layers:
         return layers
-    states = {i for i in layers if fades_with(history, history.model.layers[i].name)}
+    states = fading(history) & layers
     beside = aside(history, layers)
     # One whose weights a plain step does not move, while it moves others, will not open. Adam's steps grow as soon as
     # its epsilon lets them.
@@ -149,15 +149,20 @@ def _limits(history: History) -> NDArray[np.float64]:
     """Return the limit of each layer."""
     import numpy as np
 
-    t = history.thresholds
-    names = [layer.name for layer in history.model.layers]
-    mine = [history.thresholds_of(i) for i in range(len(names))]
-    adaptive = history.adaptive
-    limits = np.array([m.vanishing_ratio_adaptive if adaptive else m.vanishing_ratio for m in mine])
-    open_places = {place for code, place, *_ in history.open if code == "GW101"}
-    if open_places:
-        limits[[name in open_places for name in names]] *= t.clear_factor
+    t, count, adaptive = history.thresholds, len(history.model.layers), history.adaptive
+    limits = np.full(count, t.vanishing_ratio_adaptive if adaptive else t.vanishing_ratio)
+    for i in range(count) if t.layers else ():
+        mine = history.thresholds_of(i)
+        limits[i] = mine.vanishing_ratio_adaptive if adaptive else mine.vanishing_ratio
+    limits[_opened(history)] *= t.clear_factor
     return limits
+
+
+def _opened(history: History) -> list[int]:
+    """Return the layers at which an alert is open."""
+    numbers, model = history.numbers, history.model
+    at = (numbers[place] for code, place, *_ in history.open if code == "GW101" and place in numbers)
+    return [i for i in at if history.is_open("GW101", model.layers[i].name)]
 
 
 def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -179,10 +184,9 @@ def _faults(
     """
     import numpy as np
 
-    known = ~np.isnan(now)
-    opened = [history.is_open("GW101", layer.name) for layer in history.model.layers]
-    sound = now >= history.thresholds.vanishing_sound
-    ill = vanishing | (np.array(opened) & known & ~sound)
+    sound, ill = now >= history.thresholds.vanishing_sound, vanishing.copy()
+    opened = _opened(history)
+    ill[opened] |= ~np.isnan(now[opened]) & ~sound[opened]
     runs = history.runs(set(np.flatnonzero(ill).tolist()), set(np.flatnonzero(ill | sound).tolist()))
     runs = [run for run in runs if vanishing[run].any()]
     for run in runs:

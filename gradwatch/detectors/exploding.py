@@ -107,15 +107,12 @@ def _runaway(history: History) -> Iterator[Finding]:
 
 
 def _updates(history: History) -> Iterator[Finding]:
-    import numpy as np
-
     t = history.thresholds
     probes = [s for s in history.window(t.window) if s.update_ratio is not None]
     if not probes or probes[-1] is not history.snapshot or history.improved:
         return
     model = history.model
-    rows = np.array([s.update_ratio for s in probes], dtype=float)
-    if not (rows[:, history.elements("weight") > 0] > t.explosion_update).any():  # nearly always; False for NaN
+    if not any((r or 0.0) > t.explosion_update for s in probes for r in s.update_ratio or ()):  # nearly always
         return
     ratios: dict[int, list[float]] = {}
     for s in probes:

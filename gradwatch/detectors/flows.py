@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gradwatch.detectors.measured import fact
+from gradwatch.detectors.measured import fact, facts
 from gradwatch.values.history import History
 from gradwatch.values.sequences import reach_of
 from gradwatch.values.snapshot import Cut, Flow
@@ -59,10 +59,14 @@ def idle(history: History, layer: str) -> bool:
     Nothing takes what it gives, or what its part is of it, its module does without it, it takes zeros, or it leads to a
     softmax of one value.
     """
-    cut, flow = cut_of(history, layer), flow_of(history, layer)
-    if cut is not None:
-        return cut.kind in ("unused", "own")
-    return _of_one(flow) or left_out(history, layer) is not None or takes_zeros(history, layer)
+    return history.columns.module_of(layer) in history.once(_idle)
+
+
+def _idle(history: History) -> set[str]:
+    cuts, flows = history.once(_cuts), flows_of(history)
+    found = {name for name, flow in flows.items() if _of_one(flow)} | history.once(_left_out).keys()
+    found |= {place for (place, name), value in history.once(facts).items() if name == "input_size" and value == 0}
+    return found - cuts.keys() | {name for name, cut in cuts.items() if cut.kind in ("unused", "own")}
 
 
 def left_out(history: History, layer: str) -> str | None:
@@ -117,7 +121,13 @@ def rounding(history: History) -> set[int]:
 
 def _numbers(history: History, modules: Collection[str]) -> set[int]:
     """Return the layers of these modules, by their numbers."""
-    return {i for i, layer in enumerate(history.model.layers) if layer.module in modules}
+    return {i for i, layer in enumerate(history.model.layers) if layer.module in modules} if modules else set()
+
+
+def fading(history: History) -> set[int]:
+    """Return the layers that feed nothing but the initial state of a recurrent layer that forgets it."""
+    names = [name for name, flow in flows_of(history).items() if flow.state_of is not None]
+    return _numbers(history, {name for name in names if fades_with(history, name) is not None})
 
 
 def fades_with(history: History, layer: str) -> tuple[str, int, int] | None:

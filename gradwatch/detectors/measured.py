@@ -20,6 +20,16 @@ def newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return history.once(_newest_activations)
 
 
+def activations_by_layer(history: History) -> dict[str, ActivationStats]:
+    """Return the same by the layer whose output it is; by module of what is no layer's."""
+    return history.once(_activations_by_layer)
+
+
+def _activations_by_layer(history: History) -> dict[str, ActivationStats]:
+    layer_of = history.columns.layer_of
+    return {layer_of(a.module): a for a in newest_activations(history)}
+
+
 def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
     return next((s.activations or () for s in history.looks(1)), ())
 
@@ -45,8 +55,8 @@ def saturation(history: History) -> dict[str, tuple[float, Function | Literal["g
 
 def _saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
     found: dict[str, tuple[float, Function | Literal["gate"]]] = {
-        history.columns.layer_of(a.module): (a.saturated, a.function)
-        for a in newest_activations(history)
+        layer: (a.saturated, a.function)
+        for layer, a in activations_by_layer(history).items()
         if a.saturated is not None and a.function is not None
     }
     newest, known = next(iter(history.sequences(1)), None), kinds(history)
@@ -122,10 +132,11 @@ def steepest(history: History, count: int = 4) -> list[str]:
 
 def fact(history: History, place: str, name: FactName) -> float | None:
     """Return a number of a module as it was measured last; None where it was not."""
-    return history.once(_facts).get((place, name))
+    return history.once(facts).get((place, name))
 
 
-def _facts(history: History) -> dict[tuple[str, FactName], float]:
+def facts(history: History) -> dict[tuple[str, FactName], float]:
+    """Return what was measured last at modules, by module and name; of parts of one nothing."""
     return {(f.place, f.name): f.value for s in history.window() for f in s.facts or () if not f.part}
 
 
@@ -141,8 +152,7 @@ def functions(history: History) -> dict[str, Function]:
 
 
 def _functions(history: History) -> dict[str, Function]:
-    seen = newest_activations(history)
-    return {history.columns.layer_of(a.module): a.function for a in seen if a.function is not None}
+    return {layer: a.function for layer, a in activations_by_layer(history).items() if a.function is not None}
 
 
 def forward_names(history: History) -> list[str]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 from gradwatch.detectors.flows import flows_of
-from gradwatch.detectors.measured import newest_activations, steepest
+from gradwatch.detectors.measured import activations_by_layer, steepest
 from gradwatch.values.history import History
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import ModelInfo
@@ -38,7 +38,7 @@ def suspects(history: History, model: ModelInfo, open_alerts: Iterable[Alert]) -
         for p, reason in zip(model.parameters, history.snapshot.absent or (), strict=False)
         if reason == "disconnected"
     }
-    dead = {history.columns.layer_of(a.module) for a in newest_activations(history) if (a.dead or 0.0) >= t.dead_units}
+    dead = {layer for layer, a in activations_by_layer(history).items() if (a.dead or 0.0) >= t.dead_units}
     places = {history.columns.layer_of(alert.finding.place) for alert in open_alerts}
     named = places | set(steepest(history) if "" in places else ())
     narrow = {history.columns.layer_of(f.layer) for f in flows_of(history).values() if f.barrier is not None}

@@ -29,9 +29,11 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     if len(last) < t.underflow_probes:
         return
     share = t.flushed / (t.clear_share_factor if history.is_open("GW701", "") else 1.0)
+    swallowed = [history.improved is not True and _swallowed(s) for s in last]
+    if not swallowed[-1] and max(filter(None, last[-1].zeros or ()), default=0.0) < share:  # nearly always
+        return
     pooled = [_pooled(history, s) for s in last]
     flushed = [zeros >= share and small >= t.flushed_small for zeros, small in pooled]
-    swallowed = [history.improved is not True and _swallowed(s) for s in last]
     if not all(a or b for a, b in zip(flushed, swallowed, strict=True)):
         return
     if flushed[-1]:
@@ -72,7 +74,7 @@ def _swallowed(snapshot: Snapshot) -> bool:
 
     A dead layer in the way would explain it too.
     """
-    if _format(snapshot) != "float16" or any(snapshot.norm) or all(n is None for n in snapshot.norm):
+    if any(snapshot.norm) or _format(snapshot) != "float16" or all(n is None for n in snapshot.norm):
         return False
     activations = snapshot.activations or ()
     if any((a.dead or 0.0) >= 1.0 for a in activations):

@@ -37,10 +37,12 @@ class History:
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
         self._open: frozenset[Key] = frozenset()
+        self._open_at: set[tuple[str, str]] = set()
         self.muted: frozenset[str] = frozenset()  # codes of what was found now, and muted
         self._explained = False
         self._tracks: dict[int | None, Track] = {}
         self._now: int | None = None
+        self._latest: Snapshot | None = None
         self._weight_norms: dict[str, float] = {}
         self._columns: LayerColumns | None = None
         self._weights: Floats | None = None
@@ -52,10 +54,10 @@ class History:
         """Fold one snapshot in."""
         import numpy as np
 
-        self._now = snapshot.optimizer
+        self._now, self._latest = snapshot.optimizer, snapshot
         self._once.clear()
         track = self._tracks.setdefault(self._now, Track())
-        if track.snapshots and not _same_shape(track.snapshots[-1].model, snapshot.model):
+        if track.snapshots and not track.snapshots[-1].model.is_like(snapshot.model):
             for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
                 column.clear()
         track.skipped = track.skipped + 1 if snapshot.skipped else 0
@@ -96,6 +98,7 @@ class History:
 
         """
         self._open, self._explained = frozenset(keys), explained
+        self._open_at = {(code, place) for code, place, *_ in self._open}
         self._once.clear()
 
     def _note_best(self, track: Track) -> None:
@@ -137,7 +140,9 @@ class History:
     @property
     def snapshot(self) -> Snapshot:
         """The newest snapshot."""
-        return self.track.snapshots[-1]
+        if self._latest is None:
+            raise LookupError("a history must have taken a snapshot before it can be read")
+        return self._latest
 
     @property
     def model(self) -> ModelInfo:
@@ -303,17 +308,17 @@ class History:
 
     def thresholds_of(self, layer: int) -> Thresholds:
         """Return the thresholds that hold for a layer: one inside of a module has those of the module too."""
-        t, info = self.thresholds, self.model.layers[layer]
-        return t.of(info.name, info.module) if t.layers else t
+        if not self.thresholds.layers:
+            return self.thresholds
+        info = self.model.layers[layer]
+        return self.thresholds.of(info.name, info.module)
 
     def is_open(self, code: str, place: str) -> bool:
         """Tell whether an alert of this rule is open at this place."""
-        return any(key[0] == code and key[1] == place for key in self.open)
+        return (code, place) in self._open_at
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
-        """Group layers that follow one another in the forward pass.
-
-        One fault is one finding, however many layers it reaches.
+        """Group layers that follow one another in the forward pass: one fault is one finding, however far it reaches.
 
         Args:
             chosen: numbers of the layers to group.
@@ -370,6 +375,7 @@ class History:
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
         self._columns = self._weights = None
+        self._latest = self.track.snapshots[-1] if self.begun else None
         self._improved = self._has_improved() if self.begun else None
 
     @property
@@ -391,10 +397,3 @@ Detector = Callable[[History], Iterable[Finding]]
 It may carry its rules as an attribute `rules`, a list or tuple of `gradwatch.Rule`: they give its findings their words,
 and say how its alerts behave. Without, an alert shows its numbers.
 """
-
-
-def _same_shape(a: ModelInfo, b: ModelInfo) -> bool:
-    return a is b or (
-        [x.name for x in a.layers] == [x.name for x in b.layers]
-        and [p.name for p in a.parameters] == [p.name for p in b.parameters]
-    )

@@ -118,8 +118,8 @@ class LayerColumns:
 
         A module that is none is returned as it is.
         """
-        inside = ".".join(filter(None, (module, part)))
-        number = self.numbers.get(inside if inside in self.numbers else module)
+        number = self.numbers.get(f"{module}.{part}" if module else part) if part else None
+        number = self.numbers.get(module) if number is None else number
         return module if number is None else self.model.layers[number].name
 
     def weights(self, known: Mapping[str, float]) -> Floats:

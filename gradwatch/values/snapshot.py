@@ -144,6 +144,13 @@ class ModelInfo:
         more = len(names) - most
         return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
+    def is_like(self, other: ModelInfo) -> bool:
+        """Tell whether layers and parameters of both have the same names, in the same order."""
+        return self is other or (
+            [x.name for x in self.layers] == [x.name for x in other.layers]
+            and [p.name for p in self.parameters] == [p.name for p in other.parameters]
+        )
+
     @property
     def forward_order(self) -> tuple[int, ...]:
         """Numbers of the layers in the order of the forward pass; those that never ran come last."""
