@@ -64,7 +64,9 @@ def judge(
         patience=history.thresholds.window,
         rules=rules,
     )
-    return Report(snapshot, began, still, cleared)
+    before = {(alert.finding.key, alert.began): alert.worst for alert in open_alerts}
+    worsened = tuple(a for a in still if a.worst > before.get((a.finding.key, a.began), a.worst))
+    return Report(snapshot, began, still, cleared, worsened)
 
 
 def findings(history: History, detectors: Iterable[Detector] = DETECTORS) -> list[Finding]:
@@ -127,12 +129,14 @@ def advance(
     for alert in open_alerts:
         finding = found.pop(alert.finding.key, None)
         if finding is not None:
-            still.append(_tell(replace(alert, finding=replace(finding, onset=alert.finding.onset), last=now), rules))
+            worst = max(finding.severity, alert.worst)
+            finding = replace(finding, onset=alert.finding.onset)
+            still.append(_tell(replace(alert, finding=finding, last=now, worst=worst), rules))
         elif alert.finding.optimizer == optimizer and sum(step > alert.last for step in recent) >= patience:
             cleared.append(replace(alert, cleared=now))
         else:
             still.append(alert)
-    began = [_tell(Alert(finding=f, began=now, last=now), rules) for f in found.values()]
+    began = [_tell(Alert(finding=f, began=now, last=now, worst=f.severity), rules) for f in found.values()]
     return tuple(began), (*still, *began), tuple(cleared)
 
 

@@ -113,10 +113,11 @@ def _left_out(history: History) -> Iterator[Finding]:
         before = (other for other in learning if order[other] <= order[layer])
         return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
 
-    # A head that stands still while layers before it learn is forgotten. What stands still before them, as what was
-    # trained elsewhere, what gets no gradient, as a copy that follows, and most of a model may well be meant.
+    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more. What
+    # stands still before them, as what was trained elsewhere, what gets no gradient, as a copy that follows, and most
+    # of a model may well be meant.
     few = len(left_out) < LEFT_OUT * sum(p.trainable is not False for p in model.parameters)
-    forgotten = [p for p in left_out if few and p in stood and after(p.layer)]
+    forgotten = [p for p in left_out if p in stood and (p.name in history.track.frozen or (few and after(p.layer)))]
     shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
     yield Finding(
         "GW902",

@@ -14,8 +14,8 @@ _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Sever
 
 
 def log_report(report: Report) -> None:
-    """Send the alerts that began or cleared to the logger `gradwatch`."""
-    for alert in report.began:
+    """Send the alerts that began, worsened or cleared to the logger `gradwatch`."""
+    for alert in (*report.began, *report.worsened):
         log_alert(alert)
     for alert in report.cleared:
         _log.info(

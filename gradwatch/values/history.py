@@ -68,7 +68,7 @@ class History:
             both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
             self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
             self._weights = None
-        track.note_kicks(snapshot)
+        track.note_parameters(snapshot)
         columns = self.columns
         if self._weights is None:
             self._weights = columns.weights(self._weight_norms)

@@ -78,6 +78,8 @@ class Alert:
     message: str = ""
     cause: str = ""
     remedy: str = ""
+    worst: Severity = Severity.INFO
+    """The highest severity up to now."""
 
     @property
     def severity(self) -> Severity:
@@ -100,12 +102,14 @@ class Alert:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What one measured step says: its numbers, and the alerts that began, are open, or cleared with it."""
+    """What one measured step says: its numbers, and the alerts that began, worsened, are open, or cleared with it."""
 
     snapshot: Snapshot
     began: tuple[Alert, ...] = ()
     open: tuple[Alert, ...] = ()
     cleared: tuple[Alert, ...] = ()
+    worsened: tuple[Alert, ...] = ()
+    """Those that were open before, with a lower severity than ever until now."""
 
 
 class GradientHealthError(AssertionError):

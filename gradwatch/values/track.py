@@ -38,6 +38,8 @@ class Track:
     kicks: dict[str, tuple[float, int]] = field(default_factory=dict)
     """By layer, the largest update of a weight over the weight, if it was a kick, and its step; a later one takes the
     place of one that no longer lasts."""
+    frozen: set[str] = field(default_factory=set)
+    """Parameters that were seen to be frozen once, by name."""
     added: int = 0
     """How many snapshots there were."""
     skipped: int = 0
@@ -71,8 +73,10 @@ class Track:
         if len(self.last_losses) >= EDGE and (self.best_loss is None or level < self.best_loss):
             self.best_loss = level
 
-    def note_kicks(self, snapshot: Snapshot) -> None:
-        """Take note of the updates that move units out of reach."""
+    def note_parameters(self, snapshot: Snapshot) -> None:
+        """Take note of parameters that are frozen, and of updates that move units out of reach."""
+        if len(self.snapshots) < 2 or self.snapshots[-2].model is not snapshot.model:
+            self.frozen |= {p.name for p in snapshot.model.parameters if p.trainable is False}
         for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=False):
             if ratio is None or not KICK <= ratio < math.inf or p.role != "weight":
                 continue
@@ -93,6 +97,7 @@ class Track:
             "best_loss": self.best_loss,
             "first_norms": list(self.first_norms),
             "kicks": {layer: list(kick) for layer, kick in self.kicks.items()},
+            "frozen": sorted(self.frozen),
             "added": self.added,
             "skipped": self.skipped,
             "update": self.update,
@@ -121,7 +126,7 @@ class Track:
         track.kicks = {layer: (ratio, step) for layer, (ratio, step) in plain.get("kicks", {}).items()}
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         track.update, track.moved = plain.get("update"), plain.get("moved")
-        track.standing = plain.get("standing", 0)
+        track.standing, track.frozen = plain.get("standing", 0), set(plain.get("frozen", ()))
         return track
 
 

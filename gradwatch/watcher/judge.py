@@ -90,14 +90,14 @@ class Judge:
     def _tell(self, report: Report) -> GradientHealthError | None:
         if callable(self._on_alert):
             try:
-                for alert in report.began:
+                for alert in (*report.began, *report.worsened):
                     self._on_alert(alert)
             except Exception as error:  # noqa: BLE001  (the user's own function)
                 self._on_alert = "warn"
                 self._warn("on_alert", f"on_alert failed; alerts go to the logger from now on: {said(error)}")
         if not callable(self._on_alert):
             log_report(report)
-        errors = [a for a in report.began if a.severity is Severity.ERROR]
+        errors = [a for a in (*report.began, *report.worsened) if a.severity is Severity.ERROR]
         if self._on_alert != "raise" or not errors:
             return None
         return GradientHealthError("\n".join(map(str, errors)), errors)

@@ -72,7 +72,7 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
         detectors: functions from a `History` to findings.
         sinks: functions that take each `Report`; one with a `close` method is closed with the watcher.
         on_alert: "warn" (to the logger `gradwatch`), "raise" (`GradientHealthError`, at severity error), or a function
-            that takes each new `Alert`.
+            that takes each new `Alert`, and again each that has become graver than it was.
 
     Returns:
         The watcher: a context manager with `step`, `record`, `report` and `close`.

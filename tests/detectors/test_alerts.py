@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gradwatch import Finding, Severity
-from gradwatch.detectors.alerts import advance, muted
+from gradwatch import Finding, History, LayerInfo, ModelInfo, ParameterInfo, Severity, Snapshot
+from gradwatch.detectors.alerts import advance, judge, muted
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.report import Alert, Explanation
+
+ONE = ModelInfo((LayerInfo("a", "Linear"),), (ParameterInfo("a.weight", "a", (1, 1), "float32", 0, "weight"),), ())
 
 
 def find(place="a", severity=Severity.WARNING, onset=3, optimizer=0):
@@ -34,6 +36,23 @@ def test_a_finding_begins_an_alert_which_lasts_while_it_is_found():
     began, still, cleared = go(still, [find(onset=9)], [5, 6])
     assert (began, cleared) == ((), ())
     assert (still[0].began, still[0].last, still[0].finding.onset) == (5, 6, 3)
+
+
+def test_one_that_becomes_graver_than_it_ever_was_is_told_once_more():
+    info, warning, error = Severity
+    severities = [info, warning, info, warning, error, error]
+
+    def detector(history):
+        yield Finding("MY001", "mine", severities[history.snapshot.step], "a")
+
+    history, told, alerts = History(), [], ()
+    for step in range(len(severities)):
+        report = judge(history, Snapshot(step, 0.0, ONE, 0, norm=(1.0,)), alerts, detectors=[detector])
+        alerts = report.open
+        told.append([a.severity for a in (*report.began, *report.worsened)])
+        assert not (report.began and report.worsened)
+
+    assert told == [[info], [warning], [], [], [error], []]
 
 
 def test_it_clears_after_so_many_snapshots_without_it_and_not_before():

@@ -317,6 +317,25 @@ def test_what_is_frozen_is_meant_to_be_in_no_optimizer():
     assert "in no optimizer" not in str(watched.watcher)
 
 
+@pytest.mark.parametrize("stepped", [False, True])
+def test_what_is_thawed_and_given_to_no_optimizer_is_forgotten(stepped):
+    torch.manual_seed(0)
+    model = Tagger()
+    model.body.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model.head.parameters(), model.gain], lr=0.05)
+    watched = Watched(model, optimizer, on_alert=quiet)
+    go(watched, model, [optimizer], whole, 25)
+    assert alerts(watched) == {}
+    model.body.requires_grad_(True)
+    if stepped:
+        optimizer.add_param_group({"params": list(model.body.parameters())})
+    go(watched, model, [optimizer], whole, 65)
+
+    said = alerts(watched)
+    assert set(said) == (set() if stepped else {("GW902", "body.0")})
+    assert all(alert.severity == Severity.WARNING for alert in said.values())
+
+
 # --- no step at all ---
 
 

@@ -335,12 +335,13 @@ def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path
     cleared = Alert(finding, began=7, last=8, cleared=9, message="m", cause="cause not found", remedy="r")
     first = Report(Snapshot(7, 1e9, model, norm=(1.0, 1.0)), began=(alert,), open=(alert,))
     second = Report(Snapshot(8, 1e9, model, norm=(1.0, 1.0)), open=(alert,))
-    third = Report(Snapshot(9, 1e9, model, norm=(1.0, 1.0)), cleared=(cleared,))
-    events = write(tmp_path, first, second, third)
+    third = Report(Snapshot(9, 1e9, model, norm=(1.0, 1.0)), open=(alert,), worsened=(alert,))
+    fourth = Report(Snapshot(10, 1e9, model, norm=(1.0, 1.0)), cleared=(cleared,))
+    events = write(tmp_path, first, second, third, fourth)
     texts = events.Tensors("gradwatch/alerts/text_summary")
-    assert [t.step for t in texts] == [7, 9]
+    assert [t.step for t in texts] == [7, 9, 10]
     assert events.SummaryMetadata("gradwatch/alerts/text_summary").plugin_data.plugin_name == "text"
-    began, done = (t.tensor_proto.string_val[0].decode() for t in texts)
+    began, worsened, done = (t.tensor_proto.string_val[0].decode() for t in texts)
     assert began.splitlines() == [
         "**GW101 vanishing-depth** (warning) began at `a`, since step 4",
         "",
@@ -348,6 +349,7 @@ def test_an_alert_is_told_in_markdown_when_it_begins_and_when_it_clears(tmp_path
         "- **likely cause**: because",
         "- **try**: do it",
     ]
+    assert worsened.splitlines()[0] == "**GW101 vanishing-depth** (warning) worsened at `a`, since step 4"
     assert done.splitlines() == [
         "**GW101 vanishing-depth** (warning) cleared at `a`, since step 4",
         "",

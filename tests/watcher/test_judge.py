@@ -62,6 +62,34 @@ def test_an_alert_is_handed_to_the_function_that_wants_it_and_by_default_to_the_
         assert ("GW501" in caplog.text) is (on_alert == "warn")
 
 
+def worsening(history):
+    """Find the same at every step, and more gravely each time."""
+    yield gradwatch.Finding("MY001", "mine", list(gradwatch.Severity)[history.snapshot.step // 2], "")
+
+
+def test_an_alert_that_becomes_graver_is_told_once_more_and_raised_as_an_error(caplog, tmp_path):
+    def watched(**options):
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gradwatch.watch(model, optimizer, detectors=[worsening], **options)
+        return model, optimizer
+
+    told = []
+    train(*watched(on_alert=told.append), 6)
+    assert [(a.severity.value, a.began, a.last) for a in told] == [("info", 0, 0), ("warning", 0, 2), ("error", 0, 4)]
+
+    with caplog.at_level(logging.INFO, "gradwatch"):
+        train(*watched(logdir=tmp_path), 6)
+    levels = [r.levelno for r in caplog.records if "MY001" in r.message and "at the end" not in r.message]
+    assert levels == [logging.INFO, logging.WARNING, logging.ERROR]
+
+    model, optimizer = watched(on_alert="raise")
+    train(model, optimizer, 4)
+    with pytest.raises(gradwatch.GradientHealthError, match="MY001"):
+        train(model, optimizer, 1)
+    train(model, optimizer, 1)
+
+
 def test_a_function_for_alerts_that_fails_is_replaced_by_the_logger(caplog):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

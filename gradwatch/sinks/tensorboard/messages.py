@@ -44,12 +44,13 @@ def profile(tag: str, levels: Sequence[float | None], width: int = 1) -> Any:  #
 
 
 def text(report: Report) -> Any:  # noqa: ANN401
-    """Return the alerts that began or cleared as Markdown."""
+    """Return the alerts that began, worsened or cleared as Markdown."""
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 
-    said = [_told("began", alert) for alert in report.began] + [_told("cleared", alert) for alert in report.cleared]
+    events = {"began": report.began, "worsened": report.worsened, "cleared": report.cleared}
+    said = [_told(event, alert) for event, alerts in events.items() for alert in alerts]
     tensor = TensorProto(
         dtype="DT_STRING",
         string_val=["\n\n".join(said).encode()],

@@ -81,7 +81,7 @@ class TensorBoardSink:
         extra = []
         if report.snapshot.weight_norm is not None and levels:
             extra.append(parts.profile("gradwatch_profile/layers", [levels.get(row) for row in rows.rows]))
-        if report.began or report.cleared:
+        if report.began or report.worsened or report.cleared:
             extra.append(parts.text(report))
         if self._picture.columns.due():
             extra.append(parts.image("gradwatch_heatmap/layers", self._picture.png()))
