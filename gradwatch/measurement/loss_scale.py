@@ -56,12 +56,10 @@ class ScaleSentinel:
         self._sentinel.forget(broken)
         if (changed := self._sentinel.difference()) is not None:
             self._changed = changed
-        # What another optimizer steps, or none, may stand there on purpose.
-        mine = not step.others and self._sentinel.of(step.mine)
-        share = self._sentinel.left_over() if mine else None
+        # What another optimizer steps, or none, may stand there on purpose. This one waits since its own last step.
+        share = self._sentinel.left_over(step.mine)
         self._left_over = transfer.add(share) if share is not None else None
-        if not step.others or self._sentinel.of(step.mine):  # what arrives from now on is of the next step
-            self._sentinel.remove()
+        self._sentinel.remove(step.mine if step.others else None)  # what arrives from now on is of the next step
         return None if self._changed is None else transfer.add(self._changed)
 
     def collect(self, _step: StepView, _transfer: Transfer) -> Part:

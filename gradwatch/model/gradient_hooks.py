@@ -185,17 +185,18 @@ class Sentinel:
         found = (arrivals.difference() for arrivals in self._seen)
         return next((difference for difference in found if difference is not None), None)
 
-    def left_over(self) -> Tensor | None:
-        """Return the share of a gradient that was there before the forward pass, the larger of those that are seen."""
-        found = [share for arrivals in self._seen if (share := arrivals.left_over()) is not None]
+    def left_over(self, parameters: AbstractSet[int]) -> Tensor | None:
+        """Return the share of a gradient that was there before the forward pass, the larger of those that are seen.
+
+        Of these parameters, by `id`; None where nothing arrived at any.
+        """
+        mine = (arrivals for arrivals in self._seen if id(arrivals.parameter) in parameters)
+        found = [share for arrivals in mine if (share := arrivals.left_over()) is not None]
         return torch.stack(found).max() if found else None
 
-    def of(self, parameters: AbstractSet[int]) -> bool:
-        """Tell whether it is of these parameters, by `id`, that one is seen."""
-        return any(id(arrivals.parameter) in parameters for arrivals in self._seen)
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for arrivals in self._seen:
+    def remove(self, parameters: AbstractSet[int] | None = None) -> None:
+        """Take the hooks off; only those on these parameters, by `id`, if any are named."""
+        done = [a for a in self._seen if parameters is None or id(a.parameter) in parameters]
+        for arrivals in done:
             arrivals.remove()
-        self._seen = []
+        self._seen = [arrivals for arrivals in self._seen if arrivals not in done]

@@ -421,12 +421,61 @@ def test_gradients_that_are_read_after_each_micro_batch_are_accumulated_on_purpo
     assert not any(r.snapshot.left_over for r in reports)
 
 
-def test_an_optimizer_that_waits_for_its_turn_accumulates_on_purpose():
+@pytest.mark.parametrize("forgets", ["both", "first", "second", "none"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_of_several_optimizers_that_which_does_not_zero_is_found(forgets, apart):
+    first, second = nn.Sequential(net(), nn.ReLU()), nn.Linear(1, 1)
+    parts = [[p for p in first.parameters() if p.dim() > 1], [p for p in first.parameters() if p.dim() == 1]]
+    if apart:  # each a network of its own
+        parts = [list(first.parameters()), list(second.parameters())]
+    optimizers = [torch.optim.SGD(part, 1e-3) for part in parts]
+    zeroed = {"both": (), "first": (1,), "second": (0,), "none": (0, 1)}[forgets]
+    model, reports = nn.ModuleList([first, second]), []
+    with gradwatch.watch(model, optimizers, sinks=[reports.append], on_alert=lambda _: None):
+        for step in range(40):
+            for i in zeroed:
+                optimizers[i].zero_grad()
+            x, y = batch(step)
+            (second(first(x)) - y).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+
+    found = {a.finding.optimizer for r in reports for a in r.open if a.finding.code == "GW905"}
+    seen = {r.snapshot.optimizer for r in reports if r.snapshot.left_over is not None}
+    assert found == {i for i in seen if i not in zeroed}
+    assert seen == ({0} if apart else {0, 1})  # of the module whose output comes first
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize("detached", [True, False])
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_what_the_other_half_of_a_gan_leaves_is_zeroed_before_it_counts(every, detached, zeroes):
+    """Each phase fills the gradients of both; whoever zeroes his own at its beginning is sound."""
+    generator, critic = net(), nn.Linear(1, 1)
+    optimizers = [torch.optim.SGD(critic.parameters(), 1e-3), torch.optim.SGD(generator.parameters(), 1e-3)]
+    known = []
+    both = nn.ModuleList([generator, critic])
+    with gradwatch.watch(both, optimizers, every_n_steps=1, probe_every_n_steps=every, on_alert=known.append):
+        for step in range(60):
+            x, y = batch(step)
+            for optimizer, sign in zip(optimizers, (1, -1), strict=True):
+                if zeroes:
+                    optimizer.zero_grad()
+                fake = generator(x)
+                fake = fake.detach() if detached and sign == 1 else fake
+                (sign * (critic(fake).mean() - (critic(y).mean() if sign == 1 else 0.0))).backward()
+                optimizer.step()
+
+    assert [a.finding.code for a in known if a.finding.code == "GW905"] == ([] if zeroes else ["GW905"])
+
+
+@pytest.mark.parametrize("every", [1, 3, 5])
+def test_an_optimizer_that_waits_for_its_turn_accumulates_on_purpose(every):
     model, head = net(), nn.Linear(1, 1)
     both = nn.ModuleList([model, head])
     fast, slow = torch.optim.SGD(head.parameters(), 1e-3), torch.optim.SGD(model.parameters(), 1e-3)
     known = []
-    with gradwatch.watch(both, [fast, slow], probe_every_n_steps=1, on_alert=known.append):
+    with gradwatch.watch(both, [fast, slow], every_n_steps=1, probe_every_n_steps=every, on_alert=known.append):
         for step in range(80):
             x, y = batch(step)
             fast.zero_grad()
