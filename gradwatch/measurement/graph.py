@@ -191,7 +191,8 @@ class Graph:
     def _seen(self, way: _Way, *, first: bool) -> _Way:
         """Take note of a node, and return the way as it goes on from it."""
         node, notes = way.node, way.node.metadata
-        way = way._replace(state=notes.get(self._state, way.state))
+        if (state := notes.get(self._state)) is not None:
+            way = way._replace(state=state)
         if (leaf := getattr(node, "variable", None)) is not None:
             if (owner := self._owners.get(id(leaf))) is not None:
                 self._to_weights.setdefault(owner, _Ways()).add(way)
@@ -205,25 +206,26 @@ class Graph:
             self._to_outputs.setdefault(name, _Ways()).add(way)
             if name in self._layers:
                 way = way._replace(meets=None)
-        if node.name() in _SOFTMAX and (top := _top(node)) is not None:
-            way = way._replace(peak=len(self._tops))
-            self._tops.append(top)
         if first:
+            if node.name() in _SOFTMAX and (top := _top(node)) is not None:
+                way = way._replace(peak=len(self._tops))
+                self._tops.append(top)
             self._note_join(node, way.within)
         return way
 
     def _behind(self, way: _Way) -> Iterator[_Way]:
         """Yield the ways from a node to those that it takes from."""
-        edges = way.node.next_functions
-        several = sum(n is not None for n, _ in edges) > 1
-        # Elsewhere what has no graph may be a mere number.
-        several |= len(edges) > 1 and way.node.name() in _MATRIX_PRODUCTS | _SIDE_BY_SIDE
-        found = _blocks(way.node) if way.barrier is None else None
-        blocked = way.barrier if found is None else Barrier(way.within, found.operation, found.values)
+        node, within, barrier, state, peak, meets = way
+        edges, kind = node.next_functions, node.name()
+        several = len(edges) > 1 and (  # elsewhere what has no graph may be a mere number
+            sum(n is not None for n, _ in edges) > 1 or kind in _MATRIX_PRODUCTS or kind in _SIDE_BY_SIDE
+        )
+        found = _blocks(node, kind) if barrier is None else None
+        blocked = barrier if found is None else Barrier(within, found.operation, found.values)
         for place, (n, _) in enumerate(edges):
             if n is not None:
-                barrier = blocked if found is None or place in found.places else way.barrier
-                yield way._replace(node=n, barrier=barrier, meets=(way.node, place) if several else way.meets)
+                its = blocked if found is None or place in found.places else barrier
+                yield _Way(n, within, its, state, peak, (node, place) if several else meets)
 
     def _note_join(self, node: Any, within: str) -> None:  # noqa: ANN401
         """Note where something without a graph comes in beside what has one."""
@@ -346,9 +348,8 @@ class _Block(NamedTuple):
     """Which of those that it takes."""
 
 
-def _blocks(node: Any) -> _Block | None:  # noqa: ANN401
-    """Return what kind of barrier a node is; None where it is none."""
-    kind = node.name()
+def _blocks(node: Any, kind: str) -> _Block | None:  # noqa: ANN401
+    """Return what kind of barrier a node of this kind is; None where it is none."""
     if kind in _SOFTMAX:
         shape = node._input_metadata[0].shape
         width = shape[saved_dim(node)] if len(shape) else 1
