@@ -308,7 +308,7 @@ def _explain(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
     first, count = names.get("begins", finding.place) or "the first layer", evidence["layers"]
     through = f" to {names['last']} ({count:.0f} layers)" if count > 1 else ""
-    worst = f" (worst: {names['worst']})" if names["worst"] != finding.place else ""
+    worst = f" (worst: {names['worst'] or 'the first layer'})" if names["worst"] != finding.place else ""
     get, their = ("get", "their") if count > 1 else ("gets", "its")
     cause, remedy = said(finding, around(finding, f"in the layers after {finding.place or 'the first'}: "))
     return Explanation(

@@ -76,6 +76,13 @@ def test_a_layer_far_below_later_ones_vanishes_and_neighbours_are_one_finding():
     assert found[0].onset == 0
 
 
+def test_the_parameters_of_the_model_itself_have_words_where_they_are_the_worst():
+    (found,) = fold(model(2), [(1e-6, 1.0)] * 20, losses=STILL)[1]
+    message = explain(dataclasses.replace(found, names={**found.names, "worst": ""})).message
+
+    assert "(worst: the first layer)" in message
+
+
 def test_it_is_patient():
     assert fold(model(2), [(1e-6, 1.0)] * 19)[1] == []
     assert fold(model(2), [(1.0, 1.0)] * 5 + [(1e-6, 1.0)] * 15, losses=STILL)[1] == []
