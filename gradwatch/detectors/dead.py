@@ -28,12 +28,9 @@ def dead_units(history: History) -> Iterator[Finding]:
     measured = {
         numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers
     }
-    limits = {
-        i: history.thresholds_of(i).dead_units
-        / (t.clear_share_factor if history.is_open("GW601", history.model.layers[i].name) else 1.0)
-        for i, a in measured.items()
-        if a.dead
-    }
+    layers = history.model.layers
+    limits = {i: history.thresholds_of(i).dead_units for i, a in measured.items() if a.dead}
+    limits |= {i: one / t.clear_share_factor for i, one in limits.items() if history.is_open("GW601", layers[i].name)}
     unmoved = {numbers[name] for name in zero_weights(history)} if limits else set()  # of which GW401 tells
     ill = {i for i, limit in limits.items() if i not in unmoved and float(measured[i].dead or 0.0) >= limit}
     if not ill:

@@ -85,13 +85,12 @@ def _small(history: History, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
     import numpy as np
 
     by_layer, layers = norms(history.model, history.snapshot.norm), history.model.layers
-    found = np.ones(len(limits), dtype=bool)
-    later = 0.0
+    found, limit, later = [True] * len(limits), limits.tolist(), 0.0
     for i in reversed(history.order):
         norm = by_layer[layers[i].name] or 0.0
-        found[i] = norm == 0 or norm < limits[i] * later
+        found[i] = norm == 0 or norm < limit[i] * later
         later = max(later, norm)
-    return found
+    return np.array(found)
 
 
 def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
@@ -137,11 +136,12 @@ def _fading(
     found = np.zeros(len(now), dtype=bool)
     found[list(closed)] = True
     found &= now == 0
-    fades = False
+    fades, ratios, limit = False, now.tolist(), limits.tolist()
     for i in reversed(history.order):
-        found[i] |= fades and now[i] == 0
-        if now[i] > 0:
-            fades = bool(now[i] < limits[i])
+        if ratios[i] > 0:
+            fades = ratios[i] < limit[i]
+        elif fades and ratios[i] == 0:
+            found[i] = True
     return found
 
 

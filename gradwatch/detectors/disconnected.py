@@ -114,8 +114,8 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
         return set()
     if all(s.weight_norm is None for s in window) and all(code != "GW401" for code, *_ in history.open):
         return set()
-    for s in reversed(window):
-        silent = {i for i in silent if s.norm[i] == 0}
+    for norm in (s.norm for s in reversed(window)):
+        silent = {i for i in silent if norm[i] == 0}
     # Where the gradient fades after a layer, it was not cut off: it has vanished, which is another kind.
     cut = (
         {layer for layer, columns in trained.items() if silent.issuperset(columns)}

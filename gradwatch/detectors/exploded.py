@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def _steep(history: History) -> Iterator[Finding]:
         return
     # As clipping leaves it. Every loss is held against the largest of them: one that is small by chance proves nothing.
     clipped = np.array([min(1.0 if s.clip_factor is None else s.clip_factor, 1.0) for s in snapshots])
-    rows = history.sensitivities(len(history.window()))[:EDGE] * clipped[:, None] / max(losses)
+    rows = np.stack(list(itertools.islice(history.track.sensitivities, EDGE))) * clipped[:, None] / max(losses)
     rows[~np.isfinite(rows)] = 0.0
     worst = int(rows.max(axis=0).argmax())
     steepness = float(rows[:, worst].max())
