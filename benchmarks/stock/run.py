@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 import traceback
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +93,8 @@ class Outcome:
 def judged(library: str, stock: Stock, width: int, steps: int) -> Outcome:
     """Train a stock model with gradwatch watching, at its default settings."""
     outcome, heard = Outcome(library, stock.name, width, steps), Heard()
-    torch.manual_seed(0)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
     began = time.process_time()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
