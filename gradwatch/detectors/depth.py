@@ -160,9 +160,8 @@ def _limits(history: History) -> NDArray[np.float64]:
 
 def _opened(history: History) -> list[int]:
     """Return the layers at which an alert is open."""
-    numbers, model = history.numbers, history.model
-    at = (numbers[place] for code, place, *_ in history.open if code == "GW101" and place in numbers)
-    return [i for i in at if history.is_open("GW101", model.layers[i].name)]
+    places = {place for code, place, *_ in history.open if code == "GW101"}
+    return [i for i, layer in enumerate(history.model.layers) if layer.name in places] if places else []
 
 
 def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float64]) -> NDArray[np.bool_]:

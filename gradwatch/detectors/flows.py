@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from gradwatch.detectors.measured import fact, facts
+from gradwatch.detectors.measured import facts
 from gradwatch.values.history import History
 from gradwatch.values.sequences import reach_of
 from gradwatch.values.snapshot import Cut, Flow
@@ -40,7 +40,11 @@ def _cuts(history: History) -> dict[str, Cut]:
 
 def takes_zeros(history: History, layer: str) -> bool:
     """Tell whether what a layer took, when it was looked at last, was zero all over."""
-    return fact(history, history.columns.module_of(layer), "input_size") == 0
+    return history.columns.module_of(layer) in history.once(_taking_zeros)
+
+
+def _taking_zeros(history: History) -> set[str]:
+    return {place for (place, name), value in history.once(facts).items() if name == "input_size" and value == 0}
 
 
 def before_one_value(history: History) -> set[int]:
@@ -49,8 +53,8 @@ def before_one_value(history: History) -> set[int]:
     return _numbers(history, names)
 
 
-def _of_one(flow: Flow | None) -> bool:
-    return flow is not None and flow.barrier is not None and flow.barrier.operation == "softmax"
+def _of_one(flow: Flow) -> bool:
+    return flow.barrier is not None and flow.barrier.operation == "softmax"
 
 
 def idle(history: History, layer: str) -> bool:
@@ -64,8 +68,8 @@ def idle(history: History, layer: str) -> bool:
 
 def _idle(history: History) -> set[str]:
     cuts, flows = history.once(_cuts), flows_of(history)
-    found = {name for name, flow in flows.items() if _of_one(flow)} | history.once(_left_out).keys()
-    found |= {place for (place, name), value in history.once(facts).items() if name == "input_size" and value == 0}
+    found = {name for name, flow in flows.items() if _of_one(flow)}
+    found |= history.once(_left_out).keys() | history.once(_taking_zeros)
     return found - cuts.keys() | {name for name, cut in cuts.items() if cut.kind in ("unused", "own")}
 
 
