@@ -185,7 +185,7 @@ class FlowProbe:
                 call.source, _, joined = self.graph.nearest(node or nodes[0], self._owners)
                 call.joined |= joined
             if call.source is None:
-                call.source = self._owners_of.get(self.graph.leaf(nodes[0]) or 0)
+                call.source = self.graph.owner(nodes[0])
         call.taken = frozenset(map(_storage, taken))
 
     def _settle(self, outermost: int, taken: Iterable[Tensor]) -> None:
@@ -237,7 +237,7 @@ class FlowProbe:
         reached, broken = self._outputs.reached, self._attempts.broken
         found = () if reached is None else tuple(cuts(self._seen, step, reached, self.suspects))
         calls, met = self._seen.calls, self._met
-        names = [name for name in (*calls, *(met.keys() - calls.keys())) if name in self.suspects]
+        names = [name for name in (*calls, *sorted(met.keys() - calls.keys())) if name in self.suspects]
         flows = [self._flow(name, step.modules.get(name), broken, transfer) for name in names]
         uncalled = {call.source for call in calls.values() if call.source is not None} - calls.keys() - met.keys()
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]

@@ -161,15 +161,11 @@ class Graph:
             ][:_WIDE]
         return None, None, False
 
-    def leaf(self, node: Any) -> int | None:  # noqa: ANN401
-        """Return the nearest parameter on the way back from a node, by `id`."""
-        return next(self._leaves(node), None)
-
-    @staticmethod
-    def _leaves(node: Any) -> Iterator[int]:  # noqa: ANN401
-        """Yield the nearest parameters on the way back from a node, by `id`."""
+    def owner(self, node: Any, but: Collection[str] = ()) -> str | None:  # noqa: ANN401
+        """Return the module of the nearest parameter on the way back from a node, passing over those of some."""
         leaves = (getattr(one, "variable", None) for one in near(node, _NEAR))
-        return (id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter))
+        owners = (self._owners.get(id(leaf)) for leaf in leaves if isinstance(leaf, nn.Parameter))
+        return next((owner for owner in owners if owner not in but), None)
 
     def walk(self, roots: Iterable[Any]) -> None:
         """Go through the graph of what an outermost call gave.
@@ -292,7 +288,7 @@ class Graph:
                 continue
             source, at, _ = self.nearest(other, self._layers)
             if source is None:  # of weights that are applied without their module
-                source = next((o for leaf in self._leaves(other) if (o := self._owners.get(leaf)) != name), None)
+                source = self.owner(other, but=(name,))
             if source is not None:
                 return Meeting(node, source, at, fed=True)
             fed = True
