@@ -101,7 +101,7 @@ def check(
         columns = zip(snapshot.model.parameters, snapshot.absent or (), strict=True)
         absent = tuple("disconnected" if why == "unused" and p.name in used else why for p, why in columns)
         snapshot = dataclasses.replace(snapshot, absent=absent)
-    if snapshot is watcher.report.snapshot:
+    if snapshot == watcher.report.snapshot:
         return watcher.report
     return judge(History(at_once), snapshot, detectors=detectors, ignore=ignore)
 

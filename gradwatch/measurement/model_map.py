@@ -122,6 +122,8 @@ class ModelMap:
             applied: by weight, by `id`, when something was made of it; of those of one module that tells the order.
 
         """
+        if all(layer.name in self.order for layer in self.info.layers):
+            return
         when: dict[str, int] = {}
         for i, column in self._columns.items():
             if i in applied:
