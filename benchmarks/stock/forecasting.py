@@ -13,6 +13,8 @@ from gradwatch.lightning import GradientMonitor
 SERIES, LENGTH = 4, 200
 PAST, AHEAD = 24, 12
 ROWS = 16
+QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+"""Arguments for a Trainer that prints and keeps nothing."""
 
 
 def series() -> np.ndarray:
@@ -27,11 +29,4 @@ def monitor(heard: Heard) -> GradientMonitor:
 
 def trainer(heard: Heard, **more: Any) -> dict[str, Any]:
     """Return arguments for the Trainer."""
-    return {
-        "callbacks": [monitor(heard)],
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        **more,
-    }
+    return {"callbacks": [monitor(heard)], **QUIET, **more}

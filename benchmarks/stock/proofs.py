@@ -92,11 +92,10 @@ def tcn() -> Iterator[str]:
     from darts import TimeSeries
     from darts.models import TCNModel
 
-    from benchmarks.stock.forecasting import AHEAD, PAST, ROWS, series
+    from benchmarks.stock.forecasting import AHEAD, PAST, QUIET, ROWS, series
 
     values = [one.astype("float32") for one in series()]
     pieces = [TimeSeries.from_values(v[i : i + PAST]) for v in values for i in range(0, len(v) - PAST, 3)]
-    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     for lr in (LR, LR / 10):
         built = TCNModel(
             input_chunk_length=PAST,
@@ -106,7 +105,7 @@ def tcn() -> Iterator[str]:
             n_epochs=1000,
             num_filters=256,
             optimizer_kwargs={"lr": lr},
-            pl_trainer_kwargs={**quiet, "max_steps": STEPS},
+            pl_trainer_kwargs={**QUIET, "max_steps": STEPS},
         )
         built.fit([TimeSeries.from_values(v) for v in values], verbose=False)
         layers = {f"res_blocks.{k}.conv1": built.model.res_blocks[k].conv1 for k in (1, 2)}

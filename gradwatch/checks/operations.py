@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -16,7 +14,7 @@ from gradwatch.measurement.origins import BAD, MINUS, SOUND, extremes, soundness
 from gradwatch.model.forward_hooks import listening
 from gradwatch.model.layers import named_modules
 from gradwatch.model.nested import floats, parts
-from gradwatch.model.rerun import as_it_was
+from gradwatch.model.rerun import once_more
 from gradwatch.values.snapshot import NotFinite, Origin
 
 _UNWRITTEN = ("empty", "empty_like", "new_empty")
@@ -38,7 +36,7 @@ def first_bad_operation(
     """
     modules = named_modules(model)
     operations = _Operations(modules, given)
-    with contextlib.suppress(Exception), as_it_was(model), torch.inference_mode(False), torch.enable_grad():
+    with once_more(model):
         with listening(modules.values(), operations.entered, operations.left), operations:
             value = loss()
         if operations.found is None:

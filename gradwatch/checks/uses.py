@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradwatch.model.nested import floats
-from gradwatch.model.rerun import as_it_was
+from gradwatch.model.rerun import once_more
 
 
 def computed_with(model: nn.Module, loss: Callable[[], Tensor]) -> frozenset[str]:
@@ -25,7 +24,7 @@ def computed_with(model: nn.Module, loss: Callable[[], Tensor]) -> frozenset[str
 
     """
     uses = _Uses(model)
-    with contextlib.suppress(Exception), as_it_was(model), torch.inference_mode(False), torch.enable_grad(), uses:
+    with once_more(model), uses:
         loss()
     return frozenset(uses.found)
 

