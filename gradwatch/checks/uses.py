@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gradwatch.model.nested import floats
+from gradwatch.model.nested import floats, storage_of
 from gradwatch.model.rerun import once_more
 
 
@@ -35,7 +35,7 @@ class _Uses(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         """Begin with nothing found."""
         super().__init__()
-        self._names = {_place(p): name for name, p in model.named_parameters()}
+        self._names = {storage_of(p): name for name, p in model.named_parameters()}
         self.found: set[str] = set()
 
     def __torch_function__(
@@ -49,11 +49,7 @@ class _Uses(TorchFunctionMode):
         kwargs = kwargs or {}
         given = func(*args, **kwargs)
         with contextlib.suppress(Exception):  # what has no storage
-            taken = {_place(t) for t in floats((*args, *kwargs.values()))} & self._names.keys()
-            if taken and any(_place(t) not in taken for t in floats(given)):  # and not only looked at
+            taken = {storage_of(t) for t in floats((*args, *kwargs.values()))} & self._names.keys()
+            if taken and any(storage_of(t) not in taken for t in floats(given)):  # and not only looked at
                 self.found |= {self._names[place] for place in taken}
         return given
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -20,7 +20,7 @@ from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
-from gradwatch.model.nested import floats, tensors
+from gradwatch.model.nested import floats, storage_of, tensors
 from gradwatch.values.snapshot import Flow
 
 _CHECKPOINT = CheckpointFunction.forward.__code__
@@ -79,7 +79,7 @@ class FlowProbe:
             return {}
         self._names = view.names
         buffers = (b for module in view.modules.values() for b in module._buffers.values() if b is not None)
-        self._buffers = frozenset(map(_storage, buffers))
+        self._buffers = frozenset(map(storage_of, buffers))
         own = {name: weights for name, module in view.modules.items() if (weights := trainable(module))}
         self._owners = frozenset(own)
         self._owners_of = {id(p): name for name, weights in reversed(own.items()) for p in weights}
@@ -162,15 +162,15 @@ class FlowProbe:
         """Note where what a module took comes from."""
         loose = [t for t in taken if not t.requires_grad]
         for tensor in loose:
-            if _storage(tensor) not in self._seen.storages:
+            if storage_of(tensor) not in self._seen.storages:
                 self._seen.weak.append(_weak(tensor))
-                self._seen.storages[_storage(tensor)] = call.began, tuple(tensor.shape)
-        numbers = set(map(_storage, loose))
+                self._seen.storages[storage_of(tensor)] = call.began, tuple(tensor.shape)
+        numbers = set(map(storage_of, loose))
         call.loose = (
-            tuple((_storage(t), _shape(t), t.is_floating_point()) for t in loose) if len(loose) == len(taken) else ()
+            tuple((storage_of(t), _shape(t), t.is_floating_point()) for t in loose) if len(loose) == len(taken) else ()
         )
         call.mixed = frozenset(
-            _storage(t)
+            storage_of(t)
             for t in taken
             if t.is_floating_point() and (t.grad_fn is None or self.graph.name_of(t.grad_fn) is None)
         )
@@ -186,11 +186,11 @@ class FlowProbe:
                 call.joined |= joined
             if call.source is None:
                 call.source = self.graph.owner(nodes[0])
-        call.taken = frozenset(map(_storage, taken))
+        call.taken = frozenset(map(storage_of, taken))
 
     def _settle(self, outermost: int, taken: Iterable[Tensor]) -> None:
         """Leave out what the outermost call was given: as long as that lasts, no other storage has its number."""
-        outside = set(map(_storage, taken)) | self._buffers
+        outside = set(map(storage_of, taken)) | self._buffers
         for call in self._seen.calls.values():
             if call.outermost == outermost:
                 call.loose = call.loose if outside.isdisjoint(s for s, *_ in call.loose) else ()
@@ -300,15 +300,6 @@ def _through(
 
 def _weak(tensor: Tensor) -> Any:  # noqa: ANN401  (a class without types)
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # torch's
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return the number of what a tensor's entries lie in; of what has none (a sparse one) the tensor's own."""
-    try:
-        number: int = tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
-    return number
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -64,6 +64,15 @@ def floats(value: object) -> list[Tensor]:
     return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Return the number of what a tensor's entries lie in; of what has none (a sparse one) the tensor's own."""
+    try:
+        number: int = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
+    return number
+
+
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (whatever a model takes)
     """Return a value with other tensors. What holds one is copied; a type that cannot be made anew is left as it is.
 
