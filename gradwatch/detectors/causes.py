@@ -12,6 +12,7 @@ from gradwatch.detectors.flows import aside, cut_of, fades_with, flow_of, left_o
 from gradwatch.detectors.measured import (
     activations_by_layer,
     fact,
+    facts,
     forward_names,
     functions,
     kinds,
@@ -123,7 +124,7 @@ def _with_remedies(history: History, finding: Finding, layers: Collection[str]) 
     has = {
         "relus": sum(f == "relu" for f in seen) > len(seen) / 2,
         "normalized": any(p.role == "normalization" and p.layer in layers for p in history.model.parameters),
-        "skips": any(f.name == "skip_connection" for s in history.window() for f in s.facts or ()),
+        "skips": any(name == "skip_connection" for _, name in history.once(facts)),
     }
     return dataclasses.replace(finding, evidence={**finding.evidence, **{name: 1.0 for name, it in has.items() if it}})
 
@@ -139,7 +140,7 @@ def _standing(history: History, finding: Finding) -> Finding | None:
         return with_cause(finding, "state", {"horizon": float(horizon), "length": float(length)}, {"at": where})
     if (barrier := flow.barrier) is not None:
         return with_cause(finding, "narrow", {"values": float(barrier.values)}, {"at": barrier.at})
-    numbers = {history.numbers[name] for name in names}
+    numbers = set(map(history.numbers.__getitem__, names))
     if numbers and numbers <= aside(history, numbers):
         share = {} if flow.through is None else {"through": flow.through}
         return with_cause(finding, "aside", share, {"at": flow.source or "", "from": flow.layer})
@@ -186,7 +187,8 @@ def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Findi
 def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     """Find that weights too small for their activations account for the larger part of what is missing."""
     ratio, all_gains, known = finding.evidence.get("ratio", 0.0), history.gains().tolist(), functions(history)
-    gains = {name: all_gains[history.numbers[name]] for name in layers[1:]}
+    numbers = history.numbers
+    gains = {name: all_gains[numbers[name]] for name in layers[1:]}
     needed = {name: NEEDED_GAIN.get(known.get(name, ""), 1.0) for name in gains}
     weak = {name: share for name, gain in gains.items() if (share := gain / needed[name]) < SMALL_GAIN}
     if not weak or not 0 < ratio < 1 or "normalized" in finding.evidence:  # which takes their size away
@@ -194,9 +196,9 @@ def _weak(history: History, finding: Finding, layers: Sequence[str]) -> Finding:
     if sum(math.log(max(share, 1e-30)) for share in weak.values()) > ACCOUNTED_FOR * math.log(ratio):
         return finding
     worst = min(weak, key=weak.__getitem__)
-    numbers = {"gain": gains[worst], "needed": needed[worst], "weak": float(len(weak))}
+    evidence = {"gain": gains[worst], "needed": needed[worst], "weak": float(len(weak))}
     ends = {"first": next(iter(weak)), "until": list(weak)[-1]}
-    return with_cause(finding, "weak", numbers, {"at": worst, "function": known.get(worst, ""), **ends})
+    return with_cause(finding, "weak", evidence, {"at": worst, "function": known.get(worst, ""), **ends})
 
 
 def of_a_cut(history: History, finding: Finding) -> Finding:
@@ -288,17 +290,18 @@ def _kick_of(history: History, layers: Collection[str], until: int | None = None
     None where it is none to speak of, or not within so many steps before the step `until` as it lasts; those that no
     snapshot has any more are among them.
     """
-    ratios = [
+    lasting = range(until - KICK_LASTS, until + 1) if until is not None else None
+    kicks = [
         (r, p.layer, s.step)
         for s in history.window()
-        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
-        if r and p.layer in layers and p.role == "weight" and math.isfinite(r)
+        if s.update_ratio is not None and (lasting is None or s.step in lasting)
+        for p, r in zip(s.model.parameters, s.update_ratio, strict=False)
+        if r and KICK <= r < math.inf and p.role == "weight" and p.layer in layers
     ]
-    if until is not None:
-        kicks = ((ratio, layer, step) for layer, (ratio, step) in history.track.kicks.items() if layer in layers)
-        ratios = [kick for kick in (*ratios, *kicks) if until - KICK_LASTS <= kick[2] <= until]
-    largest = max(ratios, default=None)
-    return largest if largest is not None and largest[0] >= KICK else None
+    if lasting is not None:
+        remembered = ((ratio, layer, step) for layer, (ratio, step) in history.track.kicks.items() if layer in layers)
+        kicks += (kick for kick in remembered if kick[2] in lasting)
+    return max(kicks, default=None)
 
 
 def of_explosion(history: History, finding: Finding) -> Finding:

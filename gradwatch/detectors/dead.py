@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from gradwatch.detectors.cause_words import WARM_UP, has_both, said
 from gradwatch.detectors.causes import of_silence
@@ -11,7 +10,7 @@ from gradwatch.detectors.measured import zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import ActivationStats, Snapshot
+from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import BETWEEN_PROBES
 
 
@@ -30,17 +29,17 @@ def dead_units(history: History) -> Iterator[Finding]:
     }
     layers = history.model.layers
     limits = {i: history.thresholds_of(i).dead_units for i, a in measured.items() if a.dead}
-    limits |= {i: one / t.clear_share_factor for i, one in limits.items() if history.is_open("GW601", layers[i].name)}
+    if opened := history.open_at("GW601"):
+        limits |= {i: one / t.clear_share_factor for i, one in limits.items() if layers[i].name in opened}
     unmoved = {numbers[name] for name in zero_weights(history)} if limits else set()  # of which GW401 tells
     ill = {i for i, limit in limits.items() if i not in unmoved and float(measured[i].dead or 0.0) >= limit}
     if not ill:
         return
-    series = [{a.module: a.dead for a in s.activations or ()} for s in probes]
+    since = _onsets(probes, {measured[i].module: limits[i] for i in ill}, t.dead_probes)
     onsets = {
-        i: onset
-        for i in ill
-        if (onset := _onset(history, probes, [s.get(measured[i].module) for s in series], limits[i], measured[i]))
-        is not None
+        numbers[name]: onset
+        for name, onset in since.items()
+        if measured[numbers[name]].dead != 1 or not _gradient_between(history, name, probes)
     }
     for run in history.runs(onsets, measured):
         place = history.model.layers[run[0]].name
@@ -61,16 +60,23 @@ def dead_units(history: History) -> Iterator[Finding]:
         )
 
 
-def _onset(
-    history: History, probes: Sequence[Snapshot], series: Sequence[float | None], limit: float, newest: ActivationStats
-) -> int | None:
-    """Return since when most units of a layer are dead; None where they are not for long enough."""
-    high = [d is not None and d >= limit for d in series]
-    if not all(high[-history.thresholds.dead_probes :]) or (
-        newest.dead == 1 and _gradient_between(history, newest.module, probes)
-    ):
-        return None
-    return probes[len(high) - len(list(itertools.takewhile(bool, reversed(high))))].step
+def _onsets(probes: Sequence[Snapshot], limits: Mapping[str, float], least: int) -> dict[str, int]:
+    """Return, by module, since when most of its units are dead; those for which they were not long enough are left out.
+
+    Args:
+        probes: oldest first.
+        limits: by module, the share of units that is too large for it.
+        least: probes in a row that are long enough.
+
+    """
+    found: dict[str, int] = {}
+    ill = dict(limits)
+    for count, probe in enumerate(reversed(probes), 1):
+        seen = probe.activations or ()
+        ill = {a.module: ill[a.module] for a in seen if a.module in ill and (a.dead or 0.0) >= ill[a.module]}
+        if count >= least:
+            found.update(dict.fromkeys(ill, probe.step))
+    return found
 
 
 def _gradient_between(history: History, module: str, probes: Sequence[Snapshot]) -> bool:

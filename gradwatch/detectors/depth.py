@@ -13,7 +13,7 @@ from gradwatch.detectors.idle import share_left
 from gradwatch.detectors.measured import before_misread, flat, newest_update
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import counts, norms
+from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.thresholds import OPENING_FLOOR
 
@@ -46,6 +46,8 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     # not opened yet, has zeros too.
     low &= np.maximum.accumulate((ratios > 0) & low) | _fading(history, ratios[-1], limits, closed)
     vanishing = (low.mean(axis=0) >= t.share) & low[-1] & ~_rising(ratios, t.vanishing_rising, limits)
+    if not vanishing.any():
+        return
     others = before_misread(history) | rounding(history) | before_one_value(history)
     vanishing[list(others)] = False  # those are other kinds
     vanishing &= _small(history, limits)
@@ -54,11 +56,12 @@ def _vanishing(history: History, limits: NDArray[np.float64]) -> Iterator[Findin
     spare[list(_spared(history, vanishing))] = True
     runs = [(run, False) for run in _faults(history, vanishing & ~spare, ratios[-1], closed)]
     runs += [(run, True) for run in _faults(history, vanishing & spare, ratios[-1], closed)]
+    now, opened = ratios[-1].tolist(), set(_opened(history))
     for run, is_spare in runs:
-        held = [i for i in run if history.is_open("GW101", history.model.layers[i].name)]
+        held = [i for i in run if i in opened]
         place = history.model.layers[(held or run)[0]].name
-        worst = min(run, key=lambda i: ratios[-1][i])
-        ratio = float(ratios[-1][worst])
+        worst = min(run, key=now.__getitem__)
+        ratio = now[worst]
         severity = Severity.INFO if is_spare else _severity(history, run, ratio)
         yield Finding(
             "GW101",
@@ -84,13 +87,9 @@ def _small(history: History, limits: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Tell which layers get little gradient; others may only have weights near 0, which begin to grow."""
     import numpy as np
 
-    by_layer, layers = norms(history.model, history.snapshot.norm), history.model.layers
-    found, limit, later = [True] * len(limits), limits.tolist(), 0.0
-    for i in reversed(history.order):
-        norm = by_layer[layers[i].name] or 0.0
-        found[i] = norm == 0 or norm < limit[i] * later
-        later = max(later, norm)
-    return np.array(found)
+    norms = np.nan_to_num(history.columns.norms(history.snapshot.norm), nan=0.0, posinf=np.inf)
+    later = history.columns.largest_later(norms)
+    return np.asarray((norms == 0) | (norms < limits * np.nan_to_num(later, nan=0.0, posinf=np.inf)))
 
 
 def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
@@ -160,7 +159,7 @@ def _limits(history: History) -> NDArray[np.float64]:
 
 def _opened(history: History) -> list[int]:
     """Return the layers at which an alert is open."""
-    places = {place for code, place, *_ in history.open if code == "GW101"}
+    places = history.open_at("GW101")
     return [i for i, layer in enumerate(history.model.layers) if layer.name in places] if places else []
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import before_one_value, idle, rounding, without_effect
-from gradwatch.detectors.measured import flat, nothing_to_learn, zero_weights
+from gradwatch.detectors.measured import flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
@@ -38,7 +38,7 @@ def disconnected(history: History) -> Iterator[Finding]:
     without, zero = _without_gradient(history, trained), _with_zeros(history, trained)
     zero -= rounding(history)
     stuck = set(zero_weights(history))  # they take zeros because others are stuck too
-    spare = {i for i in without | zero if (name := history.model.layers[i].name) not in stuck and idle(history, name)}
+    spare = {i for i in (without | zero) & idle(history) if history.model.layers[i].name not in stuck}
     spare |= zero & before_one_value(history)
     for norm, cut, its in (
         ({}, without - spare, severity),
@@ -109,16 +109,15 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
 def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     """Return the layers that ran in the last probe and got exactly zero through the window, that probe included."""
     window = history.window(history.thresholds.window)
-    silent = {i for i, norm in enumerate(window[-1].norm) if norm == 0}
-    if not silent or len(window) < history.thresholds.window:
+    if 0 not in window[-1].norm or len(window) < history.thresholds.window:
         return set()
-    if all(s.weight_norm is None for s in window) and all(code != "GW401" for code, *_ in history.open):
+    if all(s.weight_norm is None for s in window) and not history.open_at("GW401"):
         return set()
-    for norm in (s.norm for s in reversed(window)):
-        silent = {i for i in silent if norm[i] == 0}
+    columns = zip(*(s.norm for s in window), strict=True)
+    zeros = {i for i, column in enumerate(columns) if column.count(0.0) == len(window)}
     # Where the gradient fades after a layer, it was not cut off: it has vanished, which is another kind.
     cut = (
-        {layer for layer, columns in trained.items() if silent.issuperset(columns)}
+        {layer for layer, columns in trained.items() if zeros.issuperset(columns)}
         - _blocked(history)
         - _faded(history)
         - flat(history)
@@ -143,8 +142,9 @@ def _blocked(history: History) -> set[int]:
         for w, n, p in zip(weights, history.snapshot.norm, history.model.parameters, strict=False)
         if w == 0 and n and p.role != "bias"
     }
-    order = history.order
-    names = [history.model.layers[i].name for i in order]
+    if not opening:
+        return set()
+    order, names = history.order, forward_names(history)
     last = max((at for at, name in enumerate(names) if name in opening), default=-1)
     # A module that holds a gain of its own begins before the layers in it.
     within = {i for i, name in zip(order, names, strict=True) if any(inside(name, zero) for zero in opening)}

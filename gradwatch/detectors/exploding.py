@@ -51,12 +51,12 @@ def _growth(history: History) -> Iterator[Finding]:
             onset=window[-1].step,
             evidence={"norm": total[-1], "limit": t.norm_above},
         )
-    if len(history.first_norms) < t.window or len(total) < EDGE or history.improved or history.at_best:
+    if len(history.first_norms) < t.window or len(total) < EDGE or history.improved:
         return
     base = statistics.median(history.first_norms)
     limit = t.explosion_growth / (t.clear_factor if history.is_open("GW201", "") else 1.0)
     growth = statistics.median(total) / base if base > 0 else 0.0
-    if growth >= limit and not _wakes(history):
+    if growth >= limit and not history.at_best and not _wakes(history):
         yield Finding(
             "GW201",
             "exploding",
@@ -115,9 +115,10 @@ def _updates(history: History) -> Iterator[Finding]:
     if not any((r or 0.0) > t.explosion_update for s in probes for r in s.update_ratio or ()):  # nearly always
         return
     ratios: dict[int, list[float]] = {}
+    numbers = history.numbers
     for s in probes:
         for layer, ratio in _changes(s):
-            ratios.setdefault(history.numbers[layer], []).append(ratio)
+            ratios.setdefault(numbers[layer], []).append(ratio)
     wild = {
         i
         for i, mine in ratios.items()

@@ -57,20 +57,16 @@ def _of_one(flow: Flow) -> bool:
     return flow.barrier is not None and flow.barrier.operation == "softmax"
 
 
-def idle(history: History, layer: str) -> bool:
-    """Tell whether a layer that gets nothing is not to get anything, as the model is used.
+def idle(history: History) -> set[int]:
+    """Return the layers that are not to get anything, as the model is used.
 
-    Nothing takes what it gives, or what its part is of it, its module does without it, it takes zeros, or it leads to a
-    softmax of one value.
+    Nothing takes what they give, or what their part is of it, their module does without them, they take zeros, or they
+    lead to a softmax of one value.
     """
-    return history.columns.module_of(layer) in history.once(_idle)
-
-
-def _idle(history: History) -> set[str]:
     cuts, flows = history.once(_cuts), flows_of(history)
     found = {name for name, flow in flows.items() if _of_one(flow)}
     found |= history.once(_left_out).keys() | history.once(_taking_zeros)
-    return found - cuts.keys() | {name for name, cut in cuts.items() if cut.kind in ("unused", "own")}
+    return _numbers(history, found - cuts.keys() | {n for n, cut in cuts.items() if cut.kind in ("unused", "own")})
 
 
 def left_out(history: History, layer: str) -> str | None:
@@ -85,7 +81,7 @@ def left_out(history: History, layer: str) -> str | None:
 def _left_out(history: History) -> dict[str, str]:
     flows = flows_of(history)
     found = {name: name for name, flow in flows.items() if flow.whole}
-    for i in reversed(history.order):
+    for i in reversed(history.order) if found else ():
         name = history.model.layers[i].module
         source = flows[name].source if name in found and name in flows and not flows[name].joined else None
         if source is not None:

@@ -108,6 +108,8 @@ def zero_weights(history: History) -> list[str]:
 
 def _zero_weights(history: History) -> list[str]:
     weights = history.weight_norms() or ()
+    if 0 not in weights:  # nearly always
+        return []
     sizes: dict[str, float] = {}
     for p, norm in zip(history.model.parameters, weights, strict=False):
         if p.role == "weight" and norm is not None:

@@ -6,13 +6,14 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import EDGE, GIVEN_BACK, KEPT, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
+from gradwatch.values.thresholds import EDGE, GIVEN_BACK, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
 from gradwatch.values.track import Track, newest
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class History:
         self.best_ratio: dict[str, float] = {}
         """Per layer, the largest median of five ratios in a row (see `ratios`), one five after the other."""
         self._open: frozenset[Key] = frozenset()
-        self._open_at: set[tuple[str, str]] = set()
+        self._places: dict[str, set[str]] = {}
         self.muted: frozenset[str] = frozenset()  # codes of what was found now, and muted
         self._explained = False
         self._tracks: dict[int | None, Track] = {}
@@ -98,7 +99,9 @@ class History:
 
         """
         self._open, self._explained = frozenset(keys), explained
-        self._open_at = {(code, place) for code, place, *_ in self._open}
+        self._places = {}
+        for code, place, *_ in self._open:
+            self._places.setdefault(code, set()).add(place)
         self._once.clear()
 
     def _note_best(self, track: Track) -> None:
@@ -257,7 +260,7 @@ class History:
 
     def _has_improved(self) -> bool | None:
         track = self.track
-        if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not self._has_size:
+        if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not track.has_size:
             return None
         first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
         if not math.isfinite(first) or not math.isfinite(last):
@@ -267,27 +270,12 @@ class History:
         return first - last >= enough and lost_again <= GIVEN_BACK * gained
 
     @property
-    def _has_size(self) -> bool:
-        """Whether 0 is the least that the loss can be, so that a share of it means something."""
-        track = self.track
-        lowest = min((*track.first_losses, *track.last_losses, track.best_loss or 0.0), default=0.0)
-        return lowest >= 0 and statistics.median(track.first_losses) > 0
-
-    @property
     def scatter(self) -> float | None:
-        """How far a loss is from the next, in its logarithm and apart from the trend: the median over those remembered.
+        """How far a loss is from the next: see `Track.scatter`."""
+        return self.once(History._scatter)
 
-        The last ten count only where there are too few before them: they may have jumped. None where losses have no
-        size, or no two that follow one another are above 0 and finite.
-        """
-        losses = self.losses(KEPT)
-        losses = losses[: -2 * EDGE] if len(losses) > 3 * EDGE else losses
-        pairs = [(a, b) for a, b in itertools.pairwise(losses) if 0 < a < math.inf and 0 < b < math.inf]
-        if not pairs or not self._has_size:
-            return None
-        steps = [math.log(b) - math.log(a) for a, b in pairs]
-        trend = statistics.fmean(steps)
-        return statistics.median(abs(step - trend) for step in steps)
+    def _scatter(self) -> float | None:
+        return self.track.scatter()
 
     @property
     def at_best(self) -> bool:
@@ -315,7 +303,11 @@ class History:
 
     def is_open(self, code: str, place: str) -> bool:
         """Tell whether an alert of this rule is open at this place."""
-        return (code, place) in self._open_at
+        return place in self.open_at(code)
+
+    def open_at(self, code: str) -> AbstractSet[str]:
+        """Return the places at which an alert of this rule is open."""
+        return self._places.get(code, frozenset())
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
         """Group layers that follow one another in the forward pass: one fault is one finding, however far it reaches.
@@ -325,8 +317,10 @@ class History:
             among: the layers that count as neighbours; the others are passed over.
 
         """
-        neighbours = (index for index in self.order if index in among)
-        grouped = itertools.groupby(neighbours, key=lambda index: index in chosen)
+        if not chosen:
+            return []
+        neighbours = [index for index in self.order if index in among]
+        grouped = itertools.groupby(neighbours, key=chosen.__contains__)
         return [list(run) for is_chosen, run in grouped if is_chosen]
 
     def since(self, holds: Iterable[bool]) -> int:

@@ -139,9 +139,28 @@ class LayerColumns:
         """
         import numpy as np
 
-        counted, owners, starts = self._counted
+        columns, owners, starts = self._counted
         with np.errstate(invalid="ignore", over="ignore"):  # of weights that have run away
-            values = norms[counted] * weights
+            return self._folded(norms[columns] * weights, owners, starts)
+
+    def norms(self, column: Column) -> Floats:
+        """Return the norm of each layer, as the function of that name does; NaN where there is none."""
+        import numpy as np
+
+        columns, owners, starts = self._all
+        return self._folded(np.array(column, dtype=float)[columns], owners, starts)
+
+    def _folded(self, values: Floats, owners: Indices, starts: Indices) -> Floats:
+        """Return, by layer, the root of the sum of squares of what is known; NaN where nothing is.
+
+        Args:
+            values: one for each parameter, layer by layer.
+            owners: the layers that have some.
+            starts: where those of each begin.
+
+        """
+        import numpy as np
+
         known = ~np.isnan(values)
         total = np.full(len(self.model.layers), np.nan)
         if len(values):
@@ -153,13 +172,18 @@ class LayerColumns:
         """Return the sensitivity of each layer over the largest of the layers after it; NaN where there is none."""
         import numpy as np
 
-        order = self._order
-        ordered = sensitivity[order]
-        later = np.append(np.fmax.accumulate(ordered[::-1])[::-1][1:], np.nan)
-        ratio = np.empty_like(sensitivity)
+        later = self.largest_later(sensitivity)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            ratio[order] = ordered / np.where(later > 0, later, np.nan)
-        return ratio
+            found: Floats = sensitivity / np.where(later > 0, later, np.nan)
+        return found
+
+    def largest_later(self, values: Floats) -> Floats:
+        """Return, of each layer, the largest value of the layers after it in the forward pass; NaN where none is."""
+        import numpy as np
+
+        found = np.empty_like(values)
+        found[self._order] = np.append(np.fmax.accumulate(values[self._order][::-1])[::-1][1:], np.nan)
+        return found
 
     def gains(self, weight_norms: Column | None) -> Floats:
         """Return, of each layer, `||W|| / sqrt(rows)` of its largest weight: 1 keeps the variance of what enters.
@@ -170,9 +194,8 @@ class LayerColumns:
 
         found = np.full(len(self.model.layers), np.nan)
         if weight_norms is not None:
-            for layer, column in self._largest.items():
-                norm, rows = weight_norms[column], (*self.model.parameters[column].shape, 1)[0]
-                found[layer] = np.nan if norm is None else norm / math.sqrt(max(rows, 1))
+            layers, columns, roots = self._largest
+            found[layers] = np.array(weight_norms, dtype=float)[columns] / roots
         return found
 
     def elements(self, roles: Iterable[Role]) -> Floats:
@@ -192,23 +215,34 @@ class LayerColumns:
     @functools.cached_property
     def _counted(self) -> tuple[Indices, Indices, Indices]:
         """Parameters that count, layer by layer; the layers that have some; where each of those begins among them."""
+        return self._by_layer(i for i, p in enumerate(self.model.parameters) if counts(p))
+
+    @functools.cached_property
+    def _all(self) -> tuple[Indices, Indices, Indices]:
+        """The same of all parameters."""
+        return self._by_layer(range(len(self.model.parameters)))
+
+    def _by_layer(self, chosen: Iterable[int]) -> tuple[Indices, Indices, Indices]:
         import numpy as np
 
         layer_of = [self.numbers[p.layer] for p in self.model.parameters]
-        columns = sorted((i for i, p in enumerate(self.model.parameters) if counts(p)), key=layer_of.__getitem__)
+        columns = sorted(chosen, key=layer_of.__getitem__)
         owners, starts = np.unique(np.array([layer_of[i] for i in columns], dtype=np.intp), return_index=True)
         return np.array(columns, dtype=np.intp), owners, starts
 
     @functools.cached_property
-    def _largest(self) -> Mapping[int, int]:
-        """The column of the largest weight, by layer."""
+    def _largest(self) -> tuple[Indices, Indices, Floats]:
+        """Layers that have a weight, the column of the largest of each, and the root of its number of rows."""
+        import numpy as np
+
         found: dict[int, int] = {}
         for column, p in enumerate(self.model.parameters):
             layer = self.numbers[p.layer]
             size = self.model.parameters[found[layer]].elements if layer in found else 0
             if p.role == "weight" and p.elements > size:
                 found[layer] = column
-        return found
+        rows = [max((*self.model.parameters[column].shape, 1)[0], 1) for column in found.values()]
+        return np.array(list(found), dtype=np.intp), np.array(list(found.values()), dtype=np.intp), np.sqrt(rows)
 
     @functools.cached_property
     def _sizes(self) -> tuple[Floats, NDArray[np.str_]]:

@@ -73,6 +73,27 @@ class Track:
         if len(self.last_losses) >= EDGE and (self.best_loss is None or level < self.best_loss):
             self.best_loss = level
 
+    @property
+    def has_size(self) -> bool:
+        """Whether 0 is the least that the loss can be, so that a share of it means something."""
+        lowest = min((*self.first_losses, *self.last_losses, self.best_loss or 0.0), default=0.0)
+        return lowest >= 0 and statistics.median(self.first_losses) > 0
+
+    def scatter(self) -> float | None:
+        """Return how far a loss is from the next, in its logarithm and apart from the trend: the median over them.
+
+        The last ten count only where there are too few before them: they may have jumped. None where losses have no
+        size, or no two that follow one another are above 0 and finite.
+        """
+        losses = list(self.last_losses)
+        losses = losses[: -2 * EDGE] if len(losses) > 3 * EDGE else losses
+        pairs = [(a, b) for a, b in itertools.pairwise(losses) if 0 < a < math.inf and 0 < b < math.inf]
+        if not pairs or not self.has_size:
+            return None
+        steps = [math.log(b) - math.log(a) for a, b in pairs]
+        trend = statistics.fmean(steps)
+        return statistics.median(abs(step - trend) for step in steps)
+
     def note_parameters(self, snapshot: Snapshot) -> None:
         """Take note of parameters that are frozen, and of updates that move units out of reach."""
         if len(self.snapshots) < 2 or self.snapshots[-2].model is not snapshot.model:
