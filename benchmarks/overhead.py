@@ -5,17 +5,19 @@ python -m benchmarks.overhead            # everything, a few minutes on one core
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.command import parsed, parser
 from gradwatch import watch
@@ -23,6 +25,7 @@ from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Transfer
+from gradwatch.model.nested import floats
 
 Step = Callable[[], torch.Tensor]
 Build = Callable[[], tuple[nn.Module, Step]]
@@ -230,11 +233,30 @@ def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
         )
 
 
+@contextlib.contextmanager
+def output_norms() -> Iterator[None]:
+    """Take the norm of the gradient at all that modules give, and nothing else."""
+    arrived: list[torch.Tensor] = []
+
+    def give(_module: nn.Module, _inputs: object, output: object) -> None:
+        for tensor in floats(output):
+            node: Any = tensor.grad_fn
+            if node is not None:
+                node.register_prehook(lambda gradients: arrived.append(torch.linalg.vector_norm(gradients[0])))
+
+    handle = register_module_forward_hook(give)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def forward_trace(name: str, build: Build, rounds: int) -> None:
     """Measure what a probe's look at activations costs, in turn with the same step without it.
 
     Once while no layer is in question, and once while half of them are. That is all of it: arming, the hooks of the
-    forward and the backward pass, what is worked out at the step, and the values in the end.
+    forward and the backward pass, what is worked out at the step, and the values in the end. Beside it, what nobody
+    can go below who wants the norm of the gradient at what each module gives: empty hooks, and that norm.
     """
     torch.manual_seed(0)
     net, loss = build()
@@ -245,16 +267,18 @@ def forward_trace(name: str, build: Build, rounds: int) -> None:
         "without": None,
         "no layer in question": frozenset(),
         "half of them in question": frozenset(layers[::2]),
+        "norms alone": None,
         "control": None,
     }
 
-    def step(suspects: frozenset[str] | None) -> float:
+    def step(suspects: frozenset[str] | None, *, norms_alone: bool) -> float:
         began = time.thread_time()
         if suspects is not None:
             steps.look_ahead()
             watcher._forward_pass._probes.suspect(suspects)
         net.zero_grad()
-        loss().backward()
+        with output_norms() if norms_alone else contextlib.nullcontext():
+            loss().backward()
         if suspects is not None:
             with undisturbed():
                 transfer = Transfer()
@@ -267,7 +291,7 @@ def forward_trace(name: str, build: Build, rounds: int) -> None:
     times: dict[str, list[float]] = {what: [] for what in questions}
     for number in range(rounds + 1):
         for what in (*questions, *reversed(questions)):
-            spent = step(questions[what])
+            spent = step(questions[what], norms_alone=what == "norms alone")
             if number:  # the first round warms up
                 times[what].append(spent)
     watcher.close()
