@@ -42,6 +42,12 @@ def one_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take one cotangent, however sure a horizon is then: what comes of one can be told exactly."""
+    monkeypatch.setattr("gradwatch.timesteps.input_gain.COTANGENTS", 1)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Forget what a test compiled, and collect watchers it left open: both outlive it in this process."""

@@ -276,7 +276,7 @@ TABLE = {
         TypeError,
         "model must be a torch.nn.Module, got int",
     ),
-    "a horizon without a sequence": (lambda _: gradwatch.horizon(NET, X), ValueError, "no sequence was found"),
+    "a horizon without a sequence": (lambda _: gradwatch.horizon(NET, X[0]), ValueError, "no sequence was found"),
     "an output that is no function": (
         lambda _: gradwatch.horizon(RNN, torch.ones(3, 1, 2), output=3),
         TypeError,

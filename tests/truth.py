@@ -62,3 +62,9 @@ def codes(findings):
 
 def decode(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def cotangent(shape, width):
+    """Return the first random direction that a Jacobian is multiplied with: fixed, of signs over sqrt(width)."""
+    signs = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32) * 2 - 1
+    return signs.double() / math.sqrt(width)

@@ -15,8 +15,8 @@ from gradwatch.checks.operations import first_bad_operation
 from gradwatch.checks.uses import computed_with
 from gradwatch.detectors import DETECTORS
 from gradwatch.detectors.alerts import judge
-from gradwatch.measurement.origins import labelled
-from gradwatch.model.nested import tensors
+from gradwatch.model.arguments import labelled
+from gradwatch.model.nested import floats, tensors
 from gradwatch.model.rerun import as_it_was
 from gradwatch.sinks.terminal.errors import health_error
 from gradwatch.values.history import Detector, History
@@ -75,7 +75,7 @@ def check(
     )
     at_once = dataclasses.replace(options.thresholds, window=1, disconnected_steps=1)
     watcher = Watcher(model, (), dataclasses.replace(options, thresholds=at_once), strict=True)
-    args, kwargs = arguments(batch)
+    args, kwargs = arguments(model, batch)
 
     def run() -> Tensor:
         return (loss or _projection)(model(*args, **kwargs))
@@ -93,7 +93,8 @@ def check(
     snapshot = watcher.report.snapshot
     if not snapshot.finite:
         with watcher.probing():
-            origin = first_bad_operation(model, labelled(model, args, kwargs), run) or snapshot.origin
+            given = ((name, tensor) for name, leaf in labelled(model, args, kwargs) for tensor in floats(leaf))
+            origin = first_bad_operation(model, given, run) or snapshot.origin
         snapshot = dataclasses.replace(snapshot, origin=origin)
     elif "unused" in (snapshot.absent or ()):  # by their modules; the model may apply them itself
         with watcher.probing():

@@ -12,14 +12,18 @@ from torch import nn
 from gradwatch.checks.batch import arguments
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.time_words import explain_padding, words_of_horizon
+from gradwatch.model.arguments import argument_name, is_called
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
 from gradwatch.timesteps.model_gain import Timesteps
 from gradwatch.timesteps.model_pass import model_gain, recurrence_facts
-from gradwatch.values.report import GradientHealthError
-from gradwatch.values.sequences import SequenceStats
+from gradwatch.values.report import Explanation, GradientHealthError
+from gradwatch.values.sequences import SequenceStats, narrowed_before, sentence, whose
 from gradwatch.values.snapshot import Fact
+
+Input = str | int | tuple[str | int, ...] | None
+"""Which input of the model is meant: its name, or the number of a positional argument, or the way into one."""
 
 
 def horizon(
@@ -28,21 +32,19 @@ def horizon(
     *,
     output: Callable[[Any], Any] | None = None,
     timesteps: Timesteps = "auto",
+    input: Input = None,  # noqa: A002  (the word of the field)
 ) -> SequenceStats:
-    """Measure how far back a model can see: by the gain from each timestep of its input to its newest output.
+    """Measure how far back a model can see in its data: by the gain from each timestep of it to its newest output.
 
-    The input is that of its first sequence module.
+    One forward pass, and one vector-Jacobian product by all that the model was given, with a random cotangent for each
+    row of the batch; up to three where the horizon is not sure then. The model runs in its present mode, without its
+    hooks; it, its gradients, its buffers and all random states are left exactly as they were.
 
-    One forward pass, and one vector-Jacobian product by that input, with a random cotangent for each row of the batch.
-    Rows are samples: 32 of them give the decay rate within 2 % and the horizon within 1 step in 19 of 20 cases, 8 of
-    them within 4 % and 1 step. The model runs in its present mode, without its hooks; it, its gradients, its buffers
-    and all random states are left exactly as they were.
-
-    The first sequence module is the first that runs of the recurrent ones (`nn.RNN`, `nn.LSTM`, `nn.GRU` and their
-    cells, whose calls are the timesteps) and of those that `timesteps` names. Without one, the model's first
-    floating-point input of three or more dimensions counts (time is dimension 1), or what its first `nn.Embedding`
-    gives. Sequences of different length (packed, or padded with zeros that nothing depends on) are aligned at their
-    own ends.
+    Every floating-point input of two or more dimensions has a horizon of its own, and so has what an `nn.Embedding`
+    makes of whole numbers. Which of its dimensions is time is found by what the model does with it: a convolution
+    slides along it, a recurrent module or a loop goes through it; where nothing tells, it is the first that is not the
+    batch, and `time_assumed` says so. Sequences of different length (packed, or padded with zeros that nothing depends
+    on) are aligned at their own ends.
 
     Args:
         model: it is run once forward and once backward, whatever it is wrapped in (torch.compile,
@@ -51,21 +53,25 @@ def horizon(
         output: takes what the model returned and gives the tensor whose horizon is asked for. Default: the first
             floating-point tensor in it, a scalar only where there is no other. Where it has the input's timesteps,
             only the newest of each row counts.
-        timesteps: "auto", or more sequence modules: from names to the dimension of time of their input, None for a
-            cell that is called once a timestep; "" is the model itself.
+        timesteps: "auto", or the dimension of time by name: of an input of the model ("" for all that have it), or of
+            the input of a module, None for one that is called once a timestep.
+        input: the input whose horizon is meant. Default: the one that is called a target, or else that with the longest
+            horizon among the long ones.
 
     Returns:
-        `SequenceStats` of module "" and part "model": `lag_gain` (root mean square over the rows of `||J^T v||`, v ~
-        N(0, I/R), R the width of the output), `length`, `rows`, `censored`; `horizon`, `decay_rate` and `half_life`
-        follow from the gain.
+        `SequenceStats` of module "" and part "model": `input` and `time`, `lag_gain` (root mean square over the rows of
+        `||J^T v||`, the entries of v 1 / sqrt(R) or -1 / sqrt(R) by chance, R the width of the output), `length`,
+        `rows`, `censored`; `horizon` with its `interval`, `decay_rate` and `half_life` follow from the gain. `beside`
+        has the same of the other inputs, and of what enters the first recurrent module.
 
     Raises:
-        TypeError, ValueError: an argument, or what the model returned, is not what it should be; no sequence was found.
+        TypeError, ValueError: an argument, or what the model returned, is not what it should be; no sequence was found,
+            or of none it can be told which dimension is time.
         RuntimeError: the model cannot be run by one process (FSDP), or not be differentiated by an input (reentrant
             checkpointing).
 
     """
-    return _measured(model, batch, output, timesteps)[0]
+    return _measured(model, batch, output, timesteps, input)[0]
 
 
 def assert_horizon(
@@ -75,8 +81,11 @@ def assert_horizon(
     at_least: int,
     output: Callable[[Any], Any] | None = None,
     timesteps: Timesteps = "auto",
+    input: Input = None,  # noqa: A002  (as above)
 ) -> SequenceStats:
     """Do `horizon`, and raise if the newest `at_least` timesteps are not within the model's reach.
+
+    They are within it if the upper end of the horizon's interval is.
 
     Returns:
         What `horizon` gives, with `need`.
@@ -84,7 +93,8 @@ def assert_horizon(
     Raises:
         GradientHealthError: with the measured horizon, its definition, the cause and the remedy.
         ValueError: as `horizon`; also where the model reaches back to the oldest timestep of a batch whose sequences
-            are shorter than `at_least`.
+            are shorter than `at_least`, where the horizon is not sure enough to judge by, and where the inputs of the
+            model disagree and `input` does not say which of them matters.
         TypeError, RuntimeError: as `horizon`.
 
     """
@@ -93,28 +103,55 @@ def assert_horizon(
         raise TypeError(f"at_least must be a whole number of timesteps, got {at_least!r}")
     if at_least < 1:
         raise ValueError(f"at_least must be at least 1, got {at_least}")
-    found, place = _measured(model, batch, output, timesteps)
+    found, place = _measured(model, batch, output, timesteps, input)
     stats = dataclasses.replace(found, need=at_least)
-    if stats.horizon is None:
+    reach = stats.reach
+    if reach is None:
         raise GradientHealthError(
             "how far back the model learns cannot be told: its gain by lag is not finite, because of NaN or infinity on"
             " the way back"
         )
     if stats.reads_padding:
         raise GradientHealthError(horizon_error(stats, explain_padding(padding_read(stats, place))))
-    if stats.censored and stats.length < at_least:
-        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
-    if stats.horizon < at_least:
-        facts: tuple[Fact, ...] = ()
-        with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
-            facts = recurrence_facts(model, *arguments(batch), place)
-        module = named_modules(model)[place]
-        known = not isinstance(module, nn.Embedding) and (place or is_recurrent(module))
-        words = words_of_horizon(
-            stats, at_least, facts, place=place if known else "", kind=recurrence_of(module) if known else None
+    if not reach.sure:
+        raise ValueError(
+            f"the horizon is not sure enough to judge by: {sentence('the model', reach, stats.length, whose(stats))};"
+            " give it more rows"
         )
-        raise GradientHealthError(horizon_error(stats, words))
-    return stats
+    if input is None:
+        _refuse_to_guess(stats, at_least)
+    if reach.high >= at_least:
+        return stats
+    if reach.censored:
+        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
+    raise GradientHealthError(horizon_error(stats, _words(stats, at_least, model, batch, place)))
+
+
+def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
+    """Raise where some inputs meet a need and some do not, and nothing tells which of them matters."""
+    if "target" in stats.input:
+        return
+    others = [(s, found) for s in stats.beside if s.input and s.length >= need and (found := s.reach) is not None]
+    own = stats.reach
+    disagree = [s for s, found in others if own is not None and (found.high >= need) != (own.high >= need)]
+    if disagree:
+        known = [(s, found) for s in (stats, *disagree) if (found := s.reach) is not None]
+        said = "; ".join(sentence("the model", found, s.length, whose(s)) for s, found in known)
+        raise ValueError(f"which input needs {need} timesteps must be said with input=: {said}")
+
+
+def _words(stats: SequenceStats, need: int, model: nn.Module, batch: Any, place: str) -> Explanation:  # noqa: ANN401
+    """Return why a horizon is too short, and what to do about it."""
+    facts: tuple[Fact, ...] = ()
+    with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
+        facts = recurrence_facts(model, *arguments(model, batch), place)
+    module = named_modules(model)[place]
+    known = not isinstance(module, nn.Embedding) and (place or is_recurrent(module))
+    if narrowed_before(stats):  # what enters the module reaches far
+        known, facts = False, ()
+    return words_of_horizon(
+        stats, need, facts, place=place if known else "", kind=recurrence_of(module) if known else None
+    )
 
 
 def _measured(
@@ -122,6 +159,7 @@ def _measured(
     batch: Any,  # noqa: ANN401  (whatever the model takes)
     output: Callable[[Any], Any] | None,
     timesteps: Timesteps,
+    wanted: Input,
 ) -> tuple[SequenceStats, str]:
     """Return the horizon of a model, and the name of its sequence module."""
     if not isinstance(model, nn.Module):
@@ -130,6 +168,20 @@ def _measured(
         raise TypeError(
             f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
         )
-    args, kwargs = arguments(batch)
+    args, kwargs = arguments(model, batch)
     gain = model_gain(model, args, kwargs, timesteps=timesteps, output=output)
-    return gain.stats(gain.numbers.tolist()), gain.place
+    return _of_input(model, gain.stats(), wanted), gain.place
+
+
+def _of_input(model: nn.Module, stats: SequenceStats, wanted: Input) -> SequenceStats:
+    """Return the horizon of one input, with the others beside it."""
+    if wanted is None:
+        return stats
+    every = [stats, *(s for s in stats.beside if s.input)]
+    name = argument_name(model, wanted) if isinstance(wanted, int) else wanted
+    found = [s for s in every if is_called(s.input, name)]
+    if len(found) != 1:
+        known = ", ".join(repr(s.input) for s in every if s.input) or "none"
+        raise ValueError(f"input must name one of the model's inputs that have timesteps ({known}), got {wanted!r}")
+    beside = tuple(s for s in (stats, *stats.beside) if s is not found[0])
+    return dataclasses.replace(found[0], beside=tuple(dataclasses.replace(s, beside=()) for s in beside))

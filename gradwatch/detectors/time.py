@@ -23,7 +23,16 @@ from gradwatch.detectors.time_words import (
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Finding, Severity
-from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, shortest, slope, subject
+from gradwatch.values.sequences import (
+    Horizon,
+    RecurrenceName,
+    SequenceStats,
+    narrowed_before,
+    reach_of,
+    shortest,
+    slope,
+    subject,
+)
 from gradwatch.values.snapshot import Fact, Snapshot
 from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT
 
@@ -156,7 +165,9 @@ def _judged(history: History, probes: Sequence[Snapshot], claim: _Claim) -> Iter
 def _met(found: Horizon, length: int, need: int | None, share: float) -> bool | None:
     if need is None:
         return found.censored or found.timesteps > share * length
-    return True if found.timesteps >= need else None if found.censored else False
+    if not found.sure:
+        return None
+    return True if max(found.timesteps, found.high) >= need else None if found.censored else False
 
 
 def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iterator[Finding]:
@@ -164,6 +175,8 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
     evidence, names = {"need": float(claim.need or 0)}, {}
     if seen:
         evidence["length"] = float(max(v.stats.length for v in seen))
+        if not seen[-1].horizon.sure:
+            evidence |= {"low": float(seen[-1].horizon.low), "high": float(seen[-1].horizon.high)}
     else:
         stats = next((s for s in newest.sequences or () if (s.module, s.part) == (claim.module, claim.part)), None)
         if stats is None or stats.lag_gain is not None:  # a gain that is not finite is another kind
@@ -183,10 +196,14 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     """Return the place of what is found of the model as a whole.
 
-    It is the sequence module with the shortest horizon, or what holds most of the layers.
+    It is the sequence module with the shortest horizon, or what holds most of the layers where there is none, or where
+    far more reaches that module than the model's input.
     One that an alert is open at stays the place, so that two modules of the same horizon do not take turns.
     """
     newest = probes[-1].sequences or ()
+    whole = next((s for s in newest if s.part == "model"), None)
+    if whole is not None and narrowed_before(whole, history.thresholds.horizon_gain):
+        return trunk(history.model)
     modules = [s.module for s in newest if s.part == "" and s.module]
     known = next((name for name in modules if history.is_open(code, name)), None)
     if known is not None:

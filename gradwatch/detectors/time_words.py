@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject
+from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject, whose
 from gradwatch.values.snapshot import Fact, FactName
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
@@ -72,6 +72,8 @@ def too_short(
     known = {"horizon": float(found.timesteps), "length": float(stats.length)}
     if found.censored:
         known["censored"] = 1.0
+    if found.low < found.high:
+        known |= {"low": float(found.low), "high": float(found.high)}
     if need is not None:
         known["need"] = float(need)
     if found.decay_rate is not None:
@@ -85,7 +87,11 @@ def too_short(
         place,
         lag=found.timesteps,
         evidence={**known, **worst(facts, place, FADES)},
-        names={"who": subject(stats), **({} if kind is None else {"kind": kind})},
+        names={
+            "who": subject(stats),
+            **({"of": whose(stats)} if stats.input else {}),
+            **({} if kind is None else {"kind": kind}),
+        },
     )
 
 
@@ -117,10 +123,11 @@ def explain_short(finding: Finding) -> Explanation:
     """Say what a short horizon is, where it comes from, and the cures."""
     evidence, names = finding.evidence, finding.names
     need = evidence.get("need")
-    found = Horizon(
-        int(evidence["horizon"]), "censored" in evidence, evidence.get("decay_rate"), evidence.get("half_life")
-    )
-    message = sentence(names["who"], found, int(evidence["length"]))
+    horizon = evidence["horizon"]
+    low, high = int(evidence.get("low", horizon)), int(evidence.get("high", horizon))
+    rate, half_life = evidence.get("decay_rate"), evidence.get("half_life")
+    found = Horizon(int(horizon), "censored" in evidence, rate, half_life, low, high)
+    message = sentence(names["who"], found, int(evidence["length"]), names.get("of", ""))
     if need is not None:
         message += f", and the need is {need:.0f}"
     if "reason" in names:
@@ -212,6 +219,14 @@ def explain_over_batch(finding: Finding) -> Explanation:
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
     who, need, length = finding.place or "the model", finding.evidence["need"], finding.evidence.get("length")
+    if "low" in finding.evidence and length is not None:
+        low, high = finding.evidence["low"], finding.evidence["high"]
+        return Explanation(
+            f"whether the need of {need:.0f} timesteps is met cannot be told: the horizon lies somewhere between"
+            f" {low:.0f} and {high:.0f} of {length:.0f}",
+            "the gain falls so slowly there, or differs so much from row to row, that its end is not sure",
+            "feed it more rows at once, or longer sequences",
+        )
     if length is not None:
         return Explanation(
             f"the sequences have {length:.0f} timesteps, the need is {need:.0f}",

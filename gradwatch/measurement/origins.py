@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.measurement.output_gradients import OutputGradients
+from gradwatch.model.arguments import labelled
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
@@ -52,28 +53,6 @@ def extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     except RuntimeError:  # a format that cannot be compared on this device
         return None
     return low, high
-
-
-def labelled(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the floating-point tensors that a module is called with, each with the name of its argument."""
-    try:
-        parameters = [*inspect.signature(module.forward).parameters.values()]
-    except (TypeError, ValueError):  # it is not written in Python
-        parameters = []
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-    for i, value in enumerate(args):
-        yield from _labelled(names[i] if i < len(names) else f"{rest}[{i - len(names)}]", value)
-    for name, value in kwargs.items():
-        yield from _labelled(name, value)
-
-
-def _labelled(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401  (whatever a module takes)
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _labelled(f"{name}[{key!r}]", one)
-    else:
-        yield from ((name, tensor) for tensor in floats(value))
 
 
 Key = tuple[torch.device, torch.dtype]
@@ -203,8 +182,8 @@ class Origins:
             _Call(name, self._attempt, *times, not self._stack, takes, outside, gives, holds, weighs, stock)
         )
 
-    def _from_outside(self, given: Iterable[tuple[str, Tensor]]) -> list[tuple[str, _Seen]]:
-        looked = ((label, self._look(tensor)) for label, tensor in given)
+    def _from_outside(self, given: Iterable[tuple[str, Tensor | PackedSequence]]) -> list[tuple[str, _Seen]]:
+        looked = ((label, self._look(tensor)) for label, leaf in given for tensor in floats(leaf))
         return [(label, seen) for label, seen in looked if seen is not None and seen.source is None]
 
     def _look(self, tensor: Tensor) -> _Seen | None:

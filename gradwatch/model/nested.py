@@ -1,8 +1,9 @@
 """Nested values, as modules take and give them -> the tensors in them, and the same values with other tensors.
 
-One idea of what is nested: mappings (their values), lists and tuples, named ones too, and dataclasses (their fields),
-within each other as deep as one likes. A packed sequence is one tensor, its data: where its rows and timesteps lie is
-no value of the model's. Whatever else there is, is left as it is.
+One idea of what is nested: mappings (their values; a TensorDict is one), lists and tuples, named ones too, dataclasses
+(their fields), and other objects that have tensors as attributes, within each other as deep as one likes. A packed
+sequence is one tensor, its data: where its rows and timesteps lie is no value of the model's. Whatever else there is,
+is left as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -23,9 +24,29 @@ def parts(value: object) -> Iterable[Any]:
         return value.values()
     if isinstance(value, list | tuple):
         return value
+    return [part for _, part in entries(value)]
+
+
+def entries(value: object) -> Iterable[tuple[str, Any]]:
+    """Return what is directly in a value, in its order, each with how Python spells the way to it."""
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", value[key]) for key in value.keys()]  # noqa: SIM118  (a TensorDict iterates over rows)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return [(f".{name}", part) for name, part in zip(value._fields, value, strict=True)]
+    if isinstance(value, list | tuple):
+        return [(f"[{i}]", part) for i, part in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, each.name) for each in dataclasses.fields(value) if hasattr(value, each.name)]
-    return ()
+        names = [each.name for each in dataclasses.fields(value)]
+        return [(f".{name}", getattr(value, name)) for name in names if hasattr(value, name)]
+    return [(f".{name}", part) for name, part in _attributes(value).items()]
+
+
+def _attributes(value: object) -> Mapping[str, Any]:
+    """Return the attributes of an object of the user's own that holds tensors; of all others none."""
+    if isinstance(value, nn.Module) or callable(value) or type(value).__module__.startswith("torch."):
+        return {}
+    held: Mapping[str, Any] = getattr(value, "__dict__", {})
+    return held if any(isinstance(part, Tensor) for part in held.values()) else {}
 
 
 def leaves(value: object, within: Callable[[object], Iterable[Any]] = parts) -> Iterator[Tensor | PackedSequence]:
@@ -85,20 +106,28 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN4
         return PackedSequence(change(value.data), value.batch_sizes, value.sorted_indices, value.unsorted_indices)
     if isinstance(value, Tensor):
         return change(value)
-    if isinstance(value, MutableMapping):
-        mapping = copy.copy(value)
-        for key in value:
-            mapping[key] = mapped(value[key], change)
-        return mapping
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        record = copy.copy(value)
-        for each in dataclasses.fields(value):
-            if hasattr(value, each.name):
-                object.__setattr__(record, each.name, mapped(getattr(value, each.name), change))
-        return record
+    if type(value) in (list, tuple):
+        return type(value)(mapped(part, change) for part in value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(part, change) for part in value))
-    return type(value)(mapped(part, change) for part in value) if type(value) in (list, tuple) else value
+    if isinstance(value, MutableMapping):
+        mapping = copy.copy(value)
+        for key in list(value.keys()):  # a TensorDict iterates over its rows
+            mapping[key] = mapped(value[key], change)
+        return mapping
+    return _with_attributes(value, change)
+
+
+def _with_attributes(value: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
+    """Return a copy of a dataclass, or of another object that holds tensors, with other tensors in its attributes."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in dataclasses.fields(value) if hasattr(value, each.name)]
+    else:
+        names = list(_attributes(value))
+    record = copy.copy(value) if names else value
+    for name in names:
+        object.__setattr__(record, name, mapped(getattr(value, name), change))
+    return record
 
 
 def differentiable(value: Any) -> Any:  # noqa: ANN401

@@ -12,7 +12,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of
-from gradwatch.timesteps.adjoint import by_lag
 from gradwatch.timesteps.layout import Layout, layout_of
 from gradwatch.timesteps.padding import equal_to_last, padding_of
 
@@ -28,6 +27,10 @@ class _View(NamedTuple):
     offset: int
 
 
+Place = tuple[Root, _View | None]
+"""What to differentiate by for an input, and which part of that it is; None: all."""
+
+
 class Roots:
     """The tensors by which derivatives are taken, each at the version at which it was an input."""
 
@@ -35,7 +38,7 @@ class Roots:
         """Begin with none."""
         self._edges: dict[Root, tuple[Tensor, GradientEdge]] = {}
 
-    def add(self, tensor: Tensor) -> tuple[Root, _View | None]:
+    def add(self, tensor: Tensor) -> Place:
         """Return what to differentiate by for an input, and which part of that it is; None: all.
 
         A view counts as the part of its base that it is: what else uses the base (a skip connection beside a transposed
@@ -54,10 +57,20 @@ class Roots:
             self._edges[key] = root, get_gradient_edge(root)
         return key, view
 
-    def gradients(self, output: Tensor, cotangent: Tensor, keys: Sequence[Root]) -> dict[Root, Tensor | None]:
-        """Return the derivatives, laid out in storage as the tensors are; None: the output does not depend on it."""
+    def gradients(
+        self, output: Tensor, cotangent: Tensor, keys: Sequence[Root], *, again: bool = False
+    ) -> dict[Root, Tensor | None]:
+        """Return the derivatives, laid out in storage as the tensors are; None: the output does not depend on it.
+
+        Args:
+            output: what is differentiated.
+            cotangent: the direction.
+            keys: by what.
+            again: whether this will be asked once more.
+
+        """
         edges = [self._edges[key][1] for key in keys]
-        found = torch.autograd.grad([output], edges, [cotangent], allow_unused=True)
+        found = torch.autograd.grad([output], edges, [cotangent], allow_unused=True, retain_graph=again)
         with torch.no_grad():
             return {key: _laid_out_as(g, self._edges[key][0]) for key, g in zip(keys, found, strict=True)}
 
@@ -82,13 +95,16 @@ class InputCall:
     """Whether it begins a sequence of its own, and does not go on with the state of the call before."""
 
     @classmethod
-    def of(cls, value: Tensor | PackedSequence, time: int | None, roots: Roots) -> InputCall:
+    def of(
+        cls, value: Tensor | PackedSequence, time: int | None, place: Place, shape: torch.Size | None = None
+    ) -> InputCall:
         """Describe a call.
 
         Args:
-            value: its input, of which what can be differentiated by is added to `roots`.
+            value: its input.
             time: its dimension of time; None: the call is one timestep. Of a packed sequence it is known.
-            roots: of all calls.
+            place: what to differentiate by.
+            shape: of the input, where `value` only tells which timesteps are zero or equal.
 
         Raises:
             IndexError: the input has no such dimension.
@@ -96,13 +112,13 @@ class InputCall:
         """
         tensor = data_of(value)
         layout = layout_of(value, time, rows=1)
-        root, view = roots.add(tensor)
+        root, view = place
         packed = value if isinstance(value, PackedSequence) else None
         time = time % tensor.dim() if time is not None and packed is None else time
         blank, same = layout.every(tensor)[0] == 0, None
         if packed is None and not layout.single and layout.batched:
             same = equal_to_last(tensor.detach().movedim((time or 0, 1 - min(time or 0, 1)), (0, 1)).unsqueeze(-1))
-        return cls(layout, root, view, tensor.shape, time, packed, blank, same)
+        return cls(layout, root, view, tensor.shape if shape is None else shape, time, packed, blank, same)
 
     @property
     def batched(self) -> bool:
@@ -117,7 +133,7 @@ class InputCall:
         elif self.view is not None:
             offset = gradient.storage_offset() + self.view.offset
             gradient = gradient.as_strided(self.view.shape, self.view.stride, offset)
-        return self.layout.every(gradient)[0]
+        return self.layout.every(gradient.reshape(self.shape))[0]
 
 
 @dataclass
@@ -125,6 +141,8 @@ class InputSequence:
     """Calls that follow each other in time."""
 
     calls: list[InputCall] = field(default_factory=list)
+    lengths: Tensor | None = None
+    """Of its rows, (B,), where they are known; None: to be found out."""
 
     @property
     def steps(self) -> int:
@@ -167,7 +185,7 @@ class InputSequence:
         squares = [call.squares(gradients) for call in self.calls]
         if self.packed is not None:
             return squares[0], packed_lengths(self.packed).to(squares[0].device)
-        every = _stacked(squares)
+        every, lengths = _stacked(squares), self.lengths if lengths is None else lengths
         if lengths is None:
             lengths = _ends(~_stacked([call.blank for call in self.calls]) | (every != 0))
         return every, lengths
@@ -177,25 +195,6 @@ def packed_lengths(packed: PackedSequence) -> Tensor:
     """Return the lengths of packed rows, longest first, on the CPU."""
     rows = torch.arange(int(packed.batch_sizes[0]), device="cpu").unsqueeze(1)
     return (packed.batch_sizes.unsqueeze(0) > rows).sum(1)
-
-
-def gain_by_lag(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the length of the longest row, and then the root mean square by lag over the rows that have this lag.
-
-    Args:
-        found: by sequence, the squared norms of gradients, (T, B), and the lengths of the rows, (B,).
-
-    """
-    most = max(len(squares) for squares, _ in found)
-    device = found[0][0].device
-    sums, counts = torch.zeros((2, most), dtype=torch.float64, device=device)
-    longest = torch.zeros((), dtype=torch.float64, device=device)
-    for squares, lengths in found:
-        own, rows = by_lag(squares, lengths)
-        sums[: len(own)] += own.to(device)
-        counts[: len(rows)] += rows.to(device)
-        longest = torch.maximum(longest, lengths.max().to(longest))
-    return torch.cat([longest.view(1), (sums / counts.clamp(min=1)).sqrt()])
 
 
 def _apart(tensor: Tensor) -> bool:

@@ -1,58 +1,49 @@
-"""What enters the first sequence module of a model, as a tensor by which the output can be differentiated."""
+"""What a model was given and what enters its first sequence module, as tensors to differentiate its output by."""
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gradwatch.model.nested import data_of, differentiable, leaves, tensors
-from gradwatch.timesteps.input_calls import InputCall, InputSequence, Roots, gain_by_lag
+from gradwatch.model.nested import data_of, differentiable, tensors
+from gradwatch.timesteps.input_calls import InputCall, InputSequence, Roots, packed_lengths
+from gradwatch.timesteps.input_gain import Source, gains
 from gradwatch.timesteps.kinds import is_recurrent, time_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
+from gradwatch.timesteps.model_inputs import InputSeries, ModelInputs, in_order
 from gradwatch.timesteps.output import chosen_of, newest_of, over_batch
-
-
-def in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return keyword arguments in the order in which the module declares them."""
-    if len(kwargs) < 2:
-        return kwargs
-    declared = [name for name in inspect.signature(module.forward).parameters if name in kwargs]
-    return {name: kwargs[name] for name in (*declared, *kwargs)}
-
-
-_SEED = 0
-"""Of the cotangent, so that two measurements agree."""
+from gradwatch.timesteps.time_axis import Axes
 
 
 class InputTap:
-    """Sees what enters the first sequence module of a model, as a tensor by which the output can be differentiated.
+    """Sees what a model is given, and what enters its first sequence module, in one forward pass.
 
-    That module is the first that runs of the recurrent ones and of those that are named; where there is none, the
-    model's first floating-point input of three or more dimensions counts (time is dimension 1), or what its first
-    embedding gives. Where what enters has no graph, a leaf takes its place.
+    That module is the first that runs of the recurrent ones and of those that are named. Where what enters has no
+    graph, a leaf takes its place.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], timesteps: Timesteps) -> None:
         """Take the model's modules by name.
 
         Raises:
-            ValueError, TypeError: `timesteps` is none, or names a module that is not there.
+            ValueError, TypeError: `timesteps` is none.
 
         """
         named = _named(timesteps)
-        unknown = [name for name in named if name and name not in modules]
-        if unknown:
+        self.axes, self._roots = Axes(), Roots()
+        if "" in named and named[""] is None:
             raise ValueError(
-                f"timesteps must name modules of the model, and it has none called {', '.join(map(repr, unknown))}"
+                "timesteps of the model's own input must be a dimension,"
+                " and None is for modules that are called once a timestep"
             )
-        self._own = {"": named.pop("")} if "" in named else {}
-        self._named = {id(modules[name]): time for name, time in named.items()}
+        of_inputs = {name: time for name, time in named.items() if name not in modules or not name}
+        self.inputs = ModelInputs(self._roots, self.axes, {n: t for n, t in of_inputs.items() if t is not None})
+        self._named = {id(modules[name]): time for name, time in named.items() if name not in of_inputs}
+        self._unknown = [name for name, time in of_inputs.items() if time is None]
         self._names = {id(module): name for name, module in modules.items()}
         self.modules = [
             m
@@ -61,7 +52,6 @@ class InputTap:
             and not isinstance(m, torch.jit.ScriptModule)
         ]
         """Those to listen to."""
-        self._roots = Roots()
         self._module: nn.Module | None = None
         self._calls: list[InputCall] = []
         self._waiting: list[int | None] = []
@@ -70,9 +60,6 @@ class InputTap:
         self._replaced: set[int] = set()
         """Modules that were given or gave another tensor: when a checkpoint runs them again, within the backward pass,
         all must be as it was the first time."""
-        self._spare: dict[str, InputCall] = {}
-        """What counts where no sequence module has run."""
-        self._sizes: set[tuple[int, int]] = set()
         self._closed = False
 
     # --- the forward pass ---
@@ -80,43 +67,31 @@ class InputTap:
     def arguments(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return copies of the model's arguments to differentiate by, which the model may edit in place."""
-        mine, keywords = (
-            tuple(map(differentiable, args)),
-            {name: differentiable(a) for name, a in in_order(model, kwargs).items()},
-        )
-        every = [t for t in leaves([*mine, *keywords.values()]) if isinstance(t, Tensor)]
-        dense = [t for t in every if t.layout is torch.strided and not t.is_nested]
-        self._sizes = {(t.shape[0], t.shape[1]) for t in dense if t.dim() > 1}
-        floating = [t for t in dense if t.requires_grad]
-        if self._own:
-            time = self._own[""]
-            if time is None:
-                raise ValueError(
-                    "timesteps of the model's own input must be a dimension,"
-                    " and None is for modules that are called once a timestep"
-                )
-            fitting = next((t for t in floating if -t.dim() <= time < t.dim()), None)
-            if fitting is None:
-                self._waiting.append(time)
-            else:
-                self._calls.append(self._call(fitting, time, "the model"))
-        if (wide := next((t for t in floating if t.dim() > 2), None)) is not None:
-            self._spare["input"] = self._call(wide, 1, "the model")
-        return mine, keywords
+        """Return copies of the model's arguments to differentiate by, which the model may edit in place.
+
+        Raises:
+            ValueError: `timesteps` names what is neither a module nor an input, or a dimension that is not there.
+
+        """
+        if self._unknown:
+            names = ", ".join(map(repr, self._unknown))
+            raise ValueError(f"timesteps must name modules of the model, and it has none called {names}")
+        return self.inputs.take(model, args, kwargs)
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note what enters a sequence module; an input without a graph is replaced by one that has one."""
         recurrent = is_recurrent(module)
-        if self._own or not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
+        if not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
             return None
+        found = _input(module, args, kwargs)
+        if not self._closed:
+            self._note_axes(module, found)
         if self._module is None and not self._closed:
             self._module = module
         if module is not self._module:
             return None
-        found = _input(module, args, kwargs)
         if found is None:
             if not self._closed and not self._calls and not self._waiting:
                 self._waiting.append(self._named.get(id(module), 1))
@@ -142,17 +117,31 @@ class InputTap:
             {k: changed if k == key else a for k, a in kwargs.items()},
         )
 
-    def after(self, module: nn.Module, _args: object, _kwargs: object, output: Any) -> Any:  # noqa: ANN401
-        """Note what the first embedding gives."""
+    def _note_axes(self, module: nn.Module, found: tuple[int | str, Tensor | PackedSequence] | None) -> None:
+        """Note along which dimension of its input a sequence module goes."""
+        if found is None or not isinstance(found[1], Tensor):
+            return
+        value, declared = found[1], id(module) in self._named
+        time = self._named[id(module)] if declared else time_of(module, value.dim())
+        if time is None or not -value.dim() <= time < value.dim() or value.dim() < 2:
+            return
+        rows = None if declared or value.dim() < 3 else 1 - time
+        what = "timesteps= names what goes" if declared else "a recurrent module goes"
+        self.axes.note_sequence(value, time, what, declared=declared, rows=rows)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:  # noqa: ANN401
+        """Note what an embedding gives."""
         if not isinstance(module, nn.Embedding) or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return None
         changed = self._with_graph(module, output)
-        if not self._closed and self._waiting and not self._calls:
-            self._embedding = module
-            self._calls.append(self._call(changed, self._waiting[0], self._names[id(module)]))
-        elif not self._closed and self._module is None and self._embedding is None:
-            self._embedding = module
-            self._spare["embedding"] = self._call(changed, int(changed.dim() > 2), self._names[id(module)])
+        index = args[0] if args else kwargs.get("input")
+        if not self._closed and isinstance(index, Tensor):
+            known = self.inputs.embed(index, changed)
+            if self._waiting and not self._calls:
+                self._embedding = module
+                self._calls.append(self._call(changed, self._waiting[0], self._names[id(module)]))
+            elif known and self._embedding is None:
+                self._embedding = module
         return None if changed is output else changed
 
     def _with_graph(self, module: nn.Module, value: Any) -> Any:  # noqa: ANN401  (a tensor or a packed sequence)
@@ -165,7 +154,7 @@ class InputTap:
 
     def _call(self, value: Tensor | PackedSequence, time: int | None, name: str) -> InputCall:
         try:
-            return InputCall.of(value, time, self._roots)
+            return InputCall.of(value, time, self._roots.add(data_of(value)))
         except IndexError as error:
             shape = tuple(data_of(value).shape)
             raise ValueError(
@@ -175,10 +164,7 @@ class InputTap:
     # --- the backward pass ---
 
     def gain(self, returned: Any, output: Callable[[Any], Any] | None) -> ModelGain:  # noqa: ANN401  (any model's)
-        """Return the gain of the newest output by lag.
-
-        One vector-Jacobian product with a cotangent v ~ N(0, I/R) for each row, R the width of the output: the root
-        mean square of `||J^T v||` over the rows estimates the Frobenius norm of the Jacobian over sqrt(R).
+        """Return the gain of the newest output by lag, from each input of the model and from what enters the module.
 
         Args:
             returned: by the model.
@@ -190,64 +176,116 @@ class InputTap:
 
         """
         self._closed = True
-        sequences, place = self._sequences()
-        last = sequences[-1]
-        chosen = chosen_of(returned, output, last.steps if last.calls[0].layout.single else None)
-        first = last.calls[0].layout
+        entered = self._entered()
+        steps = entered[-1].steps if entered and entered[-1].calls[0].layout.single else None
+        chosen = chosen_of(returned, output, steps)
+        self.axes.note_output(data_of(chosen))
+        series = self.inputs.series(_packed(entered), max((s.steps for s in entered), default=0))
+        if not series and not entered:
+            raise ValueError(
+                "no sequence was found: no recurrent module ran, and the model was given no floating-point input with"
+                " a dimension of time, and no whole numbers for an embedding;"
+                ' timesteps={"name of a module": dimension of time} tells where one is'
+            )
+        place = self._place(series)
+        self._refuse_batch(chosen, entered, place)
+        newest, lengths, reference = self._newest(chosen, series, entered)
+        sources = [Source("", s.label, s.time, s.assumed, s.sequences, joined=True, spread=s.spread) for s in series]
+        if entered and not _are_inputs(entered, series):
+            one = torch.ones((), device="cpu")
+            sources.append(Source(place, "", None, assumed=False, sequences=entered, joined=False, spread=one))
+        known = {} if lengths is None else {id(reference): lengths}
+        try:
+            found = gains(self._roots, newest, reference.rows, sources, known)
+        except RuntimeError as error:
+            raise RuntimeError(_why_not(error, place)) from error
+        notes = list(self.inputs.left_out)
+        if not any(source.reached for source in sources):
+            notes.append(f"the output does not depend on what enters {place or 'the model'}")
+        if self._named and self._module is None:
+            names = ", ".join(self._names[key] for key in self._named)
+            notes.append(f"none of the modules that timesteps names ran with gradients: {names}")
+        return ModelGain(place, found, "; ".join(notes) or None)
+
+    def _entered(self) -> list[InputSequence]:
+        """Return the sequences that entered the first sequence module."""
+        found: list[InputSequence] = []
+        for call in self._calls:
+            if call.begins or not found:
+                found.append(InputSequence())
+            found[-1].calls.append(call)
+        return found
+
+    def _place(self, series: Sequence[InputSeries]) -> str:
+        module = self._module if not self._waiting else self._embedding
+        floats = {i.label for i in self.inputs.every if i.place is not None}
+        if module is None and not any(s.label in floats for s in series):
+            module = self._embedding
+        return "" if module is None else self._names[id(module)]
+
+    def _refuse_batch(self, chosen: Tensor | PackedSequence, entered: Sequence[InputSequence], place: str) -> None:
         recurrent = self._module is not None and is_recurrent(self._module)
-        if recurrent and isinstance(chosen, Tensor) and over_batch(chosen.shape, first):
+        if not entered or not recurrent or not isinstance(chosen, Tensor):
+            return
+        first = entered[-1].calls[0].layout
+        if over_batch(chosen.shape, first):
             raise ValueError(
                 f"{place or 'the model'} runs over the batch: the output of shape {tuple(chosen.shape)} has a row for"
                 f" each of its {first.steps} timesteps and none for its {first.count} rows; set batch_first=True, or"
                 " transpose what goes in"
             )
-        newest, lengths = newest_of(chosen, last, self._sizes)
-        if newest.is_complex():
-            newest = torch.view_as_real(newest)
-        keys = list(dict.fromkeys(call.root for sequence in sequences for call in sequence.calls))
-        try:
-            gradients = self._roots.gradients(newest, _cotangent(newest, last.rows), keys)
-        except RuntimeError as error:
-            if "checkpoint" in str(error).lower() and ".grad()" in str(error):
-                raise RuntimeError(
-                    "reentrant activation checkpointing allows no derivative by an input (use_reentrant=False does)"
-                ) from error
-            raise RuntimeError(f"the derivative by the input of {place or 'the model'} failed: {error}") from error
-        with torch.no_grad():
-            known = lengths if len(sequences) == 1 else None
-            gain = gain_by_lag([sequence.squares(gradients, known) for sequence in sequences])
-            numbers = torch.cat([last.padding(gradients).to(gain.device), gain])
-        note = None
-        if all(gradient is None for gradient in gradients.values()):
-            note = f"the output does not depend on what enters {place or 'the model'}"
-        elif newest is chosen and newest.dim() > 2 and output is None:
-            note = (
-                f"the output of shape {tuple(chosen.shape)} has no dimension of {last.steps} timesteps,"
-                " so that all of it is meant"
-            )
-        return ModelGain(place, sum(s.rows for s in sequences), numbers, note)
 
-    def _sequences(self) -> tuple[list[InputSequence], str]:
-        """Return the sequences that entered, and the name of the module whose input they are."""
-        calls, module = self._calls, self._module if not self._waiting else self._embedding
-        if not calls and self._named and self._module is None:
-            names = ", ".join(self._names[key] for key in self._named)
-            raise ValueError(f"none of the modules that timesteps names ran with gradients: {names}")
-        if not calls and not self._waiting and self._spare:
-            kind, spare = next(iter(self._spare.items()))
-            calls, module = [spare], self._embedding if kind == "embedding" else None
-        if not calls:
-            raise ValueError(
-                "no sequence was found: no recurrent module ran, and the model has no floating-point input of three or"
-                " more dimensions and no embedding;"
-                ' timesteps={"name of a module": dimension of time} tells where one is'
-            )
-        found = [InputSequence()]
-        for call in calls:
-            if call.begins:
-                found.append(InputSequence())
-            found[-1].calls.append(call)
-        return found, "" if module is None else self._names[id(module)]
+    def _newest(
+        self, chosen: Tensor | PackedSequence, series: Sequence[InputSeries], entered: Sequence[InputSequence]
+    ) -> tuple[Tensor, Tensor | None, InputSequence]:
+        """Return the output at the newest timestep of each row, their lengths if known, and whose timesteps those are.
+
+        Where the output has no timesteps, all of it is meant.
+        """
+        longest = sorted(series, key=lambda s: s.steps, reverse=True)
+        for one in longest:
+            time = self.axes.time_in(data_of(chosen), one.number, one.axis) if one.axis is not None else None
+            if time is not None and isinstance(chosen, Tensor):
+                newest, lengths = newest_of(chosen, one.sequences[0], (), time)
+                return _real(newest), lengths, one.sequences[0]
+        references = [*entered[-1:], *(s.sequences[0] for s in longest)]
+        for reference in references:
+            newest, lengths = newest_of(chosen, reference, self.inputs.sizes)
+            if newest is not chosen:
+                return _real(newest), lengths, reference
+        return _real(data_of(chosen)), None, references[0]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _why_not(error: RuntimeError, place: str) -> str:
+    """Say why a derivative could not be taken, and what to do about it."""
+    if "checkpoint" in str(error).lower() and ".grad()" in str(error):
+        return "reentrant activation checkpointing allows no derivative by an input (use_reentrant=False does)"
+    hint = ""
+    if "inplace operation" in str(error):
+        hint = (
+            "; the model writes to its input, or to what it made of that, after it has computed with it, which no"
+            " training notices, because inputs have no gradient there: give gradwatch.horizon the module after that"
+        )
+    return f"the derivative by the input of {place or 'the model'} failed: {error}{hint}"
+
+
+def _are_inputs(entered: Sequence[InputSequence], series: Sequence[InputSeries]) -> bool:
+    """Tell whether what enters the module are inputs of the model itself."""
+    mine = {call.root for one in series for s in one.sequences for call in s.calls}
+    return mine.issuperset(call.root for s in entered for call in s.calls)
+
+
+def _packed(entered: Sequence[InputSequence]) -> Tensor | None:
+    """Return the lengths of the rows that entered packed, in the order in which the model has them; None: of none."""
+    packed = entered[0].packed if len(entered) == 1 else None
+    if packed is None:
+        return None
+    lengths = packed_lengths(packed)
+    return lengths if packed.unsorted_indices is None else lengths[packed.unsorted_indices.cpu()]
 
 
 def _named(timesteps: object) -> dict[str, int | None]:
@@ -280,11 +318,3 @@ def _anew(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Tell whether a recurrent module is called without a state, or with one of zeros: for a new sequence, then."""
     state = args[1] if len(args) > 1 else kwargs.get("hx")
     return not any(t.requires_grad or bool(t.any()) for t in tensors(state))
-
-
-def _cotangent(newest: Tensor, rows: int) -> Tensor:
-    """Draw v ~ N(0, I/R) for each row of the newest output, R its width."""
-    width = newest.numel() // rows if rows in newest.shape else newest.numel()
-    private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
-    drawn = torch.randn(newest.shape, generator=private, device="cpu", dtype=torch.float32)
-    return drawn.to(newest.device, newest.dtype) / math.sqrt(max(width, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,11 +11,52 @@ from torch import Tensor
 
 from gradwatch.model.forward_hooks import Transfer
 from gradwatch.timesteps.padding import told
-from gradwatch.values.sequences import SequenceStats, horizon_of
+from gradwatch.values.sequences import SequenceStats, horizon_of, reach_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
 Timesteps = Literal["auto"] | Mapping[str, int | None]
-"""Sequence modules beside the recurrent ones: by name, the dimension of time; None where each call is one timestep."""
+"""Sequence modules beside the recurrent ones, and inputs of the model: by name, the dimension of time; None where each
+call of a module is one timestep."""
+
+
+@dataclass(frozen=True)
+class InputGain:
+    """The gain by lag of a model from one of its inputs, or from what enters one of its modules."""
+
+    module: str
+    """The module whose input it is; "" is the model itself."""
+    input: str
+    """The input of the model; "" is what enters the module."""
+    time: int | None
+    """The input's dimension of time."""
+    assumed: bool
+    """Whether nothing tells that, and it was assumed."""
+    rows: int
+    numbers: Tensor
+    """Float64: the spread of the input, what `padding_of` gives, and what `gain_and_error` does."""
+    note: str | None = None
+
+    def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
+        """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
+        (padding, data), length = told(numbers[:2]), int(numbers[2])
+        steps = (len(numbers) - 3) // 2
+        gain, error = tuple(numbers[3 : 3 + length]), tuple(numbers[3 + steps : 3 + steps + length])
+        found = horizon_of(gain, share, error)
+        return SequenceStats(
+            self.module,
+            "model",
+            length,
+            self.rows,
+            lag_gain=gain,
+            lag_gain_error=error if any(error) else None,
+            censored=None if found is None else found.censored,
+            note=self.note,
+            padding=padding,
+            grad_data=data,
+            input=self.input,
+            time=self.time,
+            time_assumed=self.assumed,
+        )
 
 
 @dataclass(frozen=True)
@@ -22,30 +64,43 @@ class ModelGain:
     """The gain by lag of a model on one batch, still on the device."""
 
     place: str
-    """Name of the module whose input is meant; "" is the model's own."""
-    rows: int
-    numbers: Tensor
-    """Float64: what `padding_of` gives, timesteps of the longest sequence, and then the gain by lag from lag 0 on."""
+    """Name of the first sequence module; "" where none ran."""
+    gains: Sequence[InputGain]
+    """By each input of the model, or where there is none, by what enters that module; then by that beside them."""
     note: str | None = None
 
     def collect(self, transfer: Transfer, share: float) -> Callable[[], SequenceStats]:
         """Hand the numbers over, and return what makes a value of them once they have been copied."""
-        pending = transfer.add(self.numbers)
-        return lambda: self.stats(pending.values, share)
+        pending = [transfer.add(gain.numbers) for gain in self.gains]
+        return lambda: self._stats([p.values for p in pending], share)
 
-    def stats(self, numbers: Sequence[float], share: float = HORIZON_GAIN) -> SequenceStats:
-        """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
-        (padding, data), length = told(numbers[:2]), int(numbers[2])
-        gain = tuple(numbers[3 : 3 + length])
-        found = horizon_of(gain, share)
-        return SequenceStats(
-            "",
-            "model",
-            length,
-            self.rows,
-            lag_gain=gain,
-            censored=None if found is None else found.censored,
-            note=self.note,
-            padding=padding,
-            grad_data=data,
-        )
+    def stats(self, share: float = HORIZON_GAIN) -> SequenceStats:
+        """Copy the numbers, and make a value of them.
+
+        It is that of the input with the longest horizon; `beside` has the others, and what enters the sequence module.
+        """
+        return self._stats([gain.numbers.tolist() for gain in self.gains], share)
+
+    def _stats(self, numbers: Sequence[Sequence[float]], share: float) -> SequenceStats:
+        every = [gain.stats(its[1:], share) for gain, its in zip(self.gains, numbers, strict=True)]
+        effects = [its[0] * max(s.lag_gain or (0.0,)) for s, its in zip(every, numbers, strict=True)]
+        of_inputs = [at for at, s in enumerate(every) if s.input and effects[at] != 0]
+        # Where no gradient comes to what the model was given, what enters the module counts.
+        reached = of_inputs or [at for at, effect in enumerate(effects) if effect != 0] or list(range(len(every)))
+        unknown = next((at for at in reached if reach_of(every[at], share) is None), None)
+        first = self._main(every, effects, reached, share) if unknown is None else unknown
+        note = "; ".join(filter(None, [every[first].note, self.note])) or None
+        others = tuple(s for at, s in enumerate(every) if at != first and (not s.input or at in reached))
+        return dataclasses.replace(every[first], module="", note=note, beside=others)
+
+    @staticmethod
+    def _main(every: Sequence[SequenceStats], effects: Sequence[float], among: Sequence[int], share: float) -> int:
+        """Return which input's horizon is the model's.
+
+        It is the one that is called a target; else the longest horizon of those that are of about the length of the
+        longest, and without which the output would change by more than next to nothing.
+        """
+        felt = [at for at in among if effects[at] >= share**2 * max(effects[i] for i in among)]
+        long = [at for at in felt if 2 * every[at].length >= max(every[i].length for i in felt)]
+        targets = [at for at in felt if "target" in every[at].input]
+        return max(targets or long, key=lambda at: every[at].horizon or 0)

@@ -60,7 +60,9 @@ def model_gain(
     with _left_alone(model, _on_cuda(model) if on_cudnn is None else on_cudnn) as notes:
         mine, keywords = tap.arguments(model, args, kwargs)
         with listening(tap.modules, tap.before, tap.after):
-            gain = tap.gain(model(*mine, **keywords), output)
+            with tap.axes:
+                returned = model(*mine, **keywords)
+            gain = tap.gain(returned, output)
     return dataclasses.replace(gain, note="; ".join([*filter(None, [gain.note]), *notes]) or None)
 
 

@@ -81,7 +81,7 @@ def over_batch(shape: torch.Size | None, layout: Layout) -> bool:
 
 
 def newest_of(
-    chosen: Tensor | PackedSequence, sequence: InputSequence, sizes: Iterable[tuple[int, int]]
+    chosen: Tensor | PackedSequence, sequence: InputSequence, sizes: Iterable[tuple[int, int]], time: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return an output at the newest timestep of each row, and how long the rows are, if that is known by now.
 
@@ -89,6 +89,7 @@ def newest_of(
         chosen: the output; where it has no dimension of time, all of it is meant.
         sequence: what entered the sequence module.
         sizes: of the first two dimensions of the model's inputs.
+        time: the dimension of time of the output, if it is known: it may have fewer timesteps than the sequence.
 
     """
     if isinstance(chosen, PackedSequence):
@@ -97,7 +98,10 @@ def newest_of(
         newest = starts[lengths - 1] + torch.arange(len(lengths), device="cpu")
         return chosen.data[newest.to(chosen.data.device)], None
     call, packed = sequence.calls[0], sequence.packed
-    time = _time_in_output(chosen, sequence, sizes)
+    if time is None:
+        time = _time_in_output(chosen, sequence, sizes)
+    elif chosen.shape[time] != sequence.steps or sequence.rows != chosen.shape[1 - min(time, 1)]:
+        return chosen.select(time, -1), None
     if time is None:
         return chosen, None
     if not call.batched:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from gradwatch.values.thresholds import HORIZON_GAIN
+from gradwatch.values.thresholds import HORIZON_GAIN, INTERVAL
 
 RecurrenceName = Literal["LSTM", "GRU", "RNN"]
 """What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
@@ -27,9 +27,20 @@ class Horizon(NamedTuple):
     """The factor per timestep; None where fewer than two gains are there to tell."""
     half_life: float | None
     """Timesteps in which the gain halves, `ln 0.5 / ln decay_rate`; None where it does not shrink."""
+    low: int = 0
+    """The shortest horizon that goes with what was measured, in 19 of 20 cases."""
+    high: int = 0
+    """The longest."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether the interval is narrow enough to judge by: its end is at most twice its beginning."""
+        return self.high <= INTERVAL * self.low or self.high <= INTERVAL
 
 
-def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizon | None:
+def horizon_of(
+    lag_gain: Sequence[float], share: float = HORIZON_GAIN, error: Sequence[float] | None = None
+) -> Horizon | None:
     """Return the horizon of a gain by lag and the rate at which it decays.
 
     The decay rate is that of a line fitted by least squares through the logarithm of the gain, over the lags from its
@@ -39,9 +50,11 @@ def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizo
     Args:
         lag_gain: gains from lag 0, the newest timestep, back; any unit.
         share: of the maximum, below which the gain counts as gone.
+        error: of the logarithm of each gain over the maximum, half of a 95 % interval; None: they are exact.
 
     Returns:
         None where there are no gains, or one of them is not finite. Where all are 0 the horizon is 0, and not censored.
+        It is censored where the sequence may end before the gain is gone, as far as that is sure.
 
     """
     if not lag_gain or not all(map(math.isfinite, lag_gain)):
@@ -49,12 +62,23 @@ def horizon_of(lag_gain: Sequence[float], share: float = HORIZON_GAIN) -> Horizo
     top = max(lag_gain)
     if top <= 0:
         return Horizon(0, censored=False, decay_rate=None, half_life=None)
-    limit = share * top
-    horizon = next((lag for lag in range(len(lag_gain), 0, -1) if lag_gain[lag - 1] >= limit), 0)
+    limit, length = share * top, len(lag_gain)
+    horizon = _last(lag_gain, limit)
+    low = high = horizon
+    if error is not None:
+        low = _last([gain * math.exp(-e) for gain, e in zip(lag_gain, error, strict=True)], limit)
+        high = _last([gain * math.exp(min(e, 700.0)) for gain, e in zip(lag_gain, error, strict=True)], limit)
     peak = lag_gain.index(top)
     law = slope([(lag, math.log(gain)) for lag, gain in enumerate(lag_gain[peak : horizon + 1], peak) if gain > 0])
     half_life = math.log(0.5) / law if law is not None and law < 0 else None
-    return Horizon(horizon, horizon == len(lag_gain), None if law is None else math.exp(law), half_life)
+    censored = high == length
+    shown = length if censored else horizon
+    return Horizon(shown, censored, None if law is None else math.exp(law), half_life, low, high)
+
+
+def _last(gains: Sequence[float], limit: float) -> int:
+    """Return up to which entry one is at least the limit."""
+    return next((lag for lag in range(len(gains), 0, -1) if gains[lag - 1] >= limit), 0)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float | None:
@@ -136,6 +160,18 @@ class SequenceStats:
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
     reverse: bool = False
     """Whether this part runs from the newest timestep to the oldest."""
+    lag_gain_error: tuple[float, ...] | None = None
+    """On part "model", half of a 95 % interval of the logarithm of `lag_gain` over its maximum, from the spread over
+    rows and cotangents; None where it is exact, or not known."""
+    input: str = ""
+    """On part "model", the input of the model by which the newest output is differentiated, as Python spells the way to
+    it from the arguments; "" is what enters a module."""
+    time: int | None = None
+    """That input's dimension of time; None where it is packed, or a list."""
+    time_assumed: bool = False
+    """Whether nothing that the model does tells which dimension is time, so that it was assumed."""
+    beside: tuple[SequenceStats, ...] = ()
+    """On part "model", the same of the model's other inputs, and of what enters its first sequence module."""
 
     @property
     def reads_padding(self) -> bool:
@@ -155,7 +191,12 @@ class SequenceStats:
     @property
     def reach(self) -> Horizon | None:
         """What `horizon_of` says of `lag_gain`; None where there is none."""
-        return None if self.lag_gain is None else horizon_of(self.lag_gain)
+        return reach_of(self)
+
+    @property
+    def interval(self) -> tuple[int, int] | None:
+        """Within which the horizon lies, as far as one batch and its cotangents tell: 19 times of 20."""
+        return None if (found := self.reach) is None else (found.low, found.high)
 
     @property
     def horizon(self) -> int | None:
@@ -179,7 +220,7 @@ _remembered = functools.lru_cache(maxsize=64)(horizon_of)
 
 def reach_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Horizon | None:
     """Return the horizon that a gain by lag tells of; None where there is none, or it is not finite."""
-    return None if stats.lag_gain is None else _remembered(stats.lag_gain, share)
+    return None if stats.lag_gain is None else _remembered(stats.lag_gain, share, stats.lag_gain_error)
 
 
 def subject(stats: SequenceStats) -> str:
@@ -187,19 +228,74 @@ def subject(stats: SequenceStats) -> str:
     return stats.module if stats.module and stats.part != "model" else "the model"
 
 
-def sentence(who: str, found: Horizon, length: int) -> str:
+def sentence(who: str, found: Horizon, length: int, of: str = "") -> str:
     """Say how far back `who` learns.
 
-    "rnn learns from the last 15 of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6 steps)".
+    "rnn learns from the last 15 (14 to 16) of 250 timesteps (the gain shrinks to 0.64 of itself a step, half-life 1.6
+    steps)".
+
+    Args:
+        who: what learns.
+        found: how far.
+        length: timesteps that there are.
+        of: whose they are, as `whose` says it.
+
     """
-    much = (
-        f"at least {length} of {length}"
-        if found.censored
-        else f"the last {found.timesteps} of {length}"
-        if found.timesteps
-        else f"none of its {length}"
+    if not found.sure:
+        much = f"somewhere between the last {found.low} and the last {found.high} of {length}"
+    elif found.censored:
+        much = f"at least {found.low or length} of {length}"
+    elif not found.timesteps:
+        much = f"none of its {length}"
+    else:
+        within = f" ({found.low} to {found.high})" if found.low < found.high else ""
+        much = f"the last {found.timesteps}{within} of {length}"
+    return f"{who} learns from {much} timesteps{of}{_pace(found)}"
+
+
+def whose(stats: SequenceStats) -> str:
+    """Say of which input of the model the timesteps are, and which of its dimensions is time; "" where there is none.
+
+    " of past_target (time: dimension 1)".
+    """
+    if not stats.input:
+        return ""
+    assumed = ", assumed" if stats.time_assumed else ""
+    return f" of {stats.input}" + ("" if stats.time is None else f" (time: dimension {stats.time}{assumed})")
+
+
+def differing(stats: SequenceStats, share: float = HORIZON_GAIN) -> list[tuple[SequenceStats, Horizon]]:
+    """Return what of `beside` has another horizon than the model's own, longest first.
+
+    That is an input whose horizon is less than half of it, or more than twice, and what enters a module where the
+    intervals of the two lie apart.
+    """
+    own = reach_of(stats, share)
+    found = [(one, reach) for one in stats.beside if (reach := reach_of(one, share)) is not None]
+    if own is None:
+        return []
+    apart = [
+        (one, reach)
+        for one, reach in found
+        if (
+            not own.timesteps <= 2 * reach.timesteps <= 4 * own.timesteps
+            if one.input
+            else reach.high < own.low or reach.low > own.high
+        )
+    ]
+    return sorted(apart, key=lambda pair: -pair[1].timesteps)
+
+
+def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> bool:
+    """Tell whether a model's horizon is short though what enters its sequence module reaches far: that is not why.
+
+    Both in timesteps of the model's input: of what enters the module there may be fewer.
+    """
+    own = reach_of(stats, share)
+    entered = [(s, found) for s in stats.beside if s.module and (found := reach_of(s, share)) is not None]
+    return own is not None and any(
+        found.timesteps * stats.length > 2 * own.timesteps * max(s.length, 1) for s, found in entered
     )
-    return f"{who} learns from {much} timesteps{_pace(found)}"
 
 
 def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
@@ -214,7 +310,10 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
         if stats.over_batch:
             yield stats, f"{subject(stats)} runs over the batch: its timesteps are not those of the data"
         elif found is not None:
-            yield stats, sentence(subject(stats), found, stats.length)
+            yield stats, sentence(subject(stats), found, stats.length, whose(stats))
+            for one, reach in differing(stats, share):
+                who = f"{one.module}, from what enters it," if one.module else "the model"
+                yield one, sentence(who, reach, one.length, whose(one))
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"
         elif stats.note is not None:

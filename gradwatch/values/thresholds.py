@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 HORIZON_GAIN = 1e-3
 """Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the
 newest timesteps'."""
+INTERVAL = 2
+"""How many times its beginning the end of a horizon's interval may be: beyond that it is not measured."""
 
 # --- what is compared with what ---
 

@@ -14,15 +14,13 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
+from truth import cotangent
 
 import gradwatch
 from gradwatch.timesteps.model_pass import model_gain
 from gradwatch.timesteps.output import time_in
 
-
-def cotangent(shape, width):
-    """The random direction that is multiplied with the Jacobian: fixed, N(0, I/R)."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).double() / math.sqrt(width)
+pytestmark = pytest.mark.usefixtures("one_direction")
 
 
 def truth(function, x):
@@ -160,7 +158,7 @@ def test_an_lstm_with_only_a_forget_bias_forgets_at_the_rate_of_the_logistic_fun
             memory.bias_ih_l0.zero_()
             memory.bias_hh_l0.zero_()
             memory.bias_ih_l0[4:8] = bias
-        found = gradwatch.horizon(memory, torch.zeros(2, 30, 3).double(), output=lambda out: out[1][1])
+        found = gradwatch.horizon(memory, torch.zeros(32, 30, 3).double(), output=lambda out: out[1][1])
         rate = 1 / (1 + math.exp(-bias))
         assert found.decay_rate == pytest.approx(rate, rel=1e-9)
         expected = min(math.floor(math.log(1e-3) / math.log(rate)) + 1, 30)
@@ -220,18 +218,15 @@ def test_the_gain_of_convolutions_reaches_exactly_as_far_as_their_field_of_view(
     assert not found.censored
 
 
-def test_an_output_with_other_timesteps_is_meant_as_a_whole_and_that_is_said():
+def test_of_an_output_with_fewer_timesteps_the_newest_counts():
     model, x = (
         nn.Sequential(Convolutions(), nn.Unflatten(1, (20, 2)), nn.Flatten(2)).double(),
         torch.randn(3, 40, 3).double(),
     )
     found = gradwatch.horizon(model, x)
-    assert found.note == "the output of shape (3, 20, 4) has no dimension of 40 timesteps, so that all of it is meant"
-    exactly(found, truth(model, x))
-    assert found.censored
-    newest = gradwatch.horizon(model, x, output=lambda out: out[:, -1])
-    assert newest.note is None
-    assert newest.horizon < 20
+    assert found.note is None
+    exactly(found, truth(lambda x: model(x)[:, -1], x))
+    assert found.horizon < 20
 
 
 def test_a_transformer_sees_everything():
@@ -273,7 +268,7 @@ def test_without_a_sequence_module_the_first_embedding_is_the_input(frozen):
     model.table.requires_grad_(not frozen)
     gain = model_gain(model, (ids,), {})
     assert gain.place == "table"
-    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model.body(x)[:, -1], model.table(ids).detach()))
+    exactly(gain.stats(), truth(lambda x: model.body(x)[:, -1], model.table(ids).detach()))
 
 
 def test_a_module_that_is_named_has_its_own_dimension_of_time():
@@ -283,14 +278,16 @@ def test_a_module_that_is_named_has_its_own_dimension_of_time():
     )
     gain = model_gain(model, (x,), {}, timesteps={"1": 1})
     assert gain.place == "1"
-    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model[1](x)[:, -1], model[0](x).detach()))
+    found = gain.stats()
+    exactly(found, truth(lambda x: model(x).view(4, 30, 2)[:, -1], x))
+    (beside,) = found.beside
+    assert beside.module == "1"
+    assert beside.lag_gain == pytest.approx(truth(lambda x: model[1](x)[:, -1], model[0](x).detach()), rel=1e-10)
     inner = model[1].layers[0]
     assert inner.in_channels == 3
-    exactly(
-        gradwatch.horizon(model, x, timesteps={"1.layers.0": -1}),
-        gradwatch.horizon(model, x, timesteps={"1.layers.0": 2}).lag_gain,
-    )
-    assert gradwatch.horizon(model, x, timesteps={"1.layers.0": 2}).length == 32  # padded on the left
+    negative, positive = (gradwatch.horizon(model, x, timesteps={"1.layers.0": time}).beside[0] for time in (-1, 2))
+    assert negative.lag_gain == positive.lag_gain
+    assert positive.length == 32  # padded on the left
 
 
 def test_the_models_own_input_can_be_named():
@@ -306,7 +303,7 @@ def test_what_is_named_may_take_words_and_have_its_embedding_inside():
     model, ids = nn.Sequential(Words(Convolutions()), nn.Flatten(0, 1)).double(), torch.randint(1, 20, (4, 30))
     gain = model_gain(model, (ids,), {}, timesteps={"0": 1}, output=lambda out: out.view(4, 30, 2))
     assert gain.place == "0.table"
-    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model[0].body(x)[:, -1], model[0].table(ids).detach()))
+    exactly(gain.stats(), truth(lambda x: model[0].body(x)[:, -1], model[0].table(ids).detach()))
     assert model_gain(model, (ids,), {}, timesteps={"": 1}).place == "0.table"
 
 
@@ -322,7 +319,7 @@ def test_the_first_sequence_module_that_runs_counts_and_not_the_first_that_is_th
     model, x = Two().double(), torch.randn(3, 9, 3).double()
     gain = model_gain(model, (x,), {})
     assert gain.place == "first"
-    exactly(gain.stats(gain.numbers.tolist()), truth(model, x))
+    exactly(gain.stats(), truth(model, x))
 
 
 def test_a_recurrent_network_that_runs_without_gradients_is_not_the_first():
@@ -339,7 +336,7 @@ def test_a_recurrent_network_that_runs_without_gradients_is_not_the_first():
     model, x = Features().double(), torch.randn(3, 9, 3).double()
     gain = model_gain(model, (x,), {})
     assert gain.place == "memory"
-    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model.memory(x)[0][:, -1], model.frozen(x)[0].detach()))
+    exactly(gain.stats(), truth(lambda x: model.memory(x)[0][:, -1], model.frozen(x)[0].detach()))
 
 
 class Loop(nn.Module):
@@ -444,7 +441,7 @@ def test_the_horizon_ends_where_the_state_is_detached():
     assert (found.horizon, found.censored) == (4, False)
 
 
-def test_sequences_that_begin_anew_are_laid_upon_each_other():
+def test_two_inputs_have_a_horizon_each():
     class Siamese(nn.Module):
         def __init__(self):
             super().__init__()
@@ -455,10 +452,10 @@ def test_sequences_that_begin_anew_are_laid_upon_each_other():
 
     model, a, b = Siamese().double(), torch.randn(4, 9, 3).double(), torch.randn(4, 6, 3).double()
     found = gradwatch.horizon(model, (a, b))
-    one, other = truth(lambda a: model(a, b), a), truth(lambda b: model(a, b), b)
-    both = [math.sqrt((p**2 + q**2) / 2) for p, q in zip(one, other, strict=False)]
-    exactly(found, [*both, *one[6:]])
-    assert found.rows == 8
+    exactly(found, truth(lambda a: model(a, b), a))
+    (other,) = found.beside
+    assert (found.input, other.input) == ("a", "b")
+    assert other.lag_gain == pytest.approx(truth(lambda b: model(a, b), b), rel=1e-10)
 
 
 def test_an_input_that_is_edited_after_it_has_entered_counts_as_it_entered():
@@ -478,7 +475,9 @@ def test_an_input_that_is_edited_after_it_has_entered_counts_as_it_entered():
             return y[:, -1] + x.mean(1)
 
     model, x = Editing().double(), torch.randn(4, 9, 3).double()
-    exactly(gradwatch.horizon(model, x, timesteps={"sum": 1}), truth(lambda x: x.sum(1), x))
+    found = gradwatch.horizon(model, x, timesteps={"sum": 1})
+    exactly(found, truth(lambda x: model.into(x).sum(1), x))
+    assert found.beside[0].lag_gain == pytest.approx(truth(lambda x: x.sum(1), x), rel=1e-10)
 
 
 def test_of_a_named_module_that_is_used_again_in_depth_the_first_call_counts():
@@ -691,7 +690,8 @@ def test_a_batch_may_be_nested_and_stays_what_it_is():
     model, x = Model(batch_first=True), torch.randn(4, 9, 3).double()
     batch = OrderedDict(pair=Named(torch.arange(3), x.clone()), extra=Output(None, torch.ones(2, 2)))
     found = gradwatch.horizon(model, (batch,))
-    exactly(found, truth(lambda x: Recurrent.forward(model, x), 2 * x))
+    exactly(found, truth(lambda x: Recurrent.forward(model, 2 * x), x))
+    assert found.input == "batch['pair'].logits"
     assert torch.equal(batch["pair"].logits, x)
     assert torch.equal(batch["pair"].ids, torch.arange(3))
     assert torch.equal(batch["extra"].logits, torch.ones(2, 2))
@@ -869,7 +869,7 @@ def test_what_is_compiled_runs_as_it_was_written():
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
     assert gain.place == "body.cell"
-    exactly(gain.stats(gain.numbers.tolist()), truth(lambda x: model._orig_mod.body._orig_mod(x)[:, -1], x))
+    exactly(gain.stats(), truth(lambda x: model._orig_mod.body._orig_mod(x)[:, -1], x))
 
 
 def test_what_wraps_a_model_for_several_processes_is_taken_off():
@@ -904,7 +904,7 @@ def test_what_cannot_be_measured_says_why():
         (
             {"timesteps": {"encoder": 1}},
             ValueError,
-            "timesteps must name modules of the model, and it has none called 'encoder'",
+            r"timesteps must name modules of the model or its inputs \(x\), and none is called 'encoder'",
         ),
         ({"timesteps": {"memory": "1"}}, TypeError, 'timesteps must be "auto" or a mapping from names'),
         ({"timesteps": True}, TypeError, 'timesteps must be "auto" or a mapping from names'),
@@ -915,7 +915,7 @@ def test_what_cannot_be_measured_says_why():
         ),
         ({"timesteps": {"": None}}, ValueError, "timesteps of the model's own input must be a dimension"),
         (
-            {"model": nn.Linear(3, 3), "batch": torch.ones(2, 3)},
+            {"model": nn.Linear(3, 3), "batch": torch.ones(3)},
             ValueError,
             "no sequence was found: no recurrent module ran",
         ),
@@ -960,8 +960,9 @@ def test_a_named_module_that_does_not_run_is_said():
         def forward(self, x):
             return self.head(x)
 
-    with pytest.raises(ValueError, match="none of the modules that timesteps names ran with gradients: encoder"):
-        gradwatch.horizon(Idle(), torch.randn(4, 9, 3), timesteps={"encoder": 1})
+    found = gradwatch.horizon(Idle(), torch.randn(4, 9, 3), timesteps={"encoder": 1})
+    assert found.note == "none of the modules that timesteps names ran with gradients: encoder"
+    assert found.horizon == 1
 
 
 def test_a_gain_that_is_not_finite_has_no_horizon_and_never_passes():
@@ -998,26 +999,26 @@ def remembering(need):
 
 
 def test_a_model_that_reaches_far_enough_passes_and_gives_what_was_measured():
-    x = torch.randn(4, 60, 3).double()
+    x = torch.randn(32, 60, 3).double()
     stats = gradwatch.assert_horizon(remembering(50), x, at_least=50)
     assert stats.need == 50
     assert stats.horizon >= 50
     short = Recurrent(batch_first=True)
-    horizon = gradwatch.horizon(short, x).horizon
-    assert gradwatch.assert_horizon(short, x, at_least=horizon).horizon == horizon < 50
+    _, high = gradwatch.horizon(short, x).interval
+    assert gradwatch.assert_horizon(short, x, at_least=high).horizon <= high < 50
     with pytest.raises(gradwatch.GradientHealthError):
-        gradwatch.assert_horizon(short, x, at_least=horizon + 1)
+        gradwatch.assert_horizon(short, x, at_least=high + 1)
 
 
 def test_a_model_that_forgets_fails_with_horizon_definition_cause_and_remedy():
-    model, x = Recurrent(batch_first=True), torch.randn(4, 60, 3).double()
+    model, x = Recurrent(batch_first=True), torch.randn(32, 60, 3).double()
     found = gradwatch.horizon(model, x)
     with pytest.raises(gradwatch.GradientHealthError) as caught:
         gradwatch.assert_horizon(model, x, at_least=200)
     said = " ".join(str(caught.value).split())
     assert (
-        f"learns from the last {found.horizon} of 60 timesteps "
-        f"(the gain shrinks to {found.decay_rate:.2f} of itself a step"
+        f"learns from the last {found.horizon} ({found.interval[0]} to {found.interval[1]}) of 60 timesteps"
+        f" of x (time: dimension 1) (the gain shrinks to {found.decay_rate:.2f} of itself a step"
     ) in said
     assert "the need is 200" in said
     assert "0.001 of its maximum" in said

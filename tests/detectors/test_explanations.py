@@ -17,7 +17,7 @@ from gradwatch.detectors.cause_words import CAUSES
 from gradwatch.values.snapshot import Role
 
 EXTREME = (0.0, 5e-324, 1e-310, 1e-45, 3.4e38, math.inf, math.nan)
-COUNTED = {"need", "horizon", "length", "reached", "detached"}
+COUNTED = {"low", "high", "need", "horizon", "length", "reached", "detached"}
 """Timesteps: whole numbers, and at least one."""
 KEYS = ("module", "place", "layer", "name", "part")
 """What tells two entries of a row apart; no two have all of it in common."""
@@ -53,6 +53,7 @@ class World:
             ),
             (OptimizerInfo("Adam", dice.random() < 0.5, dice.choice((None, 0.0, 1e-8, 1.0))),),
         )
+        self.inside = False
         self.wild = dice.choice((0.0, 0.1, 0.5))
         """How often a number is an extreme one."""
         self.change = dice.choice((0.0, 0.05, 0.3))
@@ -95,6 +96,13 @@ class World:
 
     def row(self, arguments, name):
         inner = arguments[0]
+        if name == "beside":  # of its own kind: one step deep
+            if self.inside:
+                return ()
+            self.inside = True
+            drawn = tuple(self.of(inner) for _ in range(2))
+            self.inside = False
+            return drawn
         if inner is float:
             return self.series()[: self.length - 1 if name == "carry_ratio" else None]
         if dataclasses.is_dataclass(inner):

@@ -34,11 +34,13 @@ def test_a_decay_that_the_sequence_cuts_off_is_censored_at_its_length():
 
 
 def test_a_flat_gain_does_not_shrink():
-    assert horizon_of([3.0] * 64) == Horizon(64, censored=True, decay_rate=1.0, half_life=None)
+    assert horizon_of([3.0] * 64) == Horizon(64, censored=True, decay_rate=1.0, half_life=None, low=64, high=64)
 
 
 def test_a_gain_that_grows_to_its_last_lag_has_no_rate():
-    assert horizon_of([1.1**lag for lag in range(64)]) == Horizon(64, censored=True, decay_rate=None, half_life=None)
+    assert horizon_of([1.1**lag for lag in range(64)]) == Horizon(
+        64, censored=True, decay_rate=None, half_life=None, low=64, high=64
+    )
 
 
 def test_the_rate_counts_from_the_maximum_and_not_from_the_newest_timestep():
@@ -51,7 +53,9 @@ def test_the_rate_counts_from_the_maximum_and_not_from_the_newest_timestep():
 
 
 def test_a_receptive_field_ends_at_its_last_lag():
-    assert horizon_of([1.0] * 15 + [0.0] * 85) == Horizon(15, censored=False, decay_rate=1.0, half_life=None)
+    assert horizon_of([1.0] * 15 + [0.0] * 85) == Horizon(
+        15, censored=False, decay_rate=1.0, half_life=None, low=15, high=15
+    )
 
 
 def test_what_comes_back_counts():
@@ -67,7 +71,7 @@ def test_nothing_reaches_anywhere_is_a_horizon_of_zero_and_not_censored():
 
 
 def test_one_timestep_is_all_there_is():
-    assert horizon_of([7.0]) == Horizon(1, censored=True, decay_rate=None, half_life=None)
+    assert horizon_of([7.0]) == Horizon(1, censored=True, decay_rate=None, half_life=None, low=1, high=1)
 
 
 @pytest.mark.parametrize("gain", [[], [1.0, math.nan], [math.inf, 1.0]])

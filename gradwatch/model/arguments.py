@@ -1,0 +1,78 @@
+"""What a module is called with: its tensors, each by the name of its argument."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from gradwatch.model.nested import entries
+
+
+def labelled(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor | PackedSequence]]:
+    """Yield the tensors and packed sequences that a module is called with, each by the way to it.
+
+    "x", "batch['series'][0]", "batch.past_target": an argument as its `forward` names it, and how to get from there to
+    the tensor, as Python spells it.
+
+    Args:
+        module: what is called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    """
+    for i, value in enumerate(args):
+        yield from _labelled(argument_name(module, i), value)
+    for name, value in kwargs.items():
+        yield from _labelled(name, value)
+
+
+def argument_name(module: nn.Module, number: int) -> str:
+    """Return how the `forward` of a module calls its positional argument of this number."""
+    try:
+        parameters = [*inspect.signature(module.forward).parameters.values()]
+    except (TypeError, ValueError):  # it is not written in Python
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return names[number] if number < len(names) else f"{rest}[{number - len(names)}]"
+
+
+def _labelled(name: str, value: object) -> Iterator[tuple[str, Tensor | PackedSequence]]:
+    if isinstance(value, Tensor | PackedSequence):
+        yield name, value
+        return
+    for way, part in entries(value):
+        yield from _labelled(f"{name}{way}", part)
+
+
+def takes(module: nn.Module, *args: object, **kwargs: object) -> bool:
+    """Tell whether a module can be called with these arguments, as far as its `forward` declares them."""
+    try:
+        inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it is not written in Python
+        return True
+    return True
+
+
+def is_called(label: str, name: str | tuple[str | int, ...]) -> bool:
+    """Tell whether somebody means a tensor by this name.
+
+    Args:
+        label: the way to it, as `labelled` has it.
+        name: all of that, or its last step, or its steps: "encoder_cont", ("x", "encoder_cont").
+
+    """
+    if isinstance(name, str):
+        return label == name or label.endswith((f".{name}", f"[{name!r}]"))
+    ways = [str(name[0])] if name else []
+    for step in name[1:]:
+        ways = [way + form for way in ways for form in ({f"[{step!r}]", f".{step}"})]
+    return label in ways

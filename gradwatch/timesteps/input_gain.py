@@ -1,0 +1,117 @@
+"""How the newest output of a model hangs on each of its inputs, by lag: as few products as it takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradwatch.timesteps.input_calls import InputSequence, Root, Roots
+from gradwatch.timesteps.lag_gain import gain_and_error
+from gradwatch.timesteps.model_gain import InputGain
+from gradwatch.values.sequences import horizon_of
+
+_SEED = 0
+"""Of the cotangents, so that two measurements agree."""
+COTANGENTS = 3
+"""Directions that are taken, at most."""
+_WIDE = 0.25
+"""Width of the interval of a horizon, as a share of it, up to which one direction is enough; two steps always are."""
+
+
+@dataclass
+class Source:
+    """Something with timesteps by which an output is differentiated, and what came of that."""
+
+    module: str
+    """Whose input it is; "" is the model itself."""
+    input: str
+    """Name of the model's input; "" is what enters the module."""
+    time: int | None
+    assumed: bool
+    """Whether nothing tells which dimension is time."""
+    sequences: Sequence[InputSequence]
+    joined: bool
+    """Whether the sequences are of the same timesteps, as several embeddings of one input; else each is of its own."""
+    spread: Tensor
+    """Standard deviation of its entries: by so much it usually differs."""
+    found: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    """By direction, and by sequence: squared norms, (T, B), and lengths of rows, (B,)."""
+    padding: Tensor | None = None
+    reached: bool = False
+    """Whether the output depends on it at all."""
+
+    @property
+    def roots(self) -> list[Root]:
+        """By what to differentiate."""
+        return [call.root for sequence in self.sequences for call in sequence.calls]
+
+    def take(self, gradients: Mapping[Root, Tensor | None], lengths: Mapping[int, Tensor]) -> None:
+        """Take what one direction brought; `lengths` of the rows, by `id` of the sequence, where they are known."""
+        mine = [s.squares(gradients, lengths.get(id(s))) for s in self.sequences]
+        if self.joined and len(mine) > 1:
+            squares = torch.stack([s for s, _ in mine]).sum(0)
+            mine = [(squares, torch.stack([n for _, n in mine]).amax(0))]
+        self.found.append(mine)
+        self.reached |= any(gradients[root] is not None for root in self.roots)
+        if self.padding is None:
+            self.padding = self.sequences[-1].padding(gradients)
+
+    def numbers(self, *, exact: bool) -> Tensor:
+        """Return what is known by now, as `InputGain` has it."""
+        numbers = gain_and_error(self.found, exact=exact)
+        padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
+        return torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
+
+    def gain(self, *, exact: bool) -> InputGain:
+        """Return the gain by lag."""
+        rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
+        return InputGain(self.module, self.input, self.time, self.assumed, rows, self.numbers(exact=exact))
+
+
+def gains(
+    roots: Roots, newest: Tensor, rows: int, sources: Sequence[Source], lengths: Mapping[int, Tensor]
+) -> list[InputGain]:
+    """Differentiate an output by several sources at once.
+
+    With a cotangent v for each row, whose entries are 1 / sqrt(R) or -1 / sqrt(R) by chance, R the width of the output:
+    the root mean square of `||J^T v||` over the rows estimates the Frobenius norm of the Jacobian over sqrt(R)
+    (Hutchinson, "A stochastic estimator of the trace", 1989). Where the horizon is not sure then, up to two more.
+
+    Args:
+        roots: the tensors to differentiate by.
+        newest: the output, whose rows know nothing of each other, or which is one number.
+        rows: how many it has.
+        sources: by what.
+        lengths: of rows, by `id` of the sequence, where they are known.
+
+    Raises:
+        RuntimeError: torch cannot.
+
+    """
+    keys = list(dict.fromkeys(root for source in sources for root in source.roots))
+    width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
+    exact = width == 1  # then the row of the Jacobian is all there is
+    private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
+    for left in range(COTANGENTS)[::-1]:
+        drawn = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
+        cotangent = drawn.to(newest.device, newest.dtype) / math.sqrt(width)
+        gradients = roots.gradients(newest, cotangent, keys, again=bool(left) and not exact)
+        with torch.no_grad():
+            for source in sources:
+                source.take(gradients, lengths)
+            if exact or not left or all(_is_sure(source) for source in sources):
+                break
+    with torch.no_grad():
+        return [source.gain(exact=exact) for source in sources]
+
+
+def _is_sure(source: Source) -> bool:
+    """Tell whether one more direction would tell nothing new of a horizon."""
+    numbers = gain_and_error(source.found, exact=False).tolist()
+    steps = (len(numbers) - 1) // 2
+    found = horizon_of(numbers[1 : steps + 1], error=numbers[steps + 1 :])
+    return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)

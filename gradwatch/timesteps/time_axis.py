@@ -1,0 +1,265 @@
+"""Which dimension of a model's input is time: found by what the model does with it.
+
+No name tells that, and no shape: (batch, time, features), (batch, channels, time) and (time, batch, features) look the
+same. What is done with a dimension tells: a convolution slides along it, a recurrent module goes through it, a loop
+takes one entry after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gradwatch.timesteps.axes import Axis, Labels, Operation, axis_along
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """What is time in an input of the model."""
+
+    dim: int
+    period: int | None = None
+    """In a flat window, after how many entries along `dim` the timesteps begin anew; None: they never do."""
+    step: int = 1
+    """Entries along `dim` from one timestep to the next; more than 1 only in a flat window."""
+    why: str = ""
+    """What was done along it; "" where nothing tells, and it was assumed."""
+
+
+class Contradiction(ValueError):  # noqa: N818  (it is about the evidence)
+    """What is done with the dimensions of an input does not go together."""
+
+
+@dataclass
+class _Evidence:
+    """What was done with the dimensions of one input."""
+
+    shape: torch.Size
+    ordered: list[tuple[Axis, str]] = field(default_factory=list)
+    """Axes along which order matters, and what was done along them."""
+    declared: list[tuple[Axis, str]] = field(default_factory=list)
+    """The same, as the user said."""
+    rows: set[int] = field(default_factory=set)
+    """Dimensions that something took for the batch."""
+    linked: dict[Axis, set[int]] = field(default_factory=dict)
+    """Axes of which single entries were taken, and where those lie that met what was made of an earlier one."""
+    tails: set[int] = field(default_factory=set)
+    """Dimensions of which only the last entries were taken."""
+    windows: bool = False
+    """Whether windows that may overlap were cut out of it, as patches are."""
+    given: Labels = ()
+    """Of what the model gave."""
+
+    def votes(self) -> list[tuple[Axis, str]]:
+        """Return the axes along which order matters, and what was done along them: what the user said, if he did."""
+        looped = [
+            (axis, "a loop goes")
+            for axis, places in self.linked.items()
+            if len(places) + 1 >= max(_LOOP, min(axis.size / 2, _LONG))
+        ]
+        return self.declared or self.ordered or looped
+
+
+class _Made(NamedTuple):
+    """What is known of a tensor that was made of inputs."""
+
+    labels: dict[int, Labels]
+    """Of its dimensions, by input."""
+    entries: dict[int, tuple[Axis, int]]
+    """By input, the last entry of an axis that was taken on the way to it, and where that lies."""
+
+
+_LOOP, _LONG = 3, 16
+"""Entries taken one by one along an axis, each meeting what was made of the one before, that make a loop through time:
+half of all, at least the first and at most the second number."""
+_SIDE_BY_SIDE = frozenset({"stack", "cat", "concat", "concatenate"})
+_MOST = 500
+"""Operations that are followed in one pass; what comes later is not known."""
+
+
+class Axes(TorchFunctionMode):
+    """Sees every operation on what is made of a model's inputs, and follows their dimensions."""
+
+    def __init__(self) -> None:
+        """Begin with no input."""
+        super().__init__()
+        self._inputs: list[_Evidence] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], _Made]] = {}
+        """By tensor, by `id`."""
+        self._count = 0
+
+    def add(self, tensor: Tensor) -> int:
+        """Follow an input of the model; return its number."""
+        number = len(self._inputs)
+        self._inputs.append(_Evidence(tensor.shape))
+        labels = tuple((Axis(dim, size),) for dim, size in enumerate(tensor.shape))
+        self._known[id(tensor)] = weakref.ref(tensor), _Made({number: labels}, {})
+        return number
+
+    # --- what is asked ---
+
+    def of(self, tensor: Tensor) -> Mapping[int, Labels]:
+        """Return the labels of a tensor's dimensions, by input that it was made of; none where it is not known."""
+        made = self._made(tensor)
+        return {} if made is None else made.labels
+
+    def note_sequence(self, tensor: Tensor, time: int, what: str, *, declared: bool, rows: int | None = None) -> None:
+        """Note that a sequence module took a tensor: along which of its dimensions, and which are its rows."""
+        for number, labels in self.of(tensor).items():
+            evidence = self._inputs[number]
+            if (axis := axis_along(labels, time)) is not None:
+                (evidence.declared if declared else evidence.ordered).append((axis, what))
+            if rows is not None and (row := axis_along(labels, rows)) is not None:
+                evidence.rows.add(row.dim)
+
+    def declare(self, number: int, time: int) -> None:
+        """Take note of what the user says: which dimension of an input is time."""
+        evidence = self._inputs[number]
+        dim = time % len(evidence.shape)
+        evidence.declared = [(Axis(dim, evidence.shape[dim]), "timesteps= says")]
+
+    def note_output(self, tensor: Tensor) -> None:
+        """Note what the model gave."""
+        for number, labels in self.of(tensor).items():
+            self._inputs[number].given = labels
+
+    def time_of(self, number: int) -> TimeAxis:
+        """Return which dimension of an input is time.
+
+        Raises:
+            Contradiction: order matters along several, or what lies along one may be timesteps or features.
+
+        """
+        evidence = self._inputs[number]
+        votes = evidence.votes()
+        if len({axis.dim for axis, _ in votes}) > 1:
+            said = " and ".join(f"{what} along dimension {axis.dim}" for axis, what in _one_of_each(votes))
+            raise Contradiction(f"which dimension of it is time cannot be told: {said}")
+        if votes:
+            return _finest(evidence, votes)
+        first = axis_along(evidence.given, 0)
+        rows = evidence.rows or ({0} if first is None else {first.dim})
+        candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in rows and size > 1]
+        if len(ends := evidence.tails & set(candidates)) == 1:
+            return TimeAxis(ends.pop(), why="the last entries are taken")
+        return TimeAxis(candidates[0] if candidates else min(1, len(evidence.shape) - 1))
+
+    def time_in(self, tensor: Tensor, number: int, time: TimeAxis) -> int | None:
+        """Return the dimension of a tensor along which the timesteps of an input lie; None where none does."""
+        labels = self.of(tensor).get(number, ())
+        axes = [axis_along(labels, at) for at in range(len(labels))]
+        found = [at for at, axis in enumerate(axes) if axis is not None and axis.dim == time.dim]
+        return found[0] if len(found) == 1 else None
+
+    # --- what is seen ---
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401  (any operation of torch)
+        types: Any,  # noqa: ANN401
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Do the operation, and follow its dimensions."""
+        kwargs = kwargs or {}
+        given = func(*args, **kwargs)
+        if self._count < _MOST:
+            with contextlib.suppress(Exception):  # what this does not understand is not known from here on
+                known = [(t, made) for t in _tensors((*args, *kwargs.values())) if (made := self._made(t)) is not None]
+                if known:
+                    self._count += 1
+                    self._follow(getattr(func, "__name__", ""), args, kwargs, known, list(_tensors(given)))
+        return given
+
+    def _made(self, tensor: Tensor) -> _Made | None:
+        ref, made = self._known.get(id(tensor), (None, None))
+        return made if ref is not None and ref() is tensor else None
+
+    def _follow(
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        known: Sequence[tuple[Tensor, _Made]],
+        given: Sequence[Tensor],
+    ) -> None:
+        entries = self._meet(name, known)
+        made: list[_Made] = [_Made({}, dict(entries)) for _ in given]
+        for tensor, its in known:
+            for number, labels in its.labels.items():
+                operation = Operation(name, args, kwargs, tensor, labels)
+                self._note(self._inputs[number], operation)
+                for result, mine in zip(given, made, strict=True):
+                    found = operation.labels(result)
+                    if found is not None and number not in mine.labels:
+                        mine.labels[number] = found
+                    if (entry := operation.taken(result)) is not None:
+                        mine.entries[number] = entry
+                    if (tail := operation.tail(result)) is not None:
+                        self._inputs[number].tails.add(tail.dim)
+        for result, mine in zip(given, made, strict=True):
+            if mine.labels or mine.entries:
+                self._known[id(result)] = weakref.ref(result), mine
+
+    def _meet(self, name: str, known: Sequence[tuple[Tensor, _Made]]) -> dict[int, tuple[Axis, int]]:
+        """Return the entry that what is made of these belongs to; where it meets those of others, take note."""
+        found: dict[int, tuple[Axis, int]] = {}
+        for _, made in known:
+            for number, (axis, place) in made.entries.items():
+                other = found.get(number)
+                if other is not None and other[0] == axis and other[1] != place and name not in _SIDE_BY_SIDE:
+                    self._inputs[number].linked.setdefault(axis, set()).add(max(place, other[1]))
+                if other is None or place > other[1]:
+                    found[number] = axis, place
+        return found
+
+    @staticmethod
+    def _note(evidence: _Evidence, operation: Operation) -> None:
+        """Take note of what an operation tells of the dimensions of an input."""
+        for dim, what in operation.ordered():
+            if (axis := axis_along(operation.given, dim)) is not None:
+                evidence.ordered.append((axis, what))
+        for dim in operation.rows():
+            if (axis := axis_along(operation.given, dim)) is not None:
+                evidence.rows.add(axis.dim)
+        evidence.windows |= operation.name == "unfold"
+
+
+def _one_of_each(votes: Sequence[tuple[Axis, str]]) -> list[tuple[Axis, str]]:
+    """Return one of the votes for each dimension."""
+    return sorted({axis.dim: (axis, what) for axis, what in reversed(votes)}.values(), key=lambda vote: vote[0].dim)
+
+
+def _finest(evidence: _Evidence, votes: Sequence[tuple[Axis, str]]) -> TimeAxis:
+    """Return what is time in a dimension along which order matters: of several clocks the finest.
+
+    Raises:
+        Contradiction: what lies along it may be timesteps with their features, or patches of timesteps.
+
+    """
+    axis, what = min(votes, key=lambda vote: (vote[0].step, vote[0].period is None))
+    if axis.period is not None and not evidence.windows:
+        return TimeAxis(axis.dim, axis.period, axis.step, what)
+    in_pieces = axis.step > 1 and not evidence.windows and len(evidence.shape) < 3
+    if in_pieces and not any(a is not axis and a.step == 1 for a, _ in votes):
+        raise Contradiction(
+            f"it is read in {axis.size} pieces of {axis.step}, and whether these are the features of a timestep or"
+            " several timesteps cannot be told; give the model an input with a dimension of time of its own"
+        )
+    return TimeAxis(axis.dim, why=what)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors that an operation takes or gives: it knows them alone, and in lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
