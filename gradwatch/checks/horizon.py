@@ -147,8 +147,8 @@ def _words(stats: SequenceStats, need: int, model: nn.Module, batch: Any, place:
         facts = recurrence_facts(model, *arguments(model, batch), place)
     module = named_modules(model)[place]
     known = not isinstance(module, nn.Embedding) and (place or is_recurrent(module))
-    if narrowed_before(stats):  # what enters the module reaches far
-        known, facts = False, ()
+    if narrowed_before(stats) is not None:
+        known = False
     return words_of_horizon(
         stats, need, facts, place=place if known else "", kind=recurrence_of(module) if known else None
     )

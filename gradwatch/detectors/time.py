@@ -172,7 +172,7 @@ def _met(found: Horizon, length: int, need: int | None, share: float) -> bool | 
 
 def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iterator[Finding]:
     """Say that nothing can be said."""
-    evidence, names = {"need": float(claim.need or 0)}, {}
+    evidence, names = {"need": float(claim.need or 0)}, {"who": "the model" if claim.part else claim.module}
     if seen:
         evidence["length"] = float(max(v.stats.length for v in seen))
         if not seen[-1].horizon.sure:
@@ -202,7 +202,7 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     """
     newest = probes[-1].sequences or ()
     whole = next((s for s in newest if s.part == "model"), None)
-    if whole is not None and narrowed_before(whole, history.thresholds.horizon_gain):
+    if whole is not None and narrowed_before(whole, history.thresholds.horizon_gain) is not None:
         return trunk(history.model)
     modules = [s.module for s in newest if s.part == "" and s.module]
     known = next((name for name in modules if history.is_open(code, name)), None)

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.sequences import Horizon, RecurrenceName, SequenceStats, reach_of, sentence, subject, whose
+from gradwatch.values.sequences import (
+    Horizon,
+    RecurrenceName,
+    SequenceStats,
+    narrowed_before,
+    reach_of,
+    sentence,
+    subject,
+    whose,
+)
 from gradwatch.values.snapshot import Fact, FactName
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
@@ -80,19 +89,13 @@ def too_short(
         known["decay_rate"] = found.decay_rate
     if found.half_life is not None:
         known["half_life"] = found.half_life
-    return Finding(
-        "GW301",
-        "vanishing-time",
-        severity,
-        place,
-        lag=found.timesteps,
-        evidence={**known, **worst(facts, place, FADES)},
-        names={
-            "who": subject(stats),
-            **({"of": whose(stats)} if stats.input else {}),
-            **({} if kind is None else {"kind": kind}),
-        },
-    )
+    names = {"who": subject(stats), **({"of": whose(stats)} if stats.input else {})}
+    if (before := narrowed_before(stats)) is not None:
+        names["entered"], known["reaches"] = before[0], float(before[1])
+    else:
+        known |= worst(facts, place, FADES)
+        names |= {} if kind is None else {"kind": kind}
+    return Finding("GW301", "vanishing-time", severity, place, lag=found.timesteps, evidence=known, names=names)
 
 
 def words_of_horizon(
@@ -218,7 +221,8 @@ def explain_over_batch(finding: Finding) -> Explanation:
 
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
-    who, need, length = finding.place or "the model", finding.evidence["need"], finding.evidence.get("length")
+    who = finding.names.get("who") or finding.place or "the model"
+    need, length = finding.evidence["need"], finding.evidence.get("length")
     if "low" in finding.evidence and length is not None:
         low, high = finding.evidence["low"], finding.evidence["high"]
         return Explanation(
@@ -236,8 +240,8 @@ def explain_unjudged(finding: Finding) -> Explanation:
     return Explanation(
         f"whether {who} learns from {need:.0f} timesteps is not measured: {finding.names['reason']}",
         "its gain by lag could not be taken",
-        "gradwatch.horizon(model, batch) measures one batch with all errors shown; name"
-        f" {finding.place or 'the sequence module'} in timesteps= if it is not found",
+        "gradwatch.horizon(model, batch) measures one batch with all errors shown; timesteps= says where time is, if"
+        " that is not found",
     )
 
 
@@ -262,6 +266,12 @@ def _fades_before(finding: Finding) -> bool:
 
 
 def _why_it_fades(finding: Finding) -> str:
+    if "entered" in finding.names:
+        entered, reaches = finding.names["entered"], finding.evidence["reaches"]
+        return (
+            f"what enters {entered} reaches {reaches:.0f} timesteps back, and what the model makes of its input before"
+            " that does not"
+        )
     why = _why_it_shrinks(finding.evidence) if _fades_before(finding) else ""
     return "; and ".join(part for part in (why, _cut(finding)) if part)
 
@@ -316,6 +326,11 @@ def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
 def _lengthen(finding: Finding) -> str:
     need = finding.evidence.get("need")
     timesteps = "the timesteps that matter" if need is None else f"{need:.0f} timesteps"
+    if "entered" in finding.names:
+        return (
+            f"look at what is made of the input before {finding.names['entered']}: does each timestep get values of its"
+            " own there, and not those of the newest"
+        )
     carry = f"carry the state of {finding.place or 'the recurrent module'} on without detach() for {timesteps}"
     if not _fades_before(finding):
         return f"{carry}, or feed it windows of that length"

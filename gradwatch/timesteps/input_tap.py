@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of, differentiable, tensors
@@ -202,6 +203,8 @@ class InputTap:
         notes = list(self.inputs.left_out)
         if not any(source.reached for source in sources):
             notes.append(f"the output does not depend on what enters {place or 'the model'}")
+        if output is None and isinstance(returned, Distribution):
+            notes.append("the model gives a distribution, of which the mean is meant")
         if self._named and self._module is None:
             names = ", ".join(self._names[key] for key in self._named)
             notes.append(f"none of the modules that timesteps names ran with gradients: {names}")

@@ -36,13 +36,18 @@ class RepeatableCall:
 
 
 class ModelCalls:
-    """Keeps calls that can be made again: of chosen modules, and the outermost that held the first sequence module."""
+    """Keeps calls that can be made again: of chosen modules, and the outermost that held the first sequence module.
+
+    Where no sequence module ran, the first outermost call.
+    """
 
     def __init__(self, attempts: Attempts) -> None:
         """Begin with none; `attempts` knows which calls an exception ended."""
         self._attempts, self._attempt = attempts, 0
         self.calls: dict[str, RepeatableCall] = {}
         """By name of the chosen module; "" for the outermost call."""
+        self._without: RepeatableCall | None = None
+        """The first outermost call in which no sequence module ran."""
         self._wanted: Mapping[int, str] = {}
         self._targets: frozenset[int] = frozenset()
         self._outer: Callable[[], nn.Module | None] = lambda: None
@@ -73,10 +78,16 @@ class ModelCalls:
             self._outer = lambda: None
             if self._held:
                 self.calls[""] = _repeatable(module, args, kwargs)
+            elif self._without is None:
+                self._without = _repeatable(module, args, kwargs)
+
+    def of(self, name: str) -> RepeatableCall | None:
+        """Return the call of a chosen module; of "" the outermost that held a sequence module, or else the first."""
+        return self.calls.get(name, self._without if not name else None)
 
     def forget(self) -> None:
         """Let go of the calls, and look on."""
-        self.calls = {}
+        self.calls, self._without = {}, None
         self._outer = lambda: None
 
     def clear(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of, leaves, parts
@@ -21,7 +22,8 @@ def chosen_of(
 ) -> Tensor | PackedSequence:
     """Choose the tensor whose horizon is asked.
 
-    By `output`, or else the first floating-point one, a scalar only where there is no other.
+    By `output`, or else the first floating-point one, a scalar only where there is no other; of a distribution that is
+    its mean.
 
     Args:
         returned: by the model.
@@ -127,10 +129,19 @@ def _time_in_output(chosen: Tensor, sequence: InputSequence, sizes: Iterable[tup
     return time_in(chosen.shape, {sequence.steps}, rows if call.batched else None, likely)
 
 
+def mean_of(distribution: Distribution) -> Tensor | None:
+    """Return the mean of a distribution, or where that depends on nothing its first parameter that does."""
+    known = [getattr(distribution, name, None) for name in ("mean", *distribution.arg_constraints)]
+    graph = (v for v in known if isinstance(v, Tensor) and v.requires_grad and bool(torch.isfinite(v.detach()).all()))
+    return next(graph, None)
+
+
 def _newest_of_lists(steps: int | None) -> Callable[[object], Iterable[Any]]:
     """Return what of a nested value counts: of a list with a tensor for each of so many timesteps, only the newest."""
 
     def within(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a model returns)
+        if isinstance(value, Distribution):
+            return [mean_of(value)]
         every = isinstance(value, list | tuple) and len(value) == steps
         if every and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
             return [value[-1]]

@@ -38,6 +38,7 @@ def _joined(stats: Sequence[SequenceStats], name: str, own: SequenceStats) -> li
             one = dataclasses.replace(  # noqa: PLW2901
                 one,
                 lag_gain=own.lag_gain,
+                lag_gain_error=own.lag_gain_error,
                 censored=own.censored,
                 rows=own.rows or one.rows,
                 length=one.length or own.length,
@@ -100,7 +101,7 @@ class Sequences:
         targets = self._recorder.owned(step.mine, step.others)
         found = traces(targets, self._generator, self._recorder.given)
         self._recorder.next_step(targets)
-        if not step.others:
+        if not step.others and self._calls is None:  # else the model's own pass says it, which knows its inputs too
             found += [Trace(name, notes=["the model has no module of this name"]) for name in self._recorder.missing()]
         need: Need = self._need
         if isinstance(need, Mapping):
@@ -134,7 +135,7 @@ class Sequences:
         return part
 
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
-        call = self._calls.calls.get(name) if self._calls is not None else None
+        call = self._calls.of(name) if self._calls is not None else None
         if call is None and self._compiled:
             return "torch.compile is in use, and compiled code calls no hooks"
         if call is None:

@@ -286,16 +286,20 @@ def differing(stats: SequenceStats, share: float = HORIZON_GAIN) -> list[tuple[S
     return sorted(apart, key=lambda pair: -pair[1].timesteps)
 
 
-def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> bool:
-    """Tell whether a model's horizon is short though what enters its sequence module reaches far: that is not why.
+def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> tuple[str, int] | None:
+    """Return the sequence module before which a model's horizon is narrowed, and how far what enters that reaches.
 
-    Both in timesteps of the model's input: of what enters the module there may be fewer.
+    So it is where that reaches more than twice as far as the model's input, both in timesteps of the latter: of what
+    enters the module there may be fewer. None where that is not so.
     """
     own = reach_of(stats, share)
-    entered = [(s, found) for s in stats.beside if s.module and (found := reach_of(s, share)) is not None]
-    return own is not None and any(
-        found.timesteps * stats.length > 2 * own.timesteps * max(s.length, 1) for s, found in entered
-    )
+    for one in stats.beside:
+        found = reach_of(one, share) if one.module else None
+        if own is not None and found is not None:
+            reaches = round(found.timesteps * stats.length / max(one.length, 1))
+            if reaches > 2 * own.timesteps:
+                return one.module, reaches
+    return None
 
 
 def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:
@@ -311,7 +315,8 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
             yield stats, f"{subject(stats)} runs over the batch: its timesteps are not those of the data"
         elif found is not None:
             yield stats, sentence(subject(stats), found, stats.length, whose(stats))
-            for one, reach in differing(stats, share):
+            shown = {s.module for s in whole if s.part == ""}  # these have a sentence of their own
+            for one, reach in ((o, r) for o, r in differing(stats, share) if not o.module or o.module not in shown):
                 who = f"{one.module}, from what enters it," if one.module else "the model"
                 yield one, sentence(who, reach, one.length, whose(one))
         elif stats.lag_gain is not None:
