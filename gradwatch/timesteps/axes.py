@@ -44,6 +44,7 @@ _SPECTRA = frozenset({"fft_rfft", "fft_fft", "rfft", "fft"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _LONGER = frozenset({"pad", "cat", "concat", "concatenate"})
 _ENTRIES = frozenset({"__getitem__", "select", "unbind"})
+_SLICES = frozenset({"__getitem__", "narrow", "split", "chunk", "tensor_split"})
 _LINEAR = frozenset({"linear", "matmul", "__matmul__", "bmm", "mm"})
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "norm", "logsumexp", "std", "var", "prod"})
 
@@ -155,8 +156,9 @@ class Operation:
     def _multiplied(self, result: Tensor) -> Labels | None:
         if self._first and result.dim() == self.tensor.dim():
             return (*self.given[:-1], (result.shape[-1],))
-        if not self._first and result.dim() == self.tensor.dim() > 1 and self.name != "linear":
-            return (*self.given[:-2], (result.shape[-2],), self.given[-1])
+        if not self._first and result.dim() >= self.tensor.dim() > 1 and self.name != "linear":
+            before = ((size,) for size in result.shape[: result.dim() - self.tensor.dim()])
+            return (*before, *self.given[:-2], (result.shape[-2],), self.given[-1])
         return None
 
     def _reduced(self, result: Tensor) -> Labels | None:
@@ -168,7 +170,7 @@ class Operation:
     def _viewed(self, result: Tensor) -> Labels:
         """Return the labels of a view: an entry's stride tells which dimension it comes from."""
         found: list[tuple[Axis | int, ...]] = []
-        same = result.dim() == self.tensor.dim() and result.stride() == self.tensor.stride()  # a slice
+        same = self.name in _SLICES and result.stride() == self.tensor.stride()
         for at, (size, stride) in enumerate(zip(result.shape, result.stride(), strict=True)):
             from_ = at if same else _source(self.tensor, size, stride)
             if from_ is None:

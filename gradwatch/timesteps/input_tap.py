@@ -17,7 +17,7 @@ from gradwatch.timesteps.kinds import is_recurrent, time_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.model_inputs import InputSeries, ModelInputs, in_order
 from gradwatch.timesteps.output import chosen_of, newest_of, over_batch
-from gradwatch.timesteps.time_axis import Axes
+from gradwatch.timesteps.time_axis import RECURRENT, Axes, Contradiction
 
 
 class InputTap:
@@ -127,7 +127,7 @@ class InputTap:
         if time is None or not -value.dim() <= time < value.dim() or value.dim() < 2:
             return
         rows = None if declared or value.dim() < 3 else 1 - time
-        what = "timesteps= names what goes" if declared else "a recurrent module goes"
+        what = "timesteps= names what goes" if declared else RECURRENT
         self.axes.note_sequence(value, time, what, declared=declared, rows=rows)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:  # noqa: ANN401
@@ -200,6 +200,8 @@ class InputTap:
             found = gains(self._roots, newest, reference.rows, sources, known)
         except RuntimeError as error:
             raise RuntimeError(_why_not(error, place)) from error
+        if self.inputs.left_out and not any(source.reached and source.input for source in sources):
+            raise Contradiction("; ".join(self.inputs.left_out))
         notes = list(self.inputs.left_out)
         if not any(source.reached for source in sources):
             notes.append(f"the output does not depend on what enters {place or 'the model'}")
@@ -251,7 +253,9 @@ class InputTap:
             if time is not None and isinstance(chosen, Tensor):
                 newest, lengths = newest_of(chosen, one.sequences[0], (), time)
                 return _real(newest), lengths, one.sequences[0]
-        references = [*entered[-1:], *(s.sequences[0] for s in longest)]
+        every = [*entered[-1:], *(s.sequences[0] for s in longest)]
+        # Of a few timesteps that are forecast, or that a decoder is given, all outputs are meant.
+        references = [r for r in every if 2 * r.steps >= max(e.steps for e in every)]
         for reference in references:
             newest, lengths = newest_of(chosen, reference, self.inputs.sizes)
             if newest is not chosen:

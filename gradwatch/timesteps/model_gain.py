@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -103,4 +104,5 @@ class ModelGain:
         felt = [at for at in among if effects[at] >= share**2 * max(effects[i] for i in among)]
         long = [at for at in felt if 2 * every[at].length >= max(every[i].length for i in felt)]
         targets = [at for at in felt if "target" in every[at].input]
-        return max(targets or long, key=lambda at: every[at].horizon or 0)
+        reach = {at: math.inf if every[at].censored else every[at].horizon or 0 for at in targets or long}
+        return max(reach, key=reach.__getitem__)

@@ -173,7 +173,7 @@ class ModelInputs:
         """
         found: list[tuple[InputSeries, bool]] = [(series, True) for series in self._lists()]
         wrong: list[str] = []
-        for one in self.every:
+        for one in sorted(self.every, key=lambda i: i.place is None):  # numbers before words
             try:
                 if (series := self._series_of(one, packed)) is not None:
                     sure = series.axis is None or bool(series.axis.why) or data_of(one.value).dim() > 2

@@ -19,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from gradwatch.timesteps.axes import Axis, Labels, Operation, axis_along
 
+RECURRENT = "a recurrent module goes"
+"""What is done along a dimension, in words, as others of its kind."""
+
 
 @dataclass(frozen=True)
 class TimeAxis:
@@ -50,6 +53,8 @@ class _Evidence:
     """Dimensions that something took for the batch."""
     linked: dict[Axis, set[int]] = field(default_factory=dict)
     """Axes of which single entries were taken, and where those lie that met what was made of an earlier one."""
+    features: dict[int, int] = field(default_factory=dict)
+    """By dimension along which a recurrent module goes, the one that it takes for features."""
     tails: set[int] = field(default_factory=set)
     """Dimensions of which only the last entries were taken."""
     windows: bool = False
@@ -65,6 +70,19 @@ class _Evidence:
             if len(places) + 1 >= max(_LOOP, min(axis.size / 2, _LONG))
         ]
         return self.declared or self.ordered or looped
+
+    def refuse_odd(self, votes: Sequence[tuple[Axis, str]]) -> None:
+        """Raise where all that is known is a recurrent module that takes few last entries for timesteps.
+
+        And the more numerous ones before them for features: it may go over the nodes of a graph, or over series.
+        """
+        last = len(self.shape) - 1
+        odd = self.features.get(last) == 1 and self.shape[1] > self.shape[last]
+        if odd and not self.declared and {what for _, what in votes} == {RECURRENT}:
+            raise Contradiction(
+                f"{RECURRENT} along its {self.shape[last]} last entries, with {self.shape[1]} features, and which of"
+                " these are the timesteps cannot be told"
+            )
 
 
 class _Made(NamedTuple):
@@ -118,6 +136,9 @@ class Axes(TorchFunctionMode):
                 (evidence.declared if declared else evidence.ordered).append((axis, what))
             if rows is not None and (row := axis_along(labels, rows)) is not None:
                 evidence.rows.add(row.dim)
+            features = axis_along(labels, -1)
+            if axis is not None and features is not None and not declared:
+                evidence.features[axis.dim] = features.dim
 
     def declare(self, number: int, time: int) -> None:
         """Take note of what the user says: which dimension of an input is time."""
@@ -143,19 +164,29 @@ class Axes(TorchFunctionMode):
             said = " and ".join(f"{what} along dimension {axis.dim}" for axis, what in _one_of_each(votes))
             raise Contradiction(f"which dimension of it is time cannot be told: {said}")
         if votes:
+            evidence.refuse_odd(votes)
             return _finest(evidence, votes)
         first = axis_along(evidence.given, 0)
         rows = evidence.rows or ({0} if first is None else {first.dim})
         candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in rows and size > 1]
-        if len(ends := evidence.tails & set(candidates)) == 1:
+        whole = {axis.dim for at in range(len(evidence.given)) if (axis := axis_along(evidence.given, at)) is not None}
+        if len(ends := evidence.tails & set(candidates) - whole) == 1:  # of what the output has too, nothing was taken
             return TimeAxis(ends.pop(), why="the last entries are taken")
         return TimeAxis(candidates[0] if candidates else min(1, len(evidence.shape) - 1))
 
     def time_in(self, tensor: Tensor, number: int, time: TimeAxis) -> int | None:
-        """Return the dimension of a tensor along which the timesteps of an input lie; None where none does."""
+        """Return the dimension of a tensor along which the timesteps of an input lie; None where none does.
+
+        Nor does one along which less than half of them lie: as many newest ones as steps are forecast, perhaps.
+        """
         labels = self.of(tensor).get(number, ())
         axes = [axis_along(labels, at) for at in range(len(labels))]
-        found = [at for at, axis in enumerate(axes) if axis is not None and axis.dim == time.dim]
+        most = time.period or self._inputs[number].shape[time.dim]
+        found = [
+            at
+            for at, axis in enumerate(axes)
+            if axis is not None and axis.dim == time.dim and 2 * axis.size * axis.step >= most
+        ]
         return found[0] if len(found) == 1 else None
 
     # --- what is seen ---

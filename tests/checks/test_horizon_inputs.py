@@ -218,6 +218,19 @@ def test_a_flat_window_of_pieces_may_hold_features_or_timesteps_and_has_no_numbe
         gradwatch.horizon(model, random(B, T * F))
 
 
+def test_a_recurrent_network_over_nodes_is_no_evidence_of_time():
+    """Graph networks of several series run over the series, with all of their timesteps as features."""
+    model = Net(
+        lambda n, x: n.head(x.transpose(1, 2)) + n.rnn(x.transpose(1, 2).contiguous())[0],
+        rnn=nn.GRU(T, 3, batch_first=True),
+        head=nn.Linear(T, 3),
+    )
+    with pytest.raises(ValueError, match="x: a recurrent module goes along its 4 last entries, with 60 features"):
+        gradwatch.horizon(model, random(B, T, F))
+    stats = gradwatch.horizon(model, random(B, T, F), timesteps={"": 1})
+    assert (stats.length, stats.horizon) == (T, T)
+
+
 def test_evidence_against_evidence_is_said_and_a_word_decides():
     model = Net(
         lambda n, x: n.conv(x)[..., -1] + n.rnn(x)[0][:, -1].mean(1, keepdim=True),
