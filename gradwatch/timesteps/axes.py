@@ -45,13 +45,25 @@ _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _LONGER = frozenset({"pad", "cat", "concat", "concatenate"})
 _ENTRIES = frozenset({"__getitem__", "select", "unbind"})
 _SLICES = frozenset({"__getitem__", "narrow", "split", "chunk", "tensor_split"})
+TELLING = (
+    _CONVOLUTIONS
+    | _POOLS
+    | _IN_ORDER
+    | _SPECTRA
+    | {
+        "multi_head_attention_forward",
+        "_pack_padded_sequence",
+        "unfold",
+    }
+)
+"""Operations that tell what the dimensions of an input are."""
 _LINEAR = frozenset({"linear", "matmul", "__matmul__", "bmm", "mm"})
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "min", "norm", "logsumexp", "std", "var", "prod"})
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Operation:
-    """An operation on a tensor whose dimensions are known."""
+    """An operation on a tensor whose dimensions are known; there is one for most of what a model computes."""
 
     name: str
     args: Sequence[Any]

@@ -12,14 +12,11 @@ from torch import Tensor
 from gradwatch.timesteps.input_calls import InputSequence, Root, Roots
 from gradwatch.timesteps.lag_gain import gain_and_error
 from gradwatch.timesteps.model_gain import InputGain
-from gradwatch.values.sequences import horizon_of
 
 _SEED = 0
 """Of the cotangents, so that two measurements agree."""
 COTANGENTS = 3
 """Directions that are taken, at most."""
-_WIDE = 0.25
-"""Width of the interval of a horizon, as a share of it, up to which one direction is enough; two steps always are."""
 
 
 @dataclass
@@ -60,16 +57,13 @@ class Source:
         if self.padding is None:
             self.padding = self.sequences[-1].padding(gradients)
 
-    def numbers(self, *, exact: bool) -> Tensor:
-        """Return what is known by now, as `InputGain` has it."""
+    def gain(self, *, exact: bool) -> InputGain:
+        """Return the gain by lag, as far as it is known by now."""
+        rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
         numbers = gain_and_error(self.found, exact=exact)
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
-        return torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
-
-    def gain(self, *, exact: bool) -> InputGain:
-        """Return the gain by lag."""
-        rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
-        return InputGain(self.module, self.input, self.time, self.assumed, rows, self.numbers(exact=exact))
+        numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
+        return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers)
 
 
 def gains(
@@ -96,6 +90,7 @@ def gains(
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     exact = width == 1  # then the row of the Jacobian is all there is
     private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
+    found: list[InputGain] = []
     for left in range(COTANGENTS)[::-1]:
         drawn = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
         cotangent = drawn.to(newest.device, newest.dtype) / math.sqrt(width)
@@ -103,15 +98,7 @@ def gains(
         with torch.no_grad():
             for source in sources:
                 source.take(gradients, lengths)
-            if exact or not left or all(_is_sure(source) for source in sources):
-                break
-    with torch.no_grad():
-        return [source.gain(exact=exact) for source in sources]
-
-
-def _is_sure(source: Source) -> bool:
-    """Tell whether one more direction would tell nothing new of a horizon."""
-    numbers = gain_and_error(source.found, exact=False).tolist()
-    steps = (len(numbers) - 1) // 2
-    found = horizon_of(numbers[1 : steps + 1], error=numbers[steps + 1 :])
-    return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)
+            found = [source.gain(exact=exact) for source in sources]
+        if exact or not left or all(gain.is_sure() for gain in found):
+            break
+    return found

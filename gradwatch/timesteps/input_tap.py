@@ -83,6 +83,12 @@ class InputTap:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note what enters a sequence module; an input without a graph is replaced by one that has one."""
+        with torch._C.DisableTorchFunction():  # what is done here is nothing that the model does
+            return self._before(module, args, kwargs)
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         recurrent = is_recurrent(module)
         if not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
             return None
@@ -134,6 +140,12 @@ class InputTap:
         """Note what an embedding gives."""
         if not isinstance(module, nn.Embedding) or not torch.is_grad_enabled() or not isinstance(output, Tensor):
             return None
+        with torch._C.DisableTorchFunction():  # as above
+            return self._after(module, args, kwargs, output)
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> Tensor | None:
         changed = self._with_graph(module, output)
         index = args[0] if args else kwargs.get("input")
         if not self._closed and isinstance(index, Tensor):
@@ -151,7 +163,9 @@ class InputTap:
         if graph or (self._closed and id(module) not in self._replaced):
             return value
         self._replaced.add(id(module))
-        return differentiable(value)
+        mine = differentiable(value)
+        self.axes.copied(data_of(value), data_of(mine))
+        return mine
 
     def _call(self, value: Tensor | PackedSequence, time: int | None, name: str) -> InputCall:
         try:

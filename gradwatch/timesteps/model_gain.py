@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,10 @@ from gradwatch.values.thresholds import HORIZON_GAIN
 Timesteps = Literal["auto"] | Mapping[str, int | None]
 """Sequence modules beside the recurrent ones, and inputs of the model: by name, the dimension of time; None where each
 call of a module is one timestep."""
+
+
+_WIDE = 0.25
+"""Width of the interval of a horizon, as a share of it, up to which one direction is enough; two steps always are."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class InputGain:
     numbers: Tensor
     """Float64: the spread of the input, what `padding_of` gives, and what `gain_and_error` does."""
     note: str | None = None
+
+    def is_sure(self) -> bool:
+        """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
+        found = reach_of(self.stats(self.numbers.tolist()[1:], HORIZON_GAIN))
+        return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)
 
     def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
         """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
@@ -104,5 +112,6 @@ class ModelGain:
         felt = [at for at in among if effects[at] >= share**2 * max(effects[i] for i in among)]
         long = [at for at in felt if 2 * every[at].length >= max(every[i].length for i in felt)]
         targets = [at for at in felt if "target" in every[at].input]
-        reach = {at: math.inf if every[at].censored else every[at].horizon or 0 for at in targets or long}
-        return max(reach, key=reach.__getitem__)
+        reach = {at: found for at in targets or long if (found := reach_of(every[at], share)) is not None}
+        lowest = max(found.low for found in reach.values())
+        return next(at for at, found in reach.items() if found.high >= lowest or found.censored)  # as far as is sure

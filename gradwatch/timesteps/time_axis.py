@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradwatch.timesteps.axes import Axis, Labels, Operation, axis_along
+from gradwatch.timesteps.axes import TELLING, Axis, Labels, Operation, axis_along
 
 RECURRENT = "a recurrent module goes"
 """What is done along a dimension, in words, as others of its kind."""
@@ -98,7 +98,7 @@ _LOOP, _LONG = 3, 16
 """Entries taken one by one along an axis, each meeting what was made of the one before, that make a loop through time:
 half of all, at least the first and at most the second number."""
 _SIDE_BY_SIDE = frozenset({"stack", "cat", "concat", "concatenate"})
-_MOST = 500
+_MOST = 300
 """Operations that are followed in one pass; what comes later is not known."""
 
 
@@ -120,6 +120,11 @@ class Axes(TorchFunctionMode):
         labels = tuple((Axis(dim, size),) for dim, size in enumerate(tensor.shape))
         self._known[id(tensor)] = weakref.ref(tensor), _Made({number: labels}, {})
         return number
+
+    def copied(self, tensor: Tensor, copy: Tensor) -> None:
+        """Take note that a copy stands for a tensor from here on."""
+        if (made := self._made(tensor)) is not None:
+            self._known[id(copy)] = weakref.ref(copy), made
 
     # --- what is asked ---
 
@@ -226,7 +231,8 @@ class Axes(TorchFunctionMode):
         for tensor, its in known:
             for number, labels in its.labels.items():
                 operation = Operation(name, args, kwargs, tensor, labels)
-                self._note(self._inputs[number], operation)
+                if name in TELLING:
+                    self._note(self._inputs[number], operation)
                 for result, mine in zip(given, made, strict=True):
                     found = operation.labels(result)
                     if found is not None and number not in mine.labels:
