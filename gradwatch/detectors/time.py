@@ -103,7 +103,11 @@ def _claims(history: History, probes: Sequence[Snapshot]) -> Iterator[_Claim]:
                 whole.why_unknown or "the horizon of the model itself was not measured",
             )
         else:
-            yield _Claim(whole.module, "model", place, whole.need, Severity.WARNING)
+            # Of a part of the model, which the loop calls in pieces, nothing can be said that holds for all of it.
+            reason = f"the loop calls the parts of the model one after the other, {whole.module} among them"
+            of_part = whole.module != ""
+            severity = Severity.INFO if of_part else Severity.WARNING
+            yield _Claim(whole.module, "model", place, whole.need, severity, reason if of_part else "")
     for s in newest:
         if s.part == "" and (s.need is not None or whole is None):
             yield _Claim(s.module, "", s.module, s.need, Severity.INFO if s.need is None else Severity.WARNING)

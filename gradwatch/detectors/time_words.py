@@ -360,7 +360,8 @@ def _cure(finding: Finding, need: float | None) -> str:
     elif finding.place:
         return f"in {finding.place}: a longer field of view (dilation, layers, a wider window), {around}"
     else:
-        return f"{around}; for an LSTM, {_gate_biases({}, '', need, bias)}"
+        view = "a longer field of view (dilation, layers, a wider window)"
+        return f"{view}, {around}; or an LSTM: {_gate_biases({}, '', need, bias)}"
     return f"{cure}; or {around}" if cure else around
 
 

@@ -193,7 +193,7 @@ class InputTap:
         self._closed = True
         entered = self._entered()
         steps = entered[-1].steps if entered and entered[-1].calls[0].layout.single else None
-        chosen = chosen_of(returned, output, steps)
+        chosen = chosen_of(returned, output, steps, self.inputs.storages)
         self.axes.note_output(data_of(chosen))
         series = self.inputs.series(_packed(entered), max((s.steps for s in entered), default=0))
         if not series and not entered:

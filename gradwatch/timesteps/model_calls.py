@@ -51,6 +51,8 @@ class ModelCalls:
         self._wanted: Mapping[int, str] = {}
         self._targets: frozenset[int] = frozenset()
         self._outer: Callable[[], nn.Module | None] = lambda: None
+        self._outermost: set[int] = set()
+        """Modules with parameters that were called outermost, by `id`."""
         self._held = False
 
     def arm(self, wanted: Mapping[int, str], targets: frozenset[int]) -> None:
@@ -76,6 +78,8 @@ class ModelCalls:
             self.calls[self._wanted[id(module)]] = _repeatable(module, args, kwargs)
         if self._outer() is module:
             self._outer = lambda: None
+            if next(module.parameters(), None) is not None:
+                self._outermost.add(id(module))
             if self._held:
                 self.calls[""] = _repeatable(module, args, kwargs)
             elif self._without is None:
@@ -85,9 +89,14 @@ class ModelCalls:
         """Return the call of a chosen module; of "" the outermost that held a sequence module, or else the first."""
         return self.calls.get(name, self._without if not name else None)
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the loop calls parts of the model one after the other, and never the model."""
+        return len(self._outermost) > 1
+
     def forget(self) -> None:
         """Let go of the calls, and look on."""
-        self.calls, self._without = {}, None
+        self.calls, self._without, self._outermost = {}, None, set()
         self._outer = lambda: None
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.arguments import is_called, labelled
-from gradwatch.model.nested import data_of, detached, differentiable
+from gradwatch.model.nested import data_of, detached, differentiable, storage_of
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Place, Roots
 from gradwatch.timesteps.time_axis import Axes, Contradiction, TimeAxis
 
@@ -99,6 +99,8 @@ class ModelInputs:
         """
         self._roots, self._axes, self._declared = roots, axes, declared
         self.every: list[ModelInput] = []
+        self.storages: set[int] = set()
+        """What they lie in, as `storage_of`."""
         self.left_out: list[str] = []
         """Why inputs are none of the series, where that is worth telling."""
 
@@ -125,6 +127,7 @@ class ModelInputs:
             data = data_of(copied)
             if data.layout is not torch.strided or data.is_nested or data.dim() < 1 + (copied is data):
                 continue
+            self.storages.add(storage_of(data))
             number = self._axes.add(data)
             place = self._roots.add(data) if data.requires_grad else None
             self.every.append(ModelInput(label, value, number, place))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
-from gradwatch.model.nested import data_of, leaves, parts
+from gradwatch.model.nested import data_of, leaves, parts, storage_of
 from gradwatch.timesteps.input_calls import InputSequence, packed_lengths
 from gradwatch.timesteps.layout import Layout
 
@@ -19,6 +19,7 @@ def chosen_of(
     returned: Any,  # noqa: ANN401  (whatever a model returns)
     output: Callable[[Any], Any] | None,
     steps: int | None,
+    given: Collection[int] = (),
 ) -> Tensor | PackedSequence:
     """Choose the tensor whose horizon is asked.
 
@@ -29,6 +30,7 @@ def chosen_of(
         returned: by the model.
         output: takes it and gives the tensor.
         steps: of a loop over timesteps; of a list with a tensor for each of them the newest counts.
+        given: what the inputs of the model lie in, as `storage_of`: one that it hands on beside others is not meant.
 
     Raises:
         ValueError: there is no such tensor, or it has no graph.
@@ -46,7 +48,8 @@ def chosen_of(
         raise ValueError(
             f"the model's output must hold a floating-point tensor that depends on its input, got {_shown(returned)}"
         )
-    return next((t for t in found if data_of(t).dim()), found[0])  # a loss beside predictions sums up all timesteps
+    made = [t for t in found if storage_of(data_of(t)) not in given] or found
+    return next((t for t in made if data_of(t).dim()), made[0])  # a loss beside predictions sums up all timesteps
 
 
 def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -> int | None:

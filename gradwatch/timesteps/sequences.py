@@ -109,6 +109,7 @@ class Sequences:
             need = {name: count for name, count in need.items() if name not in theirs}
         walked = {t.name for t in targets if t.recurrent}
         asked = [""] if isinstance(need, int) else [name for name in need or {} if name not in walked]
+        part_of = self._part(step.modules) if "" in asked else ""
         gains = [(name, self._gain(step.modules[""], name)) for name in asked]
         if self._calls is not None and not step.others:  # the next optimizer asks for the same
             self._calls.forget()
@@ -126,6 +127,7 @@ class Sequences:
                 facts += measured
             for name, own in horizons:
                 gain = SequenceStats("", "model", note=own) if isinstance(own, str) else own()
+                gain = dataclasses.replace(gain, module="" if name else part_of)
                 if name:
                     stats = _joined(stats, name, gain)
                 else:
@@ -133,6 +135,12 @@ class Sequences:
             return ProbeValues(sequences=tuple(_needed(stats, need)), facts=tuple(facts))
 
         return part
+
+    def _part(self, modules: Mapping[str, nn.Module]) -> str:
+        """Return the module whose horizon stands for the model's, where a loop calls its parts and never the model."""
+        call = self._calls.of("") if self._calls is not None and self._calls.in_pieces else None
+        module = call.module() if call is not None else None
+        return next((name for name, other in modules.items() if other is module), "")
 
     def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
         call = self._calls.of(name) if self._calls is not None else None
@@ -164,6 +172,7 @@ def _needed(stats: Sequence[SequenceStats], need: Need) -> Iterator[SequenceStat
         {("", "model"): need} if isinstance(need, int) else {(name, ""): count for name, count in (need or {}).items()}
     )
     for one in stats:
-        yield dataclasses.replace(one, need=needs.pop((one.module, one.part), None))
+        of = "" if one.part == "model" else one.module
+        yield dataclasses.replace(one, need=needs.pop((of, one.part), None))
     for (name, part), count in needs.items():
         yield SequenceStats(name, part, need=count, note="it was not seen in this step")

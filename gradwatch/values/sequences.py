@@ -225,7 +225,7 @@ def reach_of(stats: SequenceStats, share: float = HORIZON_GAIN) -> Horizon | Non
 
 def subject(stats: SequenceStats) -> str:
     """Name what was measured."""
-    return stats.module if stats.module and stats.part != "model" else "the model"
+    return stats.module or "the model"
 
 
 def sentence(who: str, found: Horizon, length: int, of: str = "") -> str:
@@ -317,7 +317,7 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
             yield stats, sentence(subject(stats), found, stats.length, whose(stats))
             shown = {s.module for s in whole if s.part == ""}  # these have a sentence of their own
             for one, reach in ((o, r) for o, r in differing(stats, share) if not o.module or o.module not in shown):
-                who = f"{one.module}, from what enters it," if one.module else "the model"
+                who = f"{one.module}, from what enters it," if one.module else subject(stats)
                 yield one, sentence(who, reach, one.length, whose(one))
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"

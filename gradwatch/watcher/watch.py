@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
+import re
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -62,7 +64,8 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
             every 50th.
         timesteps: gradients through time, at probes. "auto": of every nn.RNN, nn.LSTM, nn.GRU and of their cells. A
             mapping adds other modules, by name ("" is the model itself), each with the dimension of time of its input,
-            counted from 0; None where each call is one timestep (a cell of your own). False: none.
+            counted from 0; None where each call is one timestep (a cell of your own). A name of one of the model's
+            inputs says which dimension of it is time, for the model's own horizon. False: none.
         horizon: how many of the newest timesteps matter, to the model, or to modules by name. The model's own is then
             measured at probes by one more forward pass and one vector-Jacobian product, which change nothing, and
             judged.
@@ -143,9 +146,11 @@ def close_orphans() -> None:
 
 
 def _check_names(model: nn.Module, argument: str, names: object) -> None:
-    """Refuse modules that are not there."""
+    """Refuse modules that are not there; of `timesteps` also inputs of the model."""
     known = list(named_modules(model))
-    unknown = [name for name in names if name not in known] if isinstance(names, Mapping) else []
+    inputs = set(inspect.signature(model.forward).parameters) if argument == "timesteps" else set()
+    called = {name: re.split(r"[.\[]", name)[0] for name in names} if isinstance(names, Mapping) else {}
+    unknown = [name for name, first in called.items() if name not in known and first not in inputs]
     if unknown:
         some = ", ".join(map(repr, known[:20])) + ", ..." * (len(known) > 20)
         raise ValueError(f"{argument} must name modules of the model ({some}), got {', '.join(map(repr, unknown))}")

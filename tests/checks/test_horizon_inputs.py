@@ -415,6 +415,15 @@ def test_tensors_are_found_wherever_they_are_kept(make, label):
     assert not x.requires_grad
 
 
+def test_an_input_that_is_handed_on_is_not_the_output():
+    class Keeping(OfX):
+        def forward(self, batch):
+            return {**batch, "forecast": super().forward(batch)}
+
+    stats = gradwatch.horizon(Keeping(), ({"x": random(B, T, F)},))
+    assert (stats.input, stats.horizon) == ("batch['x']", 5)
+
+
 def test_a_list_of_tensors_has_one_for_each_timestep():
     model = Net(lambda n, x: newest_of_five(n, torch.stack(x, 1)), head=nn.Linear(5 * F, 1))
     stats = gradwatch.horizon(model, (list(random(B, T, F).unbind(1)),))

@@ -239,7 +239,7 @@ def test_the_error_without_facts_says_so_and_gives_a_remedy_all_the_same():
 
     assert "why: cause not measured" in text
     assert "try: in rnn: a longer field of view" in text
-    assert "for an LSTM, set the forget-gate bias to 5.3" in " ".join(
+    assert "or an LSTM: set the forget-gate bias to 5.3" in " ".join(
         error(SequenceStats("", "model", 250, lag_gain=gain(0.64, 250)), 200).split()
     )
     assert "set the update-gate bias of rnn to 5.3" in " ".join(error(RNN, 200, (), place="rnn", kind="GRU").split())

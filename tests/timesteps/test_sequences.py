@@ -230,3 +230,76 @@ def test_each_of_several_optimizers_is_told_of_the_modules_that_it_steps(apart):
         assert of(sequences, name).grad_input is not None
         assert of(sequences, name, "l0").grad_hidden is not None
         assert of(sequences, name).need == (5 if name == "second" else None)
+
+
+class Windows(nn.Module):
+    """Puts older values beside each timestep before its recurrent layer, and is trained by a function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.rnn, self.head = nn.Linear(4, 4), nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 1)
+
+    def predict(self, x):
+        x = self.into(x)
+        return self.head(self.rnn(x + x.roll(20, 1))[0][:, -1])
+
+    forward = predict
+
+
+def test_of_a_model_whose_parts_the_loop_calls_one_after_the_other_only_a_part_is_told_of():
+    model = Windows()
+    whole, watcher = train(model, 6, horizon=30)
+    assert of(whole, "", "model").horizon > 20
+    assert [(a.finding.code, a.severity) for a in watcher.report.open if a.finding.code == "GW301"] == []
+
+    watcher.close()
+    pieces, watcher = train(model, 6, forward=model.predict, horizon=30)
+    part = of(pieces, "rnn", "model")
+    assert (part.need, part.horizon < 20) == (30, True)
+    (alert,) = [a for a in watcher.report.open if a.finding.code == "GW301"]
+    assert alert.severity is gradwatch.Severity.INFO
+    assert alert.message.startswith("rnn learns from the last")
+    assert "the loop calls the parts of the model one after the other, rnn among them" in alert.message
+
+
+def test_a_module_that_did_not_run_takes_nothing_else_along():
+    class Spare(Readout):
+        def __init__(self) -> None:
+            super().__init__()
+            self.spare = nn.GRU(4, 4)
+            self.rnn = nn.Linear(4, 8)
+
+        def forward(self, x):
+            return self.head(self.rnn(x).cumsum(1)[:, -1])
+
+    sequences, _ = train(Spare(), horizon=30)
+    assert (of(sequences, "", "model").horizon, of(sequences, "spare").note) == (STEPS, "it did not run in this step")
+
+
+def test_the_need_is_judged_by_the_data_and_not_by_what_enters_the_recurrent_layer():
+    class Attending(Readout):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, dropout=0.0)
+
+        def forward(self, x):
+            return super().forward(self.layer(x))
+
+    sequences, watcher = train(Attending(), 6, horizon=30)
+    model = of(sequences, "", "model")
+    assert (model.input, model.time, model.censored) == ("x", 1, True)
+    assert [s.module for s in model.beside] == ["rnn"]
+    assert [a for a in watcher.report.open if a.finding.code == "GW301"] == []
+
+
+def test_time_of_an_input_may_be_said_to_a_watcher():
+    class Flipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(STEPS, 2)
+
+        def forward(self, x):
+            return self.head(x.transpose(1, 2))
+
+    sequences, _ = train(Flipped(), horizon=30, timesteps={"x": 2})
+    assert [(s.input, s.time, s.length) for s in sequences] == [("x", 2, 4)]
