@@ -19,6 +19,8 @@ from torch.nn.modules import module as home
 from gradwatch.model.nested import parts
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OWNERS = ("torch.", "transformers.")
+"""Packages whose hooks are a part of what a model computes."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,7 +77,8 @@ def once_more(model: nn.Module) -> Iterator[None]:
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Keep the hooks of the model's modules, and global ones, from running.
 
-    But for torch's own: weight_norm, spectral_norm and pruning compute in theirs.
+    But for those of `_OWNERS`: weight_norm, spectral_norm and pruning compute in theirs, and models of transformers
+    collect in theirs what they make a loss of.
     The tables are exchanged and not emptied, so that a hook that is removed meanwhile stays removed.
     """
     tables = [
@@ -87,19 +90,19 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     tables += [(vars(home), f"_global{name}", table) for name in _HOOKS if (table := getattr(home, f"_global{name}"))]
     try:
         for owner, name, table in tables:
-            owner[name] = OrderedDict((key, hook) for key, hook in table.items() if _of_torch(hook))
+            owner[name] = OrderedDict((key, hook) for key, hook in table.items() if _computes(hook))
         yield
     finally:
         for owner, name, table in tables:
             owner[name] = table
 
 
-def _of_torch(hook: Any) -> bool:  # noqa: ANN401  (any callable)
+def _computes(hook: Any) -> bool:  # noqa: ANN401  (any callable)
     while isinstance(hook, functools.partial):
         hook = hook.func
     # An object with __call__ may be of a class derived from torch's, as one's own way of pruning is.
     kinds = (hook, *type(hook).__mro__) if not isinstance(hook, nn.Module | types.MethodType) else (hook,)
-    return any(str(getattr(kind, "__module__", "")).startswith("torch.") for kind in kinds)
+    return any(str(getattr(kind, "__module__", "")).startswith(_OWNERS) for kind in kinds)
 
 
 class _TensorBackup(NamedTuple):

@@ -469,6 +469,28 @@ def test_a_watcher_of_the_same_model_sees_nothing_of_it():
     assert lengths <= {5}
 
 
+@pytest.mark.parametrize("package", ["transformers.utils.output_capturing", "my_own"])
+def test_what_a_model_of_transformers_collects_in_hooks_is_there(package):
+    """Its mixtures of experts make a loss of what a hook of the library has collected; other hooks are not called."""
+    collected = []
+
+    def collect(_module, _inputs, output):
+        collected.append(output)
+
+    collect.__module__ = package
+
+    class Balanced(Net):
+        def forward(self, x):
+            collected.clear()
+            y = super().forward(x)
+            return y + sum(out.mean() for out in collected)
+
+    model, x = Balanced().double(), torch.randn(4, 9, 3).double()
+    plain = gradwatch.horizon(model, x).lag_gain
+    model.head.register_forward_hook(collect)
+    assert (gradwatch.horizon(model, x).lag_gain != plain) == (package != "my_own")
+
+
 def test_no_hook_is_left_on_the_model_or_in_torch():
     def everywhere():
         return [
