@@ -15,8 +15,9 @@ LENGTH = 16
 IMAGE = 32
 
 
-def language(rows: int, length: int = LENGTH) -> Tensor:
+def language(rows: int, length: int | None = None) -> Tensor:
     """Return sentences (rows, length) of a language in which each word decides the next one, nine times out of ten."""
+    length = LENGTH if length is None else length
     words = VOCABULARY - SPECIAL
     sentence = torch.randint(words, (rows, length))
     keep = torch.rand(rows, length) < 0.9

@@ -29,7 +29,7 @@ SMALL: Mapping[str, Callable[[int], Any]] = {
     "encoder_ffn_dim": lambda width: 4 * width,
     "decoder_ffn_dim": lambda width: 4 * width,
     "vocab_size": lambda _: tasks.VOCABULARY,
-    "max_position_embeddings": lambda _: 64,
+    "max_position_embeddings": lambda _: max(64, tasks.LENGTH),
     "pad_token_id": lambda _: 0,
     "bos_token_id": lambda _: 1,
     "eos_token_id": lambda _: 2,

@@ -262,14 +262,15 @@ class InputTap:
         Where the output has no timesteps, all of it is meant.
         """
         longest = sorted(series, key=lambda s: s.steps, reverse=True)
+        # Of a few timesteps that are forecast, or that a decoder is given, all outputs are meant.
+        longest = [s for s in longest if 2 * s.steps >= longest[0].steps]
         for one in longest:
             time = self.axes.time_in(data_of(chosen), one.number, one.axis) if one.axis is not None else None
             if time is not None and isinstance(chosen, Tensor):
                 newest, lengths = newest_of(chosen, one.sequences[0], (), time)
                 return _real(newest), lengths, one.sequences[0]
-        every = [*entered[-1:], *(s.sequences[0] for s in longest)]
-        # Of a few timesteps that are forecast, or that a decoder is given, all outputs are meant.
-        references = [r for r in every if 2 * r.steps >= max(e.steps for e in every)]
+        references = [*entered[-1:], *(s.sequences[0] for s in longest)]
+        references = [r for r in references if 2 * r.steps >= max(e.steps for e in references)]
         for reference in references:
             newest, lengths = newest_of(chosen, reference, self.inputs.sizes)
             if newest is not chosen:

@@ -1,0 +1,127 @@
+"""How far back a network sees, by torch.autograd.grad alone: what the atlas holds gradwatch against. No gradwatch here.
+
+In float64, where the network can be cast, with eight random cotangents for each row; for each floating-point input that
+it was called with, dimension 1 is time, as all of these libraries have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DIRECTIONS = 8
+SHARE = 1e-3
+
+
+def horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """Return the horizon by each input of two or more dimensions on which the output depends.
+
+    The output is the first tensor that the network gives. Where it has as many timesteps as the longest input, or the
+    words, only the newest counts. Of whole numbers that is asked of what the network's own embedding of words gives.
+    """
+    try:
+        return _horizons(model.double(), args, kwargs, torch.float64)
+    except RuntimeError:  # kernels that know float32 alone
+        return _horizons(model.float(), args, kwargs, torch.float32)
+    finally:
+        model.float()
+
+
+def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    leaves: dict[str, Tensor] = {}
+    names = list(inspect.signature(model.forward).parameters)
+    mine = [_leaf(names[i], value, leaves, dtype) for i, value in enumerate(args)]
+    keywords = {name: _leaf(name, value, leaves, dtype) for name, value in kwargs.items()}
+    handle = _words(model, leaves) if "input_ids" in kwargs else None
+    state = torch.get_rng_state()
+    output = _first(model(*mine, **keywords))
+    torch.set_rng_state(state)
+    if handle is not None:
+        handle.remove()
+    longest = max(leaf.shape[1] for leaf in leaves.values())
+    newest = output[:, -1] if output.dim() > 2 and output.shape[1] == longest else output
+    draw = torch.Generator().manual_seed(1)
+    squares = {name: torch.zeros(leaf.shape[1], dtype=torch.float64) for name, leaf in leaves.items()}
+    for _ in range(DIRECTIONS):
+        direction = torch.randn(newest.shape, generator=draw, dtype=torch.float64).to(newest.dtype)
+        if newest.numel() == len(newest):  # of one number a row there is one direction
+            direction = torch.ones_like(newest)
+        found = torch.autograd.grad(newest, list(leaves.values()), direction, retain_graph=True, allow_unused=True)
+        for name, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                squares[name] += gradient.double().movedim(1, 0).flatten(1).square().sum(1)
+    return {name: _horizon(square.sqrt().flip(0)) for name, square in squares.items() if square.any()}
+
+
+def _horizon(gain: Tensor) -> int:
+    above = (gain >= SHARE * gain.max()).nonzero()
+    return int(above.max()) + 1
+
+
+def _leaf(name: str, value: Any, leaves: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """Copy a value, with leaves to differentiate by in place of its floating-point tensors."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value.clone()
+        leaf = value.detach().to(dtype).clone().requires_grad_()
+        if leaf.dim() > 1:
+            leaves[name] = leaf
+        return leaf.clone()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_leaf(f"{name}.{n}", p, leaves, dtype) for n, p in zip(value._fields, value, strict=True)))
+    if isinstance(value, list | tuple):
+        return type(value)(_leaf(f"{name}[{i}]", part, leaves, dtype) for i, part in enumerate(value))
+    made = copy.copy(value)
+    if isinstance(value, dict):
+        made.update({key: _leaf(f"{name}[{key!r}]", part, leaves, dtype) for key, part in value.items()})
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for each in dataclasses.fields(value):
+            if hasattr(value, each.name):
+                part = _leaf(f"{name}.{each.name}", getattr(value, each.name), leaves, dtype)
+                object.__setattr__(made, each.name, part)
+    return made
+
+
+def _words(model: Any, leaves: dict[str, Tensor]) -> Any:
+    """Take what the first call of the embedding of words gives as a leaf."""
+
+    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+        if "input_ids" in leaves:
+            return None
+        leaves["input_ids"] = output.detach().clone().requires_grad_()
+        return leaves["input_ids"].clone()
+
+    return model.get_input_embeddings().register_forward_hook(hook)
+
+
+def _first(value: Any) -> Tensor:
+    """Return the first tensor with a gradient and a dimension, of a distribution its mean."""
+    if isinstance(value, torch.distributions.Distribution):
+        return value.mean
+    found = list(_tensors(value))
+    if not found:
+        raise ValueError(f"no output with a gradient in {type(value).__name__}")
+    return found[0]
+
+
+def _tensors(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.requires_grad and value.dim():
+            yield value
+        return
+    names = [each.name for each in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
+    parts = (
+        list(value.values())
+        if isinstance(value, Mapping)
+        else value
+        if isinstance(value, list | tuple)
+        else [getattr(value, name, None) for name in names]
+    )
+    for part in parts:
+        yield from _tensors(part)
