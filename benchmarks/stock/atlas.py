@@ -47,6 +47,7 @@ class Row:
     """A model, what gradwatch says of it, and what is true."""
 
     library: str
+    version: str
     name: str
     input: str = ""
     length: int = 0
@@ -95,7 +96,7 @@ def row(library: str, stock: Stock) -> Row | None:
     else:
         return None
     model, args, kwargs = first.module.eval(), first.arguments, first.keywords
-    found = Row(library, stock.name)
+    found = Row(library, importlib.metadata.version(library), stock.name)
     exact: dict[str, int] = {}
     with contextlib.suppress(Exception):  # then there is nothing to hold it against
         exact = truth.horizons(model, args, kwargs)
@@ -119,7 +120,7 @@ def line(one: Row) -> str:
     low, high = one.interval or (0, 0)
     within = "" if low == high else f" ({low} to {high})"
     said = f"{one.horizon}{within}" if one.sure else f"{low} to {high}"
-    if low == one.length:
+    if high == one.length:
         said = f"at least {low}"
     true = "" if one.true is None else str(one.true) if one.right else f"**{one.true}**"
     return f"| {one.library} | {one.name} | {said} of {one.length} | {true} | `{one.input}` |"
@@ -129,8 +130,7 @@ def page(rows: list[Row]) -> str:
     """Return the atlas."""
     held = [r for r in rows if r.true is not None]
     right = sum(r.right for r in held)
-    names = sorted({r.library for r in rows})
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if _installed(name))
+    versions = ", ".join(sorted({f"{r.library} {r.version}" for r in rows}))
     says = (
         f"{len(rows)} stock models from their configurations, at width {WIDTH}, with their libraries' own"
         f" initialization and {TIMESTEPS} timesteps ({WORDS} words), before any training: `gradwatch.horizon` on the"
@@ -147,21 +147,23 @@ def page(rows: list[Row]) -> str:
             "",
             "`python -m benchmarks.stock.atlas` makes it again; its docstring says in which environments.",
             "",
+            "```python",
+            "import torch",
+            "",
+            "import gradwatch",
+            "",
+            "stats = gradwatch.horizon(torch.nn.GRU(4, 16, batch_first=True), torch.randn(8, 250, 4))",
+            "assert stats.interval[0] <= stats.horizon <= stats.interval[1] < 30",
+            "```",
+            "",
             "| library | model | learns from | true | by its input, or why not |",
             "| --- | --- | --- | --- | --- |",
             *map(line, rows),
             "",
-            *([versions, ""] if versions else []),
+            f"{versions}; torch {torch.__version__.partition('+')[0]}.",
+            "",
         ]
     )
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     names = list(inspect.signature(model.forward).parameters)
     mine = [_leaf(names[i], value, leaves, dtype) for i, value in enumerate(args)]
     keywords = {name: _leaf(name, value, leaves, dtype) for name, value in kwargs.items()}
-    handle = _words(model, leaves) if "input_ids" in kwargs else None
+    handle = _words(model, leaves, kwargs["input_ids"]) if "input_ids" in kwargs else None
     state = torch.get_rng_state()
     output = _first(model(*mine, **keywords))
     torch.set_rng_state(state)
@@ -88,14 +88,16 @@ def _leaf(name: str, value: Any, leaves: dict[str, Tensor], dtype: torch.dtype) 
     return made
 
 
-def _words(model: Any, leaves: dict[str, Tensor]) -> Any:
+def _words(model: Any, leaves: dict[str, Tensor], ids: Tensor) -> Any:
     """Take what the first call of the embedding of words gives as a leaf."""
 
-    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+    def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if "input_ids" in leaves:
             return None
-        leaves["input_ids"] = output.detach().clone().requires_grad_()
-        return leaves["input_ids"].clone()
+        turned = inputs[0].shape != ids.shape  # time comes first
+        leaves["input_ids"] = (output.transpose(0, 1) if turned else output).detach().clone().requires_grad_()
+        leaf = leaves["input_ids"].clone()
+        return leaf.transpose(0, 1) if turned else leaf
 
     return model.get_input_embeddings().register_forward_hook(hook)
 
