@@ -112,6 +112,12 @@ SHAPES = {
     "strides before an RNN": (lambda: conv_rnn(5, 5), (B, T, F), 1, False),
     "channels first": (lambda: Net(lambda n, x: n.conv(x)[..., -1], conv=nn.Conv1d(F, 8, 9)), (B, F, T), 2, False),
     "a normalized convolution": (lambda: Net(normalized, conv=nn.Conv1d(F, 8, 21)), (B, T, F), 1, False),
+    "a convolution over a single feature": (
+        lambda: Net(lambda n, x: n.conv(x.permute(0, 2, 1))[..., -1], conv=nn.Conv1d(1, 8, 9)),
+        (B, T, 1),
+        1,
+        False,
+    ),
     "a loop of one's own": (lambda: Net(cell, **own_cell()), (B, T, F), 1, False),
     "time first, by a loop": (
         lambda: Net(lambda n, x: cell(n, x.transpose(0, 1)), **own_cell()),
@@ -253,6 +259,32 @@ def test_what_was_assumed_is_said():
     model = Net(lambda n, x: n.head(x), head=nn.Linear(T, 3))
     (_, said), *_ = sentences((gradwatch.horizon(model, random(B, T)),))
     assert said.startswith("the model learns from at least 60 of 60 timesteps of x (time: dimension 1, assumed)")
+
+
+@pytest.mark.parametrize("tail", [True, False], ids=["the newest timesteps", "a decoder's own"])
+def test_of_a_forecast_of_a_few_timesteps_all_of_it_is_meant(tail):
+    """The oldest of them sees further back: it stands further back itself, or is made of the same state."""
+
+    class Forecaster(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.decoder, self.head = (
+                nn.GRU(F, 8, batch_first=True),
+                nn.GRU(2, 8, batch_first=True),
+                nn.Linear(8, 2),
+            )
+            self.double()
+
+        def forward(self, x, ahead):
+            states, last = self.rnn(x)
+            return self.head(states[:, -12:] if tail else self.decoder(ahead, last)[0])
+
+    torch.manual_seed(0)
+    model, x, ahead = Forecaster(), random(16, T, F), random(16, 12, 2)
+    stats = gradwatch.horizon(model, (x, ahead), input="x")
+    lies_in(exact(lambda x: model(x, ahead), x, 1), stats)
+    newest = gradwatch.horizon(model, (x, ahead), input="x", output=lambda y: y[:, -1])
+    assert stats.lag_gain[0] < 0.9 * newest.lag_gain[0] if tail else stats.lag_gain[0] > 10 * newest.lag_gain[0]
 
 
 # --- several inputs ---
