@@ -95,6 +95,8 @@ class InputTap:
         found = _input(module, args, kwargs)
         if not self._closed:
             self._note_axes(module, found)
+            for state in tensors(args[1] if len(args) > 1 else kwargs.get("hx")) if recurrent else ():
+                self.axes.note_state(state)
         if self._module is None and not self._closed:
             self._module = module
         if module is not self._module:

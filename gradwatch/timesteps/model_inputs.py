@@ -214,7 +214,9 @@ class ModelInputs:
                 return None
             call = InputCall.of(one.value, None, one.place)
             return InputSeries(one.label, None, [InputSequence([call])], one.number, None, spread_of(one.value))
-        if (one.place is None and not one.embedded) or one.value.dim() < 2 or self._is_listed(one):
+        if (one.place is None and not one.embedded) or one.value.dim() < 2:
+            return None
+        if self._is_listed(one) or self._axes.is_state(one.number):
             return None
         time = self._axes.time_of(one.number)
         sequences = [s for e in one.embedded if (s := self._embedded(one, e, time)) is not None]

@@ -57,6 +57,8 @@ class _Evidence:
     """By dimension along which a recurrent module goes, the one that it takes for features."""
     tails: set[int] = field(default_factory=set)
     """Dimensions of which only the last entries were taken."""
+    state: bool = False
+    """Whether a recurrent module took it for its initial state."""
     windows: bool = False
     """Whether windows that may overlap were cut out of it, as patches are."""
     given: Labels = ()
@@ -144,6 +146,17 @@ class Axes(TorchFunctionMode):
             features = axis_along(labels, -1)
             if axis is not None and features is not None and not declared:
                 evidence.features[axis.dim] = features.dim
+
+    def note_state(self, tensor: Tensor) -> None:
+        """Note that a tensor is the initial state of a recurrent module: an input that is that has no timesteps."""
+        for number, labels in self.of(tensor).items():
+            evidence = self._inputs[number]
+            left = {axis.dim for at in range(len(labels)) if (axis := axis_along(labels, at)) is not None}
+            evidence.state |= {dim for dim, size in enumerate(evidence.shape) if size > 1} <= left
+
+    def is_state(self, number: int) -> bool:
+        """Tell whether an input is such a state."""
+        return self._inputs[number].state
 
     def declare(self, number: int, time: int) -> None:
         """Take note of what the user says: which dimension of an input is time."""

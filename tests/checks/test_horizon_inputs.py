@@ -318,6 +318,26 @@ def test_the_first_input_is_not_the_series_because_it_comes_first(extra, options
     assert (stats.input, stats.horizon, stats.length) == ("y", 5, T)
 
 
+@pytest.mark.parametrize("loop", [False, True], ids=["a fused network", "cells"])
+def test_a_state_that_is_carried_on_is_no_series(loop):
+    class Carrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.GRUCell(F, F) if loop else nn.GRU(F, 32, batch_first=True)
+            self.double()
+
+        def forward(self, x, state):
+            if not loop:
+                return self.rnn(x, state)[0][:, -1]
+            for step in x.unbind(1):
+                state = self.rnn(step, state)
+            return state
+
+    state = random(B, F) if loop else random(1, B, 32)
+    stats = gradwatch.horizon(Carrying(), (random(B, 8, F), state))
+    assert (stats.input, stats.length, stats.beside) == ("x", 8, ())
+
+
 def test_a_mask_is_no_series():
     model = Net(lambda n, both: newest_of_five(n, both[0] * both[1]), head=nn.Linear(5 * F, 1))
     stats = gradwatch.horizon(model, ([torch.ones(B, T, 1).double(), random(B, T, F)],))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradwatch import History, LayerInfo, ModelInfo, ParameterInfo, Snapshot
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
-from gradwatch.values.sequences import Horizon, SequenceStats, horizon_of, slope
+from gradwatch.values.sequences import Horizon, SequenceStats, horizon_of, sentences, slope
 from gradwatch.values.thresholds import HORIZON_GAIN
 
 
@@ -213,3 +214,26 @@ def test_a_state_from_before_there_were_probes_is_read():
     again.load_state_dict(state)
 
     assert again.sequences() == []
+
+
+def test_a_horizon_whose_interval_reaches_the_end_is_censored_and_one_that_is_too_wide_is_not_sure():
+    gain = [0.7**lag for lag in range(20)]  # a thousandth of the maximum at lag 19.4
+    assert horizon_of([*gain, 0.0, 0.0]).censored is False
+    narrow = horizon_of([*gain, 0.0009, 0.0008], error=[0.3] * 22)
+    assert (narrow.timesteps, narrow.censored, narrow.low, narrow.high, narrow.sure) == (22, True, 19, 22, True)
+    wide = horizon_of([*gain, 0.0, 0.0], error=[5.0] * 22)
+    assert (wide.timesteps, wide.low, wide.high, wide.sure) == (20, 6, 20, False)
+
+
+def test_a_sentence_says_the_interval_and_where_time_is():
+    known = tuple(0.64**lag for lag in range(250))
+    stats = SequenceStats(
+        "", "model", 250, 8, lag_gain=known, lag_gain_error=(0.5,) * 250, input="past_target", time=2, time_assumed=True
+    )
+    (_, said), *_ = sentences((stats,))
+    assert said.startswith(
+        "the model learns from the last 16 (15 to 17) of 250 timesteps of past_target (time: dimension 2, assumed) (the"
+    )
+    unsure = dataclasses.replace(stats, lag_gain_error=(9.0,) * 250)
+    (_, said), *_ = sentences((unsure,))
+    assert said.startswith("the model learns from somewhere between the last 0 and the last 36 of 250 timesteps")
