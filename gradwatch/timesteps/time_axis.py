@@ -57,7 +57,7 @@ class _Evidence:
     """By dimension along which a recurrent module goes, the one that it takes for features."""
     tails: set[int] = field(default_factory=set)
     """Dimensions of which only the last entries were taken."""
-    state: bool = False
+    initial: bool = False
     """Whether a recurrent module took it for its initial state."""
     windows: bool = False
     """Whether windows that may overlap were cut out of it, as patches are."""
@@ -152,11 +152,11 @@ class Axes(TorchFunctionMode):
         for number, labels in self.of(tensor).items():
             evidence = self._inputs[number]
             left = {axis.dim for at in range(len(labels)) if (axis := axis_along(labels, at)) is not None}
-            evidence.state |= {dim for dim, size in enumerate(evidence.shape) if size > 1} <= left
+            evidence.initial |= {dim for dim, size in enumerate(evidence.shape) if size > 1} <= left
 
     def is_state(self, number: int) -> bool:
         """Tell whether an input is such a state."""
-        return self._inputs[number].state
+        return self._inputs[number].initial
 
     def declare(self, number: int, time: int) -> None:
         """Take note of what the user says: which dimension of an input is time."""
