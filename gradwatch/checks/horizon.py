@@ -12,7 +12,7 @@ from torch import nn
 from gradwatch.checks.batch import arguments
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.time_words import explain_padding, words_of_horizon
-from gradwatch.model.arguments import argument_name, is_called
+from gradwatch.model.arguments import is_called, positional_names
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
@@ -178,7 +178,7 @@ def _of_input(model: nn.Module, stats: SequenceStats, wanted: Input) -> Sequence
     if wanted is None:
         return stats
     every = [stats, *(s for s in stats.beside if s.input)]
-    name = argument_name(model, wanted) if isinstance(wanted, int) else wanted
+    name = positional_names(model, wanted + 1)[wanted] if isinstance(wanted, int) else wanted
     found = [s for s in every if is_called(s.input, name)]
     if len(found) != 1:
         known = ", ".join(repr(s.input) for s in every if s.input) or "none"

@@ -26,21 +26,21 @@ def labelled(
         kwargs: its keyword arguments.
 
     """
-    for i, value in enumerate(args):
-        yield from _labelled(argument_name(module, i), value)
+    for name, value in zip(positional_names(module, len(args)), args, strict=False):
+        yield from _labelled(name, value)
     for name, value in kwargs.items():
         yield from _labelled(name, value)
 
 
-def argument_name(module: nn.Module, number: int) -> str:
-    """Return how the `forward` of a module calls its positional argument of this number."""
+def positional_names(module: nn.Module, count: int) -> list[str]:
+    """Return how the `forward` of a module calls its positional arguments: all it declares, and at least `count`."""
     try:
         parameters = [*inspect.signature(module.forward).parameters.values()]
     except (TypeError, ValueError):  # it is not written in Python
         parameters = []
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-    return names[number] if number < len(names) else f"{rest}[{number - len(names)}]"
+    return [*names, *(f"{rest}[{i}]" for i in range(count - len(names)))]
 
 
 def _labelled(name: str, value: object) -> Iterator[tuple[str, Tensor | PackedSequence]]:

@@ -363,11 +363,15 @@ def by_lag(squares: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     steps, rows = squares.shape
     if lengths is None:
         return squares.sum(1).flip(0), squares.new_full((steps,), rows)
-    lag = lengths - 1 - torch.arange(steps, device=squares.device).unsqueeze(1)
-    there = (lag >= 0).to(squares.dtype)
-    lag = lag.clamp(min=0).flatten()
-    sums = squares.new_zeros(steps).index_add_(0, lag, (squares * there).flatten())
-    return sums, squares.new_zeros(steps).index_add_(0, lag, there.flatten())
+    lag, there = lags_of(squares, lengths)
+    sums = squares.new_zeros(steps).index_add_(0, lag.flatten(), (squares * there).flatten())
+    return sums, squares.new_zeros(steps).index_add_(0, lag.flatten(), there.flatten())
+
+
+def lags_of(squares: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lag of each entry of (T, R) from its row's own end, and 1 where the row has it, 0 beyond its end."""
+    lag = lengths - 1 - torch.arange(len(squares), device=squares.device).unsqueeze(1)
+    return lag.clamp(min=0), (lag >= 0).to(squares.dtype)
 
 
 def ends_of(lengths: Sequence[int], device: torch.device) -> dict[int, Tensor]:

@@ -230,6 +230,11 @@ def axis_along(labels: Labels, dim: int) -> Axis | None:
     return group[0] if len(group) == 1 and isinstance(group[0], Axis) else None
 
 
+def axes_of(labels: Labels) -> list[Axis | None]:
+    """Return the axis along each dimension, as `axis_along` does."""
+    return [axis_along(labels, dim) for dim in range(len(labels))]
+
+
 def _resized(group: tuple[Axis | int, ...], size: int, steps: int = 1) -> tuple[Axis | int, ...]:
     """Return what a dimension becomes of which only some entries are left, or to which some were added."""
     if len(group) == 1 and isinstance(group[0], Axis):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gradwatch.timesteps.adjoint import lags_of
+
 _GROUPS = 8
 """Into how many groups the rows go, at most, of which each is left out once."""
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
@@ -40,13 +42,10 @@ def gain_and_error(directions: Sequence[Sequence[tuple[Tensor, Tensor]]], *, exa
 
 def _by_lag(squares: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Lay (T, B) out by lag from each row's own end, (most, B); and tell which rows have that lag."""
-    steps = len(squares)
-    lag = lengths - 1 - torch.arange(steps, device=squares.device).unsqueeze(1)
-    there = (lag >= 0).to(squares.dtype)
-    lag = lag.clamp(min=0)
+    lag, there = lags_of(squares, lengths)
     laid = torch.zeros_like(squares).scatter_add_(0, lag, squares * there)
     has = torch.zeros_like(squares).scatter_add_(0, lag, there)
-    more = (0, 0, 0, most - steps)
+    more = (0, 0, 0, most - len(squares))
     return nn.functional.pad(laid, more), nn.functional.pad(has, more)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradwatch.model.forward_hooks import Transfer
 from gradwatch.timesteps.padding import told
-from gradwatch.values.sequences import SequenceStats, horizon_of, reach_of
+from gradwatch.values.sequences import SequenceStats, reach_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
 Timesteps = Literal["auto"] | Mapping[str, int | None]
@@ -38,7 +38,6 @@ class InputGain:
     rows: int
     numbers: Tensor
     """Float64: the spread of the input, what `padding_of` gives, and what `gain_and_error` does."""
-    note: str | None = None
 
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
@@ -50,22 +49,21 @@ class InputGain:
         (padding, data), length = told(numbers[:2]), int(numbers[2])
         steps = (len(numbers) - 3) // 2
         gain, error = tuple(numbers[3 : 3 + length]), tuple(numbers[3 + steps : 3 + steps + length])
-        found = horizon_of(gain, share, error)
-        return SequenceStats(
+        stats = SequenceStats(
             self.module,
             "model",
             length,
             self.rows,
             lag_gain=gain,
             lag_gain_error=error if any(error) else None,
-            censored=None if found is None else found.censored,
-            note=self.note,
             padding=padding,
             grad_data=data,
             input=self.input,
             time=self.time,
             time_assumed=self.assumed,
         )
+        found = reach_of(stats, share)
+        return stats if found is None else dataclasses.replace(stats, censored=found.censored)
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,8 @@ class ModelGain:
         reached = of_inputs or [at for at, effect in enumerate(effects) if effect != 0] or list(range(len(every)))
         unknown = next((at for at in reached if reach_of(every[at], share) is None), None)
         first = self._main(every, effects, reached, share) if unknown is None else unknown
-        note = "; ".join(filter(None, [every[first].note, self.note])) or None
         others = tuple(s for at, s in enumerate(every) if at != first and (not s.input or at in reached))
-        return dataclasses.replace(every[first], module="", note=note, beside=others)
+        return dataclasses.replace(every[first], module="", note=self.note, beside=others)
 
     @staticmethod
     def _main(every: Sequence[SequenceStats], effects: Sequence[float], among: Sequence[int], share: float) -> int:

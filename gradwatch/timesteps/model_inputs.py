@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -174,9 +174,14 @@ class ModelInputs:
             Contradiction: of none it can be told which dimension is time: what is done with it does not go together.
 
         """
-        found: list[tuple[InputSeries, bool]] = [(series, True) for series in self._lists()]
+        lists = self._lists()
+        found = [(self._series_of_list(label, those), True) for label, those in lists]
+        listed = {label for label, _ in lists}
         wrong: list[str] = []
         for one in sorted(self.every, key=lambda i: i.place is None):  # numbers before words
+            in_list = _IN_LIST.fullmatch(one.label)
+            if in_list is not None and isinstance(one.value, Tensor) and in_list[1] in listed:
+                continue
             try:
                 if (series := self._series_of(one, packed)) is not None:
                     sure = series.axis is None or bool(series.axis.why) or data_of(one.value).dim() > 2
@@ -192,21 +197,19 @@ class ModelInputs:
         self.left_out = wrong
         return several or chosen
 
-    def _lists(self) -> Iterator[InputSeries]:
-        """Yield lists of tensors of one shape, one for each timestep."""
+    def _lists(self) -> list[tuple[str, list[ModelInput]]]:
+        """Return lists of tensors of one shape, one for each timestep, with their names."""
         by_list: dict[tuple[str, torch.Size], list[ModelInput]] = {}
         for one in self.every:
             in_list = _IN_LIST.fullmatch(one.label)
             if in_list and one.place is not None and isinstance(one.value, Tensor) and one.value.dim() == 2:
                 by_list.setdefault((in_list[1], one.value.shape), []).append(one)
-        for (label, _), those in by_list.items():
-            if len(those) >= _LISTED:
-                calls = [InputCall.of(one.value, None, one.place) for one in those if one.place is not None]
-                yield InputSeries(label, None, [InputSequence(calls)], those[0].number, None, spread_of(those[0].value))
+        return [(label, those) for (label, _), those in by_list.items() if len(those) >= _LISTED]
 
-    def _is_listed(self, one: ModelInput) -> bool:
-        in_list = _IN_LIST.fullmatch(one.label)
-        return in_list is not None and any(in_list[1] == series.label for series in self._lists())
+    @staticmethod
+    def _series_of_list(label: str, those: Sequence[ModelInput]) -> InputSeries:
+        calls = [InputCall.of(one.value, None, one.place) for one in those if one.place is not None]
+        return InputSeries(label, None, [InputSequence(calls)], those[0].number, None, spread_of(those[0].value))
 
     def _series_of(self, one: ModelInput, packed: Tensor | None) -> InputSeries | None:
         if isinstance(one.value, PackedSequence):
@@ -214,9 +217,7 @@ class ModelInputs:
                 return None
             call = InputCall.of(one.value, None, one.place)
             return InputSeries(one.label, None, [InputSequence([call])], one.number, None, spread_of(one.value))
-        if (one.place is None and not one.embedded) or one.value.dim() < 2:
-            return None
-        if self._is_listed(one) or self._axes.is_state(one.number):
+        if (one.place is None and not one.embedded) or one.value.dim() < 2 or self._axes.is_state(one.number):
             return None
         time = self._axes.time_of(one.number)
         sequences = [s for e in one.embedded if (s := self._embedded(one, e, time)) is not None]

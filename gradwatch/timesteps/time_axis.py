@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradwatch.timesteps.axes import TELLING, Axis, Labels, Operation, axis_along
+from gradwatch.timesteps.axes import TELLING, Axis, Labels, Operation, axes_of, axis_along
 
 RECURRENT = "a recurrent module goes"
 """What is done along a dimension, in words, as others of its kind."""
@@ -151,7 +151,7 @@ class Axes(TorchFunctionMode):
         """Note that a tensor is the initial state of a recurrent module: an input that is that has no timesteps."""
         for number, labels in self.of(tensor).items():
             evidence = self._inputs[number]
-            left = {axis.dim for at in range(len(labels)) if (axis := axis_along(labels, at)) is not None}
+            left = {axis.dim for axis in axes_of(labels) if axis is not None}
             evidence.initial |= {dim for dim, size in enumerate(evidence.shape) if size > 1} <= left
 
     def is_state(self, number: int) -> bool:
@@ -187,7 +187,7 @@ class Axes(TorchFunctionMode):
         first = axis_along(evidence.given, 0)
         rows = evidence.rows or ({0} if first is None else {first.dim})
         candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in rows and size > 1]
-        whole = {axis.dim for at in range(len(evidence.given)) if (axis := axis_along(evidence.given, at)) is not None}
+        whole = {axis.dim for axis in axes_of(evidence.given) if axis is not None}
         if len(ends := evidence.tails & set(candidates) - whole) == 1:  # of what the output has too, nothing was taken
             return TimeAxis(ends.pop(), why="the last entries are taken")
         return TimeAxis(candidates[0] if candidates else min(1, len(evidence.shape) - 1))
@@ -197,8 +197,7 @@ class Axes(TorchFunctionMode):
 
         Nor does one along which less than half of them lie: as many newest ones as steps are forecast, perhaps.
         """
-        labels = self.of(tensor).get(number, ())
-        axes = [axis_along(labels, at) for at in range(len(labels))]
+        axes = axes_of(self.of(tensor).get(number, ()))
         most = time.period or self._inputs[number].shape[time.dim]
         found = [
             at

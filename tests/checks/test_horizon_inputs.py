@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from models import Model
 from torch import nn
 
 import gradwatch
@@ -42,18 +43,9 @@ def lies_in(horizon, stats):
     assert low <= horizon <= high, (horizon, stats.interval)
 
 
-class Net(nn.Module):
-    """Some layers, and what is done with them."""
-
-    def __init__(self, does, **layers):
-        super().__init__()
-        self.does = does
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.double().eval()
-
-    def forward(self, x):
-        return self.does(self, x)
+def built(does, **layers):
+    """Return some layers and what is done with them, in float64."""
+    return Model(does, **layers).double().eval()
 
 
 def cell(net, x):
@@ -99,7 +91,7 @@ def random(*shape):
 
 
 def conv_rnn(stride, kernel):
-    return Net(
+    return built(
         lambda n, x: n.rnn(n.conv(x.transpose(1, 2)).relu().transpose(1, 2))[0][:, -1],
         conv=nn.Conv1d(F, 8, kernel, stride),
         rnn=nn.RNN(8, 8, batch_first=True),
@@ -110,43 +102,43 @@ SHAPES = {
     "attention before an LSTM": (Encoder, (B, T, F), 1, False),
     "a convolution before an RNN": (lambda: conv_rnn(1, 21), (B, T, F), 1, False),
     "strides before an RNN": (lambda: conv_rnn(5, 5), (B, T, F), 1, False),
-    "channels first": (lambda: Net(lambda n, x: n.conv(x)[..., -1], conv=nn.Conv1d(F, 8, 9)), (B, F, T), 2, False),
-    "a normalized convolution": (lambda: Net(normalized, conv=nn.Conv1d(F, 8, 21)), (B, T, F), 1, False),
+    "channels first": (lambda: built(lambda n, x: n.conv(x)[..., -1], conv=nn.Conv1d(F, 8, 9)), (B, F, T), 2, False),
+    "a normalized convolution": (lambda: built(normalized, conv=nn.Conv1d(F, 8, 21)), (B, T, F), 1, False),
     "a convolution over a single feature": (
-        lambda: Net(lambda n, x: n.conv(x.permute(0, 2, 1))[..., -1], conv=nn.Conv1d(1, 8, 9)),
+        lambda: built(lambda n, x: n.conv(x.permute(0, 2, 1))[..., -1], conv=nn.Conv1d(1, 8, 9)),
         (B, T, 1),
         1,
         False,
     ),
-    "a loop of one's own": (lambda: Net(cell, **own_cell()), (B, T, F), 1, False),
+    "a loop of one's own": (lambda: built(cell, **own_cell()), (B, T, F), 1, False),
     "time first, by a loop": (
-        lambda: Net(lambda n, x: cell(n, x.transpose(0, 1)), **own_cell()),
+        lambda: built(lambda n, x: cell(n, x.transpose(0, 1)), **own_cell()),
         (T, B, F),
         0,
         False,
     ),
     "time first, by what is given": (
-        lambda: Net(lambda n, x: newest_of_five(n, x.transpose(0, 1)), head=nn.Linear(5 * F, 1)),
+        lambda: built(lambda n, x: newest_of_five(n, x.transpose(0, 1)), head=nn.Linear(5 * F, 1)),
         (T, B, F),
         0,
         False,
     ),
     "channels first, by what is taken": (
-        lambda: Net(lambda n, x: newest_of_five(n, x.transpose(1, 2)), head=nn.Linear(5 * F, 1)),
+        lambda: built(lambda n, x: newest_of_five(n, x.transpose(1, 2)), head=nn.Linear(5 * F, 1)),
         (B, F, T),
         2,
         False,
     ),
-    "rows and timesteps": (lambda: Net(lambda n, x: n.head(x[:, -7:]), head=nn.Linear(7, 2)), (B, T), 1, False),
-    "a linear window": (lambda: Net(lambda n, x: n.head(x), head=nn.Linear(T, 3)), (B, T), 1, True),
+    "rows and timesteps": (lambda: built(lambda n, x: n.head(x[:, -7:]), head=nn.Linear(7, 2)), (B, T), 1, False),
+    "a linear window": (lambda: built(lambda n, x: n.head(x), head=nn.Linear(T, 3)), (B, T), 1, True),
     "a linear map through time": (
-        lambda: Net(lambda n, x: n.head(x.transpose(1, 2)), head=nn.Linear(T, 3)),
+        lambda: built(lambda n, x: n.head(x.transpose(1, 2)), head=nn.Linear(T, 3)),
         (B, T, F),
         1,
         True,
     ),
     "one linear map for each feature": (
-        lambda: Net(
+        lambda: built(
             lambda n, x: torch.stack([layer(x[:, :, i]) for i, layer in enumerate(n.maps)], -1),
             maps=nn.ModuleList(nn.Linear(T, 3) for _ in range(F)),
         ),
@@ -155,25 +147,25 @@ SHAPES = {
         True,
     ),
     "patches": (
-        lambda: Net(patches, embed=nn.Linear(16, 8), rnn=nn.GRU(8, 8, batch_first=True)),
+        lambda: built(patches, embed=nn.Linear(16, 8), rnn=nn.GRU(8, 8, batch_first=True)),
         (B, T),
         1,
         False,
     ),
     "a film": (
-        lambda: Net(lambda n, x: newest_of_five(n, x.mean((3, 4))), head=nn.Linear(5 * F, 1)),
+        lambda: built(lambda n, x: newest_of_five(n, x.mean((3, 4))), head=nn.Linear(5 * F, 1)),
         (B, T, F, 3, 3),
         1,
         False,
     ),
     "a cumulative sum": (
-        lambda: Net(lambda n, x: n.into(x.cumsum(1))[:, -1], into=nn.Linear(F, 2)),
+        lambda: built(lambda n, x: n.into(x.cumsum(1))[:, -1], into=nn.Linear(F, 2)),
         (B, T, F),
         1,
         False,
     ),
     "packed inside of the model": (
-        lambda: Net(
+        lambda: built(
             lambda n, x: n.rnn(nn.utils.rnn.pack_padded_sequence(x, [T] * B, batch_first=True))[1][-1],
             rnn=nn.GRU(F, 8, batch_first=True),
         ),
@@ -182,7 +174,7 @@ SHAPES = {
         False,
     ),
     "layers before a recurrent network": (
-        lambda: Net(
+        lambda: built(
             lambda n, x: n.rnn(n.into(x.reshape(-1, F)).reshape(B, T, 8))[0][:, -1],
             into=nn.Linear(F, 8),
             rnn=nn.GRU(8, 8, batch_first=True),
@@ -209,9 +201,9 @@ def test_time_is_the_dimension_along_which_the_model_goes(name):
 def test_a_flat_window_has_the_timesteps_that_the_model_makes_of_it(steps_inside):
     torch.manual_seed(0)
     if steps_inside:
-        model = Net(lambda n, x: n.conv(x.reshape(len(x), F, T))[..., -1], conv=nn.Conv1d(F, 8, 9))
+        model = built(lambda n, x: n.conv(x.reshape(len(x), F, T))[..., -1], conv=nn.Conv1d(F, 8, 9))
     else:
-        model = Net(lambda n, x: cell(n, x.reshape(len(x), F, T).permute(0, 2, 1)), **own_cell())
+        model = built(lambda n, x: cell(n, x.reshape(len(x), F, T).permute(0, 2, 1)), **own_cell())
     x = random(B, F * T)
     stats = gradwatch.horizon(model, x)
     assert stats.length == T
@@ -219,14 +211,14 @@ def test_a_flat_window_has_the_timesteps_that_the_model_makes_of_it(steps_inside
 
 
 def test_a_flat_window_of_pieces_may_hold_features_or_timesteps_and_has_no_number():
-    model = Net(lambda n, x: n.rnn(x.reshape(len(x), T, F))[0][:, -1], rnn=nn.GRU(F, 8, batch_first=True))
+    model = built(lambda n, x: n.rnn(x.reshape(len(x), T, F))[0][:, -1], rnn=nn.GRU(F, 8, batch_first=True))
     with pytest.raises(ValueError, match=r"x: it is read in 60 pieces of 4, .* cannot be told"):
         gradwatch.horizon(model, random(B, T * F))
 
 
 def test_a_recurrent_network_over_nodes_is_no_evidence_of_time():
     """Graph networks of several series run over the series, with all of their timesteps as features."""
-    model = Net(
+    model = built(
         lambda n, x: n.head(x.transpose(1, 2)) + n.rnn(x.transpose(1, 2).contiguous())[0],
         rnn=nn.GRU(T, 3, batch_first=True),
         head=nn.Linear(T, 3),
@@ -238,7 +230,7 @@ def test_a_recurrent_network_over_nodes_is_no_evidence_of_time():
 
 
 def test_evidence_against_evidence_is_said_and_a_word_decides():
-    model = Net(
+    model = built(
         lambda n, x: n.conv(x)[..., -1] + n.rnn(x)[0][:, -1].mean(1, keepdim=True),
         conv=nn.Conv1d(F, 8, 9),
         rnn=nn.GRU(T, 3, batch_first=True),
@@ -256,7 +248,7 @@ def test_evidence_against_evidence_is_said_and_a_word_decides():
 def test_what_was_assumed_is_said():
     from gradwatch.values.sequences import sentences
 
-    model = Net(lambda n, x: n.head(x), head=nn.Linear(T, 3))
+    model = built(lambda n, x: n.head(x), head=nn.Linear(T, 3))
     (_, said), *_ = sentences((gradwatch.horizon(model, random(B, T)),))
     assert said.startswith("the model learns from at least 60 of 60 timesteps of x (time: dimension 1, assumed)")
 
@@ -339,7 +331,7 @@ def test_a_state_that_is_carried_on_is_no_series(loop):
 
 
 def test_a_mask_is_no_series():
-    model = Net(lambda n, both: newest_of_five(n, both[0] * both[1]), head=nn.Linear(5 * F, 1))
+    model = built(lambda n, both: newest_of_five(n, both[0] * both[1]), head=nn.Linear(5 * F, 1))
     stats = gradwatch.horizon(model, ([torch.ones(B, T, 1).double(), random(B, T, F)],))
     assert (stats.input, stats.horizon) == ("x[1]", 5)
     assert stats.beside == ()
@@ -477,7 +469,7 @@ def test_an_input_that_is_handed_on_is_not_the_output():
 
 
 def test_a_list_of_tensors_has_one_for_each_timestep():
-    model = Net(lambda n, x: newest_of_five(n, torch.stack(x, 1)), head=nn.Linear(5 * F, 1))
+    model = built(lambda n, x: newest_of_five(n, torch.stack(x, 1)), head=nn.Linear(5 * F, 1))
     stats = gradwatch.horizon(model, (list(random(B, T, F).unbind(1)),))
     assert (stats.input, stats.time, stats.horizon, stats.length) == ("x", None, 5, T)
 
@@ -534,7 +526,7 @@ def test_positions_that_are_looked_up_are_no_input():
 def test_the_interval_holds_the_exact_horizon(kind, rows):
     for seed in range(10):
         torch.manual_seed(seed)
-        model = Net(lambda n, x: n.rnn(x)[0][:, -1], rnn=kind(F, 32, batch_first=True))
+        model = built(lambda n, x: n.rnn(x)[0][:, -1], rnn=kind(F, 32, batch_first=True))
         x = torch.randn(rows, T, F).double()
         stats = gradwatch.horizon(model, x)
         lies_in(exact(model, x, 1), stats)
@@ -543,7 +535,7 @@ def test_the_interval_holds_the_exact_horizon(kind, rows):
 
 def test_of_a_single_number_there_is_nothing_to_draw():
     torch.manual_seed(0)
-    model = Net(lambda n, x: n.head(n.rnn(x)[0][:, -1]), rnn=nn.GRU(F, 16, batch_first=True), head=nn.Linear(16, 1))
+    model = built(lambda n, x: n.head(n.rnn(x)[0][:, -1]), rnn=nn.GRU(F, 16, batch_first=True), head=nn.Linear(16, 1))
     x = random(B, T, F)
     stats = gradwatch.horizon(model, x)
     assert stats.lag_gain_error is None
