@@ -57,6 +57,11 @@ class Roots:
             self._edges[key] = root, get_gradient_edge(root)
         return key, view
 
+    def value(self, key: Root) -> Tensor | None:
+        """Return such a tensor; None where it was edited since."""
+        tensor, _ = self._edges[key]
+        return tensor.detach() if tensor._version == key[1] else None
+
     def gradients(
         self, output: Tensor, cotangent: Tensor, keys: Sequence[Root], *, again: bool = False
     ) -> dict[Root, Tensor | None]:
@@ -91,6 +96,8 @@ class InputCall:
     same: Tensor | None = None
     """(T, B): whether it belongs to a run of equal timesteps at its row's end, as padding does; None where the call is
     one timestep, or packed."""
+    given: Tensor | None = None
+    """The input as the caller of the model gave it, whatever that edits; None where it is not his."""
     begins: bool = False
     """Whether it begins a sequence of its own, and does not go on with the state of the call before."""
 
@@ -129,11 +136,31 @@ class InputCall:
         """Return the sums over features of the squares of the input's gradient, (T, B)."""
         gradient = gradients[self.root]
         if gradient is None:
-            gradient = self.blank.new_zeros(self.shape, dtype=torch.float32)
-        elif self.view is not None:
-            offset = gradient.storage_offset() + self.view.offset
-            gradient = gradient.as_strided(self.view.shape, self.view.stride, offset)
-        return self.layout.every(gradient.reshape(self.shape))[0]
+            return torch.zeros_like(self.blank, dtype=torch.float64)
+        return self.layout.every(self._part(gradient))[0]
+
+    def value(self, roots: Roots) -> Tensor | None:
+        """Return the input as `Layout.laid` does; None where it was edited since."""
+        if self.given is not None:
+            value: Tensor | None = self.given
+        else:
+            whole = roots.value(self.root)
+            value = None if whole is None else self._part(whole)
+        return None if value is None else self.layout.laid(value).double()
+
+    def contributions(self, gradients: Mapping[Root, Tensor | None], deviation: Tensor) -> Tensor:
+        """Return the sums over features of the input's gradient times what `deviation` has for it, (T, B)."""
+        gradient = gradients[self.root]
+        if gradient is None:
+            return torch.zeros_like(self.blank, dtype=torch.float64)
+        return self.layout.placed((self.layout.laid(self._part(gradient)) * deviation).sum(-1))
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        """Return what the input is of what is differentiated by, or of its gradient."""
+        if self.view is not None:
+            offset = tensor.storage_offset() + self.view.offset
+            tensor = tensor.as_strided(self.view.shape, self.view.stride, offset)
+        return tensor.reshape(self.shape)
 
 
 @dataclass
@@ -173,6 +200,20 @@ class InputSequence:
         if same is None:
             return torch.zeros(2, dtype=torch.float64, device=self.calls[0].blank.device)
         return padding_of(same, self.calls[0].squares(gradients))
+
+    def contributions(self, gradients: Mapping[Root, Tensor | None], roots: Roots) -> Tensor | None:
+        """Return what each timestep adds to the output, to first order, (T, B).
+
+        That is the derivative times how far the input lies from its mean over all rows and timesteps. None where the
+        input was edited since.
+        """
+        values = [value for call in self.calls if (value := call.value(roots)) is not None]
+        if len(values) < len(self.calls):
+            return None
+        entries = sum(value[..., 0].numel() for value in values)
+        mean = torch.stack([value.flatten(0, -2).sum(0) for value in values]).sum(0) / max(entries, 1)
+        pairs = zip(self.calls, values, strict=True)
+        return _stacked([call.contributions(gradients, value - mean) for call, value in pairs])
 
     def squares(self, gradients: Mapping[Root, Tensor | None], lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the squared norms of the gradient, (T, B), and how long each row is, (B,).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.timesteps.input_calls import InputSequence, Root, Roots
-from gradwatch.timesteps.lag_gain import gain_and_error
+from gradwatch.timesteps.lag_gain import gain_and_error, gain_by_lag
 from gradwatch.timesteps.model_gain import InputGain
 
 _SEED = 0
@@ -37,6 +37,8 @@ class Source:
     """Standard deviation of its entries: by so much it usually differs."""
     found: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     """By direction, and by sequence: squared norms, (T, B), and lengths of rows, (B,)."""
+    used: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
+    """The same of what the timesteps add to the output; none where that is not known."""
     padding: Tensor | None = None
     reached: bool = False
     """Whether the output depends on it at all."""
@@ -46,13 +48,17 @@ class Source:
         """By what to differentiate."""
         return [call.root for sequence in self.sequences for call in sequence.calls]
 
-    def take(self, gradients: Mapping[Root, Tensor | None], lengths: Mapping[int, Tensor]) -> None:
+    def take(self, gradients: Mapping[Root, Tensor | None], roots: Roots, lengths: Mapping[int, Tensor]) -> None:
         """Take what one direction brought; `lengths` of the rows, by `id` of the sequence, where they are known."""
         mine = [s.squares(gradients, lengths.get(id(s))) for s in self.sequences]
+        added = [a for s in self.sequences if (a := s.contributions(gradients, roots)) is not None]
         if self.joined and len(mine) > 1:
             squares = torch.stack([s for s, _ in mine]).sum(0)
             mine = [(squares, torch.stack([n for _, n in mine]).amax(0))]
+            added = [torch.stack(added).sum(0)] if len(added) == len(self.sequences) else []
         self.found.append(mine)
+        if len(added) == len(mine):
+            self.used.append([(a.square(), lengths) for a, (_, lengths) in zip(added, mine, strict=True)])
         self.reached |= any(gradients[root] is not None for root in self.roots)
         if self.padding is None:
             self.padding = self.sequences[-1].padding(gradients)
@@ -61,6 +67,8 @@ class Source:
         """Return the gain by lag, as far as it is known by now."""
         rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
         numbers = gain_and_error(self.found, exact=exact)
+        used = gain_by_lag(self.used) if self.used else torch.full_like(numbers[: len(numbers) // 2], torch.nan)
+        numbers = torch.cat([numbers, used])
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
         numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
         return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers)
@@ -97,7 +105,7 @@ def gains(
         gradients = roots.gradients(newest, cotangent, keys, again=bool(left) and not exact)
         with torch.no_grad():
             for source in sources:
-                source.take(gradients, lengths)
+                source.take(gradients, roots, lengths)
             found = [source.gain(exact=exact) for source in sources]
         if exact or not left or all(gain.is_sure() for gain in found):
             break

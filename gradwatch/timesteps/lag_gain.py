@@ -30,14 +30,27 @@ def gain_and_error(directions: Sequence[Sequence[tuple[Tensor, Tensor]]], *, exa
         exact: whether the squares are those of the Jacobian itself, so that there is no error.
 
     """
-    device, most = directions[0][0][0].device, max(len(squares) for squares, _ in directions[0])
-    laid = [[_by_lag(squares.to(device), lengths.to(device), most) for squares, lengths in one] for one in directions]
-    squares = torch.stack([torch.cat([s for s, _ in one], 1) for one in laid])
-    there = torch.cat([t for _, t in laid[0]], 1)
-    longest = torch.stack([lengths.max().to(device) for _, lengths in directions[0]]).max().to(squares)
-    gain = (squares.mean(0).sum(1) / there.sum(1).clamp(min=1)).sqrt()
+    squares, there = _laid_out(directions)
+    longest = torch.stack([lengths.max().to(squares.device) for _, lengths in directions[0]]).max().to(squares)
+    gain = _root_mean(squares, there)
     error = torch.zeros_like(gain) if exact else torch.minimum(_spread(squares, there), _bound(squares))
     return torch.cat([longest.view(1), gain, error])
+
+
+def gain_by_lag(directions: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor:
+    """Return the gain of `gain_and_error` alone, (T,)."""
+    return _root_mean(*_laid_out(directions))
+
+
+def _root_mean(squares: Tensor, there: Tensor) -> Tensor:
+    return (squares.mean(0).sum(1) / there.sum(1).clamp(min=1)).sqrt()
+
+
+def _laid_out(directions: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """Lay out squares by lag from each row's own end, (K, T, B), and tell which rows have that lag, (T, B)."""
+    device, most = directions[0][0][0].device, max(len(squares) for squares, _ in directions[0])
+    laid = [[_by_lag(squares.to(device), lengths.to(device), most) for squares, lengths in one] for one in directions]
+    return torch.stack([torch.cat([s for s, _ in one], 1) for one in laid]), torch.cat([t for _, t in laid[0]], 1)
 
 
 def _by_lag(squares: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,14 @@ class Layout(Protocol):
         """Return the sums of squares over the features, (T, B), and the lengths of the rows, (B,); None: all T."""
         ...
 
+    def laid(self, tensor: Tensor) -> Tensor:
+        """Lay a tensor out as timesteps, rows and features, (T, B, features); packed ones as (all, features)."""
+        ...
+
+    def placed(self, values: Tensor) -> Tensor:
+        """Take what `laid` lays out without its features, as (T, B), zero beyond the ends of rows."""
+        ...
+
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""
         ...
@@ -122,15 +130,23 @@ class Padded:
 
     def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the sums of squares over the features of all rows, (T, B)."""
-        tensor = self._completed(tensor)
-        if self._batch is None:
-            return square(tensor.movedim(self._time, 0).flatten(1)).unsqueeze(1), None
-        # In pieces of time that stay in the cache once they are float64.
-        laid = tensor.movedim((self._time, self._batch), (0, 1)).flatten(2)
+        laid = self.laid(tensor)
         if not len(laid):
             return laid.new_zeros((0, laid.shape[1])), None
+        # In pieces of time that stay in the cache once they are float64.
         piece = max(2**16 // max(laid[0].numel(), 1), 1)
         return torch.cat([square(part) for part in torch.split(laid, piece)]), None
+
+    def laid(self, tensor: Tensor) -> Tensor:
+        """Lay a tensor out as timesteps, rows and features, (T, B, features)."""
+        tensor = self._completed(tensor)
+        if self._batch is None:
+            return tensor.movedim(self._time, 0).flatten(1).unsqueeze(1)
+        return tensor.movedim((self._time, self._batch), (0, 1)).flatten(2)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """Take what `laid` lays out without its features, as (T, B)."""
+        return values
 
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""
@@ -198,9 +214,17 @@ class Packed:
 
     def every(self, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the sums of squares over the features, (T, B), and the lengths of the rows, (B,)."""
-        found = torch.zeros((self.steps, len(self._every)), dtype=torch.float64, device=tensor.device)
-        found[self._time, self._row] = square(tensor.detach())
-        return found, self._every
+        return self.placed(square(tensor.detach())), self._every
+
+    def laid(self, tensor: Tensor) -> Tensor:
+        """Lay a tensor out as timesteps of any row and features, (all timesteps, features)."""
+        return tensor.detach().flatten(1)
+
+    def placed(self, values: Tensor) -> Tensor:
+        """Take what `laid` lays out without its features, as (T, B), zero beyond the ends of rows."""
+        found = torch.zeros((self.steps, len(self._every)), dtype=torch.float64, device=values.device)
+        found[self._time, self._row] = values
+        return found
 
     def inner(self, features: int) -> tuple[int, ...]:
         """Return the shape that torch's recurrent kernels lay out between two layers."""

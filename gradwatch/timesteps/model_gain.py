@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +38,8 @@ class InputGain:
     """Whether nothing tells that, and it was assumed."""
     rows: int
     numbers: Tensor
-    """Float64: the spread of the input, what `padding_of` gives, and what `gain_and_error` does."""
+    """Float64: the spread of the input, what `padding_of` gives, what `gain_and_error` does, and by lag what the
+    timesteps add to the output."""
 
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
@@ -47,8 +49,8 @@ class InputGain:
     def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
         """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
         (padding, data), length = told(numbers[:2]), int(numbers[2])
-        steps = (len(numbers) - 3) // 2
-        gain, error = tuple(numbers[3 : 3 + length]), tuple(numbers[3 + steps : 3 + steps + length])
+        steps = (len(numbers) - 3) // 3
+        gain, error, used = (tuple(numbers[at : at + length]) for at in (3, 3 + steps, 3 + 2 * steps))
         stats = SequenceStats(
             self.module,
             "model",
@@ -56,6 +58,7 @@ class InputGain:
             self.rows,
             lag_gain=gain,
             lag_gain_error=error if any(error) else None,
+            lag_use=used if all(map(math.isfinite, used)) else None,
             padding=padding,
             grad_data=data,
             input=self.input,

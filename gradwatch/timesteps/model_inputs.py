@@ -235,6 +235,7 @@ class ModelInputs:
             inner = (-1, time.period // time.step, time.step)
             value, dim = value.reshape(*value.shape[:dim], *inner, *value.shape[dim + 1 :]), dim + 1
         call = InputCall.of(value, dim, place)
+        call.given = value
         known = packed is not None and len(packed) == call.layout.count and int(packed.max()) <= call.layout.steps
         return InputSequence([call], packed if known else None)
 

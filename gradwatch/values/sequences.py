@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from gradwatch.values.thresholds import HORIZON_GAIN, INTERVAL
+from gradwatch.values.thresholds import HORIZON_GAIN, INTERVAL, USED
 
 RecurrenceName = Literal["LSTM", "GRU", "RNN"]
 """What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
@@ -74,6 +74,31 @@ def horizon_of(
     censored = high == length
     shown = length if censored else horizon
     return Horizon(shown, censored, None if law is None else math.exp(law), half_life, low, high)
+
+
+def used_of(lag_use: Sequence[float], share: float = USED) -> int | None:
+    """Return how many of the newest timesteps an output hangs on: all but older ones that next to nothing is due to.
+
+    It is the smallest n such that the squares of what the timesteps from lag n on add are at most `share` of all of
+    them: if the data at different lags are independent, that is their share of the output's variance, to first order.
+
+    Args:
+        lag_use: what the timestep at a lag adds to the output, from lag 0 back; any unit.
+        share: of the squares.
+
+    Returns:
+        None where nothing adds anything, or a number is not finite.
+
+    """
+    top = max(lag_use, default=0.0)
+    if not all(map(math.isfinite, lag_use)) or top <= 0:
+        return None
+    squares = [(use / top) ** 2 for use in lag_use]
+    left = share * math.fsum(squares)
+    used = len(squares)
+    while used and (left := left - squares[used - 1]) >= 0:
+        used -= 1
+    return used
 
 
 def _last(gains: Sequence[float], limit: float) -> int:
@@ -163,6 +188,10 @@ class SequenceStats:
     lag_gain_error: tuple[float, ...] | None = None
     """On part "model", half of a 95 % interval of the logarithm of `lag_gain` over its maximum, from the spread over
     rows and cotangents; None where it is exact, or not known."""
+    lag_use: tuple[float, ...] | None = None
+    """On part "model", root mean square over the rows of what the timestep at a lag adds to the newest output, to first
+    order: the derivative by it, along a random cotangent, times how far the input lies there from its mean. None where
+    it is not known."""
     input: str = ""
     """On part "model", the input of the model by which the newest output is differentiated, as Python spells the way to
     it from the arguments; "" is what enters a module."""
@@ -202,6 +231,11 @@ class SequenceStats:
     def horizon(self) -> int | None:
         """How many of the newest timesteps are within reach; `length` where the sequence ends first."""
         return None if (found := self.reach) is None else found.timesteps
+
+    @property
+    def used(self) -> int | None:
+        """How many of the newest timesteps the output hangs on as things are: see `used_of`."""
+        return None if self.lag_use is None else used_of(self.lag_use)
 
     @property
     def decay_rate(self) -> float | None:
@@ -314,15 +348,21 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
         if stats.over_batch:
             yield stats, f"{subject(stats)} runs over the batch: its timesteps are not those of the data"
         elif found is not None:
-            yield stats, sentence(subject(stats), found, stats.length, whose(stats))
+            yield stats, sentence(subject(stats), found, stats.length, whose(stats)) + _use(stats, found)
             shown = {s.module for s in whole if s.part == ""}  # these have a sentence of their own
             for one, reach in ((o, r) for o, r in differing(stats, share) if not o.module or o.module not in shown):
                 who = f"{one.module}, from what enters it," if one.module else subject(stats)
-                yield one, sentence(who, reach, one.length, whose(one))
+                yield one, sentence(who, reach, one.length, whose(one)) + _use(one, reach)
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"
         elif stats.note is not None:
             yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
+
+
+def _use(stats: SequenceStats, found: Horizon) -> str:
+    """Say how many timesteps are used of those within reach, where that is known and not the same."""
+    used = stats.used if stats.input else None
+    return "" if used is None or used >= found.timesteps else f"; it uses the last {used}"
 
 
 def _pace(found: Horizon) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 HORIZON_GAIN = 1e-3
 """Share of its maximum below which a lag gain counts as gone: 60 dB, where a gradient is lost beside the noise of the
 newest timesteps'."""
+USED = 0.05
+"""Share of the variance of an output, to first order, that may come from timesteps that do not count as used."""
 INTERVAL = 2
 """How many times its beginning the end of a horizon's interval may be: beyond that it is not measured."""
 

@@ -35,11 +35,11 @@ def write(folder, *reports):
     return events
 
 
-def through_time(events):
+def through_time(events, *more):
     return {
         t: events.Scalars(t)[0].value
         for t in events.Tags()["scalars"]
-        if t.startswith(("gradwatch_time", "gradwatch/horizon", "gradwatch/half_life"))
+        if t.startswith(("gradwatch_time", "gradwatch/horizon", "gradwatch/half_life", *more))
     }
 
 
@@ -262,3 +262,30 @@ def test_the_columns_of_the_picture_are_bounded():
         assert len(picture.columns.kept) <= 240
     assert picture.columns.steps[0] == 0
     assert picture.columns.steps[-1] > 2900
+
+
+def test_the_model_has_its_interval_its_other_inputs_and_what_it_uses(tmp_path):
+    known = SequenceStats("", "model", 64, lag_gain=gain(0.9, 64), input="known", time=1)
+    entered = SequenceStats("rnn", "model", 64, lag_gain=gain(0.9, 64))
+    whole = SequenceStats(
+        "",
+        "model",
+        64,
+        lag_gain=gain(0.5, 64),
+        lag_gain_error=(0.0,) + (math.log(4.0),) * 63,
+        lag_use=(0.0,) * 5 + (1.0,) + (0.0,) * 58,
+        input="target",
+        time=1,
+        beside=(known, entered),
+    )
+    found = through_time(write(tmp_path, report(whole)), "gradwatch/used")
+
+    timesteps = {tag.removeprefix("gradwatch/"): v for tag, v in found.items() if tag.startswith("gradwatch/")}
+    del timesteps["half_life/model"]
+    assert timesteps == {
+        "horizon/model": 10,
+        "horizon_low/model": 8,
+        "horizon_high/model": 12,
+        "horizon/model/known": 64,
+        "used/model": 6,
+    }

@@ -97,11 +97,7 @@ def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
 def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
     """Return the horizons, the gain over its maximum at a few lags, and the gradients there."""
     for name, stats in gains(snapshot).items():
-        reach = stats.reach
-        if reach is not None:
-            yield f"gradwatch/horizon/{name}", float(reach.timesteps)
-            if reach.half_life is not None:
-                yield f"gradwatch/half_life/{name}", reach.half_life
+        yield from _in_timesteps(name, stats)
         levels = gain_levels(stats)
         yield from ((f"gradwatch_time/{name}/lag_{lag:05d}", levels[lag]) for lag in _few(len(levels)))
     for stats in snapshot.sequences or ():
@@ -111,6 +107,23 @@ def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
             if series:
                 tag = f"gradwatch_time_grad/{_name(stats.module)}/{part or 'hidden'}"
                 yield from ((f"{tag}/lag_{lag:05d}", log10(series[-1 - lag])) for lag in _few(len(series)))
+
+
+def _in_timesteps(name: str, stats: SequenceStats) -> Iterator[tuple[str, float]]:
+    """Return how far back it learns, with the ends of the interval, and how much of that it uses."""
+    reach = stats.reach
+    if reach is not None:
+        yield f"gradwatch/horizon/{name}", float(reach.timesteps)
+        if reach.low < reach.high:
+            yield f"gradwatch/horizon_low/{name}", float(reach.low)
+            yield f"gradwatch/horizon_high/{name}", float(reach.high)
+        if reach.half_life is not None:
+            yield f"gradwatch/half_life/{name}", reach.half_life
+    if stats.used is not None:
+        yield f"gradwatch/used/{name}", float(stats.used)
+    for other in stats.beside:
+        if other.input and other.horizon is not None:
+            yield f"gradwatch/horizon/{name}/{tag_safe(other.input)}", float(other.horizon)
 
 
 def _few(length: int) -> Iterator[int]:
