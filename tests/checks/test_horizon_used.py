@@ -96,6 +96,47 @@ def test_rows_are_aligned_at_their_own_ends_where_they_are_packed():
     assert found.lag_use == pytest.approx([math.sqrt(sum(a) / len(a)) for a in lags], rel=1e-9)
 
 
+def test_a_packed_input_is_laid_out_as_its_rows_are():
+    net = Model(lambda net, x: net.out(net.rnn(x)[1][-1]), rnn=nn.GRU(F, 8, batch_first=True), out=nn.Linear(8, 1))
+    x = pack_padded_sequence(torch.randn(3, T, F), torch.tensor([T, 30, 7]), batch_first=True)
+    found = gradwatch.horizon(net.double(), x.to(torch.float64))
+
+    leaf = x.data.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x._replace(data=leaf)).sum(), leaf)
+    added = (gradient * (leaf - leaf.mean(0))).sum(1).square().tolist()
+    lags = [[] for _ in range(T)]
+    for row, length in enumerate((T, 30, 7)):
+        for t in range(length):
+            at = int(x.batch_sizes[:t].sum()) + row
+            lags[length - 1 - t].append(added[at])
+    assert found.lag_use == pytest.approx([math.sqrt(sum(a) / len(a)) for a in lags], rel=1e-6)
+
+
+def test_two_embeddings_of_one_input_add_up():
+    net = Model(
+        lambda net, ids: net.out(net.rnn(torch.cat([net.table(ids), net.other(ids)], -1))[0][:, -1]),
+        table=nn.Embedding(11, 3),
+        other=nn.Embedding(11, 2),
+        rnn=nn.GRU(5, 8, batch_first=True),
+        out=nn.Linear(8, 1),
+    ).double()
+    ids = torch.randint(0, 11, (B, T))
+    both = torch.cat([net.table(ids), net.other(ids)], -1)
+    truth = by_jacobian(lambda x: net.out(net.rnn(x)[0][:, -1]), both)
+    assert gradwatch.horizon(net, ids).lag_use == pytest.approx(truth.tolist(), rel=1e-9)
+
+
+def test_what_was_edited_since_is_not_known():
+    net = Model(
+        lambda net, ids: (net.table(ids).mul_(2) * net.w).sum((1, 2)),
+        table=nn.Embedding(11, 3),
+        w=nn.Parameter(torch.rand(T, 3)),
+    )
+    found = gradwatch.horizon(net, torch.randint(0, 11, (B, T)))
+    assert found.horizon == T
+    assert found.lag_use is found.used is None
+
+
 def test_tokens_add_what_their_embeddings_differ_by():
     net = Model(
         lambda net, ids: net.out(net.rnn(net.table(ids))[0][:, -1]),
