@@ -18,8 +18,9 @@ from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
 from gradwatch.timesteps.model_gain import Timesteps
 from gradwatch.timesteps.model_pass import model_gain, recurrence_facts
+from gradwatch.values.chain import limiting, narrowed_before
 from gradwatch.values.report import Explanation, GradientHealthError
-from gradwatch.values.sequences import SequenceStats, narrowed_before, sentence, whose
+from gradwatch.values.sequences import SequenceStats, sentence, whose
 from gradwatch.values.snapshot import Fact
 
 Input = str | int | tuple[str | int, ...] | None
@@ -142,16 +143,17 @@ def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
 
 def _words(stats: SequenceStats, need: int, model: nn.Module, batch: Any, place: str) -> Explanation:  # noqa: ANN401
     """Return why a horizon is too short, and what to do about it."""
+    if (narrowed := narrowed_before(stats)) is not None:
+        return words_of_horizon(stats, need, place=narrowed.before)
     facts: tuple[Fact, ...] = ()
     with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
         facts = recurrence_facts(model, *arguments(model, batch), place)
     module = named_modules(model)[place]
-    known = not isinstance(module, nn.Embedding) and (place or is_recurrent(module))
-    if narrowed_before(stats) is not None:
-        known = False
-    return words_of_horizon(
-        stats, need, facts, place=place if known else "", kind=recurrence_of(module) if known else None
-    )
+    if not is_recurrent(module):
+        return words_of_horizon(
+            stats, need, place=limiting(stats) or ("" if isinstance(module, nn.Embedding) else place)
+        )
+    return words_of_horizon(stats, need, facts, place=place, kind=recurrence_of(module))
 
 
 def _measured(

@@ -20,6 +20,7 @@ from gradwatch.detectors.time_words import (
     too_short,
     worst,
 )
+from gradwatch.values.chain import limiting, narrowed_before
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import trunk
 from gradwatch.values.report import Finding, Severity
@@ -27,7 +28,6 @@ from gradwatch.values.sequences import (
     Horizon,
     RecurrenceName,
     SequenceStats,
-    narrowed_before,
     reach_of,
     shortest,
     slope,
@@ -200,20 +200,25 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
 def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     """Return the place of what is found of the model as a whole.
 
-    It is the sequence module with the shortest horizon, or what holds most of the layers where there is none, or where
-    far more reaches that module than the model's input.
+    It is the recurrent module with the shortest horizon; where there is none, the module that most of the horizon comes
+    from; where far more reaches some module than the model's input, what is before that. Where none of these is known,
+    it is what holds most of the layers.
     One that an alert is open at stays the place, so that two modules of the same horizon do not take turns.
     """
     newest = probes[-1].sequences or ()
     whole = next((s for s in newest if s.part == "model"), None)
-    if whole is not None and narrowed_before(whole, history.thresholds.horizon_gain) is not None:
-        return trunk(history.model)
+    share = history.thresholds.horizon_gain
+    if whole is not None and (narrowed := narrowed_before(whole, share)) is not None:
+        return narrowed.before or trunk(history.model)
     modules = [s.module for s in newest if s.part == "" and s.module]
     known = next((name for name in modules if history.is_open(code, name)), None)
     if known is not None:
         return known
-    module = shortest(newest, history.thresholds.horizon_gain)
-    return module.module if module is not None else trunk(history.model)
+    module = shortest(newest, share)
+    if module is None or module.lag_gain is None:
+        known = limiting(whole, share) if whole is not None else None
+        return known or (module.module if module is not None else trunk(history.model))
+    return module.module
 
 
 def _kind(probes: Sequence[Snapshot], place: str) -> RecurrenceName | None:

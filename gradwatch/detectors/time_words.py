@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from gradwatch.values.chain import narrowed_before
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.sequences import (
     Horizon,
     RecurrenceName,
     SequenceStats,
-    narrowed_before,
     reach_of,
     sentence,
     subject,
@@ -91,7 +91,8 @@ def too_short(
         known["half_life"] = found.half_life
     names = {"who": subject(stats), **({"of": whose(stats)} if stats.input else {})}
     if (before := narrowed_before(stats)) is not None:
-        names["entered"], known["reaches"] = before[0], float(before[1])
+        names |= {"entered": before.entered, "before": before.before}
+        known["reaches"] = float(before.reaches)
     else:
         known |= worst(facts, place, FADES)
         names |= {} if kind is None else {"kind": kind}
@@ -268,10 +269,9 @@ def _fades_before(finding: Finding) -> bool:
 def _why_it_fades(finding: Finding) -> str:
     if "entered" in finding.names:
         entered, reaches = finding.names["entered"], finding.evidence["reaches"]
-        return (
-            f"what enters {entered} reaches {reaches:.0f} timesteps back, and what the model makes of its input before"
-            " that does not"
-        )
+        before = finding.names.get("before")
+        what = f"what enters {before}, before it," if before else "what the model makes of its input before that"
+        return f"what enters {entered} reaches {reaches:.0f} timesteps back, and {what} does not"
     why = _why_it_shrinks(finding.evidence) if _fades_before(finding) else ""
     return "; and ".join(part for part in (why, _cut(finding)) if part)
 
@@ -327,9 +327,11 @@ def _lengthen(finding: Finding) -> str:
     need = finding.evidence.get("need")
     timesteps = "the timesteps that matter" if need is None else f"{need:.0f} timesteps"
     if "entered" in finding.names:
+        before = finding.names.get("before")
+        where = f"from {before} on and before" if before else "before"
         return (
-            f"look at what is made of the input before {finding.names['entered']}: does each timestep get values of its"
-            " own there, and not those of the newest"
+            f"look at what is made of the input {where} {finding.names['entered']}: does each timestep get values of"
+            " its own there, and not those of the newest"
         )
     carry = f"carry the state of {finding.place or 'the recurrent module'} on without detach() for {timesteps}"
     if not _fades_before(finding):

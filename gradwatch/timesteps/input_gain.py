@@ -35,6 +35,11 @@ class Source:
     """Whether the sequences are of the same timesteps, as several embeddings of one input; else each is of its own."""
     spread: Tensor
     """Standard deviation of its entries: by so much it usually differs."""
+    on_the_way: frozenset[str] = frozenset()
+    """Of a place on the way of the data through the model, the inputs whose timesteps it has. It tells where on that
+    way a horizon is narrowed, and no more is asked of it."""
+    clock: int = 1
+    """Of such a place, timesteps of the input from one of its own to the next."""
     found: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     """By direction, and by sequence: squared norms, (T, B), and lengths of rows, (B,)."""
     used: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
@@ -51,13 +56,14 @@ class Source:
     def take(self, gradients: Mapping[Root, Tensor | None], roots: Roots, lengths: Mapping[int, Tensor]) -> None:
         """Take what one direction brought; `lengths` of the rows, by `id` of the sequence, where they are known."""
         mine = [s.squares(gradients, lengths.get(id(s))) for s in self.sequences]
-        added = [a for s in self.sequences if (a := s.contributions(gradients, roots)) is not None]
+        asked = self.sequences if self.input else []
+        added = [a for s in asked if (a := s.contributions(gradients, roots)) is not None]
         if self.joined and len(mine) > 1:
             squares = torch.stack([s for s, _ in mine]).sum(0)
             mine = [(squares, torch.stack([n for _, n in mine]).amax(0))]
             added = [torch.stack(added).sum(0)] if len(added) == len(self.sequences) else []
         self.found.append(mine)
-        if len(added) == len(mine):
+        if len(added) == len(mine) and self.input:
             self.used.append([(a.square(), lengths) for a, (_, lengths) in zip(added, mine, strict=True)])
         self.reached |= any(gradients[root] is not None for root in self.roots)
         if self.padding is None:
@@ -71,7 +77,8 @@ class Source:
         numbers = torch.cat([numbers, used])
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
         numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
-        return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers)
+        way = self.on_the_way
+        return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers, way, self.clock)
 
 
 def gains(
@@ -107,6 +114,6 @@ def gains(
             for source in sources:
                 source.take(gradients, roots, lengths)
             found = [source.gain(exact=exact) for source in sources]
-        if exact or not left or all(gain.is_sure() for gain in found):
+        if exact or not left or all(gain.on_the_way or gain.is_sure() for gain in found):
             break
     return found

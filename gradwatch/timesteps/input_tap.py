@@ -11,6 +11,7 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of, differentiable, tensors
+from gradwatch.timesteps.chain import Chain, may_mix
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Roots, packed_lengths
 from gradwatch.timesteps.input_gain import Source, gains
 from gradwatch.timesteps.kinds import is_recurrent, time_of
@@ -43,13 +44,14 @@ class InputTap:
             )
         of_inputs = {name: time for name, time in named.items() if name not in modules or not name}
         self.inputs = ModelInputs(self._roots, self.axes, {n: t for n, t in of_inputs.items() if t is not None})
+        self._chain = Chain(self._roots, self.axes)
         self._named = {id(modules[name]): time for name, time in named.items() if name not in of_inputs}
         self._unknown = [name for name, time in of_inputs.items() if time is None]
         self._names = {id(module): name for name, module in modules.items()}
         self.modules = [
             m
             for m in modules.values()
-            if (is_recurrent(m) or isinstance(m, nn.Embedding) or id(m) in self._named)
+            if (is_recurrent(m) or isinstance(m, nn.Embedding) or id(m) in self._named or may_mix(m))
             and not isinstance(m, torch.jit.ScriptModule)
         ]
         """Those to listen to."""
@@ -84,21 +86,22 @@ class InputTap:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Note what enters a sequence module; an input without a graph is replaced by one that has one."""
         with torch._C.DisableTorchFunction():  # what is done here is nothing that the model does
-            return self._before(module, args, kwargs)
+            return self._before(module, args, kwargs) if torch.is_grad_enabled() else None
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        recurrent = is_recurrent(module)
-        if not torch.is_grad_enabled() or not (recurrent or id(module) in self._named):
-            return None
         found = _input(module, args, kwargs)
+        if found is not None and not self._closed and may_mix(module):
+            self._chain.entered(module, self._names[id(module)], found[1])
+        recurrent = is_recurrent(module)
+        if not (recurrent or id(module) in self._named):
+            return None
         if not self._closed:
             self._note_axes(module, found)
-            for state in tensors(args[1] if len(args) > 1 else kwargs.get("hx")) if recurrent else ():
-                self.axes.note_state(state)
-        if self._module is None and not self._closed:
-            self._module = module
+            if recurrent:
+                self._note_states(args, kwargs)
+            self._module = module if self._module is None else self._module
         if module is not self._module:
             return None
         if found is None:
@@ -107,24 +110,34 @@ class InputTap:
             return None
         key, value = found
         changed = self._with_graph(module, value)
-        time = self._named.get(id(module))
-        several = recurrent or (time is None)
-        if not self._closed and (several or not self._calls):
-            call = self._call(
-                changed, time_of(module, data_of(value).dim()) if recurrent else time, self._names[id(module)]
-            )
-            call.begins = (
-                bool(self._calls)
-                and not call.layout.single
-                and (call.packed is not None or (call.layout.steps > 1 and _anew(args, kwargs)))
-            )
-            self._calls.append(call)
+        if not self._closed:
+            self._note_call(module, changed, args, kwargs)
         if changed is value:
             return None
         return (
             tuple(changed if i == key else a for i, a in enumerate(args)),
             {k: changed if k == key else a for k, a in kwargs.items()},
         )
+
+    def _note_call(
+        self, module: nn.Module, value: Tensor | PackedSequence, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Note a call of the first sequence module."""
+        recurrent, time = is_recurrent(module), self._named.get(id(module))
+        if self._calls and not recurrent and time is not None:
+            return
+        time = time_of(module, data_of(value).dim()) if recurrent else time
+        call = self._call(value, time, self._names[id(module)])
+        call.begins = (
+            bool(self._calls)
+            and not call.layout.single
+            and (call.packed is not None or (call.layout.steps > 1 and _anew(args, kwargs)))
+        )
+        self._calls.append(call)
+
+    def _note_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for state in tensors(args[1] if len(args) > 1 else kwargs.get("hx")):
+            self.axes.note_state(state)
 
     def _note_axes(self, module: nn.Module, found: tuple[int | str, Tensor | PackedSequence] | None) -> None:
         """Note along which dimension of its input a sequence module goes."""
@@ -211,6 +224,7 @@ class InputTap:
         if entered and not _are_inputs(entered, series):
             one = torch.ones((), device="cpu")
             sources.append(Source(place, "", None, assumed=False, sequences=entered, joined=False, spread=one))
+        sources += self._chain.sources(series)
         known = {} if lengths is None else {id(reference): lengths}
         try:
             found = gains(self._roots, newest, reference.rows, sources, known)

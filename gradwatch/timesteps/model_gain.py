@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradwatch.model.forward_hooks import Transfer
 from gradwatch.timesteps.padding import told
+from gradwatch.values.chain import mixing
 from gradwatch.values.sequences import SequenceStats, reach_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
@@ -40,6 +41,9 @@ class InputGain:
     numbers: Tensor
     """Float64: the spread of the input, what `padding_of` gives, what `gain_and_error` does, and by lag what the
     timesteps add to the output."""
+    on_the_way: frozenset[str] = frozenset()
+    clock: int = 1
+    """See `Source` for both."""
 
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
@@ -64,6 +68,7 @@ class InputGain:
             input=self.input,
             time=self.time,
             time_assumed=self.assumed,
+            clock=self.clock,
         )
         found = reach_of(stats, share)
         return stats if found is None else dataclasses.replace(stats, censored=found.censored)
@@ -92,15 +97,19 @@ class ModelGain:
         return self._stats([gain.numbers.tolist() for gain in self.gains], share)
 
     def _stats(self, numbers: Sequence[Sequence[float]], share: float) -> SequenceStats:
-        every = [gain.stats(its[1:], share) for gain, its in zip(self.gains, numbers, strict=True)]
-        effects = [its[0] * max(s.lag_gain or (0.0,)) for s, its in zip(every, numbers, strict=True)]
+        pairs = list(zip(self.gains, numbers, strict=True))
+        asked = [(gain.stats(its[1:], share), its[0]) for gain, its in pairs if not gain.on_the_way]
+        every = [s for s, _ in asked]
+        effects = [spread * max(s.lag_gain or (0.0,)) for s, spread in asked]
         of_inputs = [at for at, s in enumerate(every) if s.input and effects[at] != 0]
         # Where no gradient comes to what the model was given, what enters the module counts.
         reached = of_inputs or [at for at, effect in enumerate(effects) if effect != 0] or list(range(len(every)))
         unknown = next((at for at in reached if reach_of(every[at], share) is None), None)
         first = self._main(every, effects, reached, share) if unknown is None else unknown
         others = tuple(s for at, s in enumerate(every) if at != first and (not s.input or at in reached))
-        return dataclasses.replace(every[first], module="", note=self.note, beside=others)
+        label = every[first].input
+        chain = mixing([g.stats(its[1:], share) for g, its in pairs if label in g.on_the_way], share)
+        return dataclasses.replace(every[first], module="", note=self.note, beside=others, chain=chain)
 
     @staticmethod
     def _main(every: Sequence[SequenceStats], effects: Sequence[float], among: Sequence[int], share: float) -> int:

@@ -201,6 +201,11 @@ class SequenceStats:
     """Whether nothing that the model does tells which dimension is time, so that it was assumed."""
     beside: tuple[SequenceStats, ...] = ()
     """On part "model", the same of the model's other inputs, and of what enters its first sequence module."""
+    clock: int = 1
+    """Of a place in `chain`: timesteps of the input from one of its own to the next, as behind a stride."""
+    chain: tuple[SequenceStats, ...] = ()
+    """On part "model", the same of what enters each module on the way of the input that mixes timesteps, in the order
+    of the forward pass: at which of them the horizon changes."""
 
     @property
     def reads_padding(self) -> bool:
@@ -318,22 +323,6 @@ def differing(stats: SequenceStats, share: float = HORIZON_GAIN) -> list[tuple[S
         )
     ]
     return sorted(apart, key=lambda pair: -pair[1].timesteps)
-
-
-def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> tuple[str, int] | None:
-    """Return the sequence module before which a model's horizon is narrowed, and how far what enters that reaches.
-
-    So it is where that reaches more than twice as far as the model's input, both in timesteps of the latter: of what
-    enters the module there may be fewer. None where that is not so.
-    """
-    own = reach_of(stats, share)
-    for one in stats.beside:
-        found = reach_of(one, share) if one.module else None
-        if own is not None and found is not None:
-            reaches = round(found.timesteps * stats.length / max(one.length, 1))
-            if reaches > 2 * own.timesteps:
-                return one.module, reaches
-    return None
 
 
 def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -> Iterator[tuple[SequenceStats, str]]:

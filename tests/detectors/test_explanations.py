@@ -96,7 +96,7 @@ class World:
 
     def row(self, arguments, name):
         inner = arguments[0]
-        if name == "beside":  # of its own kind: one step deep
+        if name in ("beside", "chain"):  # of its own kind: one step deep
             if self.inside:
                 return ()
             self.inside = True

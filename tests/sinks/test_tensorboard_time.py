@@ -289,3 +289,34 @@ def test_the_model_has_its_interval_its_other_inputs_and_what_it_uses(tmp_path):
         "horizon/model/known": 64,
         "used/model": 6,
     }
+
+
+def on_its_way(length=100):
+    """Return a model whose recurrent module sees 10 timesteps, and whose convolution adds 20."""
+    (rnn, conv) = (
+        SequenceStats(n, "model", length, lag_gain=(1.0,) * h + (1e-9,) * (length - h))
+        for n, h in (("rnn", 10), ("conv", 30))
+    )
+    return SequenceStats("", "model", length, lag_gain=conv.lag_gain, input="x", time=1, chain=(conv, rnn))
+
+
+def test_the_way_through_a_model_is_a_picture_of_its_places_by_lag(tmp_path):
+    stats = on_its_way()
+    events = write(tmp_path, *(report(stats, step=s) for s in range(5)))
+    images = events.Images("gradwatch_heatmap/depth/model")
+
+    assert [i.step for i in images] == [3, 4]  # when it is due, and at the end
+    pixels = decode(images[-1].encoded_image_string)
+    body, inside = pixels.shape[0] - TOP - BOTTOM, 480 - LEFT - RIGHT
+    bright, dark = [253, 231, 37], [68, 1, 84]
+    for row, horizon in ((0.1, 30), (0.9, 10)):
+        y = TOP + int(row * body)
+        assert pixels[y, LEFT + inside * (horizon - 1) // 100].tolist() == bright
+        assert pixels[y, LEFT + inside * (horizon + 2) // 100].tolist() == dark
+
+
+def test_a_way_that_is_not_known_is_not_drawn(tmp_path):
+    stats = SequenceStats("", "model", 8, lag_gain=gain(0.5, 8))
+    tags = write(tmp_path, *(report(stats, step=s) for s in range(5))).Tags()["images"]
+    assert "gradwatch_heatmap/lags/model" in tags
+    assert not [tag for tag in tags if "depth" in tag]

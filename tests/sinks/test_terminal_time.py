@@ -16,6 +16,7 @@ from truth import gain
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Record, Report, Snapshot
 from gradwatch.detectors.time_words import words_of_horizon
 from gradwatch.sinks.terminal import page as terminal
+from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.errors import horizon_error
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.values.sequences import Horizon, SequenceStats, horizon_of, sentence, sentences, shortest
@@ -304,3 +305,61 @@ def test_the_report_works_in_a_narrow_pipe_of_ascii_and_in_colour(run):
 
     assert b"\x1b[32m" in command(run, FORCE_COLOR="1", TERM="xterm", PYTHONUTF8="1")
     assert b"\x1b[3" not in command(run, FORCE_COLOR="1", TERM="xterm", PYTHONUTF8="1", NO_COLOR="1")
+
+
+# --- the way through a model ---
+
+
+def place(name, horizon, length, clock=1):
+    return SequenceStats(name, "model", length, lag_gain=(1.0,) * horizon + (1e-9,) * (length - horizon), clock=clock)
+
+
+WAY = replace(
+    place("", 72, 96),
+    input="x",
+    chain=(place("conv", 72, 96), place("a_very_long_name.of_some.encoder.rnn", 15, 24, clock=4)),
+)
+
+
+def way(stats, width=100, encoding="utf-8"):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    Console(file=out, width=width).print(DepthProfile(stats))
+    out.flush()
+    return [line.rstrip() for line in out.buffer.getvalue().decode(encoding).splitlines()]
+
+
+def test_the_way_through_a_model_is_a_strip_for_each_place_on_the_clock_of_the_input():
+    assert way(WAY) == [
+        "",
+        "Through depth: how far back the newest output sees what enters each module (left: newest)",
+        f"  {'x, into conv':28} {'█' * 36}{' ' * 12} 72 of 96",
+        f"  ..._name.of_some.encoder.rnn {'█' * 30}{' ' * 18} 60 of 96",
+    ]
+
+
+def test_a_strip_has_three_decades():
+    stats = replace(WAY, lag_gain=tuple(10 ** (-lag / 24) for lag in range(96)), chain=WAY.chain[1:])
+    drawn = way(stats)[2][31:79]
+    assert drawn == "█" * 2 + "█" * 3 + drawn[5:]
+    assert drawn.rstrip() == "".join(sorted(drawn.rstrip(), reverse=True))
+    assert len(drawn.rstrip()) == 37  # 1e-3 at lag 72, of 96 in 48 columns
+    assert set(way(stats, encoding="ascii")[2][31:79]) == set(" .:#")
+
+
+@pytest.mark.parametrize("width", [40, 61, 62, 80])
+def test_in_a_narrow_terminal_it_is_narrow_or_none(width):
+    lines = way(WAY, width)
+    assert all(len(line) <= width for line in lines)
+    assert bool(lines) == (width >= 62)
+
+
+def test_many_places_are_counted():
+    chain = tuple(place(f"l{i}", 40 - i, 96) for i in range(30))
+    lines = way(replace(WAY, chain=chain))
+    assert lines[-1] == "  (15 more)"
+    assert len(lines) == 2 + 16 + 1
+
+
+def test_what_has_no_way_is_not_drawn():
+    assert way(replace(WAY, chain=())) == []
+    assert way(replace(WAY, lag_gain=None)) == []

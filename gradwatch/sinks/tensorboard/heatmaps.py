@@ -8,7 +8,9 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from gradwatch.sinks.tensorboard.scalars import FLOOR
+from gradwatch.sinks.tensorboard.scalars import FLOOR, log10
+from gradwatch.values.chain import resampled
+from gradwatch.values.sequences import SequenceStats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +28,10 @@ _ROWS = 256
 """Rows of a heatmap of lags; when there are more lags, each row is of several."""
 _DEEPEST = -12.0
 """log10 of the share of the maximum below which all lags have one colour: what matters has most of the colours."""
+_PLACES = 20
+"""Modules on the way through a model that are drawn: each has its name written over it."""
+_SHALLOW = -6.0
+"""The same where horizons are compared: as far below their limit as that is below the maximum."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 8, 74, 56, 32
 """Pixels of a heatmap and of its margins: above is the title, to the right the bar of colours, below are the steps."""
 _INSIDE = _WIDTH - _LEFT - _RIGHT
@@ -144,6 +150,31 @@ class LagPicture:
         )
 
 
+def depth_picture(stats: SequenceStats) -> tuple[int, int, bytes]:
+    """Draw the gain by lag of a model's input, and below it of what enters each module on its way; see `heatmap`.
+
+    Args:
+        stats: of the model; with a `lag_gain` and a `chain`.
+
+    """
+    import numpy as np
+
+    places = [(stats.input, stats), *((one.module, one) for one in stats.chain[:_PLACES])]
+    if stats.chain[0].lag_gain == stats.lag_gain:
+        places[:2] = [(f"{stats.input} into {stats.chain[0].module}", stats)]
+    lags = min(stats.length, _COLUMNS)
+    values = np.array([[log10(share) for share in resampled(one, stats.length, lags)] for _, one in places])
+    values[values == FLOOR] = _SHALLOW
+    return heatmap(
+        values,
+        [f"{name}: {(one.horizon or 0) * one.clock}" for name, one in places],
+        [column * stats.length // lags for column in range(lags)],
+        title="log10 of the gain by lag",
+        deepest=_SHALLOW,
+        columns="lag",
+    )
+
+
 def folded(column: Floats, width: int) -> Floats:
     """Return the largest of every `width` entries; of the last ones, of as many as there are."""
     import numpy as np
@@ -159,17 +190,19 @@ def heatmap(
     title: str,
     line: Sequence[float] | None = None,
     deepest: float = -math.inf,
+    columns: str = "step",
 ) -> tuple[int, int, bytes]:
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
 
     Args:
         values: shape (rows, steps); NaN (no gradient) is grey, infinity (a gradient that is not finite) red, and what
             is exactly at `FLOOR` (a norm of exactly 0) black.
-        rows: their names; the first and the last are written.
+        rows: their names; the first and the last are written, or where the columns are lags, all.
         steps: the numbers of the columns; the first, the middle and the last are written.
         title: written on top.
         line: drawn in white over each column, so many rows from the top; NaN where there is none.
         deepest: what is below it has its colour.
+        columns: what they are: "step", or "lag".
 
     Returns:
         Width and height in pixels, and the PNG.
@@ -192,12 +225,15 @@ def heatmap(
     font = ImageFont.load_default(size=18)
     for x, y, text, anchor in (
         (_LEFT, 20, title, "ls"),
-        (_LEFT, _TOP - 8, f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}", "ls"),
+        (_LEFT, _TOP - 8, _ends_of(rows) if columns == "step" else "of what enters each module; its horizon", "ls"),
         *_level_labels(low, high, body),
-        *_step_labels(steps, below),
+        *_step_labels(steps, below, columns),
         (_LEFT, below + 24, ", ".join(legend), "ls"),
     ):
         pen.text((x, y), text, fill="black", font=font, anchor=anchor)
+    for number, name in enumerate(rows if columns == "lag" else ()):
+        at = _LEFT + _INSIDE - 6, _TOP + (number + 0.5) * body / len(rows)
+        pen.text(at, _short(name), fill="white", font=font, anchor="rm", stroke_width=2, stroke_fill="black")
     return picture.width, picture.height, _png(picture)
 
 
@@ -243,9 +279,9 @@ def _level_labels(low: float, high: float, body: int) -> Iterator[Label]:
         yield _LEFT + _INSIDE + 26, _TOP + share * body, f"{round(level, digits) + 0.0:.{digits}f}", anchor
 
 
-def _step_labels(steps: Sequence[int], y: float) -> Iterator[Label]:
+def _step_labels(steps: Sequence[int], y: float, columns: str) -> Iterator[Label]:
     """Return the first, the middle and the last step."""
-    yield _LEFT, y, f"step {steps[0]}", "ls"
+    yield _LEFT, y, f"{columns} {steps[0]}", "ls"
     if len(steps) > 2:
         yield _LEFT + _INSIDE / 2, y, f"{steps[len(steps) // 2]}", "ms"
     if len(steps) > 1:
@@ -256,6 +292,10 @@ def _png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=6)
     return buffer.getvalue()
+
+
+def _ends_of(rows: Sequence[str]) -> str:
+    return f"top: {_short(rows[0])}, bottom: {_short(rows[-1])}"
 
 
 def _short(name: str) -> str:

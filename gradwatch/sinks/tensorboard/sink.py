@@ -10,12 +10,20 @@ from typing import Any, ClassVar
 
 from gradwatch.sinks.tensorboard import messages as parts
 from gradwatch.sinks.tensorboard.events import EventFile
-from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture
+from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture, depth_picture
 from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, log10, scalars_of
 from gradwatch.values.report import Report
+from gradwatch.values.sequences import SequenceStats
 
 _BUCKETS = 128
 """Buckets of a ridge plot of lags: more than TensorBoard draws."""
+
+
+def _depth(name: str, stats: SequenceStats) -> list[Any]:
+    """Return the picture of a horizon on its way through a model, where one was measured."""
+    if not stats.chain or not stats.horizon:
+        return []
+    return [parts.image(f"gradwatch_heatmap/depth/{name}", depth_picture(stats))]
 
 
 class TensorBoardSink:
@@ -30,7 +38,8 @@ class TensorBoardSink:
     `gradwatch_time/<module>/lag_00064`, the gain by lag over its maximum; `gradwatch_profile/lags/<module>`;
     `gradwatch_time_grad/<module>/<part>/lag_00064`, the gradients of input and hidden state, left out while the loss
     scale is unknown.
-    Now and then, and at the end: `gradwatch_heatmap/layers`, `gradwatch_heatmap/lags/<module>`.
+    Now and then, and at the end: `gradwatch_heatmap/layers`, `gradwatch_heatmap/lags/<module>`, and where the model's
+    own horizon is measured `gradwatch_heatmap/depth/model`.
     The module is "model" where it is the model itself. Norms, sensitivities, updates, gains and gradients are log10;
     exactly 0 is drawn at -45.
     """
@@ -65,6 +74,8 @@ class TensorBoardSink:
         self._tags: list[str] = []
         self._picture = LayerPicture()
         self._lags: dict[str, LagPicture] = {}
+        self._seen: dict[str, SequenceStats] = {}
+        """What was last seen of each."""
         self._groups: Groups | None = None
         self._rows: Groups | None = None
         self._last: Report | None = None
@@ -106,7 +117,7 @@ class TensorBoardSink:
         """Return the ridge of each gain by lag, and the heatmaps that are due."""
         values = []
         for name, stats in gains(report.snapshot).items():
-            levels = gain_levels(stats)
+            levels, self._seen[name] = gain_levels(stats), stats
             picture = self._lags.setdefault(name, LagPicture())
             picture.add(report.snapshot.step, levels, stats.horizon)
             width = -(-len(levels) // _BUCKETS)
@@ -119,6 +130,7 @@ class TensorBoardSink:
             )
             if picture.columns.due():
                 values.append(parts.image(f"gradwatch_heatmap/lags/{name}", picture.png()))
+                values += _depth(name, stats)
         return values
 
     def close(self) -> None:
@@ -137,6 +149,8 @@ class TensorBoardSink:
                 event.summary.value.extend(
                     parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items()
                 )
+                for name, stats in self._seen.items():
+                    event.summary.value.extend(_depth(name, stats) if f"lags/{name}" in stale else ())
                 self._write(event)
         finally:
             if self._events is not None:

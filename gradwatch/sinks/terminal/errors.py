@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.sinks.terminal.page import WIDTH, plain_text
@@ -51,6 +52,7 @@ def horizon_error(stats: SequenceStats, words: Explanation) -> str:
             Text(f"why: {words.cause}"),
             Text(f"try: {words.remedy}"),
             LagProfile(stats),
+            DepthProfile(stats),
         ),
         WIDTH,
     )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from gradwatch.sinks.log import printable
 from gradwatch.sinks.terminal.alert_text import alert_lines
+from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.values.history import History
@@ -95,6 +96,7 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
     lines = reach_lines(sequences, name)
     parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
     parts += [LagProfile(stats) for stats, _ in sentences(sequences) if stats.lag_gain is not None][:_PROFILES]
+    parts += [DepthProfile(stats) for stats in sequences if stats.chain]
     for last, ratios in newest.values():
         known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
         whose = (
