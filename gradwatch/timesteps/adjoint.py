@@ -330,6 +330,8 @@ def _difference(total: Tensor, part: Tensor) -> Tensor:
 
 def square(tensor: Tensor) -> Tensor:
     """Sum the squares over the last dimension, in float64: float32 squares of vanished gradients are zero."""
+    if tensor.dim() > 1 and tensor.stride(-1) > 1 and 1 in tensor.stride():  # as of channels before time: far faster so
+        return tensor.double().square().sum(-1)
     squares: Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float64).square_()
     return squares
 

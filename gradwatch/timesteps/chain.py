@@ -15,6 +15,7 @@ from gradwatch.timesteps.axes import axis_along
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Place, Roots
 from gradwatch.timesteps.input_gain import Source
 from gradwatch.timesteps.kinds import is_recurrent, time_of
+from gradwatch.timesteps.layout import layout_of
 from gradwatch.timesteps.model_inputs import InputSeries
 from gradwatch.timesteps.time_axis import Axes
 
@@ -150,6 +151,6 @@ def _source(name: str, calls: list[InputCall], of: Iterable[str], clock: int = 1
 
 def _call(value: Tensor, time: int | None, place: Place) -> InputCall:
     """Describe a call of which it does not matter where its input is zero."""
-    kept = (0,) if time is None else (time, 1 - min(time, 1))
-    shape = [size if dim in kept else 1 for dim, size in enumerate(value.shape)]
-    return InputCall.of(torch.ones((), device=value.device).expand(shape), time, place, value.shape)
+    layout = layout_of(value, time, rows=1)
+    blank = torch.zeros((), dtype=torch.bool, device=value.device).expand(layout.steps, layout.count)
+    return InputCall(layout, *place, value.shape, time, None, blank)

@@ -194,12 +194,12 @@ class InputSequence:
         alive = ~_stacked([call.blank for call in self.calls])
         return torch.where(alive[-1].any(), _ends(alive), len(alive))
 
-    def padding(self, gradients: Mapping[Root, Tensor | None]) -> Tensor:
-        """Return what `padding_of` does, (2,); zeros where the sequence came in several calls, or packed."""
+    def padding(self, squares: Tensor) -> Tensor:
+        """Return what `padding_of` does of squared norms, (2,); zeros where it came in several calls, or packed."""
         same = self.calls[0].same if len(self.calls) == 1 else None
         if same is None:
             return torch.zeros(2, dtype=torch.float64, device=self.calls[0].blank.device)
-        return padding_of(same, self.calls[0].squares(gradients))
+        return padding_of(same, squares)
 
     def contributions(self, gradients: Mapping[Root, Tensor | None], roots: Roots) -> Tensor | None:
         """Return what each timestep adds to the output, to first order, (T, B).

@@ -56,6 +56,8 @@ class Source:
     def take(self, gradients: Mapping[Root, Tensor | None], roots: Roots, lengths: Mapping[int, Tensor]) -> None:
         """Take what one direction brought; `lengths` of the rows, by `id` of the sequence, where they are known."""
         mine = [s.squares(gradients, lengths.get(id(s))) for s in self.sequences]
+        if self.padding is None and not self.on_the_way:
+            self.padding = self.sequences[-1].padding(mine[-1][0])
         asked = self.sequences if self.input else []
         added = [a for s in asked if (a := s.contributions(gradients, roots)) is not None]
         if self.joined and len(mine) > 1:
@@ -66,8 +68,6 @@ class Source:
         if len(added) == len(mine) and self.input:
             self.used.append([(a.square(), lengths) for a, (_, lengths) in zip(added, mine, strict=True)])
         self.reached |= any(gradients[root] is not None for root in self.roots)
-        if self.padding is None:
-            self.padding = self.sequences[-1].padding(gradients)
 
     def gain(self, *, exact: bool) -> InputGain:
         """Return the gain by lag, as far as it is known by now."""

@@ -133,8 +133,8 @@ class Padded:
         laid = self.laid(tensor)
         if not len(laid):
             return laid.new_zeros((0, laid.shape[1])), None
-        # In pieces of time that stay in the cache once they are float64.
-        piece = max(2**16 // max(laid[0].numel(), 1), 1)
+        # In pieces of time that stay in the cache once they are float64, but where time is what lies together.
+        piece = max(2**16 // max(laid[0].numel(), 1), 1) if laid.stride(0) > 1 else len(laid)
         return torch.cat([square(part) for part in torch.split(laid, piece)]), None
 
     def laid(self, tensor: Tensor) -> Tensor:
