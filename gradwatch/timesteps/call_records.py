@@ -7,15 +7,18 @@ import weakref
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.model.gradient_hooks import Sentinel
+from gradwatch.model.nested import floats
 from gradwatch.timesteps.kinds import Kind, Recurrence
 from gradwatch.timesteps.layout import Layout
-from gradwatch.values.sequences import RecurrenceName
+from gradwatch.values.sequences import Mixing, RecurrenceName
 
 
 class StateOrigin(enum.Enum):
@@ -168,6 +171,8 @@ class SequenceModule:
     """What carries its state, as far as that is known."""
     time: int | None
     """Which dimension is time, where the user said so; None there: each call is one timestep."""
+    mixing: Mixing = ""
+    """By what it was seen to mix timesteps, where nobody named it."""
     parameters: frozenset[int] = frozenset()
     """Its parameters, by `id`."""
     sharded: bool = False
@@ -200,6 +205,11 @@ class SequenceModule:
         """Whether it can be walked back through."""
         return self.kind is not None
 
+    @property
+    def common(self) -> bool:
+        """Whether it was seen to be attention or a convolution, of which there may be many."""
+        return self.mixing in ("attention", "convolution")
+
     def holds_leaf(self, x: Tensor) -> bool:
         """Tell whether this input is a leaf that was put in."""
         leaf = self.leaves.get(id(x))
@@ -228,6 +238,17 @@ class SequenceModule:
         self.calls, self.passes, self.leaves, self.random = [], set(), {}, None
         self.task, self.repeated = None, False
         self.sentinel.remove()
+
+
+def outputs_of(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401
+    """Name what a module gives: outputs "y", hidden states "h", cell states "c"."""
+    if single:  # a cell; an unknown one gives its hidden state first, and perhaps once more with its cell state
+        return dict(zip(("h", "c"), {id(t): t for t in floats(output)}.values(), strict=False))
+    if not recurrent:
+        return {}
+    y, states = output
+    found = {"y": y.data if isinstance(y, PackedSequence) else y}
+    return found | dict(zip(("h", "c"), states if isinstance(states, tuple | list) else (states,), strict=False))
 
 
 def origin_of(h0: Tensor, record: CallRecord, earlier: Sequence[SequenceCall]) -> StateOrigin:

@@ -21,22 +21,6 @@ from gradwatch.timesteps.time_axis import Axes
 
 _MOST = 32
 """Places at which a derivative is taken, at most: each costs memory and time."""
-_MIXING = (
-    nn.modules.conv._ConvNd,
-    nn.MultiheadAttention,
-    nn.Sequential,
-    nn.TransformerEncoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoder,
-    nn.TransformerDecoderLayer,
-)
-"""Modules of torch's own, beside the recurrent ones, that may mix timesteps or hold others that do."""
-
-
-def may_mix(module: nn.Module) -> bool:
-    """Tell whether a module may mix timesteps: most of torch's own work on each by itself."""
-    own = type(module).__module__.startswith("torch.nn.modules.")
-    return not own or is_recurrent(module) or isinstance(module, _MIXING)
 
 
 class _Time(NamedTuple):

@@ -11,10 +11,10 @@ from torch.distributions import Distribution
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of, differentiable, tensors
-from gradwatch.timesteps.chain import Chain, may_mix
+from gradwatch.timesteps.chain import Chain
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Roots, packed_lengths
 from gradwatch.timesteps.input_gain import Source, gains
-from gradwatch.timesteps.kinds import is_recurrent, time_of
+from gradwatch.timesteps.kinds import is_recurrent, may_mix, time_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.model_inputs import InputSeries, ModelInputs, in_order
 from gradwatch.timesteps.output import chosen_of, newest_of, over_batch

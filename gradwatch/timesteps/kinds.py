@@ -148,6 +148,17 @@ KINDS = (
     ),
 )
 
+_MIXING = (
+    nn.modules.conv._ConvNd,
+    nn.MultiheadAttention,
+    nn.Sequential,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+"""Modules of torch's own, beside the recurrent ones, that may mix timesteps or hold others that do."""
+
 _STOCK = frozenset(c.forward for c in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell))
 
 
@@ -169,6 +180,12 @@ def recurrence_of(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> Recurrenc
 def is_recurrent(module: nn.Module) -> bool:
     """Tell whether a module is recurrent: of one of the kinds, or somebody's own upon torch's classes for these."""
     return isinstance(module, nn.RNNBase | nn.RNNCellBase) or kind_of(module) is not None
+
+
+def may_mix(module: nn.Module) -> bool:
+    """Tell whether a module may mix timesteps: most of torch's own work on each by itself."""
+    own = type(module).__module__.startswith("torch.nn.modules.")
+    return not own or is_recurrent(module) or isinstance(module, _MIXING)
 
 
 def is_cell(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.hooks import unserializable_hook
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.gradient_hooks import at_output, of_others, transformed
 from gradwatch.model.nested import floats
-from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of
+from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of, outputs_of
 from gradwatch.timesteps.kinds import (
     KINDS,
     Kind,
@@ -28,6 +28,7 @@ from gradwatch.timesteps.kinds import (
     time_of,
 )
 from gradwatch.timesteps.layout import Layout, layout_of
+from gradwatch.timesteps.structure import Seen, Structure
 
 ROWS = 8
 """Rows of a batch that are looked at closely: 8, each with cotangents of its own, give the decay rate within 2 %."""
@@ -81,6 +82,7 @@ class Recorder:
         self._attempts = attempts or Attempts()
         self._named = dict(timesteps) if isinstance(timesteps, Mapping) else {}
         self._rows, self._budget, self._kinds = rows, budget, kinds
+        self._structure = Structure()
         self._learned: dict[str, bool] = {}
         """By name, whether a leaf in place of the input was found to do no harm."""
         self._pass = 0
@@ -99,7 +101,8 @@ class Recorder:
         chosen: dict[int, nn.Module] = {}
         for name, module in modules.items():
             kind = kind_of(module, self._kinds)
-            if kind is None and name not in self._named:
+            seen = Seen(self._named[name]) if name in self._named else self._structure.seen.get(name)
+            if kind is None and seen is None:
                 continue
             # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
             hooked = module._forward_pre_hooks or module._forward_hooks
@@ -108,7 +111,8 @@ class Recorder:
                 name=name,
                 kind=kind,
                 recurrence=recurrence_of(module, self._kinds),
-                time=None if kind is not None else self._named[name],
+                time=None if kind is not None or seen is None else seen.time,
+                mixing="" if seen is None else seen.mixing,
                 parameters=frozenset(map(id, module.parameters())),
                 sharded=_sharded(module),
                 trusted=not hooked and (stock or self._learned.get(name, False)),
@@ -119,6 +123,8 @@ class Recorder:
                 target.note = "it is not measured: torch.compile is in use, and compiled code calls no hooks"
             else:
                 chosen[id(module)] = module
+        if not compiled:
+            chosen |= self._structure.arm(modules)
         model = modules.get("")
         if chosen and model is not None and not compiled and id(model) not in self.targets:
             self._model = id(model)
@@ -136,6 +142,7 @@ class Recorder:
 
     def next_step(self, targets: Iterable[SequenceModule]) -> None:
         """Let go of what was seen of these, and look on."""
+        self._structure.settle()
         for target in targets:
             candidate, target.candidate = target.candidate, None
             # A reentrant checkpoint cuts off what gets no input with a gradient.
@@ -164,6 +171,7 @@ class Recorder:
 
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put a leaf in place of an input that has no gradient, so that it gets one; the numbers stay the same."""
+        self._structure.entered()
         target = self.targets.get(id(module))
         if target is None or transformed():
             return None
@@ -198,6 +206,7 @@ class Recorder:
         output: Any,  # noqa: ANN401  (whatever a module gives)
     ) -> None:
         """Copy what is needed of inputs and outputs, and hang hooks on the tensors."""
+        self._structure.left(module, inputs, kwargs, output)
         if id(module) == self._model:
             self.given = getattr(first_tensor(output), "shape", None)
         target = self.targets.get(id(module))
@@ -210,13 +219,13 @@ class Recorder:
             target.note = target.note or "its first input is not a floating-point tensor"
             return
         if not target.trusted and not x.requires_grad:
-            self._learn(target, module, x, floats(output))
+            self._learn(target, module, x, sum(t is x for t in floats((*inputs, *kwargs.values()))), floats(output))
         layout = self._layout(target, module, value if isinstance(value, PackedSequence) else x)
         if layout is None:
             return
         self._count(target)
         call = SequenceCall(layout, self._pass, self._attempts.now)
-        tensors = _outputs(output, recurrent=target.recurrent, single=call.single)
+        tensors = outputs_of(output, recurrent=target.recurrent, single=call.single)
         if target.kind is not None:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
             self._record(target, target.kind, module, call, x, state, tensors)
@@ -229,17 +238,21 @@ class Recorder:
 
     # --- parts of that ---
 
-    def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, outputs: list[Tensor]) -> None:
-        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought."""
+    def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, times: int, outputs: list[Tensor]) -> None:
+        """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought.
+
+        It would where the module is given the input several times, and may ask whether it is the same; and nobody asked
+        for what stands for much of a model.
+        """
         if self._learned.get(target.name) is False:
             target.note = (
                 "its input has no gradient, and with one it might train differently:"
-                " it edits or keeps the input, or a part of it gets no gradient"
+                " it edits or keeps the input, or is given it twice, or a part of it gets no gradient"
             )
-        kept = any(value is x for part in module.modules() for value in vars(part).values())
+        kept = times > 1 or any(value is x for part in module.modules() for value in vars(part).values())
         harmless = not kept and x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)
         self._learned[target.name] = False
-        target.candidate = weakref.ref(module) if harmless else None
+        target.candidate = weakref.ref(module) if harmless and not target.common else None
 
     def _count(self, target: SequenceModule) -> None:
         """Begin another pass, if something runs after a backward pass, or again in a later one."""
@@ -376,17 +389,6 @@ def _with_data(value: Tensor | PackedSequence, data: Tensor) -> Tensor | PackedS
     if isinstance(value, PackedSequence):
         return PackedSequence(data, value.batch_sizes, value.sorted_indices, value.unsorted_indices)
     return data
-
-
-def _outputs(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401
-    """Name what a module gives: outputs "y", hidden states "h", cell states "c"."""
-    if single:  # a cell; an unknown one gives its hidden state first, and perhaps once more with its cell state
-        return dict(zip(("h", "c"), {id(t): t for t in floats(output)}.values(), strict=False))
-    if not recurrent:
-        return {}
-    y, states = output
-    found = {"y": y.data if isinstance(y, PackedSequence) else y}
-    return found | dict(zip(("h", "c"), states if isinstance(states, tuple | list) else (states,), strict=False))
 
 
 def _drop_gradient(leaf: Tensor) -> None:

@@ -16,7 +16,7 @@ from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceM
 from gradwatch.timesteps.output import over_batch
 from gradwatch.timesteps.padding import equal_to_last, padding_of, told
 from gradwatch.timesteps.walk import Series, gradients_through_time
-from gradwatch.values.sequences import RecurrenceName, SequenceStats, horizon_of
+from gradwatch.values.sequences import Mixing, RecurrenceName, SequenceStats, horizon_of
 from gradwatch.values.snapshot import Fact, FactName
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -27,6 +27,7 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 
 
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
+_INSIDE = "its states lie inside of one call: of gradients through it, only that of its input is seen"
 _NOT_FOLLOWED = (
     "its calls run once more within the backward pass, one by one:"
     " reentrant checkpointing of single timesteps cannot be followed"
@@ -42,6 +43,7 @@ class Trace:
     facts: dict[tuple[FactName, str], Tensor] = field(default_factory=dict)
     """By name and part."""
     kind: RecurrenceName | None = None
+    mixing: Mixing = ""
     checks: dict[str, Tensor] = field(default_factory=dict)
     """Numbers on which notes and certificates depend."""
     notes: list[str] = field(default_factory=list)
@@ -124,6 +126,7 @@ class Trace:
                     length=series.length,
                     rows=series.rows,
                     kind=self.kind if not series.part else None,
+                    mixing=self.mixing if not series.part else "",
                     reverse=series.reverse,
                     censored=known.censored if known is not None else None,
                     scaled=scaled,
@@ -135,7 +138,7 @@ class Trace:
                     **mine,
                 )
             )
-        return found or [SequenceStats(self.module, kind=self.kind, note="; ".join(notes) or None)]
+        return found or [SequenceStats(self.module, kind=self.kind, mixing=self.mixing, note="; ".join(notes) or None)]
 
     def measured(self, values: Mapping[tuple[str, str], Sequence[float]]) -> list[Fact]:
         """Return the facts as values."""
@@ -182,12 +185,14 @@ def traces(
             found.append(_worked_out(target, generator, given))
         except Exception as error:  # noqa: BLE001  (whatever a sequence module is made to do)
             note = f"it could not be worked out: {type(error).__name__}: {error}"
-            found.append(Trace(target.name, kind=target.recurrence, notes=[note]))
+            found.append(Trace(target.name, kind=target.recurrence, mixing=target.mixing, notes=[note]))
     return found
 
 
 def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch.Size | None) -> Trace:
-    result = Trace(target.name, kind=target.recurrence, notes=[target.note] if target.note else [])
+    inside = _INSIDE if target.mixing in ("loop", "scan") else None
+    notes = [note for note in (target.note, inside) if note is not None]
+    result = Trace(target.name, kind=target.recurrence, mixing=target.mixing, notes=notes)
     passes = {s.number for s in target.calls if s.task is not None} or {s.number for s in target.calls}
     if target.repeated or not passes:
         if not target.note:

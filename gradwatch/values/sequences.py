@@ -14,6 +14,11 @@ RecurrenceName = Literal["LSTM", "GRU", "RNN"]
 """What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
 
 
+Mixing = Literal["", "cell", "loop", "scan", "convolution", "attention"]
+"""By what a module mixes timesteps that is none of torch's recurrent ones: its own calls, each of which takes what the
+one before gave, or something within one call."""
+
+
 class Horizon(NamedTuple):
     """How far back a gain by lag reaches, and how it shrinks on the way."""
 
@@ -183,6 +188,8 @@ class SequenceStats:
     takes the batch for time; on part "" of a recurrent module."""
     kind: RecurrenceName | None = None
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
+    mixing: Mixing = ""
+    """On part "", by what it was seen to mix timesteps; "" where it is a recurrent module of torch's, or was named."""
     reverse: bool = False
     """Whether this part runs from the newest timestep to the oldest."""
     lag_gain_error: tuple[float, ...] | None = None
@@ -344,7 +351,7 @@ def sentences(sequences: Iterable[SequenceStats], share: float = HORIZON_GAIN) -
                 yield one, sentence(who, reach, one.length, whose(one)) + _use(one, reach)
         elif stats.lag_gain is not None:
             yield stats, f"{subject(stats)}: its gain by lag is not finite"
-        elif stats.note is not None:
+        elif stats.note is not None and not (stats.mixing and stats.need is None):  # it was not asked for
             yield stats, f"{subject(stats)}: how far back it learns is not measured: {stats.note}"
 
 
@@ -376,10 +383,10 @@ def _pace(found: Horizon) -> str:
 
 
 def shortest(sequences: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> SequenceStats | None:
-    """Return the sequence module with the shortest horizon, or the first where none was measured.
+    """Return the sequence module with the shortest horizon, or the first that is recurrent or named.
 
     None where there is no such module.
     """
-    modules = [s for s in sequences if s.part == "" and s.module]
+    modules = [s for s in sequences if s.part == "" and s.module and (not s.mixing or s.lag_gain is not None)]
     known = [(found.timesteps, i) for i, s in enumerate(modules) if (found := reach_of(s, share)) is not None]
     return modules[min(known)[1]] if known else next(iter(modules), None)

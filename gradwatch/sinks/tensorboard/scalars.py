@@ -101,6 +101,8 @@ def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
         levels = gain_levels(stats)
         yield from ((f"gradwatch_time/{name}/lag_{lag:05d}", levels[lag]) for lag in _few(len(levels)))
     for stats in snapshot.sequences or ():
+        if stats.mixing in ("attention", "convolution"):  # there may be many, and they forget nothing
+            continue
         if stats.scaled:  # by a factor that nobody knows: what looks like a fall may be the loss scale
             continue
         for part, series in (("input", stats.grad_input), (stats.part, stats.grad_hidden)):
