@@ -214,6 +214,8 @@ class Recorder:
         if target is None or transformed() or not torch.is_grad_enabled() or (in_backward and not target.without_grad):
             return
         value = inputs[0] if inputs else kwargs.get("input")
+        if target.mixing and value is None:  # whatever its own arguments are called
+            value = next(iter(floats(kwargs)), None)
         x = first_tensor(value)
         if x is None:
             target.note = target.note or "its first input is not a floating-point tensor"

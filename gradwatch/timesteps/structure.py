@@ -9,6 +9,7 @@ before gave, and something new, is a cell, of which each call is a timestep.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -190,9 +191,9 @@ def _seen(x: Tensor, gave: Iterable[Tensor], nodes: Sequence[Any]) -> Seen | Non
         return None
     found = [
         Seen(time, mixed.mixing, x.shape[time])
-        for mixed in (*_loops(nodes, x), *(m for node in nodes for m in _mixed(node, x)))
+        for mixed in (*_loops(nodes), *(m for node in nodes for m in _mixed(node, x)))
         if (time := _time(x, mixed)) is not None
-        and any(y.dim() > time and abs(y.shape[time] - x.shape[time]) <= mixed.slack for y in gave if y.dim() > 1)
+        and any(abs(size - x.shape[time]) <= mixed.slack for y in gave if y.dim() > 2 for size in y.shape)
     ]
     # A product also sums over features, which come last.
     sure = [seen for seen in found if seen.mixing != "attention" or seen.time != x.dim() - 1]
@@ -208,8 +209,7 @@ def _time(x: Tensor, mixed: _Mixed) -> int | None:
 
 def _mixed(node: Any, x: Tensor) -> Iterator[_Mixed]:  # noqa: ANN401  (a node of the graph)
     """Yield along what an operation mixes."""
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
-    shape = _shape(node)
+    kind, shape = _kind(node), _shape(node)
     if kind == "Convolution":
         yield from _convolved(node, shape)
     elif "Attention" in kind and len(shape) > 2:
@@ -239,25 +239,40 @@ def _convolved(node: Any, shape: Sequence[int]) -> Iterator[_Mixed]:  # noqa: AN
     yield _Mixed("convolution", size, slack=reach + stride - 1)
 
 
-def _loops(nodes: Sequence[Any], x: Tensor) -> Iterator[_Mixed]:
-    """Yield dimensions whose entries are taken one by one, or along which results are put that feed each other."""
-    taken: dict[tuple[int, ...], set[int]] = {}
+def _loops(nodes: Sequence[Any]) -> Iterator[_Mixed]:
+    """Yield dimensions whose entries are taken or put one by one, or along which results lie that feed each other."""
+    taken: dict[tuple[int, int], set[int]] = {}
+    put: Counter[tuple[int, ...]] = Counter()
     for node in nodes:
-        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        kind = _kind(node)
         if kind == "Select":
             dim = _signed(node._saved_dim)
-            size = node._saved_self_sym_sizes[dim]
-            taken.setdefault((size, dim), set()).add(node._saved_index)
+            taken.setdefault((node._saved_self_sym_sizes[dim], dim), set()).add(node._saved_index)
         elif kind == "Slice" and node._saved_step == 2:  # halves of halves: a parallel scan
             yield _Mixed("scan", node._saved_self_sym_sizes[_signed(node._saved_dim)])
-        elif kind in ("Stack", "Cat") and len(node.next_functions) >= _LOOP:
-            (last, _), (before, _) = node.next_functions[-1], node.next_functions[-2]
-            size = _shape(node)[_signed(node._saved_dim)]
-            if size == len(node.next_functions) and size in x.shape and _reaches(last, {before}):
-                yield _Mixed("loop", size)
+        elif kind == "CopySlices":
+            put[_shape(node)] += 1
+        elif kind in ("Stack", "Cat") and _feed_each_other(node):
+            yield _Mixed("loop", len(node.next_functions), slack=1)  # the first state may be among them
     for (size, _), indices in taken.items():
         if len(indices) >= max(_LOOP, min(size / 2, _LONG)):
             yield _Mixed("loop", size)
+    for shape, count in put.items():
+        if count >= _LOOP:
+            yield from (_Mixed("loop", size, slack=1) for size in shape if size in (count, count + 1))
+
+
+def _feed_each_other(node: Any) -> bool:  # noqa: ANN401  (as above)
+    """Tell whether things of one timestep each are put side by side, of which the last was made of the one before."""
+    parts = [part for part, _ in node.next_functions]
+    single = len(parts) >= _LOOP and _shape(node)[_signed(node._saved_dim)] == len(parts)
+    return single and _reaches(parts[-1], {parts[-2]}, _MOST // 10)
+
+
+def _kind(node: Any) -> str:  # noqa: ANN401  (as above)
+    """Return what an operation is called: "Convolution"."""
+    name: str = node.name()
+    return name.rpartition(":")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 def _shape(node: Any) -> tuple[int, ...]:  # noqa: ANN401  (a node of the graph, or None)
@@ -279,13 +294,13 @@ def _signed(dim: int) -> int:
 def _made_of(tensor: Tensor, gave: Iterable[Tensor]) -> bool:
     """Tell whether a tensor was made of some others, not far from them."""
     ends = {t.grad_fn for t in gave if t.grad_fn is not None}
-    return bool(ends) and _reaches(tensor.grad_fn, ends)
+    return bool(ends) and _reaches(tensor.grad_fn, ends, _NEAR)
 
 
-def _reaches(node: Any, ends: set[Any]) -> bool:  # noqa: ANN401  (a node of the graph, or None)
+def _reaches(node: Any, ends: set[Any], most: int) -> bool:  # noqa: ANN401  (a node of the graph, or None)
     waiting = [node]
     seen: set[Any] = set()
-    while waiting and len(seen) < _NEAR:
+    while waiting and len(seen) < most:
         one = waiting.pop(0)
         if one in ends:
             return True

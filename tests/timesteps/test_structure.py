@@ -106,6 +106,16 @@ class OwnLayer(nn.Module):
         return torch.stack(given, 1)
 
 
+class Written(OwnLayer):
+    """The same, with its outputs written one after the other, behind the state that it begins with."""
+
+    def forward(self, x):
+        states = x.new_zeros(len(x), x.shape[1] + 1, H)
+        for t in range(x.shape[1]):
+            states[:, t + 1] = (self.of(x[:, t]) + self.on(states[:, t].clone())).tanh()
+        return states[:, 1:].unflatten(-1, (2, H // 2)).transpose(1, 2), states[:, -1]
+
+
 class Sru(nn.Module):
     """A simple recurrent unit (Lei et al., 2018)."""
 
@@ -233,6 +243,15 @@ class Channels(nn.Module):
         return self.layers(x.mT).mT
 
 
+class ByKeyword(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.into, self.inner = nn.Linear(F, F), inner
+
+    def forward(self, x):
+        return self.inner(x=self.into(x))
+
+
 class Newest(nn.Module):
     """A module, and a readout of its newest output."""
 
@@ -277,6 +296,8 @@ SEEN = {
     ),
     "cells behind a layer": (behind(lambda n: Loop(NormalizedGru(n))), {"body.1": "loop", "body.1.cell": "cell"}),
     "a layer of one's own": (lambda: OwnLayer(F), {"body": "loop"}),
+    "outputs that are written": (lambda: Written(F), {"body": "loop"}),
+    "by keyword": (lambda: ByKeyword(Attention(F)), {"body.inner": "attention"}),
     "sru": (behind(Sru), {"body.1": "loop"}),
     "qrnn": (behind(Qrnn), {"body.1": "loop", "body.1.window": "convolution"}),
     "mingru": (lambda: MinGru(F), {"body": "scan"}),
