@@ -246,7 +246,7 @@ class Recorder:
         It would where the module is given the input several times, and may ask whether it is the same; and nobody asked
         for what stands for much of a model.
         """
-        if self._learned.get(target.name) is False:
+        if self._learned.get(target.name) is False and not target.common:
             target.note = (
                 "its input has no gradient, and with one it might train differently:"
                 " it edits or keeps the input, or is given it twice, or a part of it gets no gradient"

@@ -170,6 +170,21 @@ def test_cells_in_a_loop_are_places_whose_timesteps_are_calls():
     assert stats.chain[1].horizon >= truth(lambda s: upper(net, s), torch.stack(kept, 1)) - 1
 
 
+def test_only_the_way_of_the_models_own_input_is_shown():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.near, self.far = nn.Conv1d(F, H, 4), nn.GRU(F, H, batch_first=True)
+            self.out = nn.Linear(H, 1)
+
+        def forward(self, target, known):
+            return self.out(self.near(target.mT)[..., -1] + self.far(known)[0][:, -1])
+
+    stats = gradwatch.horizon(Two().double(), (data(), data(B, 2 * T, F)))
+    assert stats.input == "target"
+    assert list(places(stats)) == ["near"]
+
+
 def test_packed_timesteps_are_a_place():
     class Packed(nn.Module):
         def __init__(self):
@@ -217,15 +232,21 @@ def test_where_a_horizon_is_narrowed_both_modules_are_named():
     assert "bias" not in said
 
 
-def test_watch_places_its_alert_there():
-    net, y = narrowed(), data(B, T, 1)
+def alert_of(net, x):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    with gradwatch.watch(net, optimizer, horizon=50, probe_every_n_steps=1, every_n_steps=1) as watcher:
+    with gradwatch.watch(
+        net, optimizer, horizon=50, probe_every_n_steps=1, every_n_steps=1, on_alert=lambda _: None
+    ) as watcher:
         for _ in range(7):
-            net(y).square().mean().backward()
+            net(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     (alert,) = (a for a in watcher.report.open if a.finding.code == "GW301")
+    return alert
+
+
+def test_watch_places_its_alert_there():
+    alert = alert_of(narrowed(), data(B, T, 1))
     assert alert.finding.place == "gate"
     assert "what enters rnn reaches 60" in alert.cause
 
@@ -237,6 +258,7 @@ def test_without_a_recurrent_network_it_is_the_module_that_most_comes_from():
         long=nn.Conv1d(H, H, 12),
         out=nn.Linear(H, 1),
     )
+    assert alert_of(net, data()).finding.place == "long"
     stats = gradwatch.horizon(net, data())
     assert places(stats) == {"short": 13, "long": 12}
     assert limiting(stats) == "long"

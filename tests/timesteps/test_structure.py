@@ -316,7 +316,21 @@ SEEN = {
         {"body.layers.0": "convolution", "body.layers.2": "convolution"},
     ),
 }
+
+
+class Grouped(nn.Module):
+    """A product with weights that are expanded to the batch: it sums over features."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(F, F))
+
+    def forward(self, x):
+        return torch.bmm(x, self.weight.expand(len(x), F, F))
+
+
 UNSEEN = {
+    "weights for each row": lambda: nn.Sequential(nn.Linear(F, F), Grouped()),
     "feedforward": lambda: nn.Sequential(nn.Linear(F, H), Feedforward(H), nn.LayerNorm(H)),
     "windows of one": lambda: Channels(nn.Conv1d(F, H, 1), nn.BatchNorm1d(H)),
     "torch's recurrent": lambda: nn.LSTM(F, H, batch_first=True),
@@ -444,6 +458,34 @@ def test_others_have_the_gradient_of_their_input(name):
     assert inside == (stats.mixing in ("loop", "scan"))
 
 
+def test_attention_on_the_data_that_is_named_trains_the_same():
+    """Query, key and value are one tensor there, which torch's own attention asks."""
+
+    def bits_of(timesteps):
+        torch.manual_seed(0)
+        model, x = build(SelfAttention), torch.randn(B, T, F)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        watcher = timesteps and gradwatch.watch(
+            model, optimizer, probe_every_n_steps=1, every_n_steps=1, timesteps=timesteps, on_alert=lambda _: None
+        )
+        for _ in range(4):
+            model(x).square().mean().backward()
+            optimizer.step()
+        if watcher:
+            watcher.close()
+        return bits(model.state_dict())
+
+    assert bits_of({"body.attention": 1}) == bits_of(None)
+
+
+def test_of_attention_and_convolutions_at_the_data_the_gradient_is_not_asked_for():
+    model = build(SEEN["convolutions"][0])
+    first, second = seen_at_rest(model, torch.randn(B, T, F))
+    assert first.grad_input is None
+    assert "no gradient" in first.note
+    assert second.grad_input is not None
+
+
 def test_time_first_is_found():
     torch.manual_seed(0)
     model = Newest(nn.Sequential(nn.Linear(F, H), encoder(batch_first=False)), time=0)
@@ -493,11 +535,11 @@ class Repeats(nn.Module):
 class Slope(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(H, H)
+        self.linear, self.given = nn.Linear(H, H), torch.randn(B, H)
 
     def forward(self, a, b):
-        y = a if a.dim() > 1 else b
-        return self.linear(y).tanh()
+        y = a if a.dim() > 1 and a is not self.given else b
+        return self.linear(y).tanh() + self.given.sum()
 
 
 @pytest.mark.parametrize(
@@ -505,9 +547,10 @@ class Slope(nn.Module):
     [
         lambda f, y, _: f(y, y.new_zeros(())),
         lambda f, y, step: y + 0.1 * f(torch.tensor(float(step)), y),
+        lambda f, y, _: f(f.given, y),
         lambda f, y, step: y + 0.1 * f(y, torch.tensor(float(step))),
     ],
-    ids=["shared layers", "a solver, time first", "a solver, state first"],
+    ids=["shared layers", "a solver, time first", "the same again", "a solver, state first"],
 )
 def test_a_module_that_is_repeated_without_anything_new_is_no_cell(call):
     assert look(Repeats(Slope(), call), torch.randn(B, F)) == {}
