@@ -38,9 +38,10 @@ def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     names = list(inspect.signature(model.forward).parameters)
     mine = [_leaf(names[i], value, leaves, dtype) for i, value in enumerate(args)]
     keywords = {name: _leaf(name, value, leaves, dtype) for name, value in kwargs.items()}
-    handle = _words(model, leaves, kwargs["input_ids"]) if "input_ids" in kwargs else None
+    ids = kwargs.get("input_ids", next((a for a in args if isinstance(a, Tensor) and not a.is_floating_point()), None))
+    handle = None if ids is None else _words(model, leaves, ids)
     state = torch.get_rng_state()
-    output = _first(model(*mine, **keywords))
+    output = first_output(model(*mine, **keywords))
     torch.set_rng_state(state)
     if handle is not None:
         handle.remove()
@@ -102,7 +103,7 @@ def _words(model: Any, leaves: dict[str, Tensor], ids: Tensor) -> Any:
     return model.get_input_embeddings().register_forward_hook(hook)
 
 
-def _first(value: Any) -> Tensor:
+def first_output(value: Any) -> Tensor:
     """Return the first tensor with a gradient and a dimension, of a distribution its mean."""
     if isinstance(value, torch.distributions.Distribution):
         return value.mean

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.arguments import takes
+from gradwatch.model.forward_hooks import listening
+from gradwatch.model.layers import named_modules
+from gradwatch.model.rerun import as_it_was, without_hooks
 
 
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
@@ -26,3 +30,49 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         if names and (takes(model, **batch) or not takes(model, batch)):
             return (), dict(batch)
     return (batch,), {}
+
+
+class Call(NamedTuple):
+    """A call of a module."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def call_in_training_step(model: Any, batch: Any) -> Call | None:  # noqa: ANN401  (Lightning's, or another's that has it)
+    """Run the `training_step` of a LightningModule on a batch, and return the call of a network that it makes.
+
+    The model is left as it was. What the step logs without a trainer, Lightning drops with a warning.
+
+    Returns:
+        None where the model has no `training_step`, or that calls nothing that has parameters.
+
+    Raises:
+        ValueError: it calls several networks, one after the other.
+
+    """
+    if not callable(getattr(model, "training_step", None)):
+        return None
+    modules, calls, depth = named_modules(model), list[Call](), 0
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        if not depth and next(module.parameters(), None) is not None:
+            calls.append(Call(module, args, kwargs))
+        depth += 1
+
+    def after(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    with as_it_was(model), without_hooks(model), listening(modules.values(), before, after), torch.enable_grad():
+        model.training_step(batch, 0)
+    names = {id(module): name for name, module in modules.items()}
+    called = list(dict.fromkeys(names[id(call.module)] for call in calls))
+    if len(called) > 1:
+        raise ValueError(
+            f"training_step calls several networks one after the other ({', '.join(called)}): give the one whose"
+            " horizon is meant and what it takes, or a module that calls them in its forward"
+        )
+    return calls[0] if calls else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gradwatch.checks.batch import arguments
+from gradwatch.checks.batch import Call, arguments, call_in_training_step
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.time_words import explain_padding, words_of_horizon
 from gradwatch.model.arguments import is_called, positional_names
@@ -50,7 +50,9 @@ def horizon(
     Args:
         model: it is run once forward and once backward, whatever it is wrapped in (torch.compile,
             DistributedDataParallel).
-        batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument.
+        batch: a tuple is positional arguments, a mapping keyword arguments, anything else one argument. Of a
+            LightningModule that cannot be called with it, what its `training_step` takes: then the network that the
+            step calls is measured.
         output: takes what the model returned and gives the tensor whose horizon is asked for. Default: the first
             floating-point tensor in it, a scalar only where there is no other. Where it has the input's timesteps,
             only the newest of each row counts.
@@ -104,7 +106,7 @@ def assert_horizon(
         raise TypeError(f"at_least must be a whole number of timesteps, got {at_least!r}")
     if at_least < 1:
         raise ValueError(f"at_least must be at least 1, got {at_least}")
-    found, place = _measured(model, batch, output, timesteps, input)
+    found, place, call = _measured(model, batch, output, timesteps, input)
     stats = dataclasses.replace(found, need=at_least)
     reach = stats.reach
     if reach is None:
@@ -125,7 +127,7 @@ def assert_horizon(
         return stats
     if reach.censored:
         raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
-    raise GradientHealthError(horizon_error(stats, _words(stats, at_least, model, batch, place)))
+    raise GradientHealthError(horizon_error(stats, _words(stats, at_least, call, place, named_modules(model)[place])))
 
 
 def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
@@ -141,18 +143,17 @@ def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
         raise ValueError(f"which input needs {need} timesteps must be said with input=: {said}")
 
 
-def _words(stats: SequenceStats, need: int, model: nn.Module, batch: Any, place: str) -> Explanation:  # noqa: ANN401
-    """Return why a horizon is too short, and what to do about it."""
+def _words(stats: SequenceStats, need: int, call: Call, place: str, module: nn.Module) -> Explanation:
+    """Return why a horizon is too short, and what to do about it; `module` is the sequence module at a place."""
     if (narrowed := narrowed_before(stats)) is not None:
         return words_of_horizon(stats, need, place=narrowed.before)
-    facts: tuple[Fact, ...] = ()
-    with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
-        facts = recurrence_facts(model, *arguments(model, batch), place)
-    module = named_modules(model)[place]
     if not is_recurrent(module):
         return words_of_horizon(
             stats, need, place=limiting(stats) or ("" if isinstance(module, nn.Embedding) else place)
         )
+    facts: tuple[Fact, ...] = ()
+    with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
+        facts = recurrence_facts(*call, place, module)
     return words_of_horizon(stats, need, facts, place=place, kind=recurrence_of(module))
 
 
@@ -162,17 +163,25 @@ def _measured(
     output: Callable[[Any], Any] | None,
     timesteps: Timesteps,
     wanted: Input,
-) -> tuple[SequenceStats, str]:
-    """Return the horizon of a model, and the name of its sequence module."""
+) -> tuple[SequenceStats, str, Call]:
+    """Return the horizon of a model, the name of its sequence module, and the call that was measured."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if output is not None and not callable(output):
         raise TypeError(
             f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
         )
-    args, kwargs = arguments(model, batch)
-    gain = model_gain(model, args, kwargs, timesteps=timesteps, output=output)
-    return _of_input(model, gain.stats(), wanted), gain.place
+    call = Call(model, *arguments(model, batch))
+    try:
+        gain = model_gain(*call, timesteps=timesteps, output=output)
+    except Exception:
+        # A LightningModule may have no forward, or one that takes a part of the batch.
+        of_step = call_in_training_step(model, batch)
+        if of_step is None:
+            raise
+        call = of_step
+        gain = model_gain(*call, timesteps=timesteps, output=output, watched=model)
+    return _of_input(call.module, gain.stats(), wanted), gain.place, call
 
 
 def _of_input(model: nn.Module, stats: SequenceStats, wanted: Input) -> SequenceStats:

@@ -67,7 +67,7 @@ def model_gain(
 
 
 def recurrence_facts(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], place: str
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], place: str, module: nn.Module
 ) -> tuple[Fact, ...]:
     """Measure, in one more pass, what makes a recurrent module forget; of another kind of module nothing is known.
 
@@ -76,10 +76,10 @@ def recurrence_facts(
         args: as for `model_gain`.
         kwargs: as for `model_gain`.
         place: name of the module.
+        module: what that is.
 
     """
     model = _core(model)
-    module = named_modules(model)[place]
     if kind_of(module) is None:
         return ()
     recorder = Recorder("auto")
