@@ -90,3 +90,19 @@ def resampled(one: SequenceStats, length: int, columns: int) -> list[float]:
     edges = [column * length / columns / one.clock for column in range(columns + 1)]
     spans = ((int(first), max(math.ceil(last), int(first) + 1)) for first, last in itertools.pairwise(edges))
     return [max(gain[first:last], default=0.0) / top if top > 0 else 0.0 for first, last in spans]
+
+
+def places(stats: SequenceStats) -> list[tuple[str, SequenceStats]]:
+    """Return what to draw of the way of a model's input: it and what enters each module, with names.
+
+    None where there is but one place.
+    """
+    if not stats.chain:
+        return []
+    first, *others = stats.chain
+    if first.lag_gain == stats.lag_gain:
+        found = [(f"{stats.input} into {first.module}", stats)]
+    else:
+        found, others = [(stats.input or "the input", stats)], [first, *others]
+    found += [(one.module, one) for one in others]
+    return found if len(found) > 1 else []

@@ -332,7 +332,7 @@ def test_the_way_through_a_model_is_a_strip_for_each_place_on_the_clock_of_the_i
     assert way(WAY) == [
         "",
         "Through depth: how far back the newest output sees what enters each module (left: newest)",
-        f"  {'x, into conv':28} {'█' * 36}{' ' * 12} 72 of 96",
+        f"  {'x into conv':28} {'█' * 36}{' ' * 12} 72 of 96",
         f"  ..._name.of_some.encoder.rnn {'█' * 30}{' ' * 18} 60 of 96",
     ]
 
@@ -362,4 +362,5 @@ def test_many_places_are_counted():
 
 def test_what_has_no_way_is_not_drawn():
     assert way(replace(WAY, chain=())) == []
+    assert way(replace(WAY, chain=WAY.chain[:1])) == []  # all of it stands in the profile of the model
     assert way(replace(WAY, lag_gain=None)) == []

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from gradwatch.sinks.tensorboard.scalars import FLOOR, log10
-from gradwatch.values.chain import resampled
+from gradwatch.values.chain import places, resampled
 from gradwatch.values.sequences import SequenceStats
 
 if TYPE_CHECKING:
@@ -154,20 +154,18 @@ def depth_picture(stats: SequenceStats) -> tuple[int, int, bytes]:
     """Draw the gain by lag of a model's input, and below it of what enters each module on its way; see `heatmap`.
 
     Args:
-        stats: of the model; with a `lag_gain` and a `chain`.
+        stats: of the model; with a `lag_gain` and more than one of `places`.
 
     """
     import numpy as np
 
-    places = [(stats.input, stats), *((one.module, one) for one in stats.chain[:_PLACES])]
-    if stats.chain[0].lag_gain == stats.lag_gain:
-        places[:2] = [(f"{stats.input} into {stats.chain[0].module}", stats)]
+    shown = places(stats)[:_PLACES]
     lags = min(stats.length, _COLUMNS)
-    values = np.array([[log10(share) for share in resampled(one, stats.length, lags)] for _, one in places])
+    values = np.array([[log10(share) for share in resampled(one, stats.length, lags)] for _, one in shown])
     values[values == FLOOR] = _SHALLOW
     return heatmap(
         values,
-        [f"{name}: {(one.horizon or 0) * one.clock}" for name, one in places],
+        [f"{name}: {(one.horizon or 0) * one.clock}" for name, one in shown],
         [column * stats.length // lags for column in range(lags)],
         title="log10 of the gain by lag",
         deepest=_SHALLOW,

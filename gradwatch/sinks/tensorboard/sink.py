@@ -12,6 +12,7 @@ from gradwatch.sinks.tensorboard import messages as parts
 from gradwatch.sinks.tensorboard.events import EventFile
 from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture, depth_picture
 from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, log10, scalars_of
+from gradwatch.values.chain import places
 from gradwatch.values.report import Report
 from gradwatch.values.sequences import SequenceStats
 
@@ -21,7 +22,7 @@ _BUCKETS = 128
 
 def _depth(name: str, stats: SequenceStats) -> list[Any]:
     """Return the picture of a horizon on its way through a model, where one was measured."""
-    if not stats.chain or not stats.horizon:
+    if not places(stats) or not stats.horizon:
         return []
     return [parts.image(f"gradwatch_heatmap/depth/{name}", depth_picture(stats))]
 

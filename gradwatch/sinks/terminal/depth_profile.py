@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from gradwatch.values.chain import resampled
+from gradwatch.values.chain import places, resampled
 from gradwatch.values.sequences import SequenceStats, reach_of
 from gradwatch.values.thresholds import HORIZON_GAIN
 
@@ -33,22 +33,20 @@ class DepthProfile:
         """Draw as many columns as there is room for, at most 48: each is the largest gain of its lags."""
         stats, own = self._stats, reach_of(self._stats)
         width = min(options.max_width - _NAME - 22, 48)
-        if own is None or not stats.chain or width < 12:
+        shown = places(stats)
+        if own is None or not shown or width < 12:
             return
         blocks = " .:#" if options.ascii_only else " ▁▂▃▄▅▆▇█"
         yield Text("\nThrough depth: how far back the newest output sees what enters each module (left: newest)")
-        first = stats.chain[0] if stats.chain[0].lag_gain == stats.lag_gain else None
-        places = [(f"{stats.input}, into {first.module}" if first is not None else stats.input or "the input", stats)]
-        places += [(one.module, one) for one in stats.chain if one is not first]
-        for name, one in places[:_MOST]:
+        for name, one in shown[:_MOST]:
             found = reach_of(one)
             if found is not None:
                 strip = "".join(_block(level, blocks) for level in resampled(one, stats.length, width))
-                shown = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+                label = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
                 reaches = f"{'at least ' * found.censored}{found.timesteps * one.clock} of {stats.length}"
-                yield Text.assemble(f"  {shown:{_NAME}} ", (f"{strip:{width}}", "green"), f" {reaches}")
-        if len(places) > _MOST:
-            yield Text(f"  ({len(places) - _MOST} more)")
+                yield Text.assemble(f"  {label:{_NAME}} ", (f"{strip:{width}}", "green"), f" {reaches}")
+        if len(shown) > _MOST:
+            yield Text(f"  ({len(shown) - _MOST} more)")
 
 
 def _block(level: float, blocks: Sequence[str]) -> str:
