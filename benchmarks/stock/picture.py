@@ -52,10 +52,10 @@ class _Sheet:
         """Fill a rectangle."""
         self._pen.rectangle([at * FINER for at in corners], fill=colour)
 
-    def dot(self, x: float, y: float, colour: str, *, full: bool) -> None:
-        """Draw a dot or a ring."""
-        corners = [at * FINER for at in (x - 7, y - 7, x + 7, y + 7)]
-        self._pen.ellipse(corners, fill=colour if full else "white", outline=colour, width=3 * FINER)
+    def dot(self, x: float, y: float, radius: float, colour: str, inside: str) -> None:
+        """Draw a dot, or a ring of another colour inside."""
+        corners = [at * FINER for at in (x - radius, y - radius, x + radius, y + radius)]
+        self._pen.ellipse(corners, fill=inside, outline=colour, width=3 * FINER)
 
 
 def draw(rows: Sequence[Row]) -> Image.Image:
@@ -99,8 +99,8 @@ def _line(sheet: _Sheet, y: float, one: Row) -> None:
     colour = WELL if after["score"] >= LEARNED else SICK
     sheet.write(LEFT - 24, y, f"{one.name.removesuffix('/causal')}  ({one.library})", anchor="rm")
     sheet.box(LEFT, y - 3, max(made, then), y + 3, colour=BAR)
-    sheet.dot(then, y, colour, full=True)
-    sheet.dot(made, y, INK, full=False)
+    sheet.dot(made, y, 9, INK, "white")
+    sheet.dot(then, y, 6, colour, colour)
     sheet.write(RIGHT + 24, y, f"{after['score']:.0%}", colour=colour)
 
 

@@ -75,8 +75,18 @@ class Chain:
             calls.name = name  # of those that begin with it, the innermost
         self._by_module[id(module)] = calls
 
-    def sources(self, series: Sequence[InputSeries]) -> list[Source]:
-        """Return the places that have timesteps of the model's inputs `series`, in the order of the forward pass."""
+    def sources(self, series: Sequence[InputSeries], inputs: Iterable[Source]) -> list[Source]:
+        """Return the places that have timesteps of the model's inputs, in the order of the forward pass.
+
+        Args:
+            series: the inputs.
+            inputs: the same, as what is differentiated by; where a module takes one as it is, that is noted there.
+
+        """
+        whole = {(c.root, c.view): one for one in inputs for s in one.sequences for c in s.calls if len(s.calls) == 1}
+        for place, one in whole.items():
+            if (calls := self._by_place.pop(place, None)) is not None:
+                one.into = calls.name
         found = list(self._sources(series))
         return found[:: -(-len(found) // _MOST) or 1]
 

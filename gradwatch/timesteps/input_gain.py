@@ -38,6 +38,8 @@ class Source:
     on_the_way: frozenset[str] = frozenset()
     """Of a place on the way of the data through the model, the inputs whose timesteps it has. It tells where on that
     way a horizon is narrowed, and no more is asked of it."""
+    into: str = ""
+    """Of an input, the module that takes it first, as it is."""
     clock: int = 1
     """Of such a place, timesteps of the input from one of its own to the next."""
     found: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
@@ -77,8 +79,8 @@ class Source:
         numbers = torch.cat([numbers, used])
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
         numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
-        way = self.on_the_way
-        return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers, way, self.clock)
+        way, into = self.on_the_way, self.into
+        return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers, way, into, self.clock)
 
 
 def gains(

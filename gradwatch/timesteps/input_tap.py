@@ -224,7 +224,7 @@ class InputTap:
         if entered and not _are_inputs(entered, series):
             one = torch.ones((), device="cpu")
             sources.append(Source(place, "", None, assumed=False, sequences=entered, joined=False, spread=one))
-        sources += self._chain.sources(series)
+        sources += self._chain.sources(series, [source for source in sources if source.input])
         known = {} if lengths is None else {id(reference): lengths}
         try:
             found = gains(self._roots, newest, reference.rows, sources, known)

@@ -42,8 +42,9 @@ class InputGain:
     """Float64: the spread of the input, what `padding_of` gives, what `gain_and_error` does, and by lag what the
     timesteps add to the output."""
     on_the_way: frozenset[str] = frozenset()
+    into: str = ""
     clock: int = 1
-    """See `Source` for both."""
+    """See `Source` for all three."""
 
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
@@ -100,6 +101,7 @@ class ModelGain:
         pairs = list(zip(self.gains, numbers, strict=True))
         asked = [(gain.stats(its[1:], share), its[0]) for gain, its in pairs if not gain.on_the_way]
         every = [s for s, _ in asked]
+        into = [gain.into for gain in self.gains if not gain.on_the_way]
         effects = [spread * max(s.lag_gain or (0.0,)) for s, spread in asked]
         of_inputs = [at for at, s in enumerate(every) if s.input and effects[at] != 0]
         # Where no gradient comes to what the model was given, what enters the module counts.
@@ -107,9 +109,11 @@ class ModelGain:
         unknown = next((at for at in reached if reach_of(every[at], share) is None), None)
         first = self._main(every, effects, reached, share) if unknown is None else unknown
         others = tuple(s for at, s in enumerate(every) if at != first and (not s.input or at in reached))
-        label = every[first].input
-        chain = mixing([g.stats(its[1:], share) for g, its in pairs if label in g.on_the_way], share)
-        return dataclasses.replace(every[first], module="", note=self.note, beside=others, chain=chain)
+        own = every[first]
+        way = [g.stats(its[1:], share) for g, its in pairs if own.input in g.on_the_way]
+        if into[first]:
+            way.insert(0, dataclasses.replace(own, module=into[first], input="", time=None, lag_use=None))
+        return dataclasses.replace(own, module="", note=self.note, beside=others, chain=mixing(way, share))
 
     @staticmethod
     def _main(every: Sequence[SequenceStats], effects: Sequence[float], among: Sequence[int], share: float) -> int:
