@@ -32,6 +32,8 @@ from gradwatch.timesteps.model_pass import model_gain
 from gradwatch.values.sequences import reach_of
 
 WIDTH, TIMESTEPS, WORDS, ROWS = 64, 250, 128, 16
+SLOW = 0.4
+"""Seconds that a forward and backward pass may take of what is trained."""
 PAGE = Path(__file__).parents[2] / "docs" / "atlas.md"
 
 
@@ -141,7 +143,7 @@ def row(library: str, name: str, first: Captured, *, train: bool) -> Row:
     if reach is not None:
         found.horizon, found.interval, found.sure = reach.timesteps, (reach.low, reach.high), reach.sure
     found.others = {s.input: (s.horizon, s.length) for s in stats.beside if s.input and s.horizon is not None}
-    if train:
+    if train and learning.seconds(model, args, kwargs) < SLOW:
         begun = {key: value.clone() for key, value in model.state_dict().items()}
         for task in learning.TASKS:
             model.load_state_dict(begun)

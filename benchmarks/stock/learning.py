@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -130,6 +131,16 @@ def train(fed: Fed, task: Task) -> float:
         said = fed(fed.fed(x)).detach()
         scores.append((said.sign() == y).float().mean() if task.is_class else 1 - (said - y).square().mean())
     return float(torch.stack(scores).mean())
+
+
+def seconds(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+    """Return how long a forward and backward pass takes, of two the second."""
+    for _ in range(2):
+        began = time.perf_counter()
+        truth.first_output(network(*args, **kwargs)).sum().backward()
+        taken = time.perf_counter() - began
+    network.zero_grad()
+    return taken
 
 
 def _with(value: Any, old: Tensor, new: Tensor) -> Any:

@@ -146,7 +146,7 @@ def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
 def _words(stats: SequenceStats, need: int, call: Call, place: str, module: nn.Module) -> Explanation:
     """Return why a horizon is too short, and what to do about it; `module` is the sequence module at a place."""
     if (narrowed := narrowed_before(stats)) is not None:
-        return words_of_horizon(stats, need, place=narrowed.before)
+        return words_of_horizon(stats, need, place=narrowed.around or narrowed.before)
     if not is_recurrent(module):
         return words_of_horizon(
             stats, need, place=limiting(stats) or ("" if isinstance(module, nn.Embedding) else place)

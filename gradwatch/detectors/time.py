@@ -209,7 +209,7 @@ def _place(history: History, probes: Sequence[Snapshot], code: str) -> str:
     whole = next((s for s in newest if s.part == "model"), None)
     share = history.thresholds.horizon_gain
     if whole is not None and (narrowed := narrowed_before(whole, share)) is not None:
-        return narrowed.before or trunk(history.model)
+        return narrowed.around or narrowed.before or trunk(history.model)
     modules = [s.module for s in newest if s.part == "" and s.module]
     known = next((name for name in modules if history.is_open(code, name)), None)
     if known is not None:

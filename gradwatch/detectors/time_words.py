@@ -91,7 +91,7 @@ def too_short(
         known["half_life"] = found.half_life
     names = {"who": subject(stats), **({"of": whose(stats)} if stats.input else {})}
     if (before := narrowed_before(stats)) is not None:
-        names |= {"entered": before.entered, "before": before.before}
+        names |= {"entered": before.entered, "before": before.before, "around": before.around}
         known["reaches"] = float(before.reaches)
     else:
         known |= worst(facts, place, FADES)
@@ -269,8 +269,13 @@ def _fades_before(finding: Finding) -> bool:
 def _why_it_fades(finding: Finding) -> str:
     if "entered" in finding.names:
         entered, reaches = finding.names["entered"], finding.evidence["reaches"]
-        before = finding.names.get("before")
-        what = f"what enters {before}, before it," if before else "what the model makes of its input before that"
+        before, around = finding.names.get("before"), finding.names.get("around")
+        if around:
+            return (
+                f"what enters {entered} reaches {reaches:.0f} timesteps back, but what it gives is next to nothing"
+                f" beside what {around}, which holds it, passes by"
+            )
+        what = f"what enters {before}, before it," if before else "what is made of the input before or beside that"
         return f"what enters {entered} reaches {reaches:.0f} timesteps back, and {what} does not"
     why = _why_it_shrinks(finding.evidence) if _fades_before(finding) else ""
     return "; and ".join(part for part in (why, _cut(finding)) if part)
@@ -327,7 +332,12 @@ def _lengthen(finding: Finding) -> str:
     need = finding.evidence.get("need")
     timesteps = "the timesteps that matter" if need is None else f"{need:.0f} timesteps"
     if "entered" in finding.names:
-        before = finding.names.get("before")
+        before, around = finding.names.get("before"), finding.names.get("around")
+        if around:
+            return (
+                f"if the older timesteps matter, let {around} pass by less or {finding.names['entered']} give more: a"
+                " larger scale of that branch, at its initialization"
+            )
         where = f"from {before} on and before" if before else "before"
         return (
             f"look at what is made of the input {where} {finding.names['entered']}: does each timestep get values of"

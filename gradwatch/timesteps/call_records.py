@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.model.gradient_hooks import Sentinel
 from gradwatch.model.nested import floats
-from gradwatch.timesteps.kinds import Kind, Recurrence
+from gradwatch.timesteps.kinds import Kind, Recurrence, is_stock, recurrence_of
 from gradwatch.timesteps.layout import Layout
+from gradwatch.timesteps.mixing import Seen
 from gradwatch.values.sequences import Mixing, RecurrenceName
 
 
@@ -116,6 +117,8 @@ class SequenceCall:
     """Which timesteps of which rows were exactly zero in the input, (T, B): perhaps padding."""
     record: CallRecord | None = None
     """What walking back needs, of a recurrent module."""
+    begins: bool = False
+    """Whether it begins a sequence of its own, of a cell that was seen."""
     final_state: weakref.ref[Tensor] | None = None
     """The hidden state that it gave."""
     graph: bool = False
@@ -184,6 +187,8 @@ class SequenceModule:
     """The module, if it may turn out to be trusted after this step."""
     calls: list[SequenceCall] = field(default_factory=list)
     """Of this step, oldest first; those of passes before the last that a backward pass has reached are let go of."""
+    gave: list[weakref.ref[Tensor]] = field(default_factory=list)
+    """What a cell that was seen gave last."""
     leaves: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     """Those put in place of its inputs, by `id`."""
     version: int = 0
@@ -200,15 +205,39 @@ class SequenceModule:
     """Passes of this step that a backward pass has reached and whose calls were let go of."""
     note: str | None = None
 
+    @classmethod
+    def of(
+        cls, name: str, module: nn.Module, kind: Kind | None, seen: Seen | None, *, learned: bool = False
+    ) -> SequenceModule:
+        """Describe a module.
+
+        Args:
+            name: of it.
+            module: to describe.
+            kind: what it is, if it can be walked back through.
+            seen: how it was named or seen, else.
+            learned: whether a leaf in place of its input was found to do no harm.
+
+        """
+        # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
+        hooked = module._forward_pre_hooks or module._forward_hooks
+        mixing: Mixing = "" if seen is None else seen.mixing
+        return cls(
+            name=name,
+            kind=kind,
+            recurrence=recurrence_of(module) if kind is None else kind.name,
+            time=None if kind is not None or seen is None else seen.time,
+            mixing=mixing,
+            parameters=frozenset(map(id, module.parameters())),
+            sharded=any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters()),
+            # Of what was only seen nobody knows what it does with a leaf, at some later step.
+            trusted=not hooked and not mixing and ((kind is not None and is_stock(module)) or learned),
+        )
+
     @property
     def recurrent(self) -> bool:
         """Whether it can be walked back through."""
         return self.kind is not None
-
-    @property
-    def common(self) -> bool:
-        """Whether it was seen to be attention or a convolution, of which there may be many."""
-        return self.mixing in ("attention", "convolution")
 
     def holds_leaf(self, x: Tensor) -> bool:
         """Tell whether this input is a leaf that was put in."""
@@ -235,7 +264,7 @@ class SequenceModule:
         """Let go of what was seen in this step."""
         for call in self.calls:
             call.drop()
-        self.calls, self.passes, self.leaves, self.random = [], set(), {}, None
+        self.calls, self.passes, self.leaves, self.gave, self.random = [], set(), {}, [], None
         self.task, self.repeated = None, False
         self.sentinel.remove()
 

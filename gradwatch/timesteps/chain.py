@@ -14,8 +14,8 @@ from gradwatch.model.nested import data_of
 from gradwatch.timesteps.axes import axis_along
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Place, Roots
 from gradwatch.timesteps.input_gain import Source
-from gradwatch.timesteps.kinds import is_recurrent, time_of
-from gradwatch.timesteps.layout import layout_of
+from gradwatch.timesteps.kinds import is_recurrent, mixes, time_of
+from gradwatch.timesteps.layout import layout_of, spaced
 from gradwatch.timesteps.model_inputs import InputSeries
 from gradwatch.timesteps.time_axis import Axes
 
@@ -55,11 +55,13 @@ class Chain:
         self._roots, self._axes = roots, axes
         self._by_place: dict[Place, _Calls] = {}
         self._by_module: dict[int, _Calls] = {}
+        self._likely: set[str] = set()
+        """Names of modules that mix timesteps by what they are."""
 
     def entered(self, module: nn.Module, name: str, value: Tensor | PackedSequence) -> None:
         """Take note of what enters a module."""
         data = data_of(value)
-        if not data.requires_grad or data.is_leaf:
+        if not data.requires_grad or data.is_leaf or data.is_nested or not data.numel():
             return
         known = self._by_module.get(id(module))
         if known is not None:
@@ -74,6 +76,8 @@ class Chain:
         elif not calls.name or name.startswith(f"{calls.name}."):
             calls.name = name  # of those that begin with it, the innermost
         self._by_module[id(module)] = calls
+        if mixes(module):
+            self._likely.add(calls.name)
 
     def sources(self, series: Sequence[InputSeries], inputs: Iterable[Source]) -> list[Source]:
         """Return the places that have timesteps of the model's inputs, in the order of the forward pass.
@@ -88,7 +92,12 @@ class Chain:
             if (calls := self._by_place.pop(place, None)) is not None:
                 one.into = calls.name
         found = list(self._sources(series))
-        return found[:: -(-len(found) // _MOST) or 1]
+        # Of many, those first that mix timesteps by what they are.
+        likely = [source for source in found if source.module in self._likely]
+        others = [source for source in found if source.module not in self._likely]
+        room = max(_MOST - len(likely), 0)
+        some = [likely[k] for k in spaced(len(likely), _MOST)] + [others[k] for k in spaced(len(others), room)]
+        return [source for source in found if any(source is one for one in some)]
 
     def _sources(self, series: Sequence[InputSeries]) -> Iterator[Source]:
         times: dict[torch.Size, _Time] = {}

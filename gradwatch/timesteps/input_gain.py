@@ -19,7 +19,7 @@ COTANGENTS = 3
 """Directions that are taken, at most."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """Something with timesteps by which an output is differentiated, and what came of that."""
 
@@ -103,6 +103,7 @@ def gains(
         RuntimeError: torch cannot.
 
     """
+    left_out: list[Source] = []
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     exact = width == 1  # then the row of the Jacobian is all there is
@@ -113,9 +114,15 @@ def gains(
         cotangent = drawn.to(newest.device, newest.dtype) / math.sqrt(width)
         gradients = roots.gradients(newest, cotangent, keys, again=bool(left) and not exact)
         with torch.no_grad():
-            for source in sources:
-                source.take(gradients, roots, lengths)
-            found = [source.gain(exact=exact) for source in sources]
+            found = []
+            for source in (s for s in sources if s not in left_out):
+                try:
+                    source.take(gradients, roots, lengths)
+                    found.append(source.gain(exact=exact))
+                except Exception:
+                    if not source.on_the_way:
+                        raise
+                    left_out.append(source)  # what is told besides must not cost what was asked
         if exact or not left or all(gain.on_the_way or gain.is_sure() for gain in found):
             break
     return found

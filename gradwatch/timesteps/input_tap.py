@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,7 +94,8 @@ class InputTap:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         found = _input(module, args, kwargs)
         if found is not None and not self._closed and may_mix(module):
-            self._chain.entered(module, self._names[id(module)], found[1])
+            with contextlib.suppress(Exception):  # it is told besides
+                self._chain.entered(module, self._names[id(module)], found[1])
         recurrent = is_recurrent(module)
         if not (recurrent or id(module) in self._named):
             return None
@@ -224,7 +226,8 @@ class InputTap:
         if entered and not _are_inputs(entered, series):
             one = torch.ones((), device="cpu")
             sources.append(Source(place, "", None, assumed=False, sequences=entered, joined=False, spread=one))
-        sources += self._chain.sources(series, [source for source in sources if source.input])
+        with contextlib.suppress(Exception):  # as above
+            sources += self._chain.sources(series, [source for source in sources if source.input])
         known = {} if lengths is None else {id(reference): lengths}
         try:
             found = gains(self._roots, newest, reference.rows, sources, known)

@@ -148,16 +148,16 @@ KINDS = (
     ),
 )
 
-_MIXING = (
-    nn.modules.conv._ConvNd,
-    nn.MultiheadAttention,
+_MIXES = (nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""Modules of torch's own, beside the recurrent ones, that mix timesteps where they go along time."""
+_HOLDS = (
     nn.Sequential,
     nn.TransformerEncoder,
     nn.TransformerEncoderLayer,
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
-"""Modules of torch's own, beside the recurrent ones, that may mix timesteps or hold others that do."""
+"""Modules of torch's own that may hold others that do."""
 
 _STOCK = frozenset(c.forward for c in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell))
 
@@ -182,10 +182,15 @@ def is_recurrent(module: nn.Module) -> bool:
     return isinstance(module, nn.RNNBase | nn.RNNCellBase) or kind_of(module) is not None
 
 
+def mixes(module: nn.Module) -> bool:
+    """Tell whether a module of torch's mixes timesteps where it goes along time."""
+    return is_recurrent(module) or isinstance(module, _MIXES)
+
+
 def may_mix(module: nn.Module) -> bool:
     """Tell whether a module may mix timesteps: most of torch's own work on each by itself."""
     own = type(module).__module__.startswith("torch.nn.modules.")
-    return not own or is_recurrent(module) or isinstance(module, _MIXING)
+    return not own or mixes(module) or isinstance(module, _HOLDS)
 
 
 def is_cell(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> bool:

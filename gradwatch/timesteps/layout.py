@@ -133,9 +133,10 @@ class Padded:
         laid = self.laid(tensor)
         if not len(laid):
             return laid.new_zeros((0, laid.shape[1])), None
-        # In pieces of time that stay in the cache once they are float64, but where time is what lies together.
-        piece = max(2**16 // max(laid[0].numel(), 1), 1) if laid.stride(0) > 1 else len(laid)
-        return torch.cat([square(part) for part in torch.split(laid, piece)]), None
+        # In pieces that stay in the cache once they are float64: of time, or of rows where time is what lies together.
+        along = int(laid.stride(0) == 1 and laid.shape[1] > 1)
+        piece = max(2**16 // max(laid.numel() // laid.shape[along], 1), 1)
+        return torch.cat([square(part) for part in torch.split(laid, piece, along)], along), None
 
     def laid(self, tensor: Tensor) -> Tensor:
         """Lay a tensor out as timesteps, rows and features, (T, B, features)."""

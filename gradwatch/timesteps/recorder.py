@@ -22,13 +22,12 @@ from gradwatch.timesteps.kinds import (
     Recurrence,
     is_cell,
     is_fused,
-    is_stock,
     kind_of,
-    recurrence_of,
     time_of,
 )
 from gradwatch.timesteps.layout import Layout, layout_of
-from gradwatch.timesteps.structure import Seen, Structure
+from gradwatch.timesteps.mixing import Seen
+from gradwatch.timesteps.structure import Structure, is_made_of
 
 ROWS = 8
 """Rows of a batch that are looked at closely: 8, each with cotangents of its own, give the decay rate within 2 %."""
@@ -41,10 +40,6 @@ _NUMBERS = 40
 def bytes_per_row(steps: int, hidden: int) -> int:
     """Return about how many bytes walking back takes for each row; `hidden` units are those of all layers together."""
     return steps * hidden * _NUMBERS * 4
-
-
-def _sharded(module: nn.Module) -> bool:
-    return any(hasattr(p, "placements") or getattr(p, "_fsdp_flattened", False) for p in module.parameters())
 
 
 def _checkpointed() -> bool:
@@ -83,6 +78,8 @@ class Recorder:
         self._named = dict(timesteps) if isinstance(timesteps, Mapping) else {}
         self._rows, self._budget, self._kinds = rows, budget, kinds
         self._structure = Structure()
+        self._candidates: dict[str, weakref.ref[nn.Module]] = {}
+        """Modules that it looks at."""
         self._learned: dict[str, bool] = {}
         """By name, whether a leaf in place of the input was found to do no harm."""
         self._pass = 0
@@ -104,18 +101,8 @@ class Recorder:
             seen = Seen(self._named[name]) if name in self._named else self._structure.seen.get(name)
             if kind is None and seen is None:
                 continue
-            # A hook of the user's sees the input too, and may do with it what cannot be done with a leaf.
-            hooked = module._forward_pre_hooks or module._forward_hooks
-            stock = kind is not None and is_stock(module)
-            target = self.targets[id(module)] = SequenceModule(
-                name=name,
-                kind=kind,
-                recurrence=recurrence_of(module, self._kinds),
-                time=None if kind is not None or seen is None else seen.time,
-                mixing="" if seen is None else seen.mixing,
-                parameters=frozenset(map(id, module.parameters())),
-                sharded=_sharded(module),
-                trusted=not hooked and (stock or self._learned.get(name, False)),
+            target = self.targets[id(module)] = SequenceModule.of(
+                name, module, kind, seen, learned=self._learned.get(name, False)
             )
             # torch.compile runs fused recurrent networks as they are. In a cell it would compile a hook along, which
             # would split what is compiled.
@@ -124,7 +111,9 @@ class Recorder:
             else:
                 chosen[id(module)] = module
         if not compiled:
-            chosen |= self._structure.arm(modules)
+            candidates = self._structure.arm(modules)
+            self._candidates = {n: weakref.ref(m) for n, m in modules.items() if id(m) in candidates}
+            chosen |= candidates
         model = modules.get("")
         if chosen and model is not None and not compiled and id(model) not in self.targets:
             self._model = id(model)
@@ -142,7 +131,10 @@ class Recorder:
 
     def next_step(self, targets: Iterable[SequenceModule]) -> None:
         """Let go of what was seen of these, and look on."""
-        self._structure.settle()
+        if self._structure.settle():  # they are listened to now, and may never be armed for again
+            for name, seen in self._structure.seen.items():
+                if (found := self._candidates[name]()) is not None and id(found) not in self.targets:
+                    self.targets[id(found)] = SequenceModule.of(name, found, None, seen)
         for target in targets:
             candidate, target.candidate = target.candidate, None
             # A reentrant checkpoint cuts off what gets no input with a gradient.
@@ -171,7 +163,7 @@ class Recorder:
 
     def entered(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Put a leaf in place of an input that has no gradient, so that it gets one; the numbers stay the same."""
-        self._structure.entered()
+        self._structure.entered(self._attempts.now)
         target = self.targets.get(id(module))
         if target is None or transformed():
             return None
@@ -213,20 +205,20 @@ class Recorder:
         in_backward = torch._C._current_graph_task_id() != -1
         if target is None or transformed() or not torch.is_grad_enabled() or (in_backward and not target.without_grad):
             return
-        value = inputs[0] if inputs else kwargs.get("input")
-        if target.mixing and value is None:  # whatever its own arguments are called
-            value = next(iter(floats(kwargs)), None)
+        value = _input_of(target, inputs, kwargs)
         x = first_tensor(value)
         if x is None:
             target.note = target.note or "its first input is not a floating-point tensor"
             return
-        if not target.trusted and not x.requires_grad:
+        if not target.trusted and not target.mixing and not x.requires_grad:
             self._learn(target, module, x, sum(t is x for t in floats((*inputs, *kwargs.values()))), floats(output))
         layout = self._layout(target, module, value if isinstance(value, PackedSequence) else x)
         if layout is None:
             return
         self._count(target)
         call = SequenceCall(layout, self._pass, self._attempts.now)
+        if target.mixing == "cell":
+            self._note_begin(target, call, [t for t in floats((*inputs, *kwargs.values())) if t is not x], output)
         tensors = outputs_of(output, recurrent=target.recurrent, single=call.single)
         if target.kind is not None:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
@@ -240,13 +232,19 @@ class Recorder:
 
     # --- parts of that ---
 
+    @staticmethod
+    def _note_begin(target: SequenceModule, call: SequenceCall, states: list[Tensor], output: object) -> None:
+        """Note whether a call of a cell begins a sequence of its own: where it takes nothing of what it gave before."""
+        gave = [t for ref in target.gave if (t := ref()) is not None]
+        call.begins = not any(is_made_of(t, gave) if gave else t.requires_grad for t in states)
+        target.gave = [weakref.ref(t) for t in floats(output)]
+
     def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, times: int, outputs: list[Tensor]) -> None:
         """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought.
 
-        It would where the module is given the input several times, and may ask whether it is the same; and nobody asked
-        for what stands for much of a model.
+        It would where the module is given the input several times, and may ask whether it is the same.
         """
-        if self._learned.get(target.name) is False and not target.common:
+        if self._learned.get(target.name) is False:
             target.note = (
                 "its input has no gradient, and with one it might train differently:"
                 " it edits or keeps the input, or is given it twice, or a part of it gets no gradient"
@@ -254,7 +252,7 @@ class Recorder:
         kept = times > 1 or any(value is x for part in module.modules() for value in vars(part).values())
         harmless = not kept and x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)
         self._learned[target.name] = False
-        target.candidate = weakref.ref(module) if harmless and not target.common else None
+        target.candidate = weakref.ref(module) if harmless else None
 
     def _count(self, target: SequenceModule) -> None:
         """Begin another pass, if something runs after a backward pass, or again in a later one."""
@@ -384,6 +382,13 @@ class Recorder:
         if call.record is not None:
             rows = call.layout.take(gradient) if name in ("x", "y") else call.layout.state(gradient)
             call.record.gradients[name] = rows
+
+
+def _input_of(target: SequenceModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return what a sequence module goes over: of one that was seen, whatever its arguments are, and are called."""
+    if target.mixing:
+        return next((t for part in (*inputs, *kwargs.values()) for t in floats(part)), None)
+    return inputs[0] if inputs else kwargs.get("input")
 
 
 def _with_data(value: Tensor | PackedSequence, data: Tensor) -> Tensor | PackedSequence:

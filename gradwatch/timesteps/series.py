@@ -27,6 +27,7 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 
 
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
+_NOT_GIVEN = "its input has no gradient; named in timesteps= it is given one, where that does no harm"
 _INSIDE = "its states lie inside of one call: of gradients through it, only that of its input is seen"
 _NOT_FOLLOWED = (
     "its calls run once more within the backward pass, one by one:"
@@ -202,7 +203,7 @@ def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch
     if changed is not None:
         result.checks["changed"] = changed
     last = [c for c in target.calls if c.number == max(passes)]
-    newest = last if last[0].single else last[-1:]
+    newest = _last_sequence(last, result.notes) if last[0].single else last[-1:]
     chain = _chain(last, result.notes) if target.recurrent else newest
     _reached(target, chain, result.notes)
     result.arrived = any(s.task is not None for s in chain)
@@ -215,7 +216,7 @@ def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch
     if target.recurrent:
         _walk(chain, own, result, generator)
     if "grad_input" not in whole.values and result.arrived:
-        result.notes.append(_NO_GRADIENT)
+        result.notes.append(_NOT_GIVEN if target.mixing else _NO_GRADIENT)
     if target.recurrent:
         return result
     states = {
@@ -243,7 +244,8 @@ def _reached(target: SequenceModule, chain: Sequence[SequenceCall], notes: list[
         if call.task != task:
             call.forget()
     if task is None:
-        notes.append("no gradient reached it" if any(s.handles for s in chain) else _NO_GRADIENT)
+        none = _NOT_GIVEN if target.mixing else _NO_GRADIENT
+        notes.append("no gradient reached it" if any(s.handles for s in chain) else none)
     passes = len(target.passes.union(s.number for s in target.calls if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")
@@ -341,10 +343,20 @@ def _chain(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
     # Those that no backward pass has reached are no part of the training.
     chains = [chain for chain in chains if any(call.task is not None for call in chain)] or chains[-1:]
     if len(chains) > 1:
-        notes.append(
-            f"it ran over {len(chains)} sequences in this pass, each with a state of its own; the last is shown"
-        )
+        notes.append(_several(len(chains)))
     return chains[-1]
+
+
+def _last_sequence(calls: list[SequenceCall], notes: list[str]) -> list[SequenceCall]:
+    """Return the last calls of a cell that follow each other; the first always begins."""
+    begins = [0, *(at for at, call in enumerate(calls) if at and call.begins)]
+    if len(begins) > 1:
+        notes.append(_several(len(begins)))
+    return calls[begins[-1] :]
+
+
+def _several(count: int) -> str:
+    return f"it ran over {count} sequences in this pass, each with a state of its own; the last is shown"
 
 
 def _own_lengths(call: SequenceCall) -> Tensor | None:

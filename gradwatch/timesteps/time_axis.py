@@ -251,8 +251,9 @@ class Axes(TorchFunctionMode):
                         mine.labels[number] = found
                     if (entry := operation.taken(result)) is not None:
                         mine.entries[number] = entry
-                    if (tail := operation.tail(result)) is not None:
-                        self._inputs[number].tails.add(tail.dim)
+                    tail, evidence = operation.tail(result), self._inputs[number]
+                    if tail is not None and tail.size == evidence.shape[tail.dim]:  # else something was put there
+                        evidence.tails.add(tail.dim)
         for result, mine in zip(given, made, strict=True):
             if mine.labels or mine.entries:
                 self._known[id(result)] = weakref.ref(result), mine

@@ -41,6 +41,9 @@ class Narrowing(NamedTuple):
     """How far what enters it reaches, in timesteps of the model's input."""
     before: str = ""
     """Name of the last module before it of which what enters does not reach so far; "" where there is none."""
+    around: str = ""
+    """Name of the module that holds it and of which what enters does not: what passes it by is larger than what it
+    gives."""
 
 
 def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> Narrowing | None:
@@ -49,15 +52,16 @@ def narrowed_before(stats: SequenceStats, share: float = HORIZON_GAIN) -> Narrow
     Both in timesteps of that input: of what enters the module there may be fewer.
     """
     own = reach_of(stats, share)
-    before = ""
+    before = around = ""
     for one in stats.chain:
         found = reach_of(one, share)
         if own is None or found is None:
             continue
         reaches = found.timesteps * one.clock
         if reaches > 2 * own.timesteps:
-            return Narrowing(one.module, reaches, "" if one.module.startswith(f"{before}.") else before)
-        before = one.module
+            return Narrowing(one.module, reaches, before, around if one.module.startswith(f"{around}.") else "")
+        holds = any(other.module.startswith(f"{one.module}.") for other in stats.chain)
+        before, around = ("", one.module) if holds else (one.module, "")
     return None
 
 
@@ -72,7 +76,8 @@ def limiting(stats: SequenceStats, share: float = HORIZON_GAIN) -> str | None:
         found = reach_of(one, share)
         if found is not None:
             reaches = found.timesteps * one.clock
-            won[one.module], after = reaches - after, reaches
+            if reaches:
+                won[one.module], after = reaches - after, reaches
     return max(won, key=lambda name: won[name], default=None)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gradwatch
+from gradwatch.timesteps import chain, input_gain
 from gradwatch.values.chain import limiting, narrowed_before
 from gradwatch.values.sequences import horizon_of
 
@@ -223,13 +224,75 @@ def test_where_a_horizon_is_narrowed_both_modules_are_named():
     net, y = narrowed(), data(B, T, 1)
     stats = gradwatch.horizon(net, y)
     assert stats.horizon == truth(net, y) == 1
-    assert narrowed_before(stats) == ("rnn", T, "gate")
+    assert narrowed_before(stats) == ("rnn", T, "gate", "")
     with pytest.raises(gradwatch.GradientHealthError) as caught:
         gradwatch.assert_horizon(net, y, at_least=50)
     said = " ".join(str(caught.value).split())
     assert "what enters rnn reaches 60 timesteps back, and what enters gate, before it, does not" in said
     assert "Through depth" in said
     assert "bias" not in said
+
+
+class Branch(nn.Module):
+    """Adds next to nothing of a long view to what passes it by."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(H, H, 30)
+
+    def forward(self, x):
+        return x + 1e-5 * self.conv(nn.functional.pad(x.mT, (29, 0))).mT
+
+
+def test_a_branch_that_is_next_to_nothing_is_not_narrowed_before():
+    net = built(
+        lambda net, x: net.out(net.branch(net.into(x))[:, -1]),
+        into=nn.Linear(F, H),
+        branch=Branch(),
+        out=nn.Linear(H, 1),
+    )
+    stats = gradwatch.horizon(net, data())
+    assert stats.horizon == 1
+    assert narrowed_before(stats) == ("branch.conv", 30, "", "branch")
+    with pytest.raises(gradwatch.GradientHealthError) as caught:
+        gradwatch.assert_horizon(net, data(), at_least=20)
+    said = " ".join(str(caught.value).split())
+    assert "next to nothing beside what branch, which holds it, passes by" in said
+    assert "a larger scale of that branch" in said
+
+
+def test_what_is_told_besides_never_costs_what_is_asked(monkeypatch):
+    class Routed(nn.Module):
+        """Sends no row to one of its parts."""
+
+        def __init__(self):
+            super().__init__()
+            self.into, self.part, self.rnn = nn.Linear(F, H), Gated(), nn.GRU(H, H, batch_first=True)
+
+        def forward(self, x):
+            z = self.into(x)
+            return self.rnn(torch.cat([z, self.part(z[:0])]))[0][:, -1]
+
+    net, x = Routed().double(), data()
+    expected = gradwatch.horizon(net, x)
+    assert list(places(expected)) == ["rnn"]
+
+    def broken(*_, **__):
+        raise RuntimeError("no")
+
+    for name in ("entered", "sources"):
+        with monkeypatch.context() as patch:
+            patch.setattr(chain.Chain, name, broken)
+            assert gradwatch.horizon(net, x).lag_gain == expected.lag_gain
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            input_gain.Source,
+            "on_the_way",
+            property(lambda s: frozenset("x") if s.module else frozenset(), lambda *_: None),
+        )
+        patch.setattr(input_gain, "gain_and_error", lambda *_, **__: broken())
+        with pytest.raises(RuntimeError, match="no"):  # of what was asked it is told
+            gradwatch.horizon(net, x)
 
 
 def alert_of(net, x):

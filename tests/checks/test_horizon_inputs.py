@@ -579,3 +579,20 @@ def test_what_is_not_sure_is_no_verdict():
         ValueError, match="not sure enough to judge by: the model learns from somewhere between the last"
     ):
         gradwatch.assert_horizon(Slow(), random(1, 250, F), at_least=100)
+
+
+def test_the_last_entries_of_what_was_put_there_tell_nothing_of_time():
+    """Series with tokens of the model's own behind them, of which the last are those."""
+
+    def tokens(net, x):
+        each = torch.cat([net.along(x.mT), net.token.expand(len(x), F, 8)], 1)
+        return net.out((each * each.mean(1, keepdim=True)).mT[..., -F:].flatten(1))
+
+    net = built(
+        tokens,
+        along=nn.Linear(T, 8),
+        token=nn.Parameter(torch.randn(F, 8)),
+        out=nn.Linear(8 * F, 1),
+    )
+    stats = gradwatch.horizon(net, random(B, T, F))
+    assert (stats.time, stats.length, stats.horizon) == (1, T, T)

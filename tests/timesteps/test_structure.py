@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from truth import bits
 
 import gradwatch
 from gradwatch.sinks.tensorboard.scalars import scalars
-from gradwatch.timesteps.structure import Seen, Structure
+from gradwatch.timesteps.mixing import Seen
+from gradwatch.timesteps.structure import Structure
 from gradwatch.values.sequences import SequenceStats, sentences, shortest
 
 B, T, F, H = 4, 24, 3, 8
@@ -329,7 +332,85 @@ class Grouped(nn.Module):
         return torch.bmm(x, self.weight.expand(len(x), F, F))
 
 
+class Interleaved(nn.Module):
+    """Turns pairs of features, as rotary positions do."""
+
+    def forward(self, x):
+        return torch.stack([x[..., ::2] * 2, x[..., 1::2]], -1).flatten(-2)
+
+
+class ByColumn(nn.Module):
+    """A network for each feature."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(1, 1) for _ in range(features))
+
+    def forward(self, x):
+        return torch.cat([net(x[..., i : i + 1]) for i, net in enumerate(self.each)], -1)
+
+
+class ByChannel(nn.Module):
+    """A linear layer along time for each feature (DLinear's individual ones): it mixes, but feeds nothing back."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(1, 1) for _ in range(features))
+
+    def forward(self, x):
+        return torch.stack([net(x[..., i].unsqueeze(-1)).squeeze(-1) for i, net in enumerate(self.each)], -1)
+
+
+class Hyper(nn.Module):
+    """Multiplies features with a matrix of their own for each row."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weights = nn.Linear(features, features * features)
+
+    def forward(self, x):
+        return torch.bmm(x, self.weights(x.mean(1)).view(len(x), x.shape[-1], -1))
+
+
+class Depths(nn.Module):
+    """Mixes what eight layers give."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.each = nn.ModuleList(nn.Linear(features, features) for _ in range(8))
+        self.share = nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        given = []
+        for layer in self.each:
+            x = layer(x).tanh()
+            given.append(x)
+        return (torch.stack(given) * self.share.view(-1, 1, 1, 1)).sum(0)
+
+
+class Quantiles(nn.Module):
+    def forward(self, x):
+        return x.exp().cumsum(-1)
+
+
+class ByRow(nn.Module):
+    def __init__(self, features):
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+
+    def forward(self, x):
+        return torch.stack([self.linear(row) for row in x])
+
+
+W = 12
 UNSEEN = {
+    "interleaved": lambda: nn.Sequential(nn.Linear(F, W), Interleaved()),
+    "by column": lambda: nn.Sequential(nn.Linear(F, W), ByColumn(W)),
+    "by channel": lambda: nn.Sequential(nn.Linear(F, W), ByChannel(W)),
+    "a network that makes weights": lambda: nn.Sequential(nn.Linear(F, W), Hyper(W)),
+    "depths": lambda: nn.Sequential(nn.Linear(F, W), Depths(W)),
+    "quantiles": lambda: nn.Sequential(nn.Linear(F, W), Quantiles()),
+    "rows": lambda: nn.Sequential(nn.Linear(F, W), ByRow(W)),
     "weights for each row": lambda: nn.Sequential(nn.Linear(F, F), Grouped()),
     "feedforward": lambda: nn.Sequential(nn.Linear(F, H), Feedforward(H), nn.LayerNorm(H)),
     "windows of one": lambda: Channels(nn.Conv1d(F, H, 1), nn.BatchNorm1d(H)),
@@ -390,14 +471,15 @@ def test_what_mixes_timesteps_is_seen_and_training_is_the_same_to_the_bit(name):
     seen, watched = trained(build(make), x, watched=True)
     assert watched == alone
     assert {s.module: s.mixing for s in seen if s.mixing} == expected
-    lengths = {s.length for s in seen if s.mixing and s.grad_input}
+    lengths = {s.length for s in seen if s.mixing}
     assert lengths <= ({T, T + 1} if name == "qrnn" else {T})
 
 
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_mixes_none_or_gives_them_not_back_is_not(name):
-    seen, _ = trained(build(UNSEEN[name]), torch.randn(B, T, F), watched=True)
-    assert [s.module for s in seen if s.mixing] == []
+    for rows in (B, 8):  # as many as there are depths
+        seen, _ = trained(build(UNSEEN[name]), torch.randn(rows, T, F), watched=True)
+        assert [s.module for s in seen if s.mixing] == []
 
 
 # --- the gradients ---
@@ -430,17 +512,24 @@ def by_autograd(model, x, name):
     return [[0.0 if g is None else float(g.norm()) for g in found] for found in (inputs, hidden, cells)]
 
 
-@pytest.mark.parametrize("name", ["peephole lstm", "normalized lstm", "normalized gru", "a cell in a cell"])
-def test_an_own_cell_has_the_total_gradients_of_its_states(name):
-    model, x = build(SEEN[name][0]).double(), torch.randn(B, T, F, dtype=torch.float64)
-    inputs, hidden, cells = by_autograd(model, x, "body.cell")
+@pytest.mark.parametrize("cell", [Peephole, NormalizedLstm, NormalizedGru, Inside])
+@pytest.mark.parametrize("behind_a_layer", [True, False])
+def test_an_own_cell_has_the_total_gradients_of_its_states(cell, behind_a_layer):
+    pair = cell in (Peephole, NormalizedLstm)
+    into, width = (nn.Linear(F, H), H) if behind_a_layer else (nn.Identity(), F)
+    model = build(lambda: nn.Sequential(into, Loop(cell(width), pair=pair))).double()
+    x = torch.randn(B, T, F, dtype=torch.float64)
+    inputs, hidden, cells = by_autograd(model, x, "body.1.cell")
     (_, whole, part) = seen_at_rest(model, x)
-    assert (whole.module, part.module) == ("body.cell", "body.cell")
-    assert whole.grad_input == pytest.approx(inputs, rel=1e-10)
+    assert (whole.module, part.module, part.length) == ("body.1.cell", "body.1.cell", T)
     assert part.grad_hidden == pytest.approx(hidden, rel=1e-10)
-    if "lstm" in name:
+    if pair:
         assert part.grad_cell == pytest.approx(cells, rel=1e-10)
-    assert part.length == T
+    if behind_a_layer:
+        assert whole.grad_input == pytest.approx(inputs, rel=1e-10)
+    else:  # of the data nobody asked for one
+        assert whole.grad_input is None
+        assert "timesteps=" in whole.note
 
 
 @pytest.mark.parametrize("name", ["sru", "qrnn", "parallel scan", "a kernel of one's own", "attention", "encoder"])
@@ -478,12 +567,169 @@ def test_attention_on_the_data_that_is_named_trains_the_same():
     assert bits_of({"body.attention": 1}) == bits_of(None)
 
 
-def test_of_attention_and_convolutions_at_the_data_the_gradient_is_not_asked_for():
-    model = build(SEEN["convolutions"][0])
-    first, second = seen_at_rest(model, torch.randn(B, T, F))
-    assert first.grad_input is None
-    assert "no gradient" in first.note
-    assert second.grad_input is not None
+@pytest.mark.parametrize("time_first", [False, True])
+def test_an_own_loop_goes_along_its_own_dimension_also_where_the_batch_is_as_long(time_first):
+    class Along(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of, self.on = nn.Linear(H, H), nn.Linear(H, H)
+
+        def forward(self, x):
+            h, given, dim = x.new_zeros(T, H), [], int(not time_first)
+            for t in range(T):
+                h = (self.of(x.select(dim, t)) + self.on(h)).tanh()
+                given.append(h)
+            return torch.stack(given, dim)
+
+    torch.manual_seed(0)
+    model = Newest(nn.Sequential(nn.Linear(F, H), Along()), time=int(not time_first))
+    x = torch.randn(T, T, F)
+    model(x)
+    kept = []
+    handle = model.body[1].register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
+    (gradient,) = torch.autograd.grad(model(x).square().mean(), kept)
+    handle.remove()
+    (stats,) = seen_at_rest(model, x)
+    other = (1, 2) if time_first else (0, 2)
+    assert stats.grad_input == pytest.approx(gradient.norm(dim=other).tolist(), rel=1e-4)
+
+
+def test_a_cell_that_runs_over_two_sequences_shows_the_last():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = NormalizedGru(F)
+
+        def along(self, x):
+            h, given = x.new_zeros(len(x), H), []
+            for now in x.unbind(1):
+                h = self.cell(now, h)
+                given.append(h)
+            return torch.stack(given, 1)
+
+        def forward(self, x):
+            return torch.cat([self.along(x), self.along(x.flip(1)).flip(1)], -1)
+
+    seen = seen_at_rest(build(Both), torch.randn(B, T, F))
+    whole, part = (s for s in seen if s.module == "body.cell")
+    assert (whole.length, part.length) == (T, T)
+    assert "it ran over 2 sequences" in whole.note
+
+
+def test_a_mask_may_come_first():
+    class Masked(OwnLayer):
+        def forward(self, mask, x):
+            return super().forward(x) * mask.unsqueeze(-1)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.inner = nn.Linear(F, H), Masked(H)
+
+        def forward(self, x):
+            return self.inner(x[..., 0] > -9, self.into(x))
+
+    (stats,) = (s for s in seen_at_rest(build(Outer), torch.randn(B, T, F)) if s.module == "body.inner")
+    assert (stats.mixing, len(stats.grad_input)) == ("loop", T)
+
+
+def test_two_optimizers_that_both_probe_each_step_see_them():
+    model, x, reports = build(SEEN["sru"][0]), torch.randn(B, T, F), []
+    both = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (model.body, model.head)]
+    with watching(model, both, reports):
+        for _ in range(5):
+            model(x).square().mean().backward()
+            for optimizer in both:
+                optimizer.step()
+    assert {s.mixing for r in reports for s in r.snapshot.sequences or ()} == {"loop"}
+
+
+def test_a_pass_that_an_exception_ended_keeps_nothing_alive():
+    class Failing(nn.Module):
+        fails = False
+
+        def forward(self, x):
+            if self.fails:
+                raise MemoryError
+            return x
+
+    model = build(lambda: nn.Sequential(nn.Linear(F, H), Attention(H), Failing()))
+    optimizer, alive, x = torch.optim.SGD(model.parameters(), lr=0.0), [], torch.randn(B, T, F)
+    model.body[1].register_forward_hook(lambda _m, _a, out: alive.append(weakref.ref(out)))
+    with watching(model, optimizer, []):
+        for step in range(3):
+            if step == 1:  # the first that is looked at
+                model.body[2].fails = True
+                with contextlib.suppress(MemoryError):
+                    model(x)
+                model.body[2].fails = False
+            model(x).square().mean().backward()
+            assert all(tensor() is None for tensor in alive)
+            optimizer.step()
+
+
+# --- what is no business of its own: it changes what it is given, or asks whether that has a gradient ---
+
+
+class Quiet(OwnLayer):
+    def forward(self, x):
+        return super().forward(self.prepared(x))
+
+
+class InPlace(Quiet):
+    def prepared(self, x):
+        self.step = getattr(self, "step", 0) + 1
+        if self.step > 3:
+            x[:, :3] = 0
+        return x
+
+
+class Numpy(Quiet):
+    def prepared(self, x):
+        return x * float((x.numpy() != 0).mean())
+
+
+class Front(Quiet):
+    def prepared(self, x):
+        e = x.exp()
+        e += 1e-6
+        return e.log()
+
+
+class Running(Quiet):
+    def __init__(self, inputs):
+        super().__init__(inputs)
+        self.register_buffer("mean", torch.zeros(inputs))
+
+    def prepared(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.mean((0, 1)))
+        return x - self.mean
+
+
+class Asking(Quiet):
+    def prepared(self, x):
+        return x if x.requires_grad else 2 * x
+
+
+class Heads(nn.Module):
+    def __init__(self, inputs):
+        super().__init__()
+        self.of, self.on = nn.Parameter(0.1 * torch.randn(5, inputs, H)), nn.Parameter(0.1 * torch.randn(H, H))
+
+    def forward(self, x):
+        h, given = x.new_zeros(5, len(x), H), []
+        for t in range(x.shape[1]):
+            h = (x[:, t] @ self.of + h @ self.on).tanh()
+            given.append(h.mean(0))
+        return torch.stack(given, 1)
+
+
+@pytest.mark.parametrize("kind", [InPlace, Numpy, Front, Running, Asking, Heads])
+def test_what_is_only_seen_is_never_given_a_leaf(kind):
+    x = torch.randn(B, T, F)
+    _, alone = trained(build(lambda: kind(F)), x.clone(), watched=False, steps=8)
+    _, watched = trained(build(lambda: kind(F)), x.clone(), watched=True, steps=8)
+    assert watched == alone
 
 
 def test_time_first_is_found():
@@ -506,11 +752,11 @@ def look(model, *args):
         h
         for m in chosen.values()
         for h in (
-            m.register_forward_pre_hook(lambda *_: structure.entered()),
+            m.register_forward_pre_hook(lambda *_: structure.entered(1)),
             m.register_forward_hook(structure.left, with_kwargs=True),
         )
     ]
-    structure.entered()  # of the model
+    structure.entered(1)  # of the model
     model(*args)
     for handle in handles:
         handle.remove()
@@ -535,11 +781,11 @@ class Repeats(nn.Module):
 class Slope(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.given = nn.Linear(H, H), torch.randn(B, H)
+        self.linear, self.given, self.table = nn.Linear(H, H), torch.randn(B, H), nn.Parameter(torch.randn(6, H))
 
     def forward(self, a, b):
-        y = a if a.dim() > 1 and a is not self.given else b
-        return self.linear(y).tanh() + self.given.sum()
+        y, other = (b, a) if b.dim() > 1 and b.grad_fn is not None else (a, b)
+        return self.linear(y).tanh() + other.sum()
 
 
 @pytest.mark.parametrize(
@@ -548,9 +794,20 @@ class Slope(nn.Module):
         lambda f, y, _: f(y, y.new_zeros(())),
         lambda f, y, step: y + 0.1 * f(torch.tensor(float(step)), y),
         lambda f, y, _: f(f.given, y),
+        lambda f, y, _: f(2 * f.given, y),
+        lambda f, y, step: f(torch.full((B, 1), float(step)), y),
+        lambda f, y, step: f(f.table[step].expand(B, H), y),
         lambda f, y, step: y + 0.1 * f(y, torch.tensor(float(step))),
     ],
-    ids=["shared layers", "a solver, time first", "the same again", "a solver, state first"],
+    ids=[
+        "shared layers",
+        "a solver, time first",
+        "the same again",
+        "made again",
+        "a column of times",
+        "an embedding of the layer",
+        "a solver, state first",
+    ],
 )
 def test_a_module_that_is_repeated_without_anything_new_is_no_cell(call):
     assert look(Repeats(Slope(), call), torch.randn(B, F)) == {}
@@ -573,8 +830,8 @@ def test_a_graph_is_let_go_of_with_the_call():
     model, structure = nn.Sequential(nn.Linear(F, H), Attention(H)), Structure()
     structure.arm(dict(model.named_modules()))
     x = torch.randn(B, T, F)
-    structure.entered()
-    structure.entered()
+    structure.entered(1)
+    structure.entered(1)
     middle = model[0](x)
     out = model[1](middle)
     structure.left(model[1], (middle,), {}, out)

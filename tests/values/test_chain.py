@@ -59,11 +59,11 @@ def whole(horizon, *chain):
     ("chain", "found"),
     [
         ((place("a", 30), place("b", 10)), None),
-        ((place("a", 30), place("b", 61)), ("b", 61, "a")),
+        ((place("a", 30), place("b", 61)), ("b", 61, "a", "")),
         ((place("a", 30), place("b", 60)), None),  # not more than twice as far
-        ((place("enc.a", 61), place("b", 61)), ("enc.a", 61, "")),
-        ((place("enc", 30), place("enc.b", 61)), ("enc.b", 61, "")),  # that holds it
-        ((place("a", 30), place("b", 20, 25, clock=4)), ("b", 80, "a")),
+        ((place("enc.a", 61), place("b", 61)), ("enc.a", 61, "", "")),
+        ((place("enc", 30), place("enc.b", 61)), ("enc.b", 61, "", "enc")),  # that holds it
+        ((place("a", 30), place("b", 20, 25, clock=4)), ("b", 80, "a", "")),
         ((), None),
     ],
 )
@@ -76,6 +76,8 @@ def test_which_module_most_comes_from():
     assert limiting(whole(30, place("a", 30), place("b", 28), place("c", 2))) == "b"
     assert limiting(whole(30, place("a", 30), place("b", 7, 25, clock=4))) == "b"
     assert limiting(whole(30)) is None
+    nothing = SequenceStats("a", "model", 100, lag_gain=(0.0,) * 100)
+    assert limiting(whole(30, nothing)) is None
 
 
 def test_columns_are_on_the_clock_of_the_input():

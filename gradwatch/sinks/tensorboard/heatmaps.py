@@ -163,9 +163,10 @@ def depth_picture(stats: SequenceStats) -> tuple[int, int, bytes]:
     lags = min(stats.length, _COLUMNS)
     values = np.array([[log10(share) for share in resampled(one, stats.length, lags)] for _, one in shown])
     values[values == FLOOR] = _SHALLOW
+    values[[one.horizon is None for _, one in shown]] = math.nan
     return heatmap(
         values,
-        [f"{name}: {(one.horizon or 0) * one.clock}" for name, one in shown],
+        [f"{_short(name)}: {'?' if one.horizon is None else one.horizon * one.clock}" for name, one in shown],
         [column * stats.length // lags for column in range(lags)],
         title="log10 of the gain by lag",
         deepest=_SHALLOW,
@@ -231,7 +232,7 @@ def heatmap(
         pen.text((x, y), text, fill="black", font=font, anchor=anchor)
     for number, name in enumerate(rows if columns == "lag" else ()):
         at = _LEFT + _INSIDE - 6, _TOP + (number + 0.5) * body / len(rows)
-        pen.text(at, _short(name), fill="white", font=font, anchor="rm", stroke_width=2, stroke_fill="black")
+        pen.text(at, name, fill="white", font=font, anchor="rm", stroke_width=2, stroke_fill="black")
     return picture.width, picture.height, _png(picture)
 
 
