@@ -11,7 +11,8 @@ from torch import nn
 
 from gradwatch.checks.batch import Call, arguments, call_in_training_step
 from gradwatch.detectors.memory import padding_read
-from gradwatch.detectors.time_words import explain_padding, words_of_horizon
+from gradwatch.detectors.misread_words import explain_padding
+from gradwatch.detectors.time_words import words_of_horizon
 from gradwatch.model.arguments import is_called, positional_names
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error

@@ -195,31 +195,6 @@ def explain_full(finding: Finding) -> Explanation:
     )
 
 
-def explain_padding(finding: Finding) -> Explanation:
-    """Say that padding is read in place of the data."""
-    evidence, since = finding.evidence, "" if finding.onset is None else f", since step {finding.onset}"
-    return Explanation(
-        f"what is read of {finding.place or 'the model'} is its padding: in a typical row the last"
-        f" {evidence['padding']:.0f} of {evidence['length']:.0f} timesteps are all the same, and the data before them"
-        f" gets {evidence['data']:.1g} of their gradient{since}",
-        "the rows are padded at their ends, and the output is taken at the end of the padding",
-        "pack the rows (torch.nn.utils.rnn.pack_padded_sequence), or take the output of each at the last timestep of"
-        " its data, or put the padding in front",
-    )
-
-
-def explain_over_batch(finding: Finding) -> Explanation:
-    """Say that the rows of the batch are taken for timesteps."""
-    name, length = finding.place or "the model", finding.evidence["length"]
-    since = "" if finding.onset is None else f", since step {finding.onset}"
-    return Explanation(
-        f"{name} runs over the batch: the model's output has a row for each of its {length:.0f} timesteps, and none for"
-        f" its rows{since}",
-        "it takes the first dimension of its input for time (batch_first=False), and that is the batch",
-        f"set batch_first=True in {name}, or transpose what goes into it",
-    )
-
-
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
     who = finding.names.get("who") or finding.place or "the model"

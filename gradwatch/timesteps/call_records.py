@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ from gradwatch.model.nested import floats
 from gradwatch.timesteps.kinds import Kind, Recurrence, is_stock, recurrence_of
 from gradwatch.timesteps.layout import Layout
 from gradwatch.timesteps.mixing import Seen
+from gradwatch.timesteps.structure import is_made_of
 from gradwatch.values.sequences import Mixing, RecurrenceName
 
 
@@ -243,6 +244,12 @@ class SequenceModule:
         """Tell whether this input is a leaf that was put in."""
         leaf = self.leaves.get(id(x))
         return leaf is not None and leaf() is x
+
+    def note_begin(self, call: SequenceCall, states: Iterable[Tensor], gave: Iterable[Tensor]) -> None:
+        """Note whether a call of a cell begins a sequence of its own: where it takes nothing of what it gave before."""
+        before = [t for ref in self.gave if (t := ref()) is not None]
+        call.begins = not any(is_made_of(t, before) if before else t.requires_grad for t in states)
+        self.gave = [weakref.ref(t) for t in gave]
 
     def begins_pass(self, task: int) -> bool:
         """Note a run within a backward pass, and tell whether it is in a later one than the run before."""

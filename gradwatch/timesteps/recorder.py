@@ -27,7 +27,7 @@ from gradwatch.timesteps.kinds import (
 )
 from gradwatch.timesteps.layout import Layout, layout_of
 from gradwatch.timesteps.mixing import Seen
-from gradwatch.timesteps.structure import Structure, is_made_of
+from gradwatch.timesteps.structure import Structure
 
 ROWS = 8
 """Rows of a batch that are looked at closely: 8, each with cotangents of its own, give the decay rate within 2 %."""
@@ -218,7 +218,7 @@ class Recorder:
         self._count(target)
         call = SequenceCall(layout, self._pass, self._attempts.now)
         if target.mixing == "cell":
-            self._note_begin(target, call, [t for t in floats((*inputs, *kwargs.values())) if t is not x], output)
+            target.note_begin(call, [t for t in floats((*inputs, *kwargs.values())) if t is not x], floats(output))
         tensors = outputs_of(output, recurrent=target.recurrent, single=call.single)
         if target.kind is not None:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
@@ -232,13 +232,6 @@ class Recorder:
 
     # --- parts of that ---
 
-    @staticmethod
-    def _note_begin(target: SequenceModule, call: SequenceCall, states: list[Tensor], output: object) -> None:
-        """Note whether a call of a cell begins a sequence of its own: where it takes nothing of what it gave before."""
-        gave = [t for ref in target.gave if (t := ref()) is not None]
-        call.begins = not any(is_made_of(t, gave) if gave else t.requires_grad for t in states)
-        target.gave = [weakref.ref(t) for t in floats(output)]
-
     def _learn(self, target: SequenceModule, module: nn.Module, x: Tensor, times: int, outputs: list[Tensor]) -> None:
         """Find out whether a leaf in place of the input would do harm; `next_step` looks at what backward brought.
 
@@ -246,8 +239,8 @@ class Recorder:
         """
         if self._learned.get(target.name) is False:
             target.note = (
-                "its input has no gradient, and with one it might train differently:"
-                " it edits or keeps the input, or is given it twice, or a part of it gets no gradient"
+                "its input has no gradient, and with one it might train differently: it edits or keeps the input, or is"
+                " given it twice, or a part of it gets no gradient"
             )
         kept = times > 1 or any(value is x for part in module.modules() for value in vars(part).values())
         harmless = not kept and x._version == target.version and bool(outputs) and all(t.requires_grad for t in outputs)

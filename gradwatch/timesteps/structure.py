@@ -110,17 +110,20 @@ class Structure:
         if not took or not gave:
             return
         with contextlib.suppress(Exception):  # a graph of another shape than is known here tells nothing
-            self._look_for_cell(name, took, gave)
+            walked = kind_of(module) is not None  # more is known of that
+            if not walked:
+                self._look_for_cell(name, took, gave)
             if name not in self._known:
                 self._known.add(name)
                 begin: list[Edge] = [(t.grad_fn, t.output_nr) for t in took if t.grad_fn is not None]
                 ends: list[Any] = [t.grad_fn for t in gave if t.grad_fn is not None]
                 says = getattr(module, "batch_first", None)
                 batch_first = says if isinstance(says, bool) else None
-                seen = seen_in(took[0], gave, self._between(begin, ends), self._passed, batch_first=batch_first)
+                graph = self._between(begin, ends)
+                seen = None if walked else seen_in(took[0], gave, graph, self._passed, batch_first=batch_first)
                 for node in ends:
                     self._passed.setdefault(node, begin)
-                if seen is not None and kind_of(module) is None:
+                if seen is not None:
                     self._found[name] = seen
 
     def _between(self, begin: Iterable[Edge], ends: Iterable[Any]) -> Graph:
