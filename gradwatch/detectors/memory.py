@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.measured import misread
-from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.misread_words import explain_over_batch, explain_padding
+from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     FADES,
     explain_detached,
