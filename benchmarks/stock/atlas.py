@@ -222,7 +222,7 @@ def page(rows: list[Row]) -> str:
         [
             "# How far back public models learn",
             "",
-            "![How far back some of them see as they are made, and after a short training on a signal long ago](atlas.png)",
+            "![How far back some of them see, as they are made and after a signal that lies long ago](atlas.png)",
             "",
             says,
             "",
