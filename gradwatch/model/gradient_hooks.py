@@ -53,6 +53,11 @@ def at_output(node: Any, number: int, hook: Callable[[Tensor | None], None]) -> 
     return handle
 
 
+def _real(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 class _Arrivals:
     """What arrives at one parameter, by backward pass."""
 
@@ -98,8 +103,8 @@ class _Arrivals:
         if gradient.shape != whole.shape or gradient.device != whole.device:
             return None
         wide = torch.float32 if whole.device.type == "mps" else torch.float64  # which that device lacks
-        before = None if self._before is None else self._before.to(wide)
-        return gradient.detach().to(wide), whole.to(wide), before
+        now, arrived, before = (None if t is None else _real(t).to(wide) for t in (gradient, whole, self._before))
+        return None if now is None or arrived is None else (now, arrived, before)
 
     def difference(self) -> Tensor | None:
         """Return how far the gradient now is from what arrived, as a share of that; None where nothing arrived."""

@@ -25,6 +25,7 @@ from truth import by_hand, column, norm64, same, total
 
 import gradwatch
 from gradwatch.measurement import parameters as measured_parameters
+from gradwatch.model.gradient_hooks import Sentinel
 
 # --- the loops ---
 
@@ -484,6 +485,16 @@ def test_zeros_of_a_sparse_and_of_a_complex_gradient_are_shares_of_the_whole_par
     assert column(watched.snapshots[0], watched.snapshots[0].zeros)["w"] == pytest.approx(0.5)
     same(watched.norms(), [{"w": math.sqrt(30)}])
     assert column(watched.snapshots[0], watched.snapshots[0].rms)["w"] == pytest.approx(math.sqrt(30 / 4))
+
+
+def test_what_arrives_at_a_complex_parameter_is_compared_as_pairs_of_numbers():
+    parameter = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    sentinel = Sentinel()
+    sentinel.watch(nn.ParameterDict({"w": parameter}))
+    (parameter * torch.tensor([2.0, 1j])).abs().sum().backward()
+    assert float(sentinel.difference()) == 0
+    parameter.grad *= 1j  # as long, in another direction
+    assert float(sentinel.difference()) == pytest.approx(math.sqrt(2), rel=1e-6)
 
 
 def test_non_finite_entries_are_counted_only_where_a_norm_is_not_finite():
