@@ -402,8 +402,33 @@ class ByRow(nn.Module):
         return torch.stack([self.linear(row) for row in x])
 
 
+class HalvedOnce(nn.Module):
+    """Leaves every second timestep out, and gives the others twice."""
+
+    def forward(self, x):
+        return (2 * x[:, ::2]).repeat_interleave(2, 1)
+
+
+class Pictures(nn.Module):
+    """Adds up along the rows of a picture, within a network for sequences."""
+
+    def forward(self, x):
+        return x.unflatten(-1, (3, 4)).cumsum(1)
+
+
+class OnPictures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Pictures()
+
+    def forward(self, x):
+        return self.inner(x.unflatten(1, (4, 6))).flatten(1, 2).flatten(-2)
+
+
 W = 12
 UNSEEN = {
+    "halved once": lambda: nn.Sequential(nn.Linear(F, W), HalvedOnce()),
+    "pictures": lambda: nn.Sequential(nn.Linear(F, W), OnPictures()),
     "interleaved": lambda: nn.Sequential(nn.Linear(F, W), Interleaved()),
     "by column": lambda: nn.Sequential(nn.Linear(F, W), ByColumn(W)),
     "by channel": lambda: nn.Sequential(nn.Linear(F, W), ByChannel(W)),
@@ -782,6 +807,8 @@ class Slope(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear, self.given, self.table = nn.Linear(H, H), torch.randn(B, H), nn.Parameter(torch.randn(6, H))
+        self.pair = torch.randn(2, B, H)
+        self.made = nn.Linear(H, H)(self.pair)
 
     def forward(self, a, b):
         y, other = (b, a) if b.dim() > 1 and b.grad_fn is not None else (a, b)
@@ -796,6 +823,8 @@ class Slope(nn.Module):
         lambda f, y, _: f(f.given, y),
         lambda f, y, _: f(2 * f.given, y),
         lambda f, y, step: f(torch.full((B, 1), float(step)), y),
+        lambda f, y, _: f(f.pair[0], y),
+        lambda f, y, _: f(f.made[0], y),
         lambda f, y, step: f(f.table[step].expand(B, H), y),
         lambda f, y, step: y + 0.1 * f(y, torch.tensor(float(step))),
     ],
@@ -805,12 +834,22 @@ class Slope(nn.Module):
         "the same again",
         "made again",
         "a column of times",
+        "the same piece",
+        "the same entry",
         "an embedding of the layer",
         "a solver, state first",
     ],
 )
 def test_a_module_that_is_repeated_without_anything_new_is_no_cell(call):
     assert look(Repeats(Slope(), call), torch.randn(B, F)) == {}
+
+
+def test_where_the_batch_is_as_long_as_the_sequence_only_what_the_module_says_tells():
+    x = torch.randn(T, T, F)
+    assert look(nn.Sequential(nn.Linear(F, H), Attention(H)), x) == {}
+    for first in (True, False):
+        seen = look(nn.Sequential(nn.Linear(F, H), encoder(batch_first=first)), x)
+        assert {one.time for one in seen.values()} == {int(first)}
 
 
 def test_attention_that_is_shared_by_all_layers_is_seen_once():
