@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.stock import truth
 from gradwatch.model.arguments import labelled
+from gradwatch.model.nested import mapped
 
 STEPS, RATE, CLIP = 150, 2e-3, 1.0
 EVENT = (0.84, 0.96)
@@ -98,9 +97,8 @@ class Fed(nn.Module):
 
     def arguments(self, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments of the network, with another input."""
-        return tuple(_with(a, self.old, x) for a in self.args), {
-            k: _with(a, self.old, x) for k, a in self.kwargs.items()
-        }
+        args, kwargs = mapped((self.args, self.kwargs), lambda value: x if value is self.old else value)
+        return args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (rows,)."""
@@ -141,24 +139,3 @@ def seconds(network: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
         taken = time.perf_counter() - began
     network.zero_grad()
     return taken
-
-
-def _with(value: Any, old: Tensor, new: Tensor) -> Any:
-    """Return a value with another tensor in the place of one."""
-    if value is old:
-        return new
-    if isinstance(value, Tensor) or value is None:
-        return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_with(part, old, new) for part in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_with(part, old, new) for part in value)
-    made = copy.copy(value)
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            made[key] = _with(part, old, new)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for each in dataclasses.fields(value):
-            if hasattr(value, each.name):
-                object.__setattr__(made, each.name, _with(getattr(value, each.name), old, new))
-    return made

@@ -96,8 +96,8 @@ class Chain:
         likely = [source for source in found if source.module in self._likely]
         others = [source for source in found if source.module not in self._likely]
         room = max(_MOST - len(likely), 0)
-        some = [likely[k] for k in spaced(len(likely), _MOST)] + [others[k] for k in spaced(len(others), room)]
-        return [source for source in found if any(source is one for one in some)]
+        chosen = {likely[k] for k in spaced(len(likely), _MOST)} | {others[k] for k in spaced(len(others), room)}
+        return [source for source in found if source in chosen]
 
     def _sources(self, series: Sequence[InputSeries]) -> Iterator[Source]:
         times: dict[torch.Size, _Time] = {}

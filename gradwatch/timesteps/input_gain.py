@@ -67,7 +67,7 @@ class Source:
             mine = [(squares, torch.stack([n for _, n in mine]).amax(0))]
             added = [torch.stack(added).sum(0)] if len(added) == len(self.sequences) else []
         self.found.append(mine)
-        if len(added) == len(mine) and self.input:
+        if len(added) == len(mine):
             self.used.append([(a.square(), lengths) for a, (_, lengths) in zip(added, mine, strict=True)])
         self.reached |= any(gradients[root] is not None for root in self.roots)
 
@@ -76,9 +76,8 @@ class Source:
         rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
         numbers = gain_and_error(self.found, exact=exact)
         used = gain_by_lag(self.used) if self.used else torch.full_like(numbers[: len(numbers) // 2], torch.nan)
-        numbers = torch.cat([numbers, used])
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
-        numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers])
+        numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers, used])
         way, into = self.on_the_way, self.into
         return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers, way, into, self.clock)
 
@@ -103,7 +102,7 @@ def gains(
         RuntimeError: torch cannot.
 
     """
-    left_out: list[Source] = []
+    left_out: set[Source] = set()
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     exact = width == 1  # then the row of the Jacobian is all there is
@@ -122,7 +121,7 @@ def gains(
                 except Exception:
                     if not source.on_the_way:
                         raise
-                    left_out.append(source)  # what is told besides must not cost what was asked
+                    left_out.add(source)  # what is told besides must not cost what was asked
         if exact or not left or all(gain.on_the_way or gain.is_sure() for gain in found):
             break
     return found

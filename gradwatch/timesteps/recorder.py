@@ -380,7 +380,7 @@ class Recorder:
 def _input_of(target: SequenceModule, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """Return what a sequence module goes over: of one that was seen, whatever its arguments are, and are called."""
     if target.mixing:
-        return next((t for part in (*inputs, *kwargs.values()) for t in floats(part)), None)
+        return next(iter(floats((*inputs, *kwargs.values()))), None)
     return inputs[0] if inputs else kwargs.get("input")
 
 

@@ -216,7 +216,7 @@ def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch
     if target.recurrent:
         _walk(chain, own, result, generator)
     if "grad_input" not in whole.values and result.arrived:
-        result.notes.append(_NOT_GIVEN if target.mixing else _NO_GRADIENT)
+        result.notes.append(_no_gradient(target))
     if target.recurrent:
         return result
     states = {
@@ -227,6 +227,10 @@ def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch
     if states:
         result.series.append(Series("l0", whole.length, whole.rows, states))
     return result
+
+
+def _no_gradient(target: SequenceModule) -> str:
+    return _NOT_GIVEN if target.mixing else _NO_GRADIENT
 
 
 def _why_not(target: SequenceModule) -> str:
@@ -244,8 +248,7 @@ def _reached(target: SequenceModule, chain: Sequence[SequenceCall], notes: list[
         if call.task != task:
             call.forget()
     if task is None:
-        none = _NOT_GIVEN if target.mixing else _NO_GRADIENT
-        notes.append("no gradient reached it" if any(s.handles for s in chain) else none)
+        notes.append("no gradient reached it" if any(s.handles for s in chain) else _no_gradient(target))
     passes = len(target.passes.union(s.number for s in target.calls if s.task is not None))
     if passes > 1:
         notes.append(f"{passes} passes were accumulated in this step; the last is shown")

@@ -106,7 +106,7 @@ class Structure:
         name = self._names.get(id(module))
         if name is None or not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        took, gave = [t for part in (*inputs, *kwargs.values()) for t in floats(part)], floats(output)
+        took, gave = floats((*inputs, *kwargs.values())), floats(output)
         if not took or not gave:
             return
         with contextlib.suppress(Exception):  # a graph of another shape than is known here tells nothing
@@ -155,13 +155,10 @@ class Structure:
 
     def _is_next(self, name: str, now: Tensor, before: Tensor) -> bool:
         """Tell whether two calls took different entries of one thing, or what a cell before them gave in turn."""
-        pieces = [(_piece(t), t) for t in (now, before)]
-        if all(piece is not None for piece, _ in pieces):
-            (storage, at), (other, place) = (piece for piece, _ in pieces if piece is not None)
-            return storage == other and at != place
-        entries = [entry_of(t.grad_fn, _NEAR) for t in (now, before)]
-        if entries[0] is not None and entries[1] is not None:
-            return entries[0][0] is entries[1][0] and entries[0][1] != entries[1][1]
+        for of in (_piece, _entry):
+            mine, theirs = of(now), of(before)
+            if mine is not None and theirs is not None:
+                return mine[0] == theirs[0] and mine[1] != theirs[1]
         others = (calls for other, calls in self._calls.items() if other != name and calls.fed)
         return any(is_made_of(now, calls.gave) for calls in others)
 
@@ -175,7 +172,7 @@ def is_made_of(tensor: Tensor, gave: Iterable[Tensor]) -> bool:
     return bool(ends) and reaches(tensor.grad_fn, ends, _NEAR)
 
 
-def _piece(tensor: Tensor) -> tuple[int, int] | None:
+def _piece(tensor: Tensor) -> tuple[Any, int] | None:
     """Return of which storage a tensor is a piece, and where it begins; None: it is all, or a piece of a parameter."""
     storage, base = tensor.untyped_storage(), tensor._base
     if storage.nbytes() <= tensor.numel() * tensor.element_size() or (
@@ -183,6 +180,11 @@ def _piece(tensor: Tensor) -> tuple[int, int] | None:
     ):
         return None
     return storage.data_ptr(), int(tensor.storage_offset())
+
+
+def _entry(tensor: Tensor) -> tuple[Any, int] | None:
+    """Return of what the nearest entry was taken that a tensor was made of, and which; None: of nothing near."""
+    return entry_of(tensor.grad_fn, _NEAR)
 
 
 def _spaced(found: dict[str, Seen], most: int) -> dict[str, Seen]:

@@ -20,12 +20,12 @@ def mixing(places: Sequence[SequenceStats], share: float = HORIZON_GAIN) -> tupl
 
     """
     kept: list[SequenceStats] = []
-    low, high = 1.0, 1.0  # of the newest output itself
+    low, high = 1, 1  # of the newest output itself
     for one in reversed(places):
         found = reach_of(one, share)
         if found is None:
             continue
-        before = float(found.low * one.clock), float(found.high * one.clock)
+        before = found.low * one.clock, found.high * one.clock
         if before[0] > high or before[1] < low:
             kept.append(one)
         low, high = before
@@ -100,7 +100,7 @@ def resampled(one: SequenceStats, length: int, columns: int) -> list[float]:
 def places(stats: SequenceStats) -> list[tuple[str, SequenceStats]]:
     """Return what to draw of the way of a model's input: it and what enters each module, with names.
 
-    None where there is but one place.
+    Nothing where there is but one place.
     """
     if not stats.chain:
         return []
