@@ -25,6 +25,7 @@ from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
 from gradwatch.measurement.processes import Processes
 from gradwatch.measurement.transfer import Transfer
+from gradwatch.measurement.updates import Updates
 from gradwatch.model.nested import floats
 
 Step = Callable[[], torch.Tensor]
@@ -141,7 +142,7 @@ def measuring(name: str, build: Build, rounds: int) -> None:
     net, loss = build()
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
     watcher = watch(net, optimizer, every_n_steps=10**9)
-    steps, clock, spare = watcher._steps[0], Clock(), dict[int, torch.Tensor]()
+    steps, clock, updates = watcher._steps[0], Clock(), Updates()
     parameters = list(net.parameters())
 
     def clip() -> None:
@@ -154,14 +155,14 @@ def measuring(name: str, build: Build, rounds: int) -> None:
             reading.gradients(columns, [p.grad for p in members if p.grad is not None], None, half=False)
             if probe:
                 reading.parameters.weights(columns, members)
-                reading.parameters.copy(columns, members, 0, spare)
+                updates.copy(columns, members, complete=True)
             else:
                 reading.snapshot(0, "", ALONE)
             return reading
 
     def probe_end(reading: Measurement) -> None:
         with undisturbed():
-            reading.parameters.updates(spare)
+            updates.measure(reading.parameters, reading.parameters.read, probe=True)
         reading.snapshot(0, "", ALONE)
 
     times: dict[str, list[float]] = {"clip": [], "measure": [], "control": [], "probe": []}
@@ -207,7 +208,7 @@ def whole(name: str, build: Build, steps: int, beginning: int = 20) -> None:
                 on_alert=lambda _: None,
             )
             mine, clock = watcher._steps[0], Clock()
-            mine.count = begin
+            mine._count.number = begin
             mine.on_look = clock.around(mine.on_look)  # type: ignore[method-assign]
             mine.on_stepped = clock.around(mine.on_stepped)  # type: ignore[method-assign]
             inside, bare = [], []

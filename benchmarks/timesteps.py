@@ -119,7 +119,7 @@ def average(build: Callable[[], tuple[nn.Module, Callable[[], torch.Tensor]]], n
         times: dict[str, list[float]] = {"plain": [], "measured": [], "probe": []}
         for _ in range(rounds):
             for what in ("plain", "probe", "measured", "plain"):
-                watcher._steps[0].count = {"plain": 203, "measured": 210, "probe": 250}[what]
+                watcher._steps[0]._count.number = {"plain": 203, "measured": 210, "probe": 250}[what]
                 if what == "probe":
                     watcher._steps[0].look_ahead()
                 began = time.thread_time()

@@ -61,6 +61,7 @@ class Measurement:
         """Whether the optimizer has stepped since gradients were read before; else this is a further micro-batch."""
         self.notes: list[str] = []
         self._half = False
+        self._factor: float | Tensor | None = None
         self._scale: Pending | None = None
         self._late_scale: Pending | None = None
         self._loss_scale: Pending | None = None
@@ -86,10 +87,20 @@ class Measurement:
     ) -> None:
         """Measure the gradients as they are now; see `Parameters.gradients`."""
         self.empty = not gradients and not self.parameters.holders
-        self._half = half and self.probe
+        self._half, self._factor = half and self.probe, scale
         if scale is not None:
             self._scale = self._transfer.add(norms.number(scale))
         self.parameters.gradients(columns, gradients, scale, half=half)
+
+    def more_gradients(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Measure those of a further part of the same step."""
+        self.empty = self.empty and not gradients
+        self.parameters.gradients(columns, gradients, self._factor, half=self._half)
+
+    def explain(self, absent: Sequence[Absent | None]) -> None:
+        """Say of every column why it has no gradient; what `outside` has said stays."""
+        stays = list(self.absent) or [None] * len(absent)
+        self.absent = ["unstepped" if was == "unstepped" else now for was, now in zip(stays, absent, strict=True)]
 
     def outside(
         self, columns: Sequence[int], parameters: Sequence[Tensor], there: Sequence[bool], *, weigh: bool

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from gradwatch.model import layers
+from gradwatch.model.optimizers import parameters_of
 from gradwatch.values.snapshot import Absent, ModelInfo
 
 
@@ -74,7 +75,7 @@ class ModelMap:
         model = self._present()
         if optimizer is None:
             return list(model.parameters())
-        return [p for group in optimizer.param_groups for p in group["params"]]
+        return parameters_of(optimizer)
 
     def stepped_by_others(self, optimizer: Any) -> set[int]:  # noqa: ANN401
         """Return the parameters of the model, by `id`, that any other optimizer steps now."""
@@ -171,13 +172,14 @@ class ModelMap:
         return bool(self._frozen)
 
     def without_gradient(
-        self, columns: Sequence[int], parameters: Sequence[Tensor], ran: frozenset[str]
+        self, columns: Sequence[int], parameters: Sequence[Tensor], there: Collection[int], ran: frozenset[str]
     ) -> dict[int, Absent]:
         """Say which columns have no gradient, or may be found to have zeros in its place, given the modules that ran.
 
         Args:
             columns: those of the parameters.
-            parameters: what an optimizer steps, after a backward pass.
+            parameters: what an optimizer steps.
+            there: columns that have a gradient.
             ran: names of the modules that ran in the forward pass.
 
         """
@@ -186,18 +188,23 @@ class ModelMap:
         for column, parameter in zip(columns, parameters, strict=True):
             if self.info.parameters[column].layer in still:
                 found[column] = "unused"  # perhaps with zeros, by zero_grad(set_to_none=False)
-            elif parameter.grad is None and parameter.requires_grad:
+            elif column not in there and parameter.requires_grad:
                 found[column] = "disconnected"
         return found
 
     def absent(
-        self, columns: Sequence[int], parameters: Sequence[Tensor], known: Mapping[int, Absent]
+        self,
+        columns: Sequence[int],
+        parameters: Sequence[Tensor],
+        there: Collection[int],
+        known: Mapping[int, Absent],
     ) -> list[Absent | None]:
         """Say of every column why it has no gradient, if it has none or may be found to have zeros in its place.
 
         Args:
             columns: those of the parameters.
             parameters: what an optimizer steps.
+            there: columns that have a gradient.
             known: what the last look at a forward pass said, as `without_gradient`.
 
         """
@@ -205,7 +212,7 @@ class ModelMap:
         for column in self._frozen:
             reasons[column] = "frozen"
         for column, parameter in zip(columns, parameters, strict=True):
-            if parameter.grad is not None:
+            if column in there:
                 if reasons[column] != "unused":
                     reasons[column] = None
             elif not parameter.requires_grad:

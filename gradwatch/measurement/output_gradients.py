@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.measurement import norms
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
-from gradwatch.model.gradient_hooks import at_output, transformed
+from gradwatch.model.gradient_hooks import at_output, batched, transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats
 
@@ -120,7 +120,7 @@ class OutputGradients:
 
         def hook(gradient: Tensor | None) -> None:
             probe = me()
-            if probe is not None and gradient is not None:
+            if probe is not None and gradient is not None and not batched(gradient):
                 try:
                     probe._arrived(seen, gradient)
                 except Exception:  # noqa: BLE001  (this runs inside of the user's backward pass)

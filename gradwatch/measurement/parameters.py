@@ -6,24 +6,20 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement import norms
-from gradwatch.measurement.columns import APPLIED, LOST, NONFINITE, NONZERO, NORM, TINY, UPDATE, WEIGHT, Numbers, Raw
+from gradwatch.measurement.columns import APPLIED, NONFINITE, NONZERO, NORM, TINY, WEIGHT, Numbers, Raw
 from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.values.snapshot import ModelInfo
 
-BUDGET = 256 * 2**20
-"""Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
-_SPARE = 32 * 2**20
-"""Bytes of such copies whose memory is kept from probe to probe."""
-_PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _DEVICE = operator.attrgetter("device")
-_KIND = operator.attrgetter("__class__", "layout", "dtype")
-_PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in _PLAIN)
+kind_of = operator.attrgetter("__class__", "layout", "dtype")
+PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in PLAIN)
 
 
 class Parameters:
@@ -34,9 +30,10 @@ class Parameters:
         self.holders: dict[int, tuple[int, ...]] = {}
         """By column, the ranks of the processes that each hold a piece of the parameter."""
         self.notes: list[str] = []
-        self._model, self._transfer, self._probe, self._budget = model, transfer, probe, BUDGET
+        self._model, self._transfer, self._probe = model, transfer, probe
         self._measured: list[tuple[Raw, Sequence[int], Pending]] = []
-        self._copies: list[tuple[int, Tensor, Tensor]] = []
+        self.read: set[int] = set()
+        """Columns that have a gradient."""
         self._refused: set[tuple[str, int]] = set()
         """What has a note already, by kind and column."""
 
@@ -47,7 +44,8 @@ class Parameters:
             found.setdefault(raw, {}).update(zip(columns, pending.values, strict=True))
         return found
 
-    def _add(self, raw: Raw, columns: Sequence[int], tensor: Tensor) -> None:
+    def add(self, raw: Raw, columns: Sequence[int], tensor: Tensor) -> None:
+        """Take along a number of each of these columns."""
         self._measured.append((raw, columns, self._transfer.add(tensor)))
 
     def gradients(
@@ -62,12 +60,13 @@ class Parameters:
             half: whether they were computed in float16, whatever they are kept in.
 
         """
+        self.read.update(columns)
         measure = functools.partial(self._gradients, scale=scale, half=half)
-        if set(map(_KIND, gradients)) <= _PLAIN_KINDS:
+        if set(map(kind_of, gradients)) <= PLAIN_KINDS:
             measure(columns, gradients)
         else:
             columns, gradients = self._whole_or_pieces(columns, gradients)
-            self._each("gradient", columns, gradients, lambda few, their: measure(few, _plain(their)))
+            self.each("gradient", columns, gradients, lambda few, their: measure(few, _plain(their)))
 
     def _gradients(
         self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
@@ -77,15 +76,15 @@ class Parameters:
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
             bad = _not_finite(sizes.tolist()) if device.type == "cpu" else [*range(len(here))] if self._probe else []
             if bad:
-                self._add(NONFINITE, [mine[k] for k in bad], torch.stack([norms.nonfinite(here[k]) for k in bad]))
+                self.add(NONFINITE, [mine[k] for k in bad], torch.stack([norms.nonfinite(here[k]) for k in bad]))
             unscaled = sizes if scale is None else sizes / torch.as_tensor(scale, dtype=sizes.dtype, device=device)
-            self._add(NORM, mine, unscaled)
+            self.add(NORM, mine, unscaled)
             if self._probe:
                 limits = [_smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here]
                 zeros, tiny = norms.small(here, limits)
                 stored = torch.tensor([t.numel() for t in here], device=device)
-                self._add(NONZERO, mine, stored - zeros)
-                self._add(TINY, mine, tiny)
+                self.add(NONZERO, mine, stored - zeros)
+                self.add(TINY, mine, tiny)
 
     def _whole_or_pieces(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
         """Take note of which are spread over processes, and leave out those of which that does not help."""
@@ -94,7 +93,7 @@ class Parameters:
             try:
                 ranks = norms.holders(gradient)
             except ValueError as error:
-                self.notes.append(f"the gradient of {self._name(column)} is not measured: {error}")
+                self.notes.append(f"the gradient of {self.name(column)} is not measured: {error}")
                 continue
             if ranks is not None:
                 self.holders[column] = ranks
@@ -103,11 +102,11 @@ class Parameters:
 
     def applied(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Measure the norms once more, of the gradients as the optimizer takes them: after clipping."""
-        self._each("gradient", columns, gradients, self._applied)
+        self.each("gradient", columns, gradients, self._applied)
 
     def _applied(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
         for mine, here in by_device(columns, [norms.plain(g) for g in gradients]):
-            self._add(APPLIED, mine, norms.norms(here))
+            self.add(APPLIED, mine, norms.norms(here))
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
@@ -119,14 +118,14 @@ class Parameters:
         self.holders |= {
             c: ranks for c, p in known if hasattr(p, "placements") and (ranks := norms.holders(p)) is not None
         }
-        self._each("weight", [c for c, _ in known], [p.detach() for _, p in known], self._weights)
+        self.each("weight", [c for c, _ in known], [p.detach() for _, p in known], self._weights)
 
     def _weights(self, columns: Sequence[int], weights: Sequence[Tensor]) -> None:
-        tensors = [norms.piece(w) if w.dtype in _PLAIN else norms.plain(w) for w in weights]
+        tensors = [norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights]
         for mine, here in by_device(columns, tensors):
-            self._add(WEIGHT, mine, norms.norms(here))
+            self.add(WEIGHT, mine, norms.norms(here))
 
-    def _each(
+    def each(
         self,
         what: str,
         columns: Sequence[int],
@@ -140,86 +139,22 @@ class Parameters:
         except Exception as error:
             del self._measured[before:]  # what was handed over already is copied, and nobody asks for it
             # Of what is spread over processes a missing piece would pass for the whole: there, all of it fails.
-            plain = [k for k, t in enumerate(tensors) if _KIND(t) in _PLAIN_KINDS or columns[k] in self.holders]
+            plain = [k for k, t in enumerate(tensors) if kind_of(t) in PLAIN_KINDS or columns[k] in self.holders]
             if len(plain) == len(tensors):
                 raise
             if len(tensors) == 1:
                 if (what, columns[0]) not in self._refused:
                     self._refused.add((what, columns[0]))
-                    name = self._name(columns[0])
+                    name = self.name(columns[0])
                     self.notes.append(f"the {what} of {name} is not measured: {type(error).__name__}: {error}")
                 return
             if plain:
                 measure([columns[k] for k in plain], [tensors[k] for k in plain])
             for k in sorted({*range(len(tensors))}.difference(plain)):
-                self._each(what, [columns[k]], [tensors[k]], measure)
+                self.each(what, [columns[k]], [tensors[k]], measure)
 
-    def copy(self, columns: Sequence[int], parameters: Sequence[Tensor], turn: int, spare: dict[int, Tensor]) -> int:
-        """Copy the parameters that are about to move, beginning with number `turn`, as many as the budget allows.
-
-        `spare` holds the memory of the last probe's copies, where they were small: fresh memory costs more than
-        copying.
-
-        Returns:
-            The number to begin with the next time.
-
-        """
-        left = self._budget
-        turn = min(turn, len(parameters))  # some may have gone since
-        self._copies = []
-        for i in (*range(turn, len(parameters)), *range(turn)):
-            if parameters[i].grad is None or parameters[i].dtype not in _PLAIN:
-                continue
-            parameter = norms.piece(parameters[i].detach())
-            wide = torch.float32 if parameter.element_size() < 4 else parameter.dtype
-            size = parameter.numel() * wide.itemsize
-            limit = f"more than {self._budget >> 20} MiB"
-            if size > self._budget:  # its turn never comes
-                self.notes.append(f"the update of {self._name(columns[i])} is not measured: a copy of it takes {limit}")
-                continue
-            left -= size
-            if left < 0:
-                self.notes.append(f"updates are measured in turns: copies of all parameters take {limit}")
-                return int(i)
-            memory = spare.pop(columns[i], None)
-            fits = (
-                memory is not None
-                and memory.shape == parameter.shape
-                and memory.dtype is wide
-                and memory.device == parameter.device
-            )
-            copy = memory.copy_(parameter) if memory is not None and fits else parameter.to(wide, copy=True)
-            self._copies.append((columns[i], parameters[i], copy))
-        return 0
-
-    def updates(self, spare: dict[int, Tensor]) -> None:
-        """Measure how far the parameters have moved from their copies; memory of small ones goes to `spare`."""
-        copies, self._copies = self._copies, []
-        now = {column: norms.piece(parameter.detach()) for column, parameter, _ in copies}
-        olds = {column: copy for column, _, copy in copies}
-        plain = [column for column, copy in olds.items() if _KIND(copy) in _PLAIN_KINDS]
-        # In place there is no second try: what may refuse goes by itself.
-        for together in (plain, *([column] for column in sorted(olds.keys() - set(plain)))):
-            self._each("update", together, [olds[c] for c in together], functools.partial(self._moved, now))
-        for column, parameter, moved in copies if self._probe else ():
-            gradient = parameter.grad
-            if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
-                self._each("gradient", [column], [gradient], functools.partial(self._lost, moved))
-        if sum(copy.numel() * copy.element_size() for _, _, copy in copies) <= _SPARE:
-            spare.update((column, copy) for column, _, copy in copies)
-
-    def _moved(self, now: Mapping[int, Tensor], columns: Sequence[int], olds: Sequence[Tensor]) -> None:
-        """Turn copies into updates, in place: half of the memory and two thirds of the time."""
-        for mine, here in by_device(columns, olds):
-            torch._foreach_sub_(list(here), [now[column] for column in mine])
-            self._add(UPDATE, mine, norms.norms(here))
-
-    def _lost(self, moved: Tensor, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        """Count the entries that did not move although they had a gradient."""
-        lost = (moved == 0) & (norms.piece(gradients[0]) != 0)
-        self._add(LOST, columns, torch.count_nonzero(lost).double())
-
-    def _name(self, column: int) -> str:
+    def name(self, column: int) -> str:
+        """Return the name of the parameter of a column."""
         return self._model.parameters[column].name
 
 
@@ -261,7 +196,7 @@ def _smallest(gradient: Tensor, scale: float | Tensor | None) -> float:
 
 
 def _plain(gradients: Sequence[Tensor]) -> list[Tensor]:
-    return [g if _KIND(g) in _PLAIN_KINDS else norms.plain(g) for g in gradients]
+    return [g if kind_of(g) in PLAIN_KINDS else norms.plain(g) for g in gradients]
 
 
 def _not_finite(norms: list[float]) -> list[int]:

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 from gradwatch.measurement import norms
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
-from gradwatch.model.gradient_hooks import transformed
+from gradwatch.model.gradient_hooks import batched, transformed
 from gradwatch.model.nested import floats, tensors
 from gradwatch.values.snapshot import Stray
 from gradwatch.values.thresholds import UPDATE_PROBES
@@ -115,7 +115,12 @@ class Strays:
 
         def hook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[0]
-            if gradient is not None and type(gradient) is Tensor and gradient.layout is torch.strided:
+            if (
+                gradient is not None
+                and type(gradient) is Tensor
+                and gradient.layout is torch.strided
+                and not batched(gradient)
+            ):
                 arrived.append((gradient.detach() != 0).any())
 
         self._handles.append(node.register_prehook(hook))

@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.model.attempts import Attempts
+from gradwatch.model.compiled import graphs
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow, Origin, Stray
@@ -193,7 +194,7 @@ class ForwardTrace:
     def arm(self, modules: Mapping[str, nn.Module]) -> bool:
         """Begin to look; False where torch.compile is in use, and only what the probes choose is seen."""
         self.disarm()
-        self.compiled = _compiled()
+        self.compiled = graphs.may_be_of_models()
         self._attempts.clear()
         self._model = weakref.ref(modules[""]) if "" in modules else None
         view = ModelView(modules, {id(module): name for name, module in modules.items()}, self.compiled)
@@ -348,12 +349,6 @@ def _remove(handles: Sequence[RemovableHandle]) -> None:
         _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets this one
 
 
-def _compiled() -> bool:
-    dynamo = sys.modules.get("torch._dynamo")
-    counters = getattr(getattr(dynamo, "utils", None), "counters", None)
-    return bool(counters is not None and sum(counters["frames"].values()))
-
-
 @contextlib.contextmanager
 def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: Callable[..., Any]) -> Iterator[None]:
     """Call `before(module, args, kwargs)` and `after(module, args, kwargs, output)` around the calls of these modules.
@@ -363,7 +358,7 @@ def listening(modules: Iterable[nn.Module], before: Callable[..., Any], after: C
     calls no hooks.
     """
     with contextlib.ExitStack() as stack:
-        if _compiled():
+        if graphs.may_be_of_models():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in modules:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)

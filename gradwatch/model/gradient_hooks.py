@@ -39,6 +39,12 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def batched(gradient: Tensor) -> bool:
+    """Tell whether a gradient stands for many, as where a backward pass is vmapped: its numbers cannot be read."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(gradient) or functorch.is_legacy_batchedtensor(gradient)
+
+
 def of_others(parameters: AbstractSet[int], mine: AbstractSet[int], others: AbstractSet[int]) -> bool:
     """Tell whether only other optimizers than those of a step train what holds these parameters, all by `id`."""
     return not parameters & mine and not parameters.isdisjoint(others)
@@ -81,7 +87,11 @@ class _Arrivals:
 
     def _add(self, arrived: Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if arrived.layout is not torch.strided or (self._passes is not None and not self._passes.get(task)):
+        if (
+            arrived.layout is not torch.strided
+            or batched(arrived)
+            or (self._passes is not None and not self._passes.get(task))
+        ):
             return
         try:
             arrived, before = arrived.detach(), self._sums.get(task)

@@ -17,6 +17,7 @@ from gradwatch.model.optimizers import optimizer_info
 from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Role
 
 _WRAPPERS = frozenset({"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_OUTERMOST = ("module", "_module")  # of DistributedDataParallel and its like; of Opacus
 _NORMALIZATIONS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -42,11 +43,10 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         found[clean(name)] = module  # a wrapper comes before what it wraps, and shares its name
-    below = [name for name in found if name]
-    if below and all(
-        name == "module" or name.startswith("module.") for name in below
-    ):  # DistributedDataParallel and its like
-        found = {name.removeprefix("module").removeprefix("."): module for name, module in found.items()}
+    for wrapper in _OUTERMOST * 2:  # one within the other, perhaps
+        below = [name for name in found if name]
+        if below and all(name == wrapper or name.startswith(f"{wrapper}.") for name in below):
+            found = {name.removeprefix(wrapper).removeprefix("."): module for name, module in found.items()}
     return found
 
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
+from gradwatch.model.compiled import graphs
+from gradwatch.model.optimizers import Sweep, nested, parameters_of
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class StepListener(Protocol):
     """What hears of the steps of an optimizer. It must not raise."""
 
-    def on_look(self) -> None:
-        """Take note: the gradients of a step are complete, and it has not moved the weights yet."""
+    def on_begin(self) -> None:
+        """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
+
+    def on_look(self, part: Sequence[Tensor] | None = None) -> None:
+        """Take note: the gradients of a step are complete, and those weights have not moved; of a `part`, or of all."""
+
+    def on_more(self, part: Sequence[Tensor]) -> None:
+        """Take note: those of a further part of the same step are complete, and these weights have not moved."""
 
     def on_loss(self, loss: object) -> None:
         """Take note: a closure returned this."""
@@ -24,78 +37,233 @@ class StepListener(Protocol):
         """Take note: the step is done."""
 
 
-def unwrap(optimizer: object) -> Any:  # noqa: ANN401  (an optimizer, or what merely acts as one)
-    """Return the optimizer inside of wrappers that keep it as `.optimizer` (Accelerate, Lightning, and others)."""
-    inner, seen = optimizer, set[int]()
-    while inner is not None and id(inner) not in seen:
-        seen.add(id(inner))
-        if isinstance(inner, torch.optim.Optimizer) or (hasattr(inner, "param_groups") and hasattr(inner, "step")):
-            optimizer = inner
-        inner = getattr(inner, "optimizer", None)
-    return optimizer
-
-
 class StepHooks:
-    """Tells a listener once of each executed `step()` of an optimizer, whatever its closures and subclasses do.
+    """Tells a listener once of each executed step of an optimizer, whatever its closures, subclasses and wrappers do.
+
+    A step begins and ends with the outermost of what is nested, and its gradients are those that the innermost takes.
+    One that is made in parts (a call for each parameter, or an optimizer for each, perhaps within backward) is a sweep:
+    it ends when all have stepped that do, or when one steps again, or in another backward pass.
 
     The optimizer holds its hooks, and they the listener: a watcher that nobody keeps lives as long as its optimizer.
     """
 
-    def __init__(self, optimizer: Any, listener: StepListener) -> None:  # noqa: ANN401  (any object with step())
+    def __init__(self, optimizer: Any, listener: StepListener) -> None:  # noqa: ANN401  (any with step(), or a sweep)
         """Attach."""
         self._listener: StepListener | None = listener
         self._pid = os.getpid()
-        self._depth = 0
-        self._seen = False
+        self._begun = self._seen = self._told = False
+        """Of the step that is under way: whether the listener knows of it, of its gradients, of its loss."""
+        self._outside = False
+        """Whether what wraps the optimizer has been called, and has not returned."""
+        self._stepped = False
+        """Whether the optimizer has stepped since."""
         self._evaluating = False
-        if hasattr(optimizer, "register_step_pre_hook") and hasattr(optimizer, "register_step_post_hook"):
-            before, after = (
-                optimizer.register_step_pre_hook(self._before),
-                optimizer.register_step_post_hook(self._after),
-            )
-            self._detach: Callable[[], None] = lambda: (before.remove(), after.remove(), None)[-1]
+        self._sweep = _Parts(optimizer)
+        if isinstance(optimizer, Sweep):
+            self._calls = [_Calls(member, self._before, self._after) for member in optimizer.members]
         else:
-            self._detach = _wrap_step(optimizer, self._before, self._after)
+            outer, inner = (every := nested(optimizer))[0], every[-1]
+            self._calls = [_Calls(inner, self._before, self._after)]
+            if outer is not inner:
+                self._calls.append(_Calls(outer, self._entered, self._left, inside=inner))
 
     def detach(self) -> None:
         """Take the hooks off; a step that is under way is not told of any more."""
         self._listener = None
-        self._detach()
+        for calls in self._calls:
+            calls.detach()
+
+    def end(self) -> None:
+        """End a sweep that is under way."""
+        if self._sweep.under_way:
+            self._done()
 
     @property
     def looked(self) -> bool:
         """Whether a closure is being evaluated for a step whose gradients have been looked at already."""
         return self._evaluating and self._seen
 
-    def _before(
+    # --- what wraps the optimizer ---
+
+    def _entered(self, _outer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        self._outside, self._stepped = True, False
+        self._begin(early=True)
+        return _with_closure(args, kwargs, lambda closure: self._heard(closure, look=False))
+
+    def _left(self) -> None:
+        self._outside = self._begun = False
+        if self._stepped:
+            self._done()
+
+    # --- the optimizer ---
+
+    def _before(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if (part := self._sweep.part(optimizer, kwargs)) is not None:
+            self._before_part(part)
+            return None
+        if self._stepped:  # a second step in one call of what wraps it
+            self._done()
+        early = _closure(args, kwargs) is not None
+        if not (self._outside and self._begun):
+            self._begin(early=early)
+        if not early:
+            self._look()
+            return None
+        return _with_closure(args, kwargs, lambda closure: self._heard(closure, look=True))
+
+    def _after(self) -> None:
+        if self._sweep.under_way:
+            if self._sweep.complete:
+                self._done()
+            return
+        if not self._begun:  # a part that came late
+            return
+        if not self._seen:  # a closure that the optimizer never called
+            self._look()
+        if self._outside:
+            self._stepped = True
+        else:
+            self._done()
+
+    def _before_part(self, part: Sequence[Tensor]) -> None:
+        task: int = torch._C._current_graph_task_id()
+        if self._sweep.under_way and self._sweep.ends_before(part, task):
+            self._sweep.learn()
+            self._done()
+        if self._sweep.late(task):
+            self._sweep.learn(part)
+            return
+        first = not self._sweep.under_way
+        self._sweep.add(part, task)
+        if first:
+            self._begin(early=True)
+            self._seen = True
+        if (listener := self._live()) is not None:
+            (listener.on_look if first else listener.on_more)(part)
+
+    # --- both ---
+
+    def _heard(self, closure: Callable[..., object], *, look: bool) -> Callable[..., object]:
+        """Return a closure whose first evaluation is heard and, to `look`, seen: at the weights it begins with."""
+
+        def heard(*args: object, **kwargs: object) -> object:
+            self._evaluating = True
+            try:
+                loss = closure(*args, **kwargs)
+            finally:
+                self._evaluating = False
+            if not self._told and (listener := self._live()) is not None:
+                self._told = True
+                listener.on_loss(loss)
+            if look and not self._seen:
+                self._look()
+            return loss
+
+        return heard
+
+    def _begin(self, *, early: bool) -> None:
+        self._begun, self._seen, self._told = True, False, False
+        if early and (listener := self._live()) is not None:
+            listener.on_begin()
+
+    def _look(self) -> None:
+        self._seen = True
+        if (listener := self._live()) is not None:
+            listener.on_look()
+
+    def _done(self) -> None:
+        self._begun = self._stepped = False
+        self._sweep.end()
+        if (listener := self._live()) is not None:
+            listener.on_stepped()
+
+    def _live(self) -> StepListener | None:
+        return self._listener if os.getpid() == self._pid else None  # a forked child is silent
+
+
+class _Parts:
+    """The parts of a sweep: parameters, by `id`, that step one after the other and belong to one step."""
+
+    def __init__(self, optimizer: Any) -> None:  # noqa: ANN401
+        self._several = isinstance(optimizer, Sweep)
+        self._expected: frozenset[int] | None = None
+        """What steps in a sweep; None: all that there is."""
+        self._all = optimizer
+        self._stepped: set[int] = set()
+        self._task = -1
+        """The backward pass that it is made in; -1: outside of any."""
+
+    @property
+    def under_way(self) -> bool:
+        return bool(self._stepped)
+
+    @property
+    def complete(self) -> bool:
+        if self._expected is None:
+            self._expected = frozenset(id(p) for p in parameters_of(self._all) if p.requires_grad)
+        return self._expected <= self._stepped
+
+    def part(self, optimizer: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:  # noqa: ANN401
+        """Return what a call steps of all; None where it is no part."""
+        if self._several:
+            return parameters_of(optimizer)
+        only = kwargs.get("param")
+        return [only] if isinstance(only, Tensor) else None
+
+    def ends_before(self, part: Sequence[Tensor], task: int) -> bool:
+        return task != self._task or not self._stepped.isdisjoint(map(id, part))
+
+    def late(self, task: int) -> bool:
+        """Tell whether the sweep that such a part belongs to has ended already."""
+        return not self._stepped and task != -1 and task == self._task
+
+    def add(self, part: Sequence[Tensor], task: int) -> None:
+        self._task = task
+        self._stepped.update(map(id, part))
+
+    def learn(self, more: Sequence[Tensor] = ()) -> None:
+        """Expect what has stepped, or more than was expected."""
+        known = self._stepped or self._expected or frozenset()
+        self._expected = frozenset(known) | frozenset(map(id, more))
+
+    def end(self) -> None:
+        self._stepped.clear()
+
+
+class _Calls:
+    """The outermost calls of an optimizer's `step`, by hooks where it has them."""
+
+    def __init__(
         self,
-        optimizer: object,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        optimizer: Any,  # noqa: ANN401  (any object with step())
+        before: Callable[[object, tuple[Any, ...], dict[str, Any]], Arguments | None],
+        after: Callable[[], None],
+        inside: object = None,
+    ) -> None:
+        """Attach; what is `inside` of it may share its hooks, which are then not its own."""
+        self._begun, self._ended = before, after
+        self._depth = 0
+        if _has_hooks(optimizer, inside):
+            handles = (
+                optimizer.register_step_pre_hook(_untraced(self._before)),
+                optimizer.register_step_post_hook(_untraced(self._after)),
+            )
+            self._detach: Callable[[], object] = lambda: [handle.remove() for handle in handles]
+        else:
+            self._detach = _wrap_step(optimizer, self._before, self._after)
+
+    def detach(self) -> None:
+        self._detach()
+
+    def _before(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         # super().step() of a subclass fires the hooks again; a step that raised never came back to count down.
         self._depth = self._depth + 1 if self._depth and _nested(optimizer) else 1
         if self._depth > 1:
             return None
-        self._seen = False
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if not callable(closure):
-            self._look()
-            return None
-
-        def looked_at(*a: object, **k: object) -> object:
-            self._evaluating = True
-            try:
-                loss = closure(*a, **k)
-            finally:
-                self._evaluating = False
-            if not self._seen:  # the first evaluation: the gradient at the weights that the step starts from
-                if (listener := self._live()) is not None:
-                    listener.on_loss(loss)
-                self._look()
-            return loss
-
-        return ((args[0], looked_at, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": looked_at})
+        changed = self._begun(optimizer, args, kwargs)
+        if changed is None:  # what a closure compiles is the model's
+            graphs.step_begins()
+        return changed
 
     def _after(self, optimizer: object, _args: object, _kwargs: object) -> None:
         if self._depth == 0:  # it began before we came
@@ -104,18 +272,39 @@ class StepHooks:
             self._depth -= 1
             return
         self._depth = 0
-        if not self._seen:  # a closure that the optimizer never called
-            self._look()
-        if (listener := self._live()) is not None:
-            listener.on_stepped()
+        graphs.step_ends()
+        self._ended()
 
-    def _look(self) -> None:
-        self._seen = True
-        if (listener := self._live()) is not None:
-            listener.on_look()
 
-    def _live(self) -> StepListener | None:
-        return self._listener if os.getpid() == self._pid else None  # a forked child is silent
+def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that a compiled step calls as it is."""
+    untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's
+    return untraced
+
+
+def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., object] | None:
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    return closure if callable(closure) else None
+
+
+def _with_closure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    change: Callable[[Callable[..., object]], Callable[..., object]],
+) -> Arguments | None:
+    """Return the arguments of a step with its closure changed; None where there is none."""
+    closure = _closure(args, kwargs)
+    if closure is None:
+        return None
+    changed = change(closure)
+    return ((args[0], changed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": changed})
+
+
+def _has_hooks(optimizer: object, inside: object) -> bool:
+    """Tell whether an optimizer calls hooks of its own: one that never called torch's `__init__` does not."""
+    own = getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks")
+    shared = getattr(inside, "__dict__", {}).get("_optimizer_step_pre_hooks")
+    return own is not None and own is not shared and getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
 def _nested(optimizer: object) -> bool:
@@ -123,11 +312,13 @@ def _nested(optimizer: object) -> bool:
 
     Only the stack knows: which classes of an optimizer call hooks depends on the order in which they were instantiated.
     """
-    caller = sys._getframe(2)
-    frame = caller.f_back
+    frame: FrameType | None = sys._getframe(2)
+    caller = None
     while frame is not None:
-        if frame.f_code is caller.f_code and frame.f_locals.get("self") is optimizer:
-            return True
+        if frame.f_locals.get("self") is optimizer and (caller is None or frame.f_code is caller):
+            if caller is not None:
+                return True
+            caller = frame.f_code
         frame = frame.f_back
     return False
 
@@ -155,6 +346,7 @@ def _wrap_step(
         after(self, all_args, all_kwargs)
         return result
 
+    step.__dict__.update(getattr(original, "__dict__", {}))  # where a scheduler sees that the step is its own still
     bound = step.__get__(optimizer)  # a bound method, because schedulers read `step.__func__`
     optimizer.step = bound
 

@@ -1,10 +1,12 @@
-"""Optimizers -> what the rules know of them."""
+"""Optimizers as they are given: unwrapped, put together where they step as one, and described."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradwatch.values.snapshot import OptimizerInfo
 
@@ -28,8 +30,10 @@ _ADAPTIVE = (
 _ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
 
 
-def optimizer_info(optimizer: torch.optim.Optimizer) -> OptimizerInfo:
+def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimizer, or what merely acts as one)
     """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state."""
+    if isinstance(optimizer, Sweep):
+        return optimizer_info(optimizer.members[0])
     kind = type(optimizer).__name__
     names = {base.__name__ for base in type(optimizer).__mro__}
     kept = {
@@ -44,3 +48,105 @@ def optimizer_info(optimizer: torch.optim.Optimizer) -> OptimizerInfo:
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
         float(eps) if isinstance(eps, int | float) else None,
     )
+
+
+def steps(candidate: object) -> bool:
+    """Tell whether this is an optimizer, or acts as one."""
+    return hasattr(candidate, "param_groups") and callable(getattr(candidate, "step", None))
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:  # noqa: ANN401
+    """Return what an optimizer steps now."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def nested(optimizer: object) -> list[Any]:
+    """Return an optimizer and what it wraps, outermost first; the last is the one that moves the weights.
+
+    A wrapper keeps what it wraps in an attribute, whatever that is called (`.optimizer` of Accelerate and Lightning,
+    `.original_optimizer` of Opacus, `.base_optimizer` of SAM).
+
+    Raises:
+        ValueError: it is no optimizer, and holds several.
+
+    """
+    found: list[Any] = []
+    inner: object | None = optimizer
+    seen = set[int]()
+    while inner is not None and id(inner) not in seen:
+        seen.add(id(inner))
+        if isinstance(inner, Sweep) or steps(inner):
+            found.append(inner)
+        inner = _held(inner)
+    return found or [optimizer]
+
+
+def unwrap(optimizer: object) -> Any:  # noqa: ANN401
+    """Return the optimizer that moves the weights in the end; see `nested`."""
+    return nested(optimizer)[-1]
+
+
+def _held(outer: object) -> object | None:
+    """Return the one optimizer that this holds, or what may hold one in its turn; None where there is none."""
+    if isinstance(outer, Sweep):
+        return None
+    named: object | None = getattr(outer, "optimizer", None)
+    if not steps(named) and not hasattr(named, "__dict__"):  # "adam", perhaps
+        named = None
+    values = dict(getattr(outer, "__dict__", {}))
+    inside = {name: one for name, value in values.items() for one in _entries(value) if one is not outer and _is(one)}
+    several = {id(one) for one in inside.values()}
+    if named is None and len(several) > 1 and not steps(outer):
+        raise ValueError(
+            f"optimizer must be one optimizer or a list of several, got a {type(outer).__name__} that holds"
+            f" {len(several)} ({', '.join(f'.{name}' for name in inside)}): give those that train the model"
+        )
+    if named is None:
+        named = next(iter(inside.values())) if len(several) == 1 else None
+    if named is None or not steps(outer) or not steps(named):
+        return named
+    mine = set(map(id, parameters_of(outer)))  # what steps others is no part of it
+    return named if not mine or not mine.isdisjoint(map(id, parameters_of(named))) else None
+
+
+def _is(entry: object) -> bool:
+    """Tell whether something that an object happens to hold is an optimizer, without asking it for anything."""
+    if isinstance(entry, torch.optim.Optimizer):
+        return True
+    kind = type(entry)
+    has = hasattr(kind, "param_groups") or "param_groups" in getattr(entry, "__dict__", {})
+    return has and callable(getattr(kind, "step", None))
+
+
+def _entries(value: object) -> Iterable[object]:
+    if isinstance(value, list | tuple):
+        return value
+    return value.values() if isinstance(value, Mapping) else (value,)
+
+
+class Sweep:
+    """Several optimizers, each of a single parameter, that step one after the other as one optimizer would."""
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        """Put them together, unwrapped."""
+        self.members = tuple(members)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all of them."""
+        return [group for member in self.members for group in member.param_groups]
+
+
+def swept(optimizers: Iterable[Any]) -> list[Any]:
+    """Put those of one class and of a single parameter each together: one after the other they make one step."""
+    found: dict[object, list[Any]] = {}
+    for one in optimizers:
+        inner = unwrap(one)
+        alone = len(parameters_of(inner)) != 1
+        found.setdefault(id(one) if alone else type(inner), []).append(one)
+    return [several[0] if len(several) == 1 else Sweep(list(map(unwrap, several))) for several in found.values()]
+
+
+def all_of(optimizer: Any) -> list[torch.optim.Optimizer]:  # noqa: ANN401
+    """Return every object whose steps are those of this one: what it wraps, and the members of a sweep."""
+    return list(optimizer.members) if isinstance(optimizer, Sweep) else nested(optimizer)

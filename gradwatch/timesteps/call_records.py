@@ -126,6 +126,8 @@ class SequenceCall:
     """Whether the last backward pass made a graph of its own."""
     derived: bool = False
     """Whether the one before did, so that gradients of gradients may be in what arrived."""
+    batched: bool = False
+    """Whether what the last backward pass brought stands for many gradients, and cannot be read."""
     handles: list[RemovableHandle] = field(default_factory=list)
     """Of the hooks on its tensors."""
 
@@ -152,7 +154,7 @@ class SequenceCall:
 
     def forget(self) -> None:
         """Let go of what arrived."""
-        self.squares = {}
+        self.squares, self.batched = {}, False
         if self.record is not None:
             self.record.gradients = {}
 
@@ -205,6 +207,7 @@ class SequenceModule:
     passes: set[int] = field(default_factory=set)
     """Passes of this step that a backward pass has reached and whose calls were let go of."""
     note: str | None = None
+    _told: bool = False
 
     @classmethod
     def of(
@@ -271,9 +274,15 @@ class SequenceModule:
         """Let go of what was seen in this step."""
         for call in self.calls:
             call.drop()
+        self._told = self._told or bool(self.calls)
         self.calls, self.passes, self.leaves, self.gave, self.random = [], set(), {}, [], None
         self.task, self.repeated = None, False
         self.sentinel.remove()
+
+    @property
+    def told(self) -> bool:
+        """Whether what was seen of it has been told for one of the optimizers that share it, and nothing has come."""
+        return self._told and not self.calls
 
 
 def outputs_of(output: Any, *, recurrent: bool, single: bool) -> dict[str, Tensor]:  # noqa: ANN401

@@ -25,6 +25,8 @@ class RepeatableCall:
     kwargs: Mapping[str, Any]
     casts: Sequence[tuple[str, torch.dtype]]
     """By device, to what autocast casts; only where it does."""
+    told: bool = False
+    """Whether its horizon was asked for, for one of several optimizers."""
 
     def autocast(self) -> contextlib.ExitStack:
         """Compute in the formats in which the call did."""

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import unserializable_hook
 
 from gradwatch.model.attempts import Attempts, callers
-from gradwatch.model.gradient_hooks import at_output, of_others, transformed
+from gradwatch.model.gradient_hooks import at_output, batched, of_others, transformed
 from gradwatch.model.nested import floats
 from gradwatch.timesteps.call_records import CallRecord, SequenceCall, SequenceModule, origin_of, outputs_of
 from gradwatch.timesteps.kinds import (
@@ -127,7 +127,8 @@ class Recorder:
 
     def owned(self, mine: AbstractSet[int], others: AbstractSet[int]) -> list[SequenceModule]:
         """Return the modules of a step: all but those of whose parameters only other optimizers step some, by `id`."""
-        return [t for t in self.targets.values() if not of_others(t.parameters, mine, others)]
+        # What several optimizers share is of the first of them that steps, which finds the weights as they were.
+        return [t for t in self.targets.values() if not t.told and not of_others(t.parameters, mine, others)]
 
     def next_step(self, targets: Iterable[SequenceModule]) -> None:
         """Let go of what was seen of these, and look on."""
@@ -370,6 +371,9 @@ class Recorder:
     def _arrived(self, call: SequenceCall, name: str, gradient: Tensor, *, graph: bool) -> None:
         self._busy = task = self._attempts.backward()
         call.reached(task, graph=graph)
+        if batched(gradient):
+            call.batched = True
+            return
         if name == "x" or call.single:
             call.squares[name], call.lengths = call.layout.every(gradient)
         if call.record is not None:

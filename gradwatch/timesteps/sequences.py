@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
+from gradwatch.timesteps.call_records import SequenceModule
 from gradwatch.timesteps.model_calls import ModelCalls
 from gradwatch.timesteps.model_gain import ModelGain
 from gradwatch.timesteps.model_gain import Timesteps as Declared
@@ -103,10 +104,7 @@ class Sequences:
         self._recorder.next_step(targets)
         if not step.others and self._calls is None:  # else the model's own pass says it, which knows its inputs too
             found += [Trace(name, notes=["the model has no module of this name"]) for name in self._recorder.missing()]
-        need: Need = self._need
-        if isinstance(need, Mapping):
-            theirs = {t.name for t in self._recorder.targets.values()} - {t.name for t in targets}
-            need = {name: count for name, count in need.items() if name not in theirs}
+        need = self._open_need(targets)
         walked = {t.name for t in targets if t.recurrent}
         asked = [""] if isinstance(need, int) else [name for name in need or {} if name not in walked]
         part_of = self._part(step.modules) if "" in asked else ""
@@ -136,6 +134,14 @@ class Sequences:
 
         return part
 
+    def _open_need(self, targets: Iterable[SequenceModule]) -> Need:
+        """Return the need that was declared, without what another optimizer's step is to tell, or has told."""
+        told = {name for name, call in (self._calls.calls if self._calls is not None else {}).items() if call.told}
+        if isinstance(self._need, int):
+            return None if "" in told else self._need
+        theirs = {t.name for t in self._recorder.targets.values()} - {t.name for t in targets} | told
+        return {name: count for name, count in (self._need or {}).items() if name not in theirs}
+
     def _part(self, modules: Mapping[str, nn.Module]) -> str:
         """Return the module whose horizon stands for the model's, where a loop calls its parts and never the model."""
         call = self._calls.of("") if self._calls is not None and self._calls.in_pieces else None
@@ -151,6 +157,7 @@ class Sequences:
         module = call.module()
         if module is None:
             return "what was called is gone"
+        call.told = True
         timesteps: Any = self._timesteps or "auto"
         if name:  # its own input
             timesteps = (

@@ -26,6 +26,7 @@ _SCALED = frozenset({"grad_input", "grad_hidden", "grad_hidden_direct", "grad_ce
 """Series that carry the loss scale."""
 
 
+_VMAPPED = "no gradient of it can be read: the backward pass is vmapped (is_grads_batched=True, torchjd)"
 _NO_GRADIENT = "its input has no gradient, and could not be given one"
 _NOT_GIVEN = "its input has no gradient; named in timesteps= it is given one, where that does no harm"
 _INSIDE = "its states lie inside of one call: of gradients through it, only that of its input is seen"
@@ -216,7 +217,7 @@ def _worked_out(target: SequenceModule, generator: torch.Generator, given: torch
     if target.recurrent:
         _walk(chain, own, result, generator)
     if "grad_input" not in whole.values and result.arrived:
-        result.notes.append(_no_gradient(target))
+        result.notes.append(_VMAPPED if any(call.batched for call in chain) else _no_gradient(target))
     if target.recurrent:
         return result
     states = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradwatch.values.layer_columns import LayerColumns
 from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
 from gradwatch.values.report import Finding
+from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
 from gradwatch.values.thresholds import EDGE, GIVEN_BACK, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
 from gradwatch.values.track import Track, newest
@@ -235,6 +236,12 @@ class History:
     def sequences(self, count: int = PROBES) -> list[Snapshot]:
         """Return the last snapshots that have `sequences`, oldest first: at most `count`, and at most eight."""
         return newest(self.track.probes, count) if self.begun else []
+
+    @property
+    def last_sequences(self) -> tuple[SequenceStats, ...]:
+        """What the last probe saw of time, whichever optimizer's it was."""
+        probes = [track.probes[-1] for track in self._tracks.values() if track.probes]
+        return max(probes, key=lambda snapshot: snapshot.wall_time).sequences or () if probes else ()
 
     def losses(self, count: int) -> list[float]:
         """Return the last `count` known losses."""

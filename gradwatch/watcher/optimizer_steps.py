@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
@@ -15,11 +14,13 @@ from gradwatch.measurement import loss_scale
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
 from gradwatch.measurement.transfer import Transfer
+from gradwatch.measurement.updates import Updates
 from gradwatch.model.forward_hooks import Part
 from gradwatch.model.optimizer_hooks import StepHooks
 from gradwatch.values.snapshot import Absent, Snapshot, Stage
 from gradwatch.values.thresholds import STEPLESS
 from gradwatch.watcher.silent_steps import SilentSteps
+from gradwatch.watcher.step_count import StepCount
 from gradwatch.watcher.stepped_parameters import SteppedParameters
 from gradwatch.watcher.training import Training
 
@@ -27,9 +28,6 @@ Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
 Emit = Callable[[Snapshot | None], bool]
 """Takes what was measured (None: another process speaks for this one), and tells whether an alert has begun."""
-
-_BETWEEN_LOOKS = 10
-"""Steps between probes out of turn that gradients ask for which are not finite: as many as between early probes."""
 
 
 class State(enum.Enum):
@@ -57,26 +55,17 @@ class OptimizerSteps:
 
     _guard: Guard  # these two while the hooks are on, so that who hears them lives as long as the optimizer
     _emit: Emit
+    _ran: frozenset[str] | None = None  # before a step in parts, where somebody looked
 
     def __init__(self, index: int, optimizer: Any, training: Training) -> None:  # noqa: ANN401  (any with step())
         """Begin at step 0, without hooks."""
         self.index, self.optimizer, self._training = index, optimizer, training
         self._losses, self._model_map = training.losses, training.model_map
-        self._cadence, self._clock = training.cadence, training.clock
+        self._count = StepCount(training.cadence, training.clock)
         self._hooks: StepHooks | None = None
-        self._by_hooks = True
-        """Whether the hooks begin the measurement and count the steps; else `read` does."""
-        self.count = 0
-        """The number of the next step."""
-        self._stride = 1
+        self._by_hooks = True  # whether the hooks begin the measurement and count the steps; else `read` does
         self._scaler = training.scaler
         """What scales the loss; one that nobody told is seen when it calls the optimizer."""
-        self._extra = False
-        """Whether the next step is a probe out of turn, because an alert has begun or a gradient was not finite."""
-        self._look_again = False
-        """Whether the step after the one that is under way is one, because what it waits for is behind it already."""
-        self._next_look = 0
-        """The step from which on a gradient that is not finite, and was not stepped, asks for such a probe again."""
         self.state = State.IDLE
         self.waits = 0
         """How often `read` was called since the optimizer came last."""
@@ -89,22 +78,26 @@ class OptimizerSteps:
         self._owed: str | None = None
         """The step for which the process that speaks for this one waits."""
         self._stepped = SteppedParameters(training.model_map)
-        self._absent: dict[int, Absent] = {}
-        """What the last look at a forward pass said of columns that have no gradient or may have zeros in its place."""
-        self._spare: dict[int, Tensor] = {}
-        """By column, memory of the last probe's copies of weights."""
-        self._turn = 0
-        """The parameter with which the next probe begins to copy, when not all of them fit the budget."""
+        self._in_parts = False  # whether the step that is under way is made in parts
+        self._updates = Updates()
+        self._copied_first = False  # whether it was copied before the gradients were looked at
+        self._moves_first: bool | None = None
+        """Whether the weights are moved before the gradients are there, as SAM does; None: nobody has looked."""
 
-    def attach(self, guard: Guard, emit: Emit) -> None:
-        """Hang hooks on the optimizer; what they tell of goes through `guard`, and what comes of it to `emit`."""
+    def attach(self, optimizer: Any, guard: Guard, emit: Emit) -> None:  # noqa: ANN401
+        """Hang hooks on the optimizer and what wraps it; they speak through `guard`, and what comes goes to `emit`."""
         self._guard, self._emit = guard, emit
-        self._hooks = StepHooks(self.optimizer, self)
+        self._hooks = StepHooks(optimizer, self)
+
+    def end_sweep(self) -> None:
+        """End a step that is made in parts: no further part comes."""
+        if self._hooks is not None:
+            self._hooks.end()
 
     def detach(self) -> None:
         """Take the hooks off, and let go of everything but the counts."""
         self.drop()
-        self._spare.clear()
+        self._updates.clear()
         if self._hooks is not None:
             self._hooks.detach()
             self._hooks = None
@@ -113,18 +106,35 @@ class OptimizerSteps:
 
     # --- a step as the hooks tell of it ---
 
-    def on_look(self) -> None:
-        """Take note: the gradients of a step are complete, and it has not moved the weights yet."""
-        self._guard(self._look)
+    def on_begin(self) -> None:
+        """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
+        if self._moves_first is not False:
+            self._guard(self._copy_first)
 
-    def _look(self) -> None:
+    def _copy_first(self) -> None:
+        if self._measurement is not None and self.state is State.READ:
+            self._copied_first = self._measurement.probe or not self._measurement.step
+        else:
+            self._copied_first = self._count.probed or not self.count
+        if self._copied_first:
+            self._copy(complete=False)
+
+    def _copy(self, *, complete: bool) -> None:
+        parameters = self._stepped.now(self.optimizer)
+        with undisturbed():
+            self._updates.copy(self._stepped.columns, parameters, complete=complete)
+
+    def on_look(self, part: Sequence[Tensor] | None = None) -> None:
+        """Take note: the gradients of a step are complete, and those weights have not moved; of a `part`, or of all."""
+        self._guard(self._look, part)
+
+    def _look(self, part: Sequence[Tensor] | None) -> None:
         if self._measurement is not None and self.state is State.READ:
             self._compare(self._measurement)
         elif self._by_hooks:
             self._losses.begin(self.index)
-            if self._clock is not None:
-                self._number(self._clock())
-            self._begin("applied")
+            self._count.tell()
+            self._begin("applied", part)
         if self._measurement is not None:
             self._training.unheard.end()
             self.state = State.APPLIED
@@ -132,18 +142,27 @@ class OptimizerSteps:
                 self._scaler = loss_scale.stepping() or self._scaler
             self._measurement.of_optimizer(self.optimizer, self._scaler)
             if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
-                parameters = self._stepped.now(self.optimizer)
-                self._turn = self._measurement.parameters.copy(
-                    self._stepped.columns, parameters, self._turn, self._spare
-                )
+                if not self._copied_first:
+                    self._copy(complete=part is None)
+                elif self._moves_first is None:
+                    self._moves_first = self._updates.moved()
+        self._in_parts, self._copied_first = part is not None, False
         self._losses.taken(self.index)
 
+    def on_more(self, part: Sequence[Tensor]) -> None:
+        """Take note: those of a further part of the same step are complete, and these weights have not moved."""
+        self._guard(self._look_at_more, part)
+
+    def _look_at_more(self, part: Sequence[Tensor]) -> None:
+        if self._measurement is not None:
+            with undisturbed():
+                self._measurement.more_gradients(*self._stepped.gradients((), part))
+
     def on_loss(self, loss: object) -> None:
-        """Take note: a closure returned this."""
+        """Take what a closure returned for the loss, unless the loop has told it."""
         self._guard(self._hear, loss)
 
     def _hear(self, loss: object) -> None:
-        """Take what a closure returned for the loss, unless the loop has told it."""
         waiting = self._measurement if self.state is State.READ else None
         told = self._losses.fresh or (waiting is not None and waiting.told)
         if not told and (isinstance(loss, int | float) or (isinstance(loss, Tensor) and loss.numel() == 1)):
@@ -159,11 +178,13 @@ class OptimizerSteps:
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
-            if not self._measurement.empty:
-                with undisturbed():
-                    self._measurement.parameters.updates(self._spare)
+            read = self._measurement.parameters.read
+            if self._in_parts:
+                self._stepped.explain(self._measurement, self.optimizer, read, self._ran)
+            with undisturbed():
+                self._updates.measure(self._measurement.parameters, read, probe=self._measurement.probe)
             self._end(State.DONE, emit)
-            if self._accumulates and not (self._extra or self._cadence.probed(self.count)):
+            if self._accumulates and not self._count.probed:
                 self._training.forward_pass.release(self.index)  # no further micro-batch has come
 
     # --- a step that `Watcher.step` reads ---
@@ -180,7 +201,7 @@ class OptimizerSteps:
     def read(self, step: int | None, emit: Emit) -> None:
         """Read the gradients before clipping, if the step is due; None: the steps are counted."""
         if step is not None:
-            self._number(step)
+            self._count.tell(step)
         self._begin("before_clip")
         if self._measurement is not None:
             self._measurement.of_optimizer(self.optimizer, self._scaler)
@@ -212,14 +233,16 @@ class OptimizerSteps:
             return
         if measurement is not None:
             self._earlier = list(measurement.told)
-            self._extra = measurement.probe and not self._cadence.probed(measurement.step)
+            if measurement.probe and not self._count.is_turn(measurement.step):
+                self._count.probe_next()
         self.drop()
-        self.count -= self._stride
+        self._count.take_back()
         self.waits, self._accumulates = waits, True
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self.state, self.waits = None, State.IDLE, 0
+        self._measurement, self.state, self.waits, self._copied_first = None, State.IDLE, 0, False
+        self._updates.drop()
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -230,37 +253,38 @@ class OptimizerSteps:
 
     # --- the measurement ---
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin(self, stage: Stage, part: Sequence[Tensor] | None = None) -> None:
         """Measure the gradients of the step if it is due, and at a probe more."""
         if self._measurement is not None:
-            self.drop()
-        if self._extra or self._cadence.measured(self.count):
+            self._measurement, self.state, self.waits = None, State.IDLE, 0
+        if self._count.measured:
             self._owed = f"{self.index}-{self.count}"
             with undisturbed():
-                self._measurement = self._measure(stage)
+                self._measurement = self._measure(stage, part)
             if stage == "before_clip":
                 self.state = State.READ
 
-    def _measure(self, stage: Stage) -> Measurement:
+    def _measure(self, stage: Stage, part: Sequence[Tensor] | None) -> Measurement:
         """Return the norms of the gradients, and at a probe of the weights, all left on the device."""
-        probe, self._extra = self._extra or self._cadence.probed(self.count), False
+        probe = self._count.begin()
         transfer = Transfer()
         parts, ran = self._seen(transfer)
         parameters = self._stepped.now(self.optimizer)
         measurement = Measurement(self.count, self._model_map.info, stage, transfer, parts, probe=probe)
         measurement.parameters.holders = self._model_map.holders(self._stepped.columns)
-        columns, gradients = self._stepped.gradients(parameters)
-        if ran is not None:
-            self._absent = self._model_map.without_gradient(self._stepped.columns, parameters, ran)
-        if len(columns) < len(parameters) or ran is not None or self._absent or self._model_map.has_frozen:
-            measurement.absent = self._model_map.absent(self._stepped.columns, parameters, self._absent)
+        columns, gradients = self._stepped.gradients(parameters, part)
+        if part is None:
+            self._stepped.explain(measurement, self.optimizer, columns, ran)
+        else:  # what has a gradient is known at the end
+            self._ran = ran
         if self.index == 0:  # the first speaks for what none steps
             measurement.outside(*self._model_map.outside(), weigh=probe or not self._stepped.weighed)
         factor = loss_scale.at_step(self._scaler, self.optimizer, stage)
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
         if probe or not self._stepped.weighed or measurement.empty:
-            measurement.parameters.weights(self._stepped.columns, parameters)
+            were = self._updates.before(self._stepped.columns, parameters)
+            measurement.parameters.weights(self._stepped.columns, were)
             self._stepped.weighed = True
         measurement.losses(self._losses_now())
         return measurement
@@ -305,7 +329,7 @@ class OptimizerSteps:
             self._silent.end()
         elif not self._stepped.columns or not self._silent.add(measurement, self._stepped.columns):
             if self._silent.due and not self._training.processes.silent:
-                self._extra = True
+                self._count.probe_next()
                 self._training.forward_pass.look_ahead(self.index, self._model_map.last_layer(self._stepped.columns))
             return
         optimizer = self.index if self.optimizer is not None else None
@@ -315,57 +339,43 @@ class OptimizerSteps:
         began = emit(snapshot)
         # Of a probe out of turn, the processes that hold the other pieces know nothing.
         alone = not measurement.parameters.holders
-        wanted = began or (snapshot is not None and self._may_show_origin(snapshot))
+        wanted = began or (snapshot is not None and self._count.may_show_origin(snapshot))
         if wanted and alone and end is State.SKIPPED:  # the next forward pass has been made by now
-            self._look_again = True
-        elif wanted and alone and not self._extra and not self._cadence.probed(self.count):
-            self._extra = True
+            self._count.probe_after_next()
+        elif wanted and alone and not self._count.probed:
+            self._count.probe_next()
             self.look_ahead()
         else:
             self._training.forward_pass.look_closer(self.index)
 
-    def _may_show_origin(self, snapshot: Snapshot) -> bool:
-        """Tell whether the next pass may show what made a gradient infinite or NaN: the weights are as they were."""
-        total = snapshot.norm_global
-        if not snapshot.skipped or total is None or math.isfinite(total):
-            return False
-        if self._cadence.probe_every is not None or self.count < self._next_look:
-            return False
-        self._next_look = self.count + _BETWEEN_LOOKS
-        return True
-
     # --- the count ---
 
-    def _number(self, step: int) -> None:
-        """Take the number of this step, and from the distance to the last one that of the next."""
-        self._stride = max(step - (self.count - self._stride), 1)
-        self.count = step
+    @property
+    def count(self) -> int:
+        """The number of the next step."""
+        return self._count.number
 
     def _count_on(self) -> None:
         """Count a step, and look at the forward pass of the next one if it is a probe."""
-        self.count += self._stride
-        if self._look_again:
-            self._look_again, self._extra = False, True
-        if (self._extra or self._cadence.probed(self.count)) and not self._training.processes.silent:
+        self._count.advance()
+        if self._count.probed and not self._training.processes.silent:
             self.look_ahead()
 
     def take_up(self) -> None:
         """Look at the forward pass of the next step if it is a probe: the step before was of another process."""
-        probe = self._extra or self._cadence.probed(self.count)
-        if probe and self.count and not self._training.processes.silent:
+        if self._count.probed and self.count and not self._training.processes.silent:
             self.look_ahead()
 
     def look_ahead(self) -> None:
         """Look at the forward pass of the next step."""
         self._training.forward_pass.look_ahead(self.index)
 
-    # --- from one process to the next ---
-
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
-        absent = {names[c]: reason for c, reason in self._absent.items() if c < len(names)}
+        absent = {names[c]: reason for c, reason in self._stepped.absent.items() if c < len(names)}
         silent = [self._silent.since, self._silent.count]
-        return {"stride": self._stride, "turn": self._turn, "extra": self._extra, "absent": absent, "silent": silent}
+        where = {"stride": self._count.stride, "turn": self._updates.turn, "extra": self._count.extra}
+        return {**where, "absent": absent, "silent": silent}
 
     def reading_state(self, count: int, state: Mapping[str, Any], names: Sequence[str]) -> Callable[[], None]:
         """Read what `state_dict` gave, and change nothing before the function that is returned is called.
@@ -383,7 +393,8 @@ class OptimizerSteps:
         since, silent = map(operator.index, state.get("silent", (0, 0)))
 
         def apply() -> None:
-            self.count, self._stride, self._turn, self._extra, self._absent = number, stride, turn, extra, absent
+            self._count.resume(number, stride, extra=extra)
+            self._updates.turn, self._stepped.absent = turn, absent
             self._silent.resume(since, silent)
 
         return apply

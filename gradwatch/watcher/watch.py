@@ -16,13 +16,14 @@ from torch import nn
 from gradwatch.detectors import DETECTORS
 from gradwatch.measurement.processes import own_name
 from gradwatch.model.layers import named_modules
-from gradwatch.model.optimizer_hooks import unwrap
+from gradwatch.model.optimizers import parameters_of, steps, unwrap
 from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Sink
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.options import OnAlert, Options
+from gradwatch.watcher.warn_once import WarnOnce
 from gradwatch.watcher.watcher import Watcher
 
 _watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
@@ -157,21 +158,30 @@ def _check_names(model: nn.Module, argument: str, names: object) -> None:
 
 
 def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
+    """Return those that step parameters of the model, with what wraps them."""
     if isinstance(given, list | tuple) and not given:
         raise ValueError("optimizer must be an optimizer, several of them, or None, got an empty list")
-    every = [] if given is None else [unwrap(o) for o in (given if isinstance(given, list | tuple) else [given])]
+    every = [] if given is None else list(given if isinstance(given, list | tuple) else [given])
     mine = {id(p) for p in model.parameters()}
+    kept: dict[int, Any] = {}
+    strange = ""
     for optimizer in every:
-        if not hasattr(optimizer, "param_groups") or not callable(getattr(optimizer, "step", None)):
+        inner = unwrap(optimizer)
+        if not steps(inner):
             raise TypeError(
-                "optimizer must have param_groups and step(), as torch.optim.Optimizer has,"
-                f" got {type(optimizer).__name__}"
+                f"optimizer must have param_groups and step(), as torch.optim.Optimizer has, got {type(inner).__name__}"
             )
-        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        stepped = parameters_of(inner)
         if stepped and not any(id(p) in mine for p in stepped):
-            raise ValueError(
+            strange = (
                 f"optimizer must step parameters of the model, and none of the {len(stepped)}"
-                f" of this {type(optimizer).__name__} is one of them: it was made of another model, or before the"
+                f" of this {type(inner).__name__} is one of them: it was made of another model, or before the"
                 " parameters were replaced, or it keeps copies (DeepSpeed ZeRO, master weights)"
             )
-    return list({id(o): o for o in every}.values())
+        else:
+            kept.setdefault(id(inner), optimizer)
+    if strange and not kept:
+        raise ValueError(strange)
+    if strange:  # that of a temperature, perhaps, which is in no module
+        WarnOnce()("optimizer", f"one of {len(every)} is left out: {strange}")
+    return list(kept.values())

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from gradwatch.measurement.model_map import ModelMap
 from gradwatch.measurement.processes import Processes
 from gradwatch.model.attempts import Attempts
-from gradwatch.model.optimizer_hooks import unwrap
+from gradwatch.model.optimizers import all_of, swept, unwrap
 from gradwatch.sinks.log import log_left_out
 from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Sequences
 from gradwatch.values.report import GradientHealthError, Report, Sink
-from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Snapshot
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.judge import Judge
@@ -62,7 +61,7 @@ class Watcher:
 
         Args:
             model: as for `gradwatch.watch`.
-            optimizers: unwrapped; none where the loop calls `step`.
+            optimizers: with what wraps them; none where the loop calls `step`.
             options: checked already.
             directory: takes the reports before the sinks do, and is closed with the watcher.
             scaler: as for `gradwatch.watch`.
@@ -78,7 +77,9 @@ class Watcher:
         """What `on_alert="raise"` wants to be raised, once what is under way is whole."""
         self._warn = WarnOnce()
         self._losses = Losses()
-        self._model_map = ModelMap(model, optimizers)
+        optimizers = swept(optimizers)
+        inner = list(map(unwrap, optimizers))
+        self._model_map = ModelMap(model, inner)
         info = self._model_map.info
         log_left_out(info)
         self._processes = Processes((p.name for p in info.parameters), alone=strict)
@@ -93,7 +94,8 @@ class Watcher:
         probes = Probes(_sequences(options, attempts), attempts, self._warn, strict=strict)
         self._forward_pass = ForwardPass(self._model_map, probes, self._judge.suspects, self._warn)
         patience = options.thresholds.disconnected_steps
-        self._unheard = Unheard(self._model_map, optimizers, patience, self._guarded, self._tell_unheard)
+        own = [one for optimizer in optimizers for one in all_of(optimizer)]
+        self._unheard = Unheard(self._model_map, own, patience, self._guarded, self._tell_unheard)
         training = Training(
             self._model_map,
             self._forward_pass,
@@ -105,13 +107,10 @@ class Watcher:
             scaler,
             clock,
         )
-        self._steps = [
-            OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(optimizers or [None])
-        ]
+        self._steps = [OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(inner or [None])]
         self._close_sinks = _closing_with(self, directory, options.sinks)
-        for steps in self._steps:
-            if steps.optimizer is not None:
-                steps.attach(self._guarded, self._emit)
+        for steps, optimizer in zip(self._steps, optimizers, strict=False):  # none where the loop has none
+            steps.attach(optimizer, self._guarded, self._emit)
         if strict:
             self._unheard.end()
 
@@ -142,7 +141,8 @@ class Watcher:
         """
         if self._off:
             return
-        chosen = self._steps if optimizer is None else [s for s in self._steps if s.optimizer is unwrap(optimizer)]
+        wanted = None if optimizer is None else unwrap(optimizer)
+        chosen = [s for s in self._steps if wanted is None or any(wanted is one for one in all_of(s.optimizer))]
         if not chosen:
             raise ValueError(f"optimizer must be one of the {len(self._steps)} that are watched, got {optimizer!r:.80}")
         if loss is not None:
@@ -204,6 +204,8 @@ class Watcher:
 
         """
         try:
+            for steps in self._steps:
+                steps.end_sweep()
             self._guarded(self._end_unstepped, self._steps)
             self._guarded(self._unheard.close)
         finally:
@@ -259,17 +261,16 @@ class Watcher:
         """Return the table of layers as text."""
         from gradwatch.sinks.terminal.page import text  # with rich, which no training needs
 
-        return text(self.report, sequences=self._last_sequences())
+        return text(self.report, sequences=self._judge.history.last_sequences)
 
     def _repr_html_(self) -> str:
         from gradwatch.sinks.terminal.page import html
 
-        return html(self.report, sequences=self._last_sequences())
+        return html(self.report, sequences=self._judge.history.last_sequences)
 
-    def _last_sequences(self) -> tuple[SequenceStats, ...]:
-        """Return what the last probe saw of time; between probes the report has nothing of it."""
-        probes = self._judge.history.sequences(1)
-        return (probes[-1].sequences or ()) if probes else ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy as the last report: hooks and files are of this process, and of these objects."""
+        return _itself, (self.report,)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the open alerts and the step as dicts, lists, numbers and strings."""
@@ -355,6 +356,10 @@ class Watcher:
         if self._processes.alone:
             self._warn("processes", f"{self._processes.alone}; the gradients of those parameters are not measured")
         return began
+
+
+def _itself(report: Report) -> Report:
+    return report
 
 
 def _sequences(options: Options, attempts: Attempts) -> Sequences | None:

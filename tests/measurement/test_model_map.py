@@ -106,12 +106,12 @@ def test_what_one_module_holds_and_what_it_does_not_call_is_in_the_order_in_whic
 def test_why_a_parameter_has_no_gradient(ran, grad, trained, reason):
     model = Net()
     weight = model.late.weight.requires_grad_(trained)
-    weight.grad = torch.zeros(1, 2) if grad else None
+    there = {0} if grad else set()
     optimizer = torch.optim.SGD([weight], lr=0.1)
     described = ModelMap(model, [optimizer])
-    known = described.without_gradient([0], [weight], frozenset({"", "late"} if ran else {""}))
+    known = described.without_gradient([0], [weight], there, frozenset({"", "late"} if ran else {""}))
 
-    assert described.absent([0], [weight], known)[0] == reason
+    assert described.absent([0], [weight], there, known)[0] == reason
 
 
 def test_what_a_look_said_holds_until_a_gradient_is_there_and_without_a_look_it_is_unused():
@@ -119,10 +119,9 @@ def test_what_a_look_said_holds_until_a_gradient_is_there_and_without_a_look_it_
     weight = model.late.weight
     described = ModelMap(model, [torch.optim.SGD([weight], lr=0.1)])
 
-    assert described.absent([0], [weight], {})[0] == "unused"
-    assert described.absent([0], [weight], {0: "disconnected"})[0] == "disconnected"
-    weight.grad = torch.ones(1, 2)
-    assert described.absent([0], [weight], {0: "disconnected"})[0] is None
+    assert described.absent([0], [weight], (), {})[0] == "unused"
+    assert described.absent([0], [weight], (), {0: "disconnected"})[0] == "disconnected"
+    assert described.absent([0], [weight], {0}, {0: "disconnected"})[0] is None
 
 
 def test_what_no_optimizer_steps_and_is_frozen_is_known_as_of_the_last_description():
@@ -133,7 +132,7 @@ def test_what_no_optimizer_steps_and_is_frozen_is_known_as_of_the_last_descripti
     described.describe()
 
     assert described.has_frozen
-    assert described.absent([], [], {}) == [None, None, None, "frozen", None]
+    assert described.absent([], [], (), {}) == [None, None, None, "frozen", None]
 
 
 def test_neither_model_nor_after_release_optimizer_is_held():

@@ -13,7 +13,7 @@ from torch import nn
 from truth import by_hand, norm64, same
 
 import gradwatch
-from gradwatch.model.layers import describe
+from gradwatch.model.layers import describe, named_modules
 
 
 class Backwards(nn.Module):
@@ -238,3 +238,19 @@ def test_layers_inside_of_a_module_run_when_it_runs():
     last = watched.snapshots[-1]
     assert [last.model.layers[i].name for i in last.model.forward_order] == ["lstm.l0", "lstm.l1", "lstm.l2", "head"]
     assert last.absent is None
+
+
+@pytest.mark.parametrize("wrappers", [("module",), ("_module",), ("module", "_module"), ("_module", "module")])
+def test_what_wraps_a_whole_model_leaves_no_trace_in_names(wrappers):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    for wrapper in wrappers:
+        outer = nn.Module()
+        outer.add_module(wrapper, model)  # as DistributedDataParallel does, and GradSampleModule of Opacus
+        model = outer
+    assert list(named_modules(model)) == ["", "0", "1"]
+
+
+def test_a_part_of_a_model_may_be_called_as_a_wrapper_calls_it():
+    model = nn.Module()
+    model._module, model.head = nn.Linear(2, 2), nn.Linear(2, 1)
+    assert list(named_modules(model)) == ["", "_module", "head"]

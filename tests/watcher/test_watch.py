@@ -24,7 +24,7 @@ from torch.nn.modules import module as torch_modules
 from truth import by_hand, column, norm64, same, total
 
 import gradwatch
-from gradwatch.measurement import parameters as measured_parameters
+from gradwatch.measurement import updates as measured_updates
 from gradwatch.model.gradient_hooks import Sentinel
 
 # --- the loops ---
@@ -514,7 +514,7 @@ def test_non_finite_entries_are_counted_only_where_a_norm_is_not_finite():
 def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(10)) for _ in range(5)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(measured_parameters, "BUDGET", 2 * 10 * 4)
+    monkeypatch.setattr(measured_updates, "BUDGET", 2 * 10 * 4)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(5):
         for p in model:
@@ -531,7 +531,7 @@ def test_beyond_the_byte_budget_parameters_take_turns_at_the_update(monkeypatch)
 def test_a_parameter_above_the_byte_budget_is_never_copied(monkeypatch):
     model = nn.ParameterList([nn.Parameter(torch.ones(n)) for n in (30, 5, 30, 20)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    monkeypatch.setattr(measured_parameters, "BUDGET", 4 * 20)
+    monkeypatch.setattr(measured_updates, "BUDGET", 4 * 20)
     watched = Watched(model, optimizer, probe_every_n_steps=1)
     for _ in range(4):
         for p in model:
