@@ -1,18 +1,12 @@
-"""The command line: `gradwatch demo`, `gradwatch report`, `gradwatch check`."""
+"""The command line: `gradwatch run`, `gradwatch report`, `gradwatch check`, `gradwatch demo`."""
 
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from gradwatch import __version__
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,9 +14,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: fine, and for `check` no alert of severity warning or higher in the whole run; 1: at least one, open or cleared;
     2: wrong usage, or a run that cannot be read, that holds no step, or of which more is lost than the half line that a
-    killed process leaves.
+    killed process leaves. `run` ends as the program ends that it runs, also by an exception.
     """
     options = _parser().parse_args(arguments)
+    if options.command == "run":
+        return _run(options)
     try:
         return int(options.run(options))
     except (OSError, ValueError) as error:
@@ -36,6 +32,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gradwatch", description="Sees the gradients that vanish.")
     parser.add_argument("--version", action="version", version=f"gradwatch {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    says = "run a program, unchanged, and watch whatever it trains"
+    run = commands.add_parser(
+        "run",
+        help=says,
+        description=_sentence(says),
+        usage="gradwatch run [OPTION ...] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+    )
+    run.add_argument("--logdir", help="where records and TensorBoard events go (default: runs/SCRIPT)")
+    run.add_argument("--horizon", type=_positive, metavar="N", help="how many of the newest timesteps matter")
+    run.add_argument("--every", type=_positive, metavar="N", help="read the gradients at every n-th step")
+    run.add_argument(
+        "--fail-on",
+        choices=("warning", "error"),
+        help="exit with 1 if there was an alert of this severity or higher, where the program exits with 0",
+    )
+    run.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
+    run.add_argument("program", metavar="SCRIPT", help="a script, or the name of a module")
+    run.add_argument("arguments", metavar="ARGUMENT", nargs=argparse.REMAINDER, help="arguments of the program")
 
     says = "train sick networks beside healthy ones, on real market data and on order flow, and look at them"
     demo = commands.add_parser("demo", help=says, description=_sentence(says))
@@ -80,6 +95,19 @@ def _positive(text: str) -> int:
     return number
 
 
+def _run(options: argparse.Namespace) -> int:
+    from gradwatch.run.command import run
+    from gradwatch.run.program import Program
+
+    try:
+        program = Program(options.program, options.arguments, module=options.module)
+    except (OSError, ValueError) as error:
+        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
+        return 2
+    run(program, logdir=options.logdir, horizon=options.horizon, every=options.every, fail_on=options.fail_on)
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from gradwatch.demo.story import demo
 
@@ -92,12 +120,13 @@ def _report(options: argparse.Namespace) -> int:
 
     from gradwatch.sinks.record import read_runs
     from gradwatch.sinks.terminal.page import run_summary
+    from gradwatch.sinks.terminal.show import show
 
     runs = read_runs(options.path)
     if len(runs) == 1:
-        _show(*map(run_summary, runs.values()))
+        show(*map(run_summary, runs.values()), to=sys.stdout)
     else:
-        _show(*(part for name, run in runs.items() for part in (Rule(), run_summary(run, name))))
+        show(*(part for name, run in runs.items() for part in (Rule(), run_summary(run, name))), to=sys.stdout)
     return 0
 
 
@@ -107,36 +136,18 @@ def _check(options: argparse.Namespace) -> int:
     from gradwatch.sinks.record import read_runs
     from gradwatch.sinks.terminal.alert_text import alert_lines
     from gradwatch.sinks.terminal.page import note_lines, verdict
+    from gradwatch.sinks.terminal.show import show
     from gradwatch.values.report import Severity
 
     runs = read_runs(options.path)
     wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
     several = len(runs) > 1
-    _show(
+    show(
         *(
             part
             for name, run in runs.items()
             for part in (Text(verdict(run, name if several else "")), *alert_lines(wrong[name]), *note_lines(run))
-        )
+        ),
+        to=sys.stdout,
     )
     return 2 if any(run.ruined for run in runs.values()) else int(any(wrong.values()))
-
-
-def _show(*parts: RenderableType) -> None:
-    """Print; a reader that has seen enough (`| head`) and a terminal that lacks a character are no failures."""
-    from rich.console import Console
-
-    from gradwatch.sinks.terminal.page import Harmless
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    console = Console()
-    with console.capture() as page:
-        for part in parts:
-            console.print(Harmless(part))
-    try:
-        for line in page.get().splitlines():
-            print(line.rstrip())  # noqa: T201  (a command line prints)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the flush at exit can go

@@ -19,11 +19,11 @@ HANDS = {"model"}  # on the user's model; it makes values
 PARTS = {"measurement", "timesteps", "detectors", "sinks"}
 ENGINE = {"watcher"}
 CHECKS = {"checks"}
-FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "cli", "demo"}
+FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "cli", "run", "demo"}
 FLOORS = [GROUND, HANDS, PARTS, ENGINE, CHECKS, FACES]
 
 TORCH_AT_THE_TOP = {"model", "measurement", "timesteps", "watcher", "checks", "lightning"}
-TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "pytest_plugin", "__init__"}
+TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "run", "pytest_plugin", "__init__"}
 NUMBERS = {"values", "detectors", "sinks"}
 HOMES = {
     "lightning": "lightning",

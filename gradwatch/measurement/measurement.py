@@ -70,6 +70,7 @@ class Measurement:
         self.told: Sequence[float | Tensor] = ()
         """The losses of the step, where the loop has told them."""
         self._losses: list[Pending] = []
+        self._raw_loss = False
 
     @property
     def finite(self) -> bool:
@@ -139,11 +140,17 @@ class Measurement:
             largest = [*(rate for rate in rates if isinstance(rate, Tensor)), *([max(told)] if told else [])]
             self._rates = [self._transfer.add(norms.number(rate)) for rate in largest]
 
-    def losses(self, losses: Sequence[float | Tensor]) -> None:
-        """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it."""
+    def losses(self, losses: Sequence[float | Tensor], *, raw: bool = False) -> None:
+        """Take the losses of the step, whose mean is that of the step; what is told later takes the place of it.
+
+        Args:
+            losses: all that were told of it.
+            raw: whether the loss scale is in them.
+
+        """
         if not losses:
             return
-        self.told, self._losses = losses, []
+        self.told, self._losses, self._raw_loss = losses, [], raw
         for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
             tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
             self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))
@@ -182,7 +189,7 @@ class Measurement:
             model=self.model,
             optimizer=optimizer,
             stage=self.stage,
-            loss=statistics.fmean(loss.value for loss in self._losses) if self._losses else None,
+            loss=self._loss(scale),
             scale=scale,
             clip_factor=factor,
             skipped=skipped,
@@ -202,6 +209,13 @@ class Measurement:
             rate=max((rate.value for rate in self._rates), default=None),
             left_over=seen.left_over if self.first_of_step else None,
         )
+
+    def _loss(self, scale: float | None) -> float | None:
+        """Return the loss of the step, without the loss scale; `scale` is the one that was in the gradients."""
+        if not self._losses:
+            return None
+        known = self._loss_scale.value if self._loss_scale is not None else scale
+        return statistics.fmean(loss.value for loss in self._losses) / ((known if self._raw_loss else None) or 1.0)
 
     def _unscale(self, numbers: Numbers) -> tuple[float | None, float | None]:
         """Divide out a loss scale that came to light late, and return the loss scale and the factor of clipping."""

@@ -34,6 +34,11 @@ class ModelMap:
         """The model; None once it is gone."""
         return self._model()
 
+    def join(self, optimizer: Any) -> None:  # noqa: ANN401
+        """Take one more optimizer that steps its parameters."""
+        self._optimizers.append(optimizer)
+        self.describe()
+
     def release(self) -> None:
         """Let go of the optimizers."""
         self._optimizers = []

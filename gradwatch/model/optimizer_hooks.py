@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.model.compiled import graphs
-from gradwatch.model.optimizers import Sweep, nested, parameters_of
+from gradwatch.model.optimizers import Sweep, all_of, nested, parameters_of
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,6 +67,11 @@ class StepHooks:
             if outer is not inner:
                 self._calls.append(_Calls(outer, self._entered, self._left, inside=inner))
 
+    def join(self, optimizer: object) -> None:
+        """Attach to one more optimizer of the sweep that this is."""
+        self._calls += [_Calls(member, self._before, self._after) for member in all_of(optimizer)[-1:]]
+        self._sweep.forget()
+
     def detach(self) -> None:
         """Take the hooks off; a step that is under way is not told of any more."""
         self._listener = None
@@ -74,8 +79,9 @@ class StepHooks:
             calls.detach()
 
     def end(self) -> None:
-        """End a sweep that is under way."""
+        """End a sweep that is under way: what has stepped in it is what does."""
         if self._sweep.under_way:
+            self._sweep.learn()
             self._done()
 
     @property
@@ -186,6 +192,7 @@ class _Parts:
 
     def __init__(self, optimizer: Any) -> None:  # noqa: ANN401
         self._several = isinstance(optimizer, Sweep)
+        self._grows = isinstance(optimizer, Sweep) and optimizer.grows
         self._expected: frozenset[int] | None = None
         """What steps in a sweep; None: all that there is."""
         self._all = optimizer
@@ -199,6 +206,8 @@ class _Parts:
 
     @property
     def complete(self) -> bool:
+        if self._expected is None and self._grows:
+            return False
         if self._expected is None:
             self._expected = frozenset(id(p) for p in parameters_of(self._all) if p.requires_grad)
         return self._expected <= self._stepped
@@ -228,6 +237,10 @@ class _Parts:
 
     def end(self) -> None:
         self._stepped.clear()
+
+    def forget(self) -> None:
+        """Expect nothing any more: another takes part."""
+        self._expected = None
 
 
 class _Calls:

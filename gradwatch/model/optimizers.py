@@ -127,9 +127,17 @@ def _entries(value: object) -> Iterable[object]:
 class Sweep:
     """Several optimizers, each of a single parameter, that step one after the other as one optimizer would."""
 
-    def __init__(self, members: Sequence[Any]) -> None:
-        """Put them together, unwrapped."""
-        self.members = tuple(members)
+    def __init__(self, members: Sequence[Any], *, grows: bool = False) -> None:
+        """Put them together, unwrapped; `grows`: more may come."""
+        self.members, self.grows = list(members), grows
+
+    def takes_in(self, optimizer: object) -> bool:
+        """Take one more, or those of a sweep of one; False where it is not of their kind."""
+        inner = optimizer.members[0] if isinstance(optimizer, Sweep) else unwrap(optimizer)
+        if not self.grows or type(inner) is not type(self.members[0]) or len(parameters_of(inner)) != 1:
+            return False
+        self.members.append(inner)
+        return True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -149,4 +157,4 @@ def swept(optimizers: Iterable[Any]) -> list[Any]:
 
 def all_of(optimizer: Any) -> list[torch.optim.Optimizer]:  # noqa: ANN401
     """Return every object whose steps are those of this one: what it wraps, and the members of a sweep."""
-    return list(optimizer.members) if isinstance(optimizer, Sweep) else nested(optimizer)
+    return optimizer.members if isinstance(optimizer, Sweep) else nested(optimizer)

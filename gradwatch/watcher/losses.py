@@ -14,11 +14,18 @@ _KEPT = 10_000
 class Losses:
     """What was told since the last optimizer took its loss; of several optimizers, each that steps next has it once.
 
-    Optimizers are told apart by their index.
+    Optimizers are told apart by a number of each.
     """
 
-    def __init__(self) -> None:
-        """Begin with nothing told."""
+    def __init__(self, *, raw: bool = False) -> None:
+        """Begin with nothing told.
+
+        Args:
+            raw: what will be told are the scalars on which backward is called: the loss of a step is their sum, and the
+                loss scale is in it.
+
+        """
+        self.raw = raw
         self._told: deque[float | Tensor] = deque(maxlen=_KEPT)
         self._takers: set[int] = set()
 
@@ -42,7 +49,9 @@ class Losses:
 
     def of(self, optimizer: int) -> Sequence[float | Tensor]:
         """Return what was told of the coming step of this optimizer; nothing if it has had that."""
-        return () if optimizer in self._takers else self._told
+        if optimizer in self._takers:
+            return ()
+        return [sum(self._told)] if self.raw and self._told else self._told
 
     def taken(self, optimizer: int) -> None:
         """Note that this optimizer has had what was told."""

@@ -14,15 +14,16 @@ from gradwatch.measurement import loss_scale
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
 from gradwatch.measurement.transfer import Transfer
-from gradwatch.measurement.updates import Updates
 from gradwatch.model.forward_hooks import Part
 from gradwatch.model.optimizer_hooks import StepHooks
+from gradwatch.model.optimizers import Sweep
 from gradwatch.values.snapshot import Absent, Snapshot, Stage
 from gradwatch.values.thresholds import STEPLESS
 from gradwatch.watcher.silent_steps import SilentSteps
 from gradwatch.watcher.step_count import StepCount
 from gradwatch.watcher.stepped_parameters import SteppedParameters
 from gradwatch.watcher.training import Training
+from gradwatch.watcher.weight_copies import WeightCopies
 
 Guard = Callable[..., None]
 """Calls its first argument with the others, and keeps every failure out of the training."""
@@ -60,6 +61,7 @@ class OptimizerSteps:
     def __init__(self, index: int, optimizer: Any, training: Training) -> None:  # noqa: ANN401  (any with step())
         """Begin at step 0, without hooks."""
         self.index, self.optimizer, self._training = index, optimizer, training
+        self.taker = id(self)  # of losses, which several watchers may share
         self._losses, self._model_map = training.losses, training.model_map
         self._count = StepCount(training.cadence, training.clock)
         self._hooks: StepHooks | None = None
@@ -79,15 +81,19 @@ class OptimizerSteps:
         """The step for which the process that speaks for this one waits."""
         self._stepped = SteppedParameters(training.model_map)
         self._in_parts = False  # whether the step that is under way is made in parts
-        self._updates = Updates()
-        self._copied_first = False  # whether it was copied before the gradients were looked at
-        self._moves_first: bool | None = None
-        """Whether the weights are moved before the gradients are there, as SAM does; None: nobody has looked."""
+        self._copies = WeightCopies(self._stepped)
 
     def attach(self, optimizer: Any, guard: Guard, emit: Emit) -> None:  # noqa: ANN401
         """Hang hooks on the optimizer and what wraps it; they speak through `guard`, and what comes goes to `emit`."""
         self._guard, self._emit = guard, emit
         self._hooks = StepHooks(optimizer, self)
+
+    def takes_in(self, optimizer: object) -> bool:
+        """Let one more optimizer be a part of this sweep; False if this is none, or not of its kind."""
+        taken = isinstance(self.optimizer, Sweep) and self.optimizer.takes_in(optimizer)
+        if taken and self._hooks is not None:
+            self._hooks.join(optimizer)
+        return taken
 
     def end_sweep(self) -> None:
         """End a step that is made in parts: no further part comes."""
@@ -97,7 +103,7 @@ class OptimizerSteps:
     def detach(self) -> None:
         """Take the hooks off, and let go of everything but the counts."""
         self.drop()
-        self._updates.clear()
+        self._copies.updates.clear()
         if self._hooks is not None:
             self._hooks.detach()
             self._hooks = None
@@ -108,21 +114,14 @@ class OptimizerSteps:
 
     def on_begin(self) -> None:
         """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
-        if self._moves_first is not False:
+        if self._copies.wanted_early:
             self._guard(self._copy_first)
 
     def _copy_first(self) -> None:
-        if self._measurement is not None and self.state is State.READ:
-            self._copied_first = self._measurement.probe or not self._measurement.step
-        else:
-            self._copied_first = self._count.probed or not self.count
-        if self._copied_first:
-            self._copy(complete=False)
-
-    def _copy(self, *, complete: bool) -> None:
-        parameters = self._stepped.now(self.optimizer)
-        with undisturbed():
-            self._updates.copy(self._stepped.columns, parameters, complete=complete)
+        waiting = self._measurement if self.state is State.READ else None
+        number, probe = (waiting.step, waiting.probe) if waiting is not None else (self.count, self._count.probed)
+        if probe or not number:
+            self._copies.begin(self.optimizer)
 
     def on_look(self, part: Sequence[Tensor] | None = None) -> None:
         """Take note: the gradients of a step are complete, and those weights have not moved; of a `part`, or of all."""
@@ -132,7 +131,7 @@ class OptimizerSteps:
         if self._measurement is not None and self.state is State.READ:
             self._compare(self._measurement)
         elif self._by_hooks:
-            self._losses.begin(self.index)
+            self._losses.begin(self.taker)
             self._count.tell()
             self._begin("applied", part)
         if self._measurement is not None:
@@ -142,12 +141,9 @@ class OptimizerSteps:
                 self._scaler = loss_scale.stepping() or self._scaler
             self._measurement.of_optimizer(self.optimizer, self._scaler)
             if self._measurement.probe or self._measurement.step == 0:  # the first update may throw the weights
-                if not self._copied_first:
-                    self._copy(complete=part is None)
-                elif self._moves_first is None:
-                    self._moves_first = self._updates.moved()
-        self._in_parts, self._copied_first = part is not None, False
-        self._losses.taken(self.index)
+                self._copies.look(self.optimizer, complete=part is None)
+        self._in_parts = part is not None
+        self._losses.taken(self.taker)
 
     def on_more(self, part: Sequence[Tensor]) -> None:
         """Take note: those of a further part of the same step are complete, and these weights have not moved."""
@@ -173,16 +169,15 @@ class OptimizerSteps:
         self._guard(self._finish, self._emit)
 
     def _finish(self, emit: Emit) -> None:
-        self._losses.end(self.index)
+        self._losses.end(self.taker)
         self.waits = 0
         if self._by_hooks:
             self._count_on()
         if self._measurement is not None:
-            read = self._measurement.parameters.read
             if self._in_parts:
+                read = self._measurement.parameters.read
                 self._stepped.explain(self._measurement, self.optimizer, read, self._ran)
-            with undisturbed():
-                self._updates.measure(self._measurement.parameters, read, probe=self._measurement.probe)
+            self._copies.end(self._measurement)
             self._end(State.DONE, emit)
             if self._accumulates and not self._count.probed:
                 self._training.forward_pass.release(self.index)  # no further micro-batch has come
@@ -241,8 +236,8 @@ class OptimizerSteps:
 
     def drop(self) -> None:
         """Let go of what is being measured."""
-        self._measurement, self.state, self.waits, self._copied_first = None, State.IDLE, 0, False
-        self._updates.drop()
+        self._measurement, self.state, self.waits = None, State.IDLE, 0
+        self._copies.drop()
 
     def give_up(self) -> None:
         """Let go of what is being measured, which has failed, and tell the process that waits for it."""
@@ -283,15 +278,15 @@ class OptimizerSteps:
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
         if probe or not self._stepped.weighed or measurement.empty:
-            were = self._updates.before(self._stepped.columns, parameters)
+            were = self._copies.updates.before(self._stepped.columns, parameters)
             measurement.parameters.weights(self._stepped.columns, were)
             self._stepped.weighed = True
-        measurement.losses(self._losses_now())
+        measurement.losses(self._losses_now(), raw=self._losses.raw)
         return measurement
 
     def _losses_now(self) -> list[float | Tensor]:
         """Return what was told of the step, with the losses of its micro-batches before; nothing where nothing was."""
-        told = self._losses.of(self.index)
+        told = self._losses.of(self.taker)
         return [*self._earlier, *told] if told else []
 
     def _seen(self, transfer: Transfer) -> tuple[list[Part], frozenset[str] | None]:
@@ -315,7 +310,7 @@ class OptimizerSteps:
             columns, gradients = self._stepped.gradients(self._stepped.now(self.optimizer))
             measurement.as_applied(columns, gradients, self.optimizer)
             measurement.found_inf(self.optimizer)
-            measurement.losses(self._losses_now())
+            measurement.losses(self._losses_now(), raw=self._losses.raw)
 
     # --- the end of a step ---
 
@@ -374,7 +369,7 @@ class OptimizerSteps:
         """Return where it stands, but for the count, as plain values; `names` are those of the columns."""
         absent = {names[c]: reason for c, reason in self._stepped.absent.items() if c < len(names)}
         silent = [self._silent.since, self._silent.count]
-        where = {"stride": self._count.stride, "turn": self._updates.turn, "extra": self._count.extra}
+        where = {"stride": self._count.stride, "turn": self._copies.updates.turn, "extra": self._count.extra}
         return {**where, "absent": absent, "silent": silent}
 
     def reading_state(self, count: int, state: Mapping[str, Any], names: Sequence[str]) -> Callable[[], None]:
@@ -394,7 +389,7 @@ class OptimizerSteps:
 
         def apply() -> None:
             self._count.resume(number, stride, extra=extra)
-            self._updates.turn, self._stepped.absent = turn, absent
+            self._copies.updates.turn, self._stepped.absent = turn, absent
             self._silent.resume(since, silent)
 
         return apply

@@ -60,6 +60,10 @@ class Unheard:
 
         self._stop = weakref.finalize(self, register_optimizer_step_post_hook(stepped).remove)
 
+    def join(self, optimizers: Collection[object]) -> None:
+        """Take these for watched too."""
+        self._own.update(map(id, optimizers))
+
     def end(self) -> None:
         """Listen no more: a step has come, or nobody wants to know."""
         self.listening = self.hooked = False

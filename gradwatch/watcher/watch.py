@@ -125,6 +125,11 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
     return watcher
 
 
+def watched(optimizer: object) -> bool:
+    """Tell whether a watcher hears this optimizer."""
+    return any(watcher.hears(optimizer) for watcher in tuple(_watchers))
+
+
 def remember(watcher: Watcher) -> None:
     """Let this watcher be closed when its model is watched again, or is gone and its directory wanted."""
     _watchers.add(watcher)

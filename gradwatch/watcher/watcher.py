@@ -8,7 +8,6 @@ import numbers
 import operator
 import os
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVarTuple
 
@@ -21,8 +20,9 @@ from gradwatch.model.optimizers import all_of, swept, unwrap
 from gradwatch.sinks.log import log_left_out
 from gradwatch.sinks.run_directory import RunDirectory
 from gradwatch.timesteps.sequences import Sequences
-from gradwatch.values.report import GradientHealthError, Report, Sink
+from gradwatch.values.report import GradientHealthError, Report
 from gradwatch.values.snapshot import Snapshot
+from gradwatch.watcher.closing import closing_with
 from gradwatch.watcher.forward_pass import ForwardPass
 from gradwatch.watcher.judge import Judge
 from gradwatch.watcher.losses import Losses
@@ -55,6 +55,7 @@ class Watcher:
         directory: RunDirectory | None = None,
         scaler: Any = None,  # noqa: ANN401  (torch has several scalers and no common type)
         clock: Callable[[], int] | None = None,
+        losses: Losses | None = None,
         strict: bool = False,
     ) -> None:
         """Attach to the optimizers.
@@ -66,6 +67,7 @@ class Watcher:
             directory: takes the reports before the sinks do, and is closed with the watcher.
             scaler: as for `gradwatch.watch`.
             clock: numbers the steps where the loop has an axis of its own.
+            losses: told to several watchers at once.
             strict: raise what goes wrong instead of warning, for a caller that is not a training.
 
         """
@@ -76,7 +78,7 @@ class Watcher:
         self._wanted: GradientHealthError | None = None
         """What `on_alert="raise"` wants to be raised, once what is under way is whole."""
         self._warn = WarnOnce()
-        self._losses = Losses()
+        self._losses = Losses() if losses is None else losses
         optimizers = swept(optimizers)
         inner = list(map(unwrap, optimizers))
         self._model_map = ModelMap(model, inner)
@@ -96,7 +98,7 @@ class Watcher:
         patience = options.thresholds.disconnected_steps
         own = [one for optimizer in optimizers for one in all_of(optimizer)]
         self._unheard = Unheard(self._model_map, own, patience, self._guarded, self._tell_unheard)
-        training = Training(
+        self._training = training = Training(
             self._model_map,
             self._forward_pass,
             self._losses,
@@ -108,7 +110,7 @@ class Watcher:
             clock,
         )
         self._steps = [OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(inner or [None])]
-        self._close_sinks = _closing_with(self, directory, options.sinks)
+        self._close_sinks = closing_with(self, directory, options.sinks)
         for steps, optimizer in zip(self._steps, optimizers, strict=False):  # none where the loop has none
             steps.attach(optimizer, self._guarded, self._emit)
         if strict:
@@ -161,7 +163,7 @@ class Watcher:
             steps.leave_to_reads()
         self._end_unstepped(chosen)
         for steps in chosen:
-            self._losses.begin(steps.index)
+            self._losses.begin(steps.taker)
         if self._unheard.hooked:
             self._unheard.told(read=True)
         for steps in chosen:
@@ -169,7 +171,7 @@ class Watcher:
                 return
             steps.read(step, self._emit)
         for steps in chosen:
-            self._losses.taken(steps.index)
+            self._losses.taken(steps.taker)
 
     def _end_unstepped(self, chosen: Sequence[OptimizerSteps]) -> None:
         """End what was read before clipping and no optimizer has come for."""
@@ -204,8 +206,7 @@ class Watcher:
 
         """
         try:
-            for steps in self._steps:
-                steps.end_sweep()
+            self.end_sweeps()
             self._guarded(self._end_unstepped, self._steps)
             self._guarded(self._unheard.close)
         finally:
@@ -248,6 +249,29 @@ class Watcher:
             for steps in self._steps:
                 steps.look_ahead()
             yield
+
+    def join(self, optimizer: Any) -> None:  # noqa: ANN401  (as for `gradwatch.watch`)
+        """Watch one more optimizer, which has come to step parameters of the model."""
+        if self._off:
+            return
+        self._unheard.join(all_of(optimizer))
+        if any(steps.takes_in(optimizer) for steps in self._steps):
+            self._model_map.describe()
+            return
+        inner = unwrap(optimizer)
+        self._model_map.join(inner)
+        self._steps.append(steps := OptimizerSteps(len(self._steps), inner, self._training))
+        steps.attach(optimizer, self._guarded, self._emit)
+
+    def hears(self, optimizer: object) -> bool:
+        """Tell whether this optimizer, or what it wraps, is watched."""
+        inner = unwrap(optimizer)
+        return not self._off and any(one is inner for steps in self._steps for one in all_of(steps.optimizer))
+
+    def end_sweeps(self) -> None:
+        """End the steps that are made in parts: a new backward pass begins, or none comes any more."""
+        for steps in self._steps:
+            steps.end_sweep()
 
     def __enter__(self) -> Self:
         """Watch within a `with` block."""
@@ -366,25 +390,3 @@ def _sequences(options: Options, attempts: Attempts) -> Sequences | None:
     if options.timesteps is False:
         return None
     return Sequences(options.timesteps, options.horizon, options.thresholds.horizon_gain, attempts)
-
-
-def _closing_with(watcher: Watcher, directory: RunDirectory | None, sinks: Sequence[Sink]) -> Callable[[], object]:
-    """Return what closes the sinks, and does when the process ends, and the files when the watcher goes.
-
-    Only files are held for that: another sink may know the watcher, and would keep it and the optimizer alive.
-    """
-    files: list[object] = [sink for sink in sinks if getattr(sink, "outlives_watcher", False)]
-    others = [weakref.ref(sink) for sink in sinks if sink not in files and hasattr(sink, "close")]
-    if directory is not None:
-        files.insert(0, directory)
-    return weakref.finalize(watcher, _close, os.getpid(), files, others)
-
-
-def _close(pid: int, files: Sequence[object], others: Sequence[weakref.ref[Any]]) -> None:
-    if os.getpid() != pid:  # a forked child that ends; the files are its parent's
-        return
-    for sink in (*files, *(ref() for ref in others)):
-        with contextlib.suppress(
-            Exception
-        ):  # what cannot be closed has said so at its last report, or has nothing to lose
-            getattr(sink, "close", lambda: None)()

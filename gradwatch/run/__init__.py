@@ -1,0 +1,1 @@
+"""`gradwatch run`: watches whatever an unmodified program trains."""

@@ -1,0 +1,87 @@
+"""`gradwatch run`: runs a program, watches what it trains, and says at its end what was seen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from gradwatch.run.program import Program
+from gradwatch.run.training import Training, say
+
+_IN_FULL = 2
+"""Models of which everything is said at the end; of more, only the verdict on each."""
+
+
+def run(
+    program: Program,
+    *,
+    logdir: str | None = None,
+    horizon: int | None = None,
+    every: int | None = None,
+    fail_on: str | None = None,
+) -> None:
+    """Run a program and watch it.
+
+    Args:
+        program: to run.
+        logdir: where records and events go; default: `runs/` and the name of the program.
+        horizon: as for `gradwatch.watch`.
+        every: steps from one that is measured to the next.
+        fail_on: "warning" or "error": exit with 1 if there was an alert of that severity or higher, where the program
+            itself exits with 0.
+
+    Raises:
+        BaseException: whatever the program raises, also SystemExit.
+
+    """
+    training = Training(logdir or str(Path("runs", program.name)), horizon=horizon, every=every)
+    try:
+        program.execute()
+    except SystemExit as end:
+        if _finish(training, fail_on) and end.code in (None, 0):
+            raise SystemExit(1) from None
+        raise
+    except BaseException:
+        _finish(training, None)
+        raise
+    if _finish(training, fail_on):
+        raise SystemExit(1)
+
+
+def _finish(training: Training, fail_on: str | None) -> bool:
+    """Say what was seen, and tell whether that is to fail the program."""
+    try:
+        training.close()
+        return _tell(training, fail_on)
+    except Exception as error:  # noqa: BLE001  (the program has ended as it has)
+        say(f"the report could not be made: {type(error).__name__}: {error}")
+        return False
+
+
+def _tell(training: Training, fail_on: str | None) -> bool:
+    for problem in training.problems():
+        say(problem)
+    if not training.folders:
+        return False
+    from rich.text import Text
+
+    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.terminal.page import run_summary, verdict
+    from gradwatch.sinks.terminal.show import show
+    from gradwatch.values.report import Severity
+
+    written = [folder for folder in training.folders if folder.is_dir()]  # not where another process speaks
+    runs = {folder.name: run for folder in written for run in read_runs(folder).values()}
+    if runs:
+        several = len(runs) > 1
+        say(
+            f"{len(runs)} model{'s' * several} watched; `gradwatch report {training.logdir}`, `tensorboard --logdir"
+            f" {training.logdir}`"
+        )
+    for number, (name, run) in enumerate(runs.items()):
+        shown = name if len(runs) > 1 else ""
+        show(run_summary(run, shown) if number < _IN_FULL else Text(verdict(run, shown)), to=sys.stderr)
+    if fail_on is None:
+        return False
+    limit = Severity[fail_on.upper()]
+    return any(alert.severity >= limit for run in runs.values() for alert in run.alerts)

@@ -1,0 +1,437 @@
+"""`gradwatch run`: a program is as it is under Python alone, and what it trains is watched; in real processes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from interpreters import warm
+from truth import norms, same
+
+from gradwatch import read_runs
+
+RUN = ("-m", "gradwatch", "run")
+
+
+@dataclass
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def own_err(self) -> str:
+        """What the program itself has written."""
+        return "".join(line for line in self.err.splitlines(keepends=True) if not line.startswith("gradwatch: "))
+
+
+def python(folder: Path, *arguments: str, text: str = "", command: tuple[str, ...] = (sys.executable,)) -> Ended:
+    done = subprocess.run(
+        [*command, *arguments], cwd=folder, input=text, capture_output=True, text=True, check=False, timeout=120
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def trains(folder: Path, *arguments: str) -> Ended:
+    """Run what imports torch."""
+    return python(folder, *arguments, command=warm())
+
+
+def write(folder: Path, name: str, source: str) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(source), encoding="utf-8")
+
+
+PROGRAMS = {
+    "what it is told of itself": """
+        import inspect, pickle, sys
+        from pathlib import Path
+        import beside
+        class Mine:
+            def __eq__(self, other):
+                return type(self) is type(other)
+        if __name__ == "__main__":
+            print(sys.argv, sys.path[0], __file__, __spec__, __package__, __cached__, __doc__)
+            print(type(__loader__).__name__)
+            print(pickle.loads(pickle.dumps(Mine())) == Mine(), pickle.dumps(Mine()))
+            print(inspect.getsource(Mine).splitlines()[0], beside.HERE, sys.stdin.read(), __annotations__)
+            print(sorted(vars(sys.modules["__main__"])), "torch" in sys.modules, "numpy" in sys.modules)
+    """,
+    "the end by a number": "import sys; print('so far'); sys.exit(7)",
+    "the end by a text": "import sys; sys.exit('not like this')",
+    "the end by nothing": "import sys; sys.exit()",
+    "an exception": """
+        def inner():
+            raise KeyError("no") from None
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            inner()
+    """,
+    "an exception with a hook of its own": """
+        import sys
+        def hook(kind, error, trace):
+            print("caught", kind, error, trace.tb_frame.f_code.co_name, trace.tb_next)
+        sys.excepthook = hook
+        raise ValueError("mine")
+    """,
+    "a syntax error": "print('x'\ndef",
+    "an exception in the import of another": "import broken",
+    "at the exit": """
+        import atexit, threading, time
+        atexit.register(lambda: print("exit", __name__, Later))
+        class Later: ...
+        def late():
+            time.sleep(0.2)
+            print("thread")
+        threading.Thread(target=late).start()
+        print("main")
+    """,
+    "an exit from a thread": """
+        import os, threading, time
+        threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True), os._exit(5))).start()
+    """,
+    "children": """
+        import multiprocessing, sys
+        def square(x):
+            return Number(x.value ** 2)
+        class Number:
+            def __init__(self, value):
+                self.value = value
+        if __name__ == "__main__":
+            for way in ("spawn", "fork"):
+                with multiprocessing.get_context(way).Pool(1) as pool:
+                    print([n.value for n in pool.map(square, [Number(2), Number(3)])])
+    """,
+    "warnings": "import warnings; warnings.warn('look', stacklevel=1); assert not __debug__, 'debugging'",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_as_it_is_under_python_alone(tmp_path, name):
+    write(tmp_path, "sub/program.py", PROGRAMS[name])
+    write(tmp_path, "sub/beside.py", "HERE = 'here'")
+    write(tmp_path, "sub/broken.py", "import nothing_of_this_name")
+    alone = python(tmp_path, "sub/program.py", "--a", "-m", "b c", text="given")
+    watched = python(tmp_path, *RUN, "sub/program.py", "--a", "-m", "b c", text="given")
+    assert (watched.code, watched.out, watched.own_err) == (alone.code, alone.out, alone.err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_module_is_as_it_is_under_python_alone(tmp_path):
+    write(tmp_path, "package/__init__.py", "")
+    write(tmp_path, "package/part.py", "VALUE = 3")
+    source = """
+        import sys
+        from .part import VALUE
+        print(sys.argv, sys.path[0], __name__, __spec__.name, __package__, __file__, VALUE)
+        raise SystemExit(4)
+    """
+    write(tmp_path, "package/train.py", source)
+    write(tmp_path, "package/__main__.py", source)
+    for name in ("package.train", "package"):
+        alone = python(tmp_path, "-m", name, "-x", "1")
+        watched = python(tmp_path, *RUN, "-m", name, "-x", "1")
+        assert (watched.code, watched.out, watched.own_err) == (alone.code, alone.out, alone.err)
+        assert watched.code == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_as_it_would(tmp_path, number):
+    write(tmp_path, "program.py", f"import os, signal; os.kill(os.getpid(), {int(number)}); import time; time.sleep(9)")
+    alone, watched = python(tmp_path, "program.py"), python(tmp_path, *RUN, "program.py")
+    assert (watched.code, watched.own_err) == (alone.code, alone.err)
+    assert watched.code == -number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["none.py"], "No such file or directory: '.*none.py'"),
+        (["-m", "nothing.here"], "no module named 'nothing.here'"),
+        (["-m", "empty"], "no module named 'empty', or it is a package without __main__|No module named"),
+        (["--horizon", "0", "none.py"], "must be at least 1, got 0"),
+        ([], "required: SCRIPT"),
+    ],
+)
+def test_what_cannot_be_run_is_said_with_status_2(tmp_path, arguments, said):
+    write(tmp_path, "empty/__init__.py", "")
+    ended = python(tmp_path, *RUN, *arguments)
+    assert ended.code == 2
+    assert re.search(said, ended.err)
+
+
+TRAINING = """
+    import sys, torch
+    torch.manual_seed(0)
+    deep = len(sys.argv) > 1
+    layers = [m for _ in range(10 if deep else 2) for m in (torch.nn.Linear(8, 8), torch.nn.Sigmoid())]
+    net = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    truth = []
+    for step in range(30):
+        x = torch.randn(32, 8)
+        optimizer.zero_grad()
+        for half in x.chunk(2):
+            loss = (net(half) - half).square().mean() / 2
+            loss.backward()
+        truth.append([float(p.grad.double().norm()) for p in net.parameters()])
+        optimizer.step()
+    with open("truth.txt", "w") as file:
+        print(truth, file=file)
+    print([p.sum().item() for p in net.parameters()], torch.rand(1).item(), loss.item())
+"""
+
+
+def test_an_unmodified_training_is_the_same_and_its_norms_and_losses_are_recorded(tmp_path):
+    write(tmp_path, "train.py", TRAINING)
+    alone = trains(tmp_path, "train.py")
+    watched = trains(tmp_path, *RUN, "train.py")
+    assert (watched.code, watched.out) == (0, alone.out)
+    assert "gradwatch: 1 model watched" in watched.err
+    assert "30 measured steps, 0 to 29" in watched.err
+    (run,) = read_runs(tmp_path / "runs" / "train").values()
+    truth = eval((tmp_path / "truth.txt").read_text())  # the program's own list
+    same([list(norms(s).values()) for s in run.snapshots], truth)
+    assert [s.step for s in run.snapshots] == [*range(30)]
+    assert list((tmp_path / "runs" / "train" / "gradwatch-Sequential").glob("events.out.tfevents*"))
+    last = float(alone.out.split()[-1])
+    assert run.snapshots[-1].loss == pytest.approx(2 * last, rel=0.2)  # of both halves, which weigh the same
+    assert all(s.loss is not None for s in run.snapshots)
+    assert run.snapshots[1].activations
+
+
+@pytest.mark.parametrize(("limit", "code"), [(None, 0), ("warning", 1), ("error", 0)])
+def test_only_where_it_is_asked_for_an_alert_is_a_status_of_its_own(tmp_path, limit, code):
+    write(tmp_path, "train.py", TRAINING)
+    asked = () if limit is None else ("--fail-on", limit)
+    ended = trains(tmp_path, *RUN, "--logdir", "elsewhere", "--every", "1", *asked, "train.py", "deep")
+    assert ended.code == code
+    assert "GW101" in ended.err
+    assert read_runs(tmp_path / "elsewhere")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_status_of_the_program_is_not_replaced(tmp_path):
+    write(tmp_path, "train.py", TRAINING + "    sys.exit(3)\n")
+    assert trains(tmp_path, *RUN, "--fail-on", "warning", "train.py", "deep").code == 3
+
+
+def recorded(folder: Path, source: str, *options: str):
+    write(folder, "train.py", source)
+    ended = trains(folder, *RUN, *options, "train.py")
+    assert ended.code == 0, ended.err
+    path = folder / "runs" / "train"
+    return ended, dict(read_runs(path)) if path.exists() else {}
+
+
+def test_an_error_within_backward_or_a_closure_is_shown_without_our_frames(tmp_path):
+    write(
+        tmp_path,
+        "train.py",
+        """
+        import sys, torch
+        w = torch.ones(2, requires_grad=True)
+        def closure():
+            optimizer.zero_grad()
+            if len(sys.argv) > 1:
+                raise RuntimeError("within the closure")
+            w.sum().backward()
+            w.backward()
+        optimizer = torch.optim.SGD([w], lr=0.1)
+        optimizer.step(closure)
+        """,
+    )
+    for arguments in ((), ("closure",)):
+        alone, watched = python(tmp_path, "train.py", *arguments), python(tmp_path, *RUN, "train.py", *arguments)
+        shown = watched.own_err[watched.own_err.index("Traceback") :]
+        assert (watched.code, shown) == (1, alone.err)
+
+
+GAN = """
+    import torch
+    torch.manual_seed(0)
+    generator, critic = torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)
+    g, c = torch.optim.Adam(generator.parameters()), torch.optim.Adam(critic.parameters())
+    for _ in range(5):
+        fake = generator(torch.randn(8, 2))
+        c.zero_grad()
+        critic(torch.randn(8, 3)).mean().mul(0).add(1).backward()
+        critic(fake.detach()).mean().mul(0).add(2).backward()
+        c.step()
+        g.zero_grad()
+        critic(fake).mean().mul(0).add(10).backward()
+        g.step()
+"""
+
+
+def test_two_models_have_a_watcher_each_and_their_own_losses(tmp_path):
+    ended, runs = recorded(tmp_path, GAN)
+    assert "gradwatch: 2 models watched" in ended.err
+    by_width = {run.snapshots[0].model.parameters[0].shape: run for run in runs.values()}
+    assert [s.loss for s in by_width[1, 3].snapshots] == [3.0] * 5
+    assert [s.loss for s in by_width[3, 2].snapshots] == [10.0] * 5
+
+
+def test_two_optimizers_of_one_model_are_one_run_from_the_first_step_on(tmp_path):
+    source = GAN.replace("    for _", "    both = torch.nn.ModuleDict({'g': generator, 'c': critic})\n    for _")
+    _, runs = recorded(tmp_path, source)
+    ((_, run),) = runs.items()
+    assert [(s.step, s.optimizer, s.loss) for s in run.snapshots] == [
+        (step, optimizer, loss) for step in range(5) for optimizer, loss in ((0, 3.0), (1, 10.0))
+    ]
+    assert {p.name for p in run.snapshots[-1].model.parameters} == {"g.weight", "g.bias", "c.weight", "c.bias"}
+
+
+def test_an_optimizer_for_each_parameter_is_one_step_also_where_they_are_made_on_the_way(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import torch
+        torch.manual_seed(0)
+        net, made = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)), {}
+        for _ in range(6):
+            net(torch.randn(8, 2)).square().mean().backward()
+            for p in net.parameters():
+                made.setdefault(p, torch.optim.SGD([p], lr=0.1)).step()
+            net.zero_grad()
+        """,
+    )
+    ((_, run),) = runs.items()
+    assert [s.step for s in run.snapshots] == [*range(6)]
+    assert all(None not in s.norm for s in run.snapshots)
+
+
+def test_what_is_in_no_module_and_modules_that_are_in_none_together_go_by_the_programs_own_names(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import torch
+        encoder, decoder, temperature = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1), torch.ones((), requires_grad=True)
+        optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters(), temperature], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (decoder(encoder(torch.ones(1, 2))) * temperature).sum().backward()
+            optimizer.step()
+        """,
+    )
+    ((_, run),) = runs.items()
+    names = [p.name for p in run.snapshots[-1].model.parameters]
+    assert sorted(names) == ["decoder.bias", "decoder.weight", "encoder.bias", "encoder.weight", "temperature"]
+
+
+def test_the_loss_is_told_without_the_loss_scale_and_without_what_was_thrown_away(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import torch
+        net = torch.nn.Linear(2, 1)
+        optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = net(torch.ones(1, 2)).sum() * 0 + step
+            if step == 2:
+                loss = loss + float("inf") * net.weight.sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        """,
+    )
+    ((_, run),) = runs.items()
+    assert [s.loss for s in run.snapshots] == [0.0, 1.0, 3.0, 4.0, 5.0]
+
+
+def test_where_the_closure_runs_inside_of_the_step_the_gradients_are_those_of_the_step(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import torch
+        w = torch.nn.Linear(1, 1, bias=False)
+        optimizer = torch.optim.SGD(w.parameters(), lr=0.0)
+        for step in range(1, 5):
+            def closure():
+                optimizer.zero_grad()
+                loss = step * w(torch.ones(1, 1)).sum()
+                loss.backward()
+                return loss
+            optimizer.step(closure)
+        """,
+    )
+    ((_, run),) = runs.items()
+    assert [s.norm[0] for s in run.snapshots] == [1.0, 2.0, 3.0, 4.0]
+    assert all(s.loss is not None for s in run.snapshots)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("print('nothing')", "nothing was trained here"),
+        ("import subprocess", "nothing was trained here, and what other processes do is not seen"),
+        (
+            """
+            import torch
+            class FitOptimizer:
+                def step(self): ...
+            w, o = torch.ones(2, requires_grad=True), FitOptimizer()
+            for _ in range(3):
+                w.sum().backward()
+            """,
+            "3 backward passes were made and no optimizer of torch has stepped. There is: __main__.FitOptimizer.",
+        ),
+    ],
+)
+def test_where_no_optimizer_of_torch_steps_it_says_so(tmp_path, source, said):
+    ended, runs = recorded(tmp_path, source)
+    assert f"gradwatch: {said}" in ended.err
+    assert runs == {}
+
+
+def test_a_program_that_watches_itself_is_not_watched_twice(tmp_path):
+    source = TRAINING.replace(
+        "truth = []", "import gradwatch; w = gradwatch.watch(net, optimizer, logdir='own'); truth = []"
+    )
+    ended, runs = recorded(tmp_path, source)
+    assert runs == {}
+    assert len(read_runs(tmp_path / "own")) == 1
+    assert "nothing was trained" not in ended.err
+
+
+def test_a_failure_of_ours_leaves_the_program_alone(tmp_path):
+    write(tmp_path, "train.py", TRAINING)
+    (tmp_path / "file").write_text("")
+    ended = trains(tmp_path, *RUN, "--logdir", "file", "train.py")
+    assert ended.code == 0
+    assert ended.out == trains(tmp_path, "train.py").out
+    assert "gradwatch: watching is switched off: NotADirectoryError" in ended.err
+
+
+def test_a_model_that_is_trained_after_another_has_a_run_of_its_own(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import torch
+        def fit(width):
+            net = torch.nn.Linear(width, 1)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            for _ in range(width):
+                net(torch.ones(1, width)).sum().backward()
+                optimizer.step()
+        for width in (2, 3, 4):
+            fit(width)
+        """,
+    )
+    assert sorted(len(run.snapshots) for run in runs.values()) == [2, 3, 4]
+
+
+def test_torch_is_not_imported_before_the_program_does(tmp_path):
+    ended, _ = recorded(tmp_path, "import sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
+    assert "nothing was trained here" in ended.err
