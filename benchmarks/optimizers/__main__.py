@@ -14,7 +14,9 @@ optimizers/bin/python -m benchmarks.optimizers --library schedulefree --only '*C
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import io
 import logging
 import sys
 import warnings
@@ -56,7 +58,8 @@ def main() -> None:
     logging.disable()
     found, missing = cases()
     for line in missing:
-        print(line)
+        if options.library is None or line.startswith(options.library):
+            print(line)
     chosen = [
         case
         for case in found
@@ -68,7 +71,8 @@ def main() -> None:
     outcomes = []
     for case in chosen:
         for network in NETWORKS:
-            outcomes.append(compared(case, network, steps, alerts=not options.quick))
+            with contextlib.redirect_stdout(io.StringIO()):  # some talk
+                outcomes.append(compared(case, network, steps, alerts=not options.quick))
             for line in outcomes[-1].lines():
                 print(f"{case.library} {case.name}, {network}: {line}", flush=True)
     print(totals(outcomes))

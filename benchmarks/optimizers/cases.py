@@ -19,12 +19,12 @@ STEPS_OF_A_RUN = 150
 
 LOOPS = {
     "SparseAdam": loops.sparse,
-    "AliG": loops.closure,
+    "AliG": loops.closure_that_knows,
     "WSAM": loops.closure,
-    "BSAM": loops.closure,
     "SAMWrapper": loops.closure,
     "MSAMLaProp": loops.closure,
     "SAM": loops.closure_after_backward,
+    "BSAM": loops.closure_after_backward,
     "FriendlySAM": loops.closure_after_backward,
     "LookSAM": loops.closure_after_backward,
     "GSAM": loops.inner_closure,
@@ -38,6 +38,7 @@ LOOPS = {
 MIXES = ("GSAM", "LookSAM", "OrthoGrad", "SAMWrapper")
 """Classes that step with another gradient than that of one backward pass; and all that have two steps."""
 SECOND_ORDER = ("AdaHessian", "SophiaH")
+DISTRIBUTED = ("DeMo", "DistributedMuon")
 LEFT_OUT = {
     "SafeFP16Optimizer": "keeps master weights, which are no parameters of the model: gradwatch refuses it",
 }
@@ -88,23 +89,33 @@ def made(kind: type, model: nn.Module, rate: float | None) -> Any:
         "model": lambda: model,
         "lr": lambda: rate,
         "optimizer": lambda: torch.optim.AdamW(model.parameters()),
-        "base": lambda: torch.optim.RMSprop(model.parameters(), lr=0.0025),
+        "base": lambda: torch.optim.SGD(model.parameters(), lr=0.1),
         "base_optimizer": lambda: (
             torch.optim.SGD(model.parameters()) if "rho_scheduler" in required(kind) else torch.optim.SGD
         ),
         "rho_scheduler": lambda: SimpleNamespace(step=lambda: 0.05),
         "num_iterations": lambda: STEPS_OF_A_RUN,
-        "num_data": lambda: 1000,
+        "num_data": lambda: 10**6,
+        "specs": lambda: [
+            {"params": some, "optimizer": importlib.import_module("heavyball").AdamW} for some in by_dimensions(model)
+        ],
     }
     return kind(**{name: arguments[name]() for name in required(kind)})
 
 
 def parameters_of(kind: type, model: nn.Module) -> list[Any]:
     """Return a model's parameters, in the groups that a class wants."""
+    matrices, others = by_dimensions(model)
+    if takes_matrices(kind):
+        return matrices
     if ".muon." not in kind.__module__:
         return list(model.parameters())
-    matrices, others = by_dimensions(model)
     return [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]
+
+
+def takes_matrices(kind: type) -> bool:
+    """Tell whether a class refuses all but matrices, so that another optimizer has to step the rest."""
+    return kind.__name__ == "SpectralSphere" or (kind.__name__ == "Muon" and kind.__module__.startswith("torch."))
 
 
 def by_dimensions(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -116,16 +127,22 @@ def by_dimensions(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
 def case_of(library: str, kind: type) -> Case:
     """Return the case of a class: how it is called is seen by what it has, or stands in a table."""
     loop = LOOPS.get(kind.__name__) or (loops.closure if "closure" in required(kind.step) else loops.plain)
+    beside = takes_matrices(kind)
+
+    def make(model: nn.Module, rate: float | None) -> list[Any]:
+        return [made(kind, model, rate), *([torch.optim.AdamW(by_dimensions(model)[1])] if beside else [])]
+
     return Case(
         library,
-        kind.__name__,
-        lambda model, rate: [made(kind, model, rate)],
+        f"{kind.__name__} and AdamW" if beside else kind.__name__,
+        make,
         loop,
         needs_rate="lr" in required(kind),
         in_backward=loop is loops.fused_backward,
         calls_backward=loop is loops.inner_closure,
         mixes=kind.__name__ in MIXES or hasattr(kind, "second_step"),
         second_order=kind.__name__ in SECOND_ORDER,
+        distributed=kind.__name__ in DISTRIBUTED,
     )
 
 
@@ -137,17 +154,6 @@ def of_library(library: str, module: ModuleType) -> Iterator[Case]:
         if hasattr(kind, "second_step") and not hasattr(kind, "third_step"):
             for word, loop in (("two calls", loops.two_calls), ("two calls, read", loops.two_calls_and_reading)):
                 yield Case(library, f"{kind.__name__}, {word}", case.make, loop, mixes=True)
-
-
-def of_torch(library: str, module: ModuleType) -> Iterator[Case]:
-    """Return torch's own: of Muon, which takes matrices alone, with AdamW for the rest."""
-
-    def muon(model: nn.Module, _rate: float | None) -> list[Any]:
-        matrices, others = by_dimensions(model)
-        return [torch.optim.Muon(matrices), torch.optim.AdamW(others)]
-
-    for case in of_library(library, module):
-        yield Case(library, "Muon and AdamW", muon, loops.plain) if case.name == "Muon" else case
 
 
 def of_torch_distributed(library: str, module: ModuleType) -> Iterator[Case]:
@@ -171,7 +177,9 @@ def of_torch_distributed(library: str, module: ModuleType) -> Iterator[Case]:
         return [module.PostLocalSGDOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), averager)]
 
     def named(model: nn.Module, _rate: float | None) -> list[Any]:
-        return [module._NamedOptimizer(model.named_parameters(), torch.optim.AdamW, lr=1e-3)]
+        optimizer = module._NamedOptimizer(model.named_parameters(), torch.optim.AdamW, lr=1e-3)
+        optimizer.zero_grad = model.zero_grad  # its own misses what `Optimizer.__init__` makes
+        return [optimizer]
 
     for kind, options in ((torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 1e-3})):
         name = f"apply_optimizer_in_backward, {kind.__name__}"
@@ -204,7 +212,7 @@ def of_heavyball(library: str, module: ModuleType) -> Iterator[Case]:
 
 
 LIBRARIES: dict[str, tuple[str, Callable[[str, ModuleType], Iterator[Case]]]] = {
-    "torch.optim": ("torch.optim", of_torch),
+    "torch.optim": ("torch.optim", of_library),
     "torch.distributed": ("torch.distributed.optim", of_torch_distributed),
     "pytorch-optimizer": ("pytorch_optimizer", of_library),
     "schedulefree": ("schedulefree", of_library),

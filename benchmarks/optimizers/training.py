@@ -41,6 +41,8 @@ class Case:
     """Whether it steps with what it makes of several gradients, or of one: a snapshot may be of any of them."""
     second_order: bool = False
     """Whether it derives the gradient once more."""
+    distributed: bool = False
+    """Whether it wants a process group."""
 
 
 @dataclass
@@ -152,7 +154,11 @@ class Training:
 
     def _modes(self, mode: str) -> None:
         for optimizer in self.optimizers:
-            getattr(optimizer, mode, lambda: None)()
+            inner = getattr(
+                optimizer, "wrapped_optimizer", optimizer
+            )  # heavyball's wrapper hands on what may be missing
+            if hasattr(inner, mode):
+                getattr(optimizer, mode)()
 
     # --- what loops are made of ---
 
