@@ -5,7 +5,7 @@ Bits: weights, gradients and losses of each step, the optimizer's state, random 
 training step. Alerts: of warning or error, in a longer run with the defaults, to be looked at. Whatever classes the
 installed versions have are found; a library that is not there is left out. Exit status 1 if a bit has changed.
 
-python3 -m venv optimizers && optimizers/bin/pip install -c constraints.txt . transformers==5.24.0 opt-einsum
+python3 -m venv optimizers && optimizers/bin/pip install -c constraints.txt . transformers==5.24.0 opt-einsum einops
 optimizers/bin/pip install --no-deps pytorch-optimizer==4.1.0 schedulefree==1.4.1 torch-optimi==0.3.3 \
     lomo-optim==0.1.1 heavyball==3.2.1
 optimizers/bin/python -m benchmarks.optimizers                             # a quarter of an hour; --quick: seconds
@@ -33,18 +33,20 @@ QUICK = ("SGD", "AdamW", "LBFGS", "Muon and AdamW", "apply_optimizer_in_backward
 """What `--quick` takes, of torch's own."""
 
 
-def totals(outcomes: list[Outcome]) -> str:
+def totals(outcomes: list[Outcome]) -> list[str]:
     """Count what is as it should be."""
     ran = [o for o in outcomes if not o.alone]
     watched = [o for o in ran if not o.refused]
     heard = [o for o in watched if not o.unheard]
-    return (
-        f"{len(outcomes)} cases, {len(ran)} train by themselves, {len(watched)} watched: bitwise the same"
-        f" {sum(not o.bits for o in watched)}; not heard, and that is said {len(watched) - len(heard)}; of the"
-        f" {len(heard)} others norms right {sum(not o.norms for o in heard)}, updates right"
-        f" {sum(not o.updates for o in heard)}, snapshots right {sum(not o.snapshots for o in heard)};"
-        f" alerts {sum(bool(o.alerts) for o in watched)}"
-    )
+    return [
+        f"{len(outcomes)} cases, {len(ran)} train by themselves, {len(watched)} with gradwatch",
+        f"  bitwise the same {sum(not o.bits for o in watched)} of {len(watched)}",
+        f"  not heard, and that is said {len(watched) - len(heard)}",
+        f"  norms right {sum(not o.norms for o in heard)} of {len(heard)}",
+        f"  updates right {sum(not o.updates for o in heard)} of {len(heard)}",
+        f"  snapshots right {sum(not o.snapshots for o in heard)} of {len(heard)}",
+        f"  with alerts {sum(bool(o.alerts) for o in watched)}",
+    ]
 
 
 def main() -> None:
@@ -56,15 +58,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable()
-    found, missing = cases()
+    found, missing = cases([options.library] if options.library else LIBRARIES)
     for line in missing:
-        if options.library is None or line.startswith(options.library):
-            print(line)
+        print(line)
     chosen = [
         case
         for case in found
         if fnmatch.fnmatchcase(case.name, options.only)
-        and options.library in (None, case.library)
         and (not options.quick or (case.library.startswith("torch.") and case.name in QUICK))
     ]
     steps = QUICK_STEPS if options.quick else STEPS
@@ -75,7 +75,7 @@ def main() -> None:
                 outcomes.append(compared(case, network, steps, alerts=not options.quick))
             for line in outcomes[-1].lines():
                 print(f"{case.library} {case.name}, {network}: {line}", flush=True)
-    print(totals(outcomes))
+    print("\n".join(totals(outcomes)))
     if any(o.bits for o in outcomes):
         sys.exit(1)
 

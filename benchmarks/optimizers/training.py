@@ -154,10 +154,8 @@ class Training:
 
     def _modes(self, mode: str) -> None:
         for optimizer in self.optimizers:
-            inner = getattr(
-                optimizer, "wrapped_optimizer", optimizer
-            )  # heavyball's wrapper hands on what may be missing
-            if hasattr(inner, mode):
+            # heavyball's wrapper has both, and hands them on to what may have neither
+            if hasattr(getattr(optimizer, "wrapped_optimizer", optimizer), mode):
                 getattr(optimizer, mode)()
 
     # --- what loops are made of ---
