@@ -83,6 +83,19 @@ class Processes:
                 self._token = self._store.get(f"{self._key}/{speaker}").decode()
         return self._silent
 
+    def wait(self) -> None:
+        """Wait a while for who speaks for this process, or for those that it speaks for: they come as late as this one.
+
+        Of what is watched from its first step on, nothing else has made sure that all are there.
+        """
+        self._meet()
+        if self._store is None or self._silent is not None:
+            return
+        others = [f"{self._key}/{rank}" for rank in (range(1, dist.get_world_size()) if self.rank == 0 else (0,))]
+        deadline = time.monotonic() + _PATIENCE
+        while not self._store.check(others) and time.monotonic() < deadline:
+            time.sleep(5e-3)
+
     def send(self, step: str, numbers: Numbers | None, columns: Iterable[int] = ()) -> None:
         """Leave the numbers of the columns of a step for the speaker; None: the measurement has failed."""
         if self._store is None:

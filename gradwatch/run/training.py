@@ -162,12 +162,13 @@ class Training:
 
     def _watch(self, model: nn.Module, optimizer: Any) -> None:  # noqa: ANN401
         from gradwatch.measurement.processes import own_name
+        from gradwatch.model.layers import named_modules
         from gradwatch.sinks.run_directory import RunDirectory
         from gradwatch.watcher.options import Options
         from gradwatch.watcher.watch import close_earlier, remember
         from gradwatch.watcher.watcher import Watcher
 
-        kind = type(model).__name__
+        kind = type(named_modules(model)[""]).__name__
         count = self._names[kind] = self._names.get(kind, 0) + 1
         options = Options(
             name=kind if count == 1 else f"{kind}-{count}", every_n_steps=self._every, horizon=self._horizon
@@ -176,6 +177,7 @@ class Training:
         directory = RunDirectory(self.logdir, own_name(options.name), free=gc.collect)
         watcher = Watcher(model, [self._as_part(optimizer, model)], options, directory=directory, losses=self._told())
         remember(watcher)
+        watcher.wait_for_others()
         self.watchers.append(watcher)
         self.folders.append(directory.path)
 

@@ -250,6 +250,10 @@ class Watcher:
                 steps.look_ahead()
             yield
 
+    def wait_for_others(self) -> None:
+        """Wait a while until the other processes are there, where all begin to watch in one and the same step."""
+        self._guarded(self._processes.wait)
+
     def join(self, optimizer: Any) -> None:  # noqa: ANN401  (as for `gradwatch.watch`)
         """Watch one more optimizer, which has come to step parameters of the model."""
         if self._off:
