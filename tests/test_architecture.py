@@ -19,10 +19,10 @@ HANDS = {"model"}  # on the user's model; it makes values
 PARTS = {"measurement", "timesteps", "detectors", "sinks"}
 ENGINE = {"watcher"}
 CHECKS = {"checks"}
-FACES = {"__init__", "__main__", "lightning", "pytest_plugin", "cli", "run", "demo"}
+FACES = {"__init__", "__main__", "lightning", "huggingface", "pytest_plugin", "cli", "run", "demo"}
 FLOORS = [GROUND, HANDS, PARTS, ENGINE, CHECKS, FACES]
 
-TORCH_AT_THE_TOP = {"model", "measurement", "timesteps", "watcher", "checks", "lightning"}
+TORCH_AT_THE_TOP = {"model", "measurement", "timesteps", "watcher", "checks", "lightning", "huggingface"}
 TORCH_INSIDE_FUNCTIONS = {"demo", "cli", "run", "pytest_plugin", "__init__"}
 NUMBERS = {"values", "detectors", "sinks"}
 HOMES = {
@@ -152,6 +152,7 @@ def test_there_are_no_circles():
         ("measurement.units", "gradwatch.timesteps", True),
         ("watcher.watcher", "gradwatch.checks.check", True),
         ("watcher.watcher", "lightning.pytorch", False),
+        ("lightning", "transformers", False),
         ("demo.story", "torch", True),
         ("demo.story", "gradwatch.lightning", True),
     ],

@@ -182,7 +182,10 @@ def test_the_example_of_a_forecasting_library_says_what_it_needs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("example", "record"), [("raw_loop.py", "."), ("lightning_program.py", "version_0")])
+@pytest.mark.parametrize(
+    ("example", "record"),
+    [("raw_loop.py", "."), ("lightning_program.py", "version_0"), ("huggingface_program.py", ".")],
+)
 def test_the_examples_run_and_leave_a_record(example, record, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [example, "--steps", "5", "--logdir", str(tmp_path)])
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 import csv
-import gc
 import importlib
-import io
 import logging
 import math
 import pickle
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from leftovers import left_behind
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional
@@ -137,39 +134,6 @@ def events(path):
     )
     accumulator.Reload()
     return accumulator
-
-
-def left_behind(module, optimizers, root):
-    """Name all that could be left: hooks anywhere, attributes, claimed folders, open files."""
-    found = []
-    for home in ("torch.nn.modules.module", "torch.optim.optimizer"):
-        found += [
-            name
-            for name, table in vars(sys.modules[home]).items()
-            if name.startswith("_global_") and isinstance(table, dict) and table
-        ]
-    for place in [*module.modules(), *optimizers]:
-        found += [
-            f"{type(place).__name__}.{name}" for name, table in vars(place).items() if name.endswith("_hooks") and table
-        ]
-        found += [
-            f"{type(place).__name__}.{name}"
-            for name, value in vars(place).items()
-            if type(value).__module__.startswith("gradwatch") and name != "_trainer"
-        ]
-        found += ["step"] if "step" in vars(place) and "gradwatch" in getattr(place.step, "__module__", "") else []
-    found += [
-        name
-        for name, p in module.named_parameters()
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
-    ]
-    found += [str(path) for path in gradwatch.sinks.run_directory.held() if Path(root) in path.parents]
-    gc.collect()
-    for thing in gc.get_objects():
-        # By type(), because isinstance() asks objects for their __class__, and some of torch's answer with a warning.
-        if type(thing) in (io.TextIOWrapper, io.BufferedWriter) and not thing.closed and str(root) in str(thing.name):
-            found.append(f"open: {thing.name}")
-    return found
 
 
 # --- the numbers ---

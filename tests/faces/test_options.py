@@ -8,12 +8,15 @@ import pytest
 from torch import nn
 
 import gradwatch
+from gradwatch.huggingface import GradientCallback
 from gradwatch.lightning import GradientMonitor
 
 MODEL = nn.Linear(3, 1)
 THE_TRAINER_HAS = {"model", "optimizer", "logdir", "scaler"}
 """What a Trainer knows by itself, and only `watch` has to be told."""
-FACES = [GradientMonitor]
+FACES = [GradientMonitor, GradientCallback]
+MAY_BE_TOLD = {GradientMonitor: set(), GradientCallback: {"logdir"}}
+"""What of that a face takes all the same, for who wants it otherwise."""
 
 
 def options(face):
@@ -25,7 +28,7 @@ def test_a_face_takes_the_options_of_watch(face):
     ours, theirs = options(gradwatch.watch), options(face)
 
     assert list(theirs) == list(ours)  # in the same order, as they stand in the documents
-    assert not set(inspect.signature(face).parameters) & THE_TRAINER_HAS
+    assert set(inspect.signature(face).parameters) & THE_TRAINER_HAS == MAY_BE_TOLD[face]
     for name, option in theirs.items():
         assert (name, option.kind, option.default) == (name, inspect.Parameter.KEYWORD_ONLY, ours[name].default)
         if name != "on_alert":  # a Trainer can also stop
