@@ -13,8 +13,8 @@ from gradwatch.watcher.stepped_parameters import SteppedParameters
 class WeightCopies:
     """Copies where the gradients are looked at, or before, if the optimizer moves weights first.
 
-    Where a closure is evaluated in between, copies would lie beside its activations, so that is learned at the first
-    step that is measured.
+    Where a closure is evaluated in between, copies would lie beside its activations, so that is learned, once a step has
+    moved the weights: until then the averages of schedule-free optimizers are where the weights are.
     """
 
     def __init__(self, stepped: SteppedParameters) -> None:
@@ -23,6 +23,8 @@ class WeightCopies:
         self.updates = Updates()
         self._early = False
         """Whether it was copied before the gradients were looked at."""
+        self._has_moved = False
+        """Whether a step was seen to move the weights, while it is learned what moves before."""
         self._moves_first: bool | None = None
         """Whether the optimizer moves weights before that, as SAM does; None: nobody has looked."""
 
@@ -40,7 +42,7 @@ class WeightCopies:
         """Copy now, unless that is done; `complete`: all gradients are there."""
         if not self._early:
             self._copy(optimizer, complete=complete)
-        elif self._moves_first is None:
+        elif self._moves_first is None and self._has_moved:
             self._moves_first = self.updates.moved()
 
     def _copy(self, optimizer: Any, *, complete: bool) -> None:  # noqa: ANN401
@@ -50,8 +52,10 @@ class WeightCopies:
 
     def end(self, measurement: Measurement) -> None:
         """Measure how far the weights with a gradient have moved."""
-        self._early = False
         with undisturbed():
+            if self._early and self._moves_first is None:
+                self._has_moved = self._has_moved or self.updates.moved()
+            self._early = False
             self.updates.measure(measurement.parameters, measurement.parameters.read, probe=measurement.probe)
 
     def drop(self) -> None:

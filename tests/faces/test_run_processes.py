@@ -1,4 +1,4 @@
-"""`gradwatch run` under torchrun: one record and one report, of the whole gradients, and a training that is the same."""
+"""`gradwatch run` under torchrun: one record and one report, of whole gradients, and a training that is the same."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ PROGRAM = """
 
 def launched(folder, processes, *command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*launch, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240
-    )
+    return subprocess.run([*launch, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
 @pytest.mark.slow

@@ -411,6 +411,18 @@ class Behind(Ahead):
         return self.base.step(closure)
 
 
+class Averages(Behind):
+    """It moves nothing at first, as in a warmup, and weights first once it has moved them: its averages are elsewhere."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.base.param_groups:
+            group["lr"] = 0.1 * (self.steps > 2)
+        return super().step(closure) if self.steps > 3 else self.base.step(closure)
+
+
 class Perturbs(torch.optim.SGD):
     """It moves the weights before it evaluates the closure, as SAM does."""
 
@@ -431,7 +443,7 @@ def of_weights(model):
     return {name: p.detach().double().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [Ahead, Behind, Perturbs])
+@pytest.mark.parametrize("kind", [Ahead, Behind, Averages, Perturbs])
 @pytest.mark.parametrize("closures", [False, True])
 @pytest.mark.parametrize("explicit", [False, True])
 def test_weights_are_those_before_the_outermost_step_and_the_update_is_what_that_has_made_of_them(
@@ -443,7 +455,7 @@ def test_weights_are_those_before_the_outermost_step_and_the_update_is_what_that
     inner = (Perturbs if kind is Perturbs else torch.optim.SGD)(model.parameters(), lr=0.1)
     optimizer = inner if kind is Perturbs else kind(inner)
     watched = Watched(model, optimizer, probe_every_n_steps=2)
-    for step, batch in enumerate(batches(5)):
+    for step, batch in enumerate(batches(9)):
 
         def closure(batch=batch, step=step):
             model.zero_grad()
