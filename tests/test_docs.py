@@ -191,3 +191,27 @@ def test_the_examples_run_and_leave_a_record(example, record, tmp_path, monkeypa
     runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
 
     assert len(package.read_run(tmp_path / record).snapshots) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "record"),
+    [
+        (["-m", "gradwatch", "run", "--horizon", "80", "plain_program.py"], "runs/plain_program"),
+        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ddp_program.py"], "runs/ddp"),
+    ],
+)
+def test_the_examples_that_a_command_starts_run_and_leave_a_record(command, record, tmp_path):
+    *command, example = command
+    done = subprocess.run(
+        [sys.executable, *command, ROOT / "examples" / example, "--steps", "5"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "last loss" in done.stdout
+    (run,) = package.read_runs(tmp_path / record).values()
+    assert len(run.snapshots) == 5

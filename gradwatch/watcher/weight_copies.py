@@ -13,8 +13,8 @@ from gradwatch.watcher.stepped_parameters import SteppedParameters
 class WeightCopies:
     """Copies where the gradients are looked at, or before, if the optimizer moves weights first.
 
-    Where a closure is evaluated in between, copies would lie beside its activations, so that is learned, once a step has
-    moved the weights: until then the averages of schedule-free optimizers are where the weights are.
+    Where a closure is evaluated in between, copies would lie beside its activations, so that is learned, once a step
+    has moved the weights: until then the averages of schedule-free optimizers are where the weights are.
     """
 
     def __init__(self, stepped: SteppedParameters) -> None:

@@ -412,7 +412,7 @@ class Behind(Ahead):
 
 
 class Averages(Behind):
-    """It moves nothing at first, as in a warmup, and weights first once it has moved them: its averages are elsewhere."""
+    """It moves nothing at first, as in a warmup, and weights first once it has moved them: averages are elsewhere."""
 
     steps = 0
 
