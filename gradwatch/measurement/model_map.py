@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradwatch.model import layers
+from gradwatch.model import layers, zero
 from gradwatch.model.optimizers import parameters_of
 from gradwatch.values.snapshot import Absent, ModelInfo
 
@@ -26,6 +26,8 @@ class ModelMap:
         self._spread: dict[int, tuple[int, ...]] = {}
         self._frozen: list[int] = []
         self._outside: frozenset[int] = frozenset()
+        self.whole: frozenset[int] = frozenset()
+        """Columns of which every process has the whole weight, and a part of the gradient."""
         self.info = self._describe(model)
         """The newest description; one that says the same is the same object, by which the record knows it."""
 
@@ -56,6 +58,9 @@ class ModelMap:
         shapes = {i: shape for i, (shape, _) in flat.items()}
         info, self._columns = layers.describe(model, self._optimizers, self.order, shapes)
         self._spread = {self._columns[i]: ranks for i, (_, ranks) in flat.items() if i in self._columns}
+        parted = {id(p): ranks for p in model.parameters() if (ranks := zero.holders(p)) is not None}
+        self._spread |= {self._columns[i]: ranks for i, ranks in parted.items()}
+        self.whole = frozenset(map(self._columns.__getitem__, parted))
         known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
         self._frozen = [
             c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None

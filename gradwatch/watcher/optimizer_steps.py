@@ -278,8 +278,10 @@ class OptimizerSteps:
         measurement.gradients(columns, gradients, factor, half=self._training.forward_pass.half)
         measurement.found_inf(self.optimizer)
         if probe or not self._stepped.weighed or measurement.empty:
-            were = self._copies.updates.before(self._stepped.columns, parameters)
-            measurement.parameters.weights(self._stepped.columns, were)
+            weights = self._copies.updates.before(self._stepped.columns, parameters)
+            if self._model_map.whole and self._training.processes.silent:  # who speaks has them, and would add up ours
+                weights = []
+            measurement.parameters.weights(self._stepped.columns[: len(weights)], weights)
             self._stepped.weighed = True
         measurement.losses(self._losses_now(), raw=self._losses.raw)
         return measurement

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.model_map import ModelMap
+from gradwatch.model import zero
 from gradwatch.values.snapshot import Absent, ModelInfo
 
 
@@ -47,7 +48,7 @@ class SteppedParameters:
         if part is not None:
             parameters = [p for p in part if p in self._model_map]
         columns = self.columns if part is None else self._model_map.columns(map(id, parameters))
-        found = [(c, g) for c, p in zip(columns, parameters, strict=True) if (g := p.grad) is not None]
+        found = [(c, g) for c, p in zip(columns, parameters, strict=True) if (g := zero.gradient_of(p)) is not None]
         return [c for c, _ in found], [g for _, g in found]
 
     def explain(

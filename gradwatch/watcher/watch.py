@@ -181,7 +181,8 @@ def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
             strange = (
                 f"optimizer must step parameters of the model, and none of the {len(stepped)}"
                 f" of this {type(inner).__name__} is one of them: it was made of another model, or before the"
-                " parameters were replaced, or it keeps copies (DeepSpeed ZeRO, master weights)"
+                " parameters were replaced, or it keeps copies (master weights; of DeepSpeed's ZeRO, watch the model"
+                " without it, and call watcher.step() after engine.backward())"
             )
         else:
             kept.setdefault(id(inner), optimizer)
