@@ -105,8 +105,8 @@ def _held(outer: object) -> object | None:
         named = next(iter(inside.values())) if len(several) == 1 else None
     if named is None or not steps(outer) or not steps(named):
         return named
-    mine = set(map(id, parameters_of(outer)))  # what steps others is no part of it
-    return named if not mine or not mine.isdisjoint(map(id, parameters_of(named))) else None
+    # What steps others, or not all of them, is no more than a part of it.
+    return named if set(map(id, parameters_of(outer))).issubset(map(id, parameters_of(named))) else None
 
 
 def _is(entry: object) -> bool:

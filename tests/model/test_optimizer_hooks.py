@@ -373,6 +373,17 @@ def test_an_optimizer_of_other_parameters_that_one_holds_is_no_part_of_it():
     assert len(watched.snapshots) == 1
 
 
+def test_an_optimizer_of_some_of_the_parameters_that_one_holds_is_a_part_of_it():
+    model = tall()
+    optimizer = Duck(model.parameters())
+    optimizer.matrices = torch.optim.SGD([p for p in model.parameters() if p.ndim == 2], lr=0.1)
+    watched = Watched(model, optimizer)
+    loss_of(model, batches(1)[0]).backward()
+    truth = by_hand(model)
+    optimizer.step()
+    same(watched.norms(), [truth])
+
+
 def test_of_several_optimizers_one_whose_parameters_are_in_no_module_is_left_out_and_said():
     model = tall()
     temperature = torch.zeros((), requires_grad=True)
