@@ -14,11 +14,12 @@ _PLACE = re.compile(r"^( *)# --- watch here ---\n", re.MULTILINE)
 
 def recipe(section: str) -> list[str]:
     """Return the pieces of a section's first block of code, which stand apart by a line of three dots."""
-    page = PAGE.read_text(encoding="utf-8")
-    found = re.search(rf"^## {re.escape(section)}\n(?:(?!## ).*\n)*?```py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    sections = PAGE.read_text(encoding="utf-8").split("\n## ")
+    text = next((one for one in sections if one.startswith(f"{section}\n")), "")
+    found = re.search(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise LookupError(f"{PAGE.name} has no recipe under {section!r}")
-    return re.split(r"^ *\.\.\.\n", found[1], flags=re.MULTILINE)
+    return re.split(r"^\.\.\.\n", found[1], flags=re.MULTILINE)
 
 
 def watched(program: str, pieces: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,8 @@ class Truth:
         self._when = when
         self._latest: Norms = {}
         """As of the last `backward()`."""
+        self._leaves: set[Tensor] = set()
+        """What any `backward()` has reached so far."""
         self._backward = torch.autograd.backward
         if when != "step":
             torch.autograd.backward = self._after_backward
@@ -42,9 +44,10 @@ class Truth:
         if self._when == "reading":
             self.steps.append(self._latest)
 
-    def _after_backward(self, *args: Any, **kwargs: Any) -> None:
-        self._backward(*args, **kwargs)
-        self._latest = norms(live(nn.Parameter))
+    def _after_backward(self, tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        self._leaves |= leaves([tensors] if isinstance(tensors, Tensor) else tensors)
+        self._backward(tensors, *args, **kwargs)
+        self._latest = norms(self._leaves)
         if self._when == "backward":
             self.steps.append(self._latest)
 
@@ -78,14 +81,24 @@ class Truth:
     def weights(self) -> str:
         """Return one SHA-1 for the final values of all parameters that were stepped or that a module still has."""
         gc.collect()
-        every = {p for module in live(nn.Module) for p in module.parameters()} | {p for step in self.steps for p in step}
+        modules = [o for o in gc.get_objects() if issubclass(type(o), nn.Module)]  # not what pretends to be of a class
+        every = {p for module in modules for p in module.parameters()} | {p for step in self.steps for p in step}
         digests = {hashlib.sha1(as_bytes(p)).hexdigest() for p in every}
         return hashlib.sha1("".join(sorted(digests)).encode()).hexdigest()
 
 
-def live(kind: type) -> list[Any]:
-    """Return the objects of a class, without asking those that pretend to be of another."""
-    return [o for o in gc.get_objects() if issubclass(type(o), kind)]
+def leaves(tensors: Sequence[Tensor]) -> set[Tensor]:
+    """Return the tensors at which the graph behind some others ends."""
+    found, seen, left = set(), set(), [tensor.grad_fn for tensor in tensors]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        left += [after for after, _ in node.next_functions]
+    return found
 
 
 def norms(parameters: Iterable[Tensor]) -> Norms:
