@@ -1,10 +1,10 @@
 """Train with public libraries, watched as docs/trainers.md says, and check what gradwatch told.
 
-Each library has a small program in `benchmarks/trainers/programs` that knows nothing of gradwatch, and an environment of
-its own, which is made where it is missing (gigabytes, from the package registry). Each program is run as it is, and with
-the recipe of its section put where it says `# --- watch here ---`, and these must hold: the weights at the end are
-bitwise the same, each step is one snapshot, each norm is that of an independent float64 measurement, and the loss was
-told where the recipe tells it.
+Each library has a small program in `benchmarks/trainers/programs` that knows nothing of gradwatch, and an environment,
+which is made where it is missing (all of them: 12 GB, from the package registry). Each program is run as it is, and
+with the recipe of its section put where it says `# --- watch here ---`, and these must hold: the weights at the end
+are bitwise the same, each step is one snapshot, each norm is that of an independent float64 measurement, and the loss
+was told where the recipe tells it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAME = {
 }
 
 
-class Failed(Exception):
+class FailedError(Exception):
     """A program did not end well; the text is what it said last."""
 
 
@@ -45,7 +45,7 @@ def run(interpreter: Path, arguments: list[str], folder: Path) -> None:
     """Run Python in a folder.
 
     Raises:
-        Failed: it ended with an error.
+        FailedError: it ended with an error.
 
     """
     done = subprocess.run(
@@ -60,7 +60,7 @@ def run(interpreter: Path, arguments: list[str], folder: Path) -> None:
         check=False,
     )
     if done.returncode:
-        raise Failed(done.stdout)
+        raise FailedError(done.stdout)
 
 
 def measured(interpreter: Path, program: str, when: str) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def judged(library: Library, environments: Path) -> tuple[bool, str]:
         program = library.program.read_text(encoding="utf-8")
         plain = measured(interpreter, program, library.when)
         seen = measured(interpreter, watched(program, recipe(library.section)), library.when)
-    except (Failed, LookupError, ValueError, OSError, subprocess.SubprocessError) as error:
+    except (FailedError, LookupError, ValueError, OSError, subprocess.SubprocessError) as error:
         return False, f"{library.name:22} FAILED\n{str(error)[-2000:]}"
     wrong = faults(library, plain, seen)
     told = (

@@ -1,4 +1,4 @@
-"""Run one program in the interpreter of its environment, measured without gradwatch, and compare what a watcher told."""
+"""Run one program within its environment, measured without gradwatch, and compare what a watcher told."""
 
 from __future__ import annotations
 

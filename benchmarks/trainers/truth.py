@@ -1,4 +1,4 @@
-"""The truth, without gradwatch: what each step of a program consumed, as norms in float64, and the weights at its end."""
+"""The truth, without gradwatch: what each step consumed, as norms in float64, and the weights at the end."""
 
 from __future__ import annotations
 

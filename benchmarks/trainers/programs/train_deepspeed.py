@@ -5,7 +5,9 @@ import os
 import deepspeed
 import torch
 
-os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"})
+os.environ.update(
+    {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+)
 torch.manual_seed(0)
 x = torch.randn(256, 8)
 y = x.sum(1, keepdim=True).sin()
@@ -15,12 +17,12 @@ settings = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
     "zero_optimization": {"stage": 0},
 }
-engine, optimizer, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=settings)
+model, optimizer, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=settings)
 # --- watch here ---
 for _ in range(4):
     for i in range(0, 256, 16):
-        loss = torch.nn.functional.mse_loss(engine(x[i : i + 16]), y[i : i + 16])
+        loss = torch.nn.functional.mse_loss(model(x[i : i + 16]), y[i : i + 16])
         # --- watch here ---
-        engine.backward(loss)
-        engine.step()
+        model.backward(loss)
+        model.step()
 print(loss.item())

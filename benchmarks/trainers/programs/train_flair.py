@@ -20,7 +20,7 @@ for mood, words in moods.items():
 corpus = Corpus(FlairDatapointDataset(sentences), FlairDatapointDataset(sentences[::5]), sample_missing_splits=False)
 
 vocabulary = Dictionary()
-for word in ["a", *sum(moods.values(), []), *things]:
+for word in ["a", *moods["good"], *moods["bad"], *things]:
     vocabulary.add_item(word)
 embeddings = DocumentRNNEmbeddings([OneHotEmbeddings(vocabulary, embedding_length=16)], hidden_size=16)
 model = TextClassifier(embeddings, label_dictionary=corpus.make_label_dictionary("mood"), label_type="mood")

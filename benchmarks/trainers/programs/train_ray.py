@@ -1,6 +1,6 @@
 """Ray Train: a loop of one's own in a worker process."""
 
-import os
+from pathlib import Path
 
 import ray
 import torch
@@ -28,6 +28,6 @@ def loop():
 
 ray.init(num_cpus=2, include_dashboard=False)
 trainer = TorchTrainer(
-    loop, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=os.path.abspath("trained"))
+    loop, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig(storage_path=str(Path("trained").resolve()))
 )
 trainer.fit()

@@ -10,16 +10,18 @@ from sentence_transformers.models import Pooling, Transformer
 from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
 
 set_seed(0)
-words = "red green blue black white small large round flat old new cat dog bird fish horse".split()
+colors, sizes = ["red", "green", "blue", "black", "white"], ["small", "large", "round", "flat", "old", "new"]
+animals = ["cat", "dog", "bird", "fish", "horse"]
+words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *colors, *sizes, *animals]
 folder = Path(tempfile.mkdtemp())
-(folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]), encoding="utf-8")
+(folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
 BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
-sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-BertModel(BertConfig(vocab_size=5 + len(words), **sizes)).save_pretrained(folder)
+widths = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BertModel(BertConfig(vocab_size=len(words), **widths)).save_pretrained(folder)
 word_vectors = Transformer(str(folder))
 model = SentenceTransformer(modules=[word_vectors, Pooling(32)], device="cpu")
 
-pairs = [(f"{color} {animal}", f"{animal} {size}") for color in words[:5] for size in words[5:11] for animal in words[11:]]
+pairs = [(f"{color} {animal}", f"{animal} {size}") for color in colors for size in sizes for animal in animals]
 arguments = SentenceTransformerTrainingArguments(
     output_dir="trained",
     per_device_train_batch_size=10,

@@ -8,8 +8,8 @@ from torchrl.objectives import DQNLoss, SoftUpdate
 
 torch.manual_seed(0)
 net = MLP(in_features=4, out_features=2, num_cells=[32, 32])
-actor = QValueActor(net, in_keys=["observation"], spec=OneHot(2))
-loss_module = DQNLoss(actor, action_space=OneHot(2), delay_value=True)
+model = QValueActor(net, in_keys=["observation"], spec=OneHot(2))
+loss_module = DQNLoss(model, action_space=OneHot(2), delay_value=True)
 optimizer = torch.optim.Adam(loss_module.parameters(), lr=1e-3)
 updater = SoftUpdate(loss_module, tau=0.01)
 

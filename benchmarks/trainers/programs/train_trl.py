@@ -7,15 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 set_seed(0)
-words = ["<pad>", "<eos>", "<unk>", *"one two three four five six seven eight nine ten".split()]
-inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
 inner.pre_tokenizer = pre_tokenizers.Whitespace()
-tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-)
-texts = [" ".join(words[3 + (i + k) % 10] for k in range(8)) for i in range(64)]
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+texts = [" ".join(words[(i + k) % 10] for k in range(8)) for i in range(64)]
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=32, **sizes))
+model = LlamaForCausalLM(LlamaConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **sizes))
 arguments = SFTConfig(
     output_dir="trained",
     per_device_train_batch_size=8,
