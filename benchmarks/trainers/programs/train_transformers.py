@@ -13,7 +13,6 @@ arguments = TrainingArguments(
     gradient_accumulation_steps=2,
     num_train_epochs=8,
     learning_rate=1e-2,
-    logging_steps=1,
     save_strategy="no",
     report_to="none",
     use_cpu=True,
