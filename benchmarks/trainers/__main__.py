@@ -63,12 +63,13 @@ def run(interpreter: Path, arguments: list[str], folder: Path) -> None:
         raise FailedError(done.stdout)
 
 
-def measured(interpreter: Path, program: str, when: str) -> dict[str, Any]:
+def measured(interpreter: Path, library: Library, program: str) -> dict[str, Any]:
     """Run a program in an empty folder, and return what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "train.py"), Path(folder, "measured.json")
         source.write_text(program, encoding="utf-8")
-        run(interpreter, ["-m", "benchmarks.trainers.inside", str(source), when, str(out)], Path(folder))
+        arguments = [str(source), library.when, str(out), *["worker"] * library.in_worker]
+        run(interpreter, ["-m", "benchmarks.trainers.inside", *arguments], Path(folder))
         return json.loads(out.read_text(encoding="utf-8"))
 
 
@@ -94,8 +95,8 @@ def judged(library: Library, environments: Path) -> tuple[bool, str]:
     try:
         interpreter = python(library.environment, environments)
         program = library.program.read_text(encoding="utf-8")
-        plain = measured(interpreter, program, library.when)
-        seen = measured(interpreter, watched(program, recipe(library.section)), library.when)
+        plain = measured(interpreter, library, program)
+        seen = measured(interpreter, library, watched(program, recipe(library.section)))
     except (FailedError, LookupError, ValueError, OSError, subprocess.SubprocessError) as error:
         return False, f"{library.name:22} FAILED\n{str(error)[-2000:]}"
     wrong = faults(library, plain, seen)
@@ -107,8 +108,8 @@ def judged(library: Library, environments: Path) -> tuple[bool, str]:
 
 
 def without_a_line(library: Library, interpreter: Path) -> str:
-    """Say what `gradwatch run` sees of the program as it is. To be filled in when there is such a command."""
-    raise NotImplementedError(f"python -m gradwatch run --logdir DIR {library.program} in {interpreter}")
+    """Say what `gradwatch run` sees of the program as it is: to be filled in as soon as there is such a command."""
+    raise NotImplementedError(f"{interpreter} -m gradwatch run --logdir DIR {library.program}")
 
 
 def options() -> argparse.Namespace:

@@ -62,10 +62,11 @@ def listen(truth: Truth) -> list[Heard]:
 
 
 def difference(told: dict[str, float], true: dict[str, float]) -> float:
-    """Return the largest relative difference; infinite if other parameters have a gradient."""
+    """Return the largest relative difference; infinite if other parameters have a gradient, or it is no number."""
     if told.keys() != true.keys():
         return math.inf
-    return max((abs(told[n] - true[n]) / (abs(true[n]) or 1.0) for n in true), default=0.0)
+    every = [abs(told[n] - true[n]) / (abs(true[n]) or 1.0) for n in true]
+    return max(every, default=0.0) if all(map(math.isfinite, every)) else math.inf
 
 
 def measured(act: Callable[[], object], when: When, out: Path) -> None:
@@ -89,37 +90,29 @@ def measured(act: Callable[[], object], when: When, out: Path) -> None:
     del kept
 
 
-def in_worker(loop: Callable[..., object], when: When, out: Path, *args: object) -> None:
-    """Run the loop of a worker process."""
-    measured(lambda: loop(*args), when, out)
-
-
-def follow_ray(when: When, out: Path) -> None:
-    """Measure in Ray's worker, where the training is, and not here."""
+def follow(when: When, out: Path) -> None:
+    """Measure in the worker of Ray, where the training is, and not here."""
     from ray.train.torch import TorchTrainer
 
     original = TorchTrainer.__init__
 
     @functools.wraps(original)
-    def init(self: Any, loop: Callable[..., object], **more: Any) -> None:
-        if "train_loop_config" in more:
-            original(self, lambda config: in_worker(loop, when, out, config), **more)
-        else:
-            original(self, lambda: in_worker(loop, when, out), **more)
+    def init(self: Any, loop: Callable[[], object], **more: Any) -> None:
+        original(self, lambda: measured(loop, when, out), **more)
 
     TorchTrainer.__init__ = init
 
 
 def main() -> None:
-    """Run the program that the command line names."""
-    program, when, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    """Run a program; the command line has its file, what is true, the file of the results, and "worker" perhaps."""
+    program, when, out, *in_worker = sys.argv[1:]
     sys.argv = [program]
     run = functools.partial(runpy.run_path, program, run_name="__main__")
-    if "TorchTrainer" in Path(program).read_text(encoding="utf-8"):
-        follow_ray(when, out)
+    if in_worker:
+        follow(when, Path(out))
         run()
     else:
-        measured(run, when, out)
+        measured(run, when, Path(out))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ class Library:
     when: When = "step"
     loss: bool = True
     """Whether the recipe tells the loss."""
+    in_worker: bool = False
+    """Whether the training is in a process of its own."""
 
     @property
     def program(self) -> Path:
@@ -38,7 +40,7 @@ LIBRARIES = [
     Library("keras", "keras", "general", "backward"),
     Library("stable_baselines3_ppo", "stable-baselines3: PPO, A2C, DQN", "general", loss=False),
     Library("stable_baselines3_sac", "stable-baselines3: SAC, TD3", "general", loss=False),
-    Library("ray", "A loop of your own", "cluster"),
+    Library("ray", "A loop of your own", "cluster", in_worker=True),
     Library("deepspeed", "A loop of your own", "cluster"),
     Library("torch_geometric", "A loop of your own", "general"),
     Library("fastai", "fastai", "general", "backward"),
