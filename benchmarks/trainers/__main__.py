@@ -102,7 +102,8 @@ def judged(library: Library, environments: Path) -> tuple[bool, str]:
     wrong = faults(library, plain, seen)
     told = (
         f"{seen['snapshots']:4} snapshots, {seen['losses']:4} with a loss, norms within {seen['difference']:.0e}"
-        f" (truth: {library.when}), {time.perf_counter() - began:.0f} s"
+        f" (truth: {library.when}), accused: {' '.join(seen['accused']) or 'nothing'},"
+        f" {time.perf_counter() - began:.0f} s"
     )
     return not wrong, f"{library.name:22} {told}{': ' * bool(wrong)}{', '.join(wrong)}"
 

@@ -28,10 +28,12 @@ class Heard:
         self.names = {p: _WRAPPERS.sub("", name) for name, p in model.named_parameters()}
         self.norms: list[dict[str, float]] = []
         self.losses = 0
+        self.accused: set[str] = set()
 
     def __call__(self, report: Any) -> None:
         """Note a snapshot."""
         snapshot = report.snapshot
+        self.accused |= {alert.finding.code for alert in report.began if alert.severity.value != "info"}
         if snapshot.silence is not None:  # a word on steps that nobody heard, not a step
             return
         self._truth.read()
@@ -83,7 +85,7 @@ def measured(act: Callable[[], object], when: When, out: Path) -> None:
                 "snapshots": sum(len(its.norms) for its in heard),
                 "losses": sum(its.losses for its in heard),
                 "difference": max((difference(told, true) for told, true in pairs), default=0.0),
-                "watchers": len(heard),
+                "accused": sorted(set[str]().union(*(its.accused for its in heard))),
             }
         )
     )
