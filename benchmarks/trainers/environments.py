@@ -55,6 +55,7 @@ ENVIRONMENTS = {
             # what fastai's basics need, without torchvision
             *("fastcore==2.2.41", "fastdownload==0.0.8", "fastprogress==1.1.6", "fasttransform==0.0.5"),
             *("plum-dispatch==2.9.0", "matplotlib==3.11.2", "requests==2.34.2", "cloudpickle==3.1.3"),
+            *("pandas==3.1.1", "scikit-learn==1.9.1"),
         ),
         without_dependencies=("fastai==2.8.12",),
     ),
