@@ -1,0 +1,1 @@
+"""Unmodified programs of public training libraries, watched as docs/trainers.md says."""
