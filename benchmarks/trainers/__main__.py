@@ -4,7 +4,8 @@ Each library has a small program in `benchmarks/trainers/programs` that knows no
 which is made where it is missing (all of them: 12 GB, from the package registry). Each program is run as it is, and
 with the recipe of its section put where it says `# --- watch here ---`, and these must hold: the weights at the end
 are bitwise the same, each step is one snapshot, each norm is that of an independent float64 measurement, and the loss
-was told where the recipe tells it.
+was told where the recipe tells it. Once more each runs under `gradwatch run`, without a line: the same must hold, or,
+where it can see no step of the library, it must say so.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ class FailedError(Exception):
     """A program did not end well; the text is what it said last."""
 
 
-def run(interpreter: Path, arguments: list[str], folder: Path) -> None:
-    """Run Python in a folder.
+def run(interpreter: Path, arguments: list[str], folder: Path) -> str:
+    """Run Python in a folder, and return what it printed.
 
     Raises:
         FailedError: it ended with an error.
@@ -61,19 +61,22 @@ def run(interpreter: Path, arguments: list[str], folder: Path) -> None:
     )
     if done.returncode:
         raise FailedError(done.stdout)
+    return done.stdout
 
 
-def measured(interpreter: Path, library: Library, program: str) -> dict[str, Any]:
-    """Run a program in an empty folder, and return what was measured."""
+def measured(interpreter: Path, library: Library, program: str, *, alone: bool = False) -> dict[str, Any]:
+    """Run a program in an empty folder, perhaps under `gradwatch run`, and return what was measured."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "train.py"), Path(folder, "measured.json")
         source.write_text(program, encoding="utf-8")
-        arguments = [str(source), library.when, str(out), *["worker"] * library.in_worker]
-        run(interpreter, ["-m", "benchmarks.trainers.inside", *arguments], Path(folder))
-        return json.loads(out.read_text(encoding="utf-8"))
+        when = (library.alone or "step") if alone else library.when
+        arguments = [str(source), when, str(out), *["worker"] * library.in_worker]
+        start = ["-m", "gradwatch", "run", "--logdir", "runs"] if alone else []
+        said = run(interpreter, [*start, "-m", "benchmarks.trainers.inside", *arguments], Path(folder))
+        return json.loads(out.read_text(encoding="utf-8")) | {"said": said}
 
 
-def faults(library: Library, plain: dict[str, Any], seen: dict[str, Any]) -> list[str]:
+def faults(plain: dict[str, Any], seen: dict[str, Any], *, loss: bool) -> list[str]:
     """Return what does not hold."""
     found = []
     if seen["weights"] != plain["weights"]:
@@ -84,33 +87,48 @@ def faults(library: Library, plain: dict[str, Any], seen: dict[str, Any]) -> lis
         found.append(f"{seen['steps']} STEPS")
     if seen["difference"] > CLOSE:
         found.append("THE NORMS ARE OTHERS")
-    if bool(seen["losses"]) != library.loss:
+    if bool(seen["losses"]) != loss:
         found.append("A LOSS" if seen["losses"] else "NO LOSS")
     return found
 
 
 def judged(library: Library, environments: Path) -> tuple[bool, str]:
-    """Run a library's program twice, and say in one line whether all is well."""
-    began = time.perf_counter()
+    """Run a library's program three times, and say in two lines whether all is well."""
     try:
         interpreter = python(library.environment, environments)
         program = library.program.read_text(encoding="utf-8")
         plain = measured(interpreter, library, program)
-        seen = measured(interpreter, library, watched(program, recipe(library.section)))
+        by_recipe = with_recipe(library, interpreter, program, plain)
+        without = without_a_line(library, interpreter, program, plain)
     except (FailedError, LookupError, ValueError, OSError, subprocess.SubprocessError) as error:
         return False, f"{library.name:22} FAILED\n{str(error)[-2000:]}"
-    wrong = faults(library, plain, seen)
+    return by_recipe[0] and without[0], f"{library.name:22} {by_recipe[1]}\n{'':14} no line {without[1]}"
+
+
+def with_recipe(library: Library, interpreter: Path, program: str, plain: dict[str, Any]) -> tuple[bool, str]:
+    """Say what the recipe makes be seen."""
+    seen = measured(interpreter, library, watched(program, recipe(library.section)))
+    return line(seen, library.when, faults(plain, seen, loss=library.loss))
+
+
+def without_a_line(library: Library, interpreter: Path, program: str, plain: dict[str, Any]) -> tuple[bool, str]:
+    """Say what `gradwatch run` sees of the program as it is."""
+    seen = measured(interpreter, library, program, alone=True)
+    if library.alone is not None:
+        return line(seen, library.alone, faults(plain, seen, loss=True))
+    said = next((text for text in seen["said"].splitlines() if text.startswith("gradwatch: ")), "")
+    wrong = ["THE WEIGHTS ARE OTHERS"] if seen["weights"] != plain["weights"] else []
+    wrong += ["SEEN"] if seen["snapshots"] else [] if said else ["NOTHING SAID"]
+    return not wrong, f"{said[:150]}{': ' * bool(wrong)}{', '.join(wrong)}"
+
+
+def line(seen: dict[str, Any], when: str, wrong: list[str]) -> tuple[bool, str]:
+    """Tell whether nothing is wrong, and what was seen."""
     told = (
         f"{seen['snapshots']:4} snapshots, {seen['losses']:4} with a loss, norms within {seen['difference']:.0e}"
-        f" (truth: {library.when}), accused: {' '.join(seen['accused']) or 'nothing'},"
-        f" {time.perf_counter() - began:.0f} s"
+        f" (truth: {when}), accused: {' '.join(seen['accused']) or 'nothing'}"
     )
-    return not wrong, f"{library.name:22} {told}{': ' * bool(wrong)}{', '.join(wrong)}"
-
-
-def without_a_line(library: Library, interpreter: Path) -> str:
-    """Say what `gradwatch run` sees of the program as it is: to be filled in as soon as there is such a command."""
-    raise NotImplementedError(f"{interpreter} -m gradwatch run --logdir DIR {library.program}")
+    return not wrong, f"{told}{': ' * bool(wrong)}{', '.join(wrong)}"
 
 
 def options() -> argparse.Namespace:

@@ -22,6 +22,8 @@ class Library:
     """Whether the recipe tells the loss."""
     in_worker: bool = False
     """Whether the training is in a process of its own."""
+    alone: When | None = "step"
+    """As `when`, under `gradwatch run`; None where that sees no step, and says so."""
 
     @property
     def program(self) -> Path:
@@ -37,21 +39,21 @@ LIBRARIES = [
     Library("lightning", "Lightning", "general", "before clip"),
     Library("lightning_gan", "Lightning", "general"),
     Library("fabric", "A loop of your own", "general"),
-    Library("keras", "keras", "general", "backward"),
+    Library("keras", "keras", "general", "backward", alone=None),
     Library("stable_baselines3_ppo", "stable-baselines3: PPO, A2C, DQN", "general", loss=False),
     Library("stable_baselines3_sac", "stable-baselines3: SAC, TD3", "general", loss=False),
-    Library("ray", "A loop of your own", "cluster", in_worker=True),
+    Library("ray", "A loop of your own", "cluster", in_worker=True, alone=None),
     Library("deepspeed", "A loop of your own", "cluster"),
     Library("torch_geometric", "A loop of your own", "general"),
-    Library("fastai", "fastai", "general", "backward"),
+    Library("fastai", "fastai", "general", "backward", alone=None),
     Library("darts", "Lightning", "forecasting", "before clip"),
     Library("neuralforecast", "Lightning", "forecasting", "before clip"),
     Library("pytorch_forecasting", "Lightning", "forecasting", "before clip"),
     Library("gluonts", "Lightning", "forecasting", "before clip"),
     Library("qlib", "pyqlib", "qlib", loss=False),
     Library("gpytorch", "A loop of your own", "general"),
-    Library("botorch", "botorch", "general", "reading"),
-    Library("pyro", "pyro", "general", "backward"),
+    Library("botorch", "botorch", "general", "reading", alone=None),
+    Library("pyro", "pyro", "general", "backward", alone="backward"),
     Library("skorch", "skorch", "general"),
     Library("ignite", "pytorch-ignite", "general"),
     Library("opacus", "A loop of your own", "general"),
