@@ -69,7 +69,7 @@ def measured(interpreter: Path, library: Library, program: str, *, alone: bool =
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "train.py"), Path(folder, "measured.json")
         source.write_text(program, encoding="utf-8")
-        when = (library.alone or "step") if alone else library.when
+        when = (alone and library.alone) or library.when
         arguments = [str(source), when, str(out), *["worker"] * library.in_worker]
         start = ["-m", "gradwatch", "run", "--logdir", "runs"] if alone else []
         said = run(interpreter, [*start, "-m", "benchmarks.trainers.inside", *arguments], Path(folder))

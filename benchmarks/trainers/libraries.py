@@ -44,6 +44,7 @@ LIBRARIES = [
     Library("stable_baselines3_sac", "stable-baselines3: SAC, TD3", "general", loss=False),
     Library("ray", "A loop of your own", "cluster", in_worker=True, alone=None),
     Library("deepspeed", "A loop of your own", "cluster"),
+    Library("deepspeed_zero", "deepspeed: ZeRO 1 and 2", "cluster", "telling", alone=None),
     Library("torch_geometric", "A loop of your own", "general"),
     Library("fastai", "fastai", "general", "backward", alone=None),
     Library("darts", "Lightning", "forecasting", "before clip"),

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-When = Literal["step", "before clip", "backward", "reading"]
+When = Literal["step", "before clip", "backward", "reading", "telling"]
 """At which moment the gradients are those that gradwatch promises.
 
 step: `optimizer.step()` begins, or, where it is given a closure, the closure returns.
 before clip: as of the last `backward()` before that.
 backward: each `backward()` returns, of libraries without an optimizer of torch.
+telling: when gradwatch tells of a step, of what a library keeps elsewhere than in `.grad`, asked of the library.
 reading: as of the last `backward()` before gradwatch tells of a step, of fits that run several for each iteration.
 """
 Norms = dict[Tensor, float]
@@ -43,6 +44,8 @@ class Truth:
         """Take note: gradwatch tells of a step."""
         if self._when == "reading":
             self.steps.append(self._latest)
+        elif self._when == "telling":
+            self.steps.append(norms(self._leaves))
 
     def _after_backward(self, tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
         self._leaves |= leaves([tensors] if isinstance(tensors, Tensor) else tensors)
@@ -103,7 +106,16 @@ def leaves(tensors: Sequence[Tensor]) -> set[Tensor]:
 
 def norms(parameters: Iterable[Tensor]) -> Norms:
     """Return the norms of the gradients that are there."""
-    return {p: float(p.grad.detach().double().norm()) for p in parameters if p.grad is not None}
+    return {p: float(g.detach().double().norm()) for p in parameters if (g := gradient(p)) is not None}
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """Return a gradient; of a parameter whose gradient DeepSpeed parts, what its own function gives."""
+    if parameter.grad is not None or not hasattr(parameter, "_hp_mapping"):
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)
 
 
 def as_bytes(parameter: Tensor) -> bytes:
