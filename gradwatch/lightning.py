@@ -176,7 +176,9 @@ class GradientMonitor(_Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Stop the fit if an alert wants it; of several processes one has it, and all must stop together."""
-        if self._on_alert == "stop" and trainer.world_size > 1 and self._options.cadence.measured(_step(trainer) - 1):
+        if self._on_alert == "stop" and trainer.world_size > 1:
+            if not self._options.cadence.measured(_step(trainer)):  # a probe out of turn, of which one alone knows
+                return
             self._stop_wanted = bool(trainer.strategy.reduce_boolean_decision(self._stop_wanted, all=False))
         if self._stop_wanted:
             trainer.should_stop = True
