@@ -1,4 +1,4 @@
-"""The Lightning callback in two processes: they stop together, or go on together."""
+"""The Lightning callback in several processes: they stop together, or go on together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROGRAM = """
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    worse = int(sys.argv[1])
+    count, worse = map(int, sys.argv[1:])
 
     def detector(history):  # from step 4 on, which is measured; step 5 is a probe out of turn, as it asks for one
         if history.snapshot.step >= 4:
@@ -34,8 +34,9 @@ PROGRAM = """
 
     monitor = GradientMonitor(every_n_steps=4, detectors=[detector], on_alert="stop")
     trainer = Trainer(
-        max_steps=12, accelerator="cpu", devices=2, strategy="ddp", logger=False, callbacks=[monitor],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        max_steps=12, accelerator="cpu", devices=count, strategy="ddp", logger=False, callbacks=[monitor],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False,
     )
     trainer.fit(Module(), DataLoader(torch.randn(100, 4), batch_size=4))
     with open(f"rank{trainer.global_rank}.json", "w") as file:
@@ -44,12 +45,17 @@ PROGRAM = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("worse", "last"), [(4, 4), (5, 8)])
-def test_an_alert_stops_all_processes_after_the_same_batch(tmp_path, worse, last):
+@pytest.mark.parametrize(("count", "worse", "last"), [(2, 4, 4), (2, 5, 8), (4, 5, 8)])
+def test_an_alert_stops_all_processes_after_the_same_batch(tmp_path, count, worse, last):
     (tmp_path / "train.py").write_text(textwrap.dedent(PROGRAM), encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     done = subprocess.run(
-        [*launch, "train.py", str(worse)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+        [*launch, "train.py", str(count), str(worse)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [last + 1] * 2
+    assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(count)] == [last + 1] * count
