@@ -2,8 +2,8 @@
 # transformers 5.24.0: of two callbacks of one class that export their state (`ExportableState`), each checkpoint carries
 # the states of all checkpoints before it too: 4, 6, 8, 10 entries after saves 1 to 4, where there are two callbacks. The
 # Trainer turns the entry of the class into a list and appends to it at each save, and never begins anew; of a single
-# callback of a class the entry is replaced. So `trainer_state.json` grows with every save, and what is restored from it
-# are the oldest states, those from before the first step.
+# callback of a class the entry is replaced. So `trainer_state.json` grows with every save, and the states that come
+# first in it, one for each callback, are those from before the first step.
 #
 # Fails if that is otherwise.
 set -euo pipefail
