@@ -11,34 +11,32 @@ class _Graphs:
     """Counts the graphs that were compiled in this process; those of optimizers' steps are none of a model's."""
 
     def __init__(self) -> None:
+        self._counters: Mapping[str, Any] = {}
         self._of_steps = 0
         self._before: int | None = None
 
     def step_begins(self) -> None:
         """Take note: what is compiled from now on is of an optimizer's step."""
-        self._before = _count()
+        self._before = self._count()
 
     def step_ends(self) -> None:
         """Take note: it is not, any more."""
         if self._before is not None:
-            self._of_steps += max(_count() - self._before, 0)
+            self._of_steps += max(self._count() - self._before, 0)
             self._before = None
 
     def may_be_of_models(self) -> bool:
         """Tell whether anything was compiled that is not known to be of optimizers alone."""
-        if (count := _count()) < self._of_steps:  # dynamo was reset
+        if (count := self._count()) < self._of_steps:  # dynamo was reset
             self._of_steps = 0
-        return count > self._of_steps or (not self._of_steps and any(_counters().get("frames", {}).values()))
+        return count > self._of_steps or (not self._of_steps and any(self._counters.get("frames", {}).values()))
 
-
-def _count() -> int:
-    # Not those of frames, in which what `fullgraph=True` compiles is missing.
-    return int(_counters().get("stats", {}).get("unique_graphs", 0))
-
-
-def _counters() -> Mapping[str, Any]:
-    dynamo = sys.modules.get("torch._dynamo")
-    return getattr(getattr(dynamo, "utils", None), "counters", {})
+    def _count(self) -> int:
+        if not self._counters:
+            self._counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+        # Not those of frames, in which what `fullgraph=True` compiles is missing.
+        stats = self._counters.get("stats")
+        return stats["unique_graphs"] if stats else 0
 
 
 graphs = _Graphs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class StepListener(Protocol):
-    """What hears of the steps of an optimizer. It must not raise."""
+    """What hears of the steps of an optimizer, in forked children too. It must not raise."""
 
     def on_begin(self) -> None:
         """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
@@ -50,7 +49,6 @@ class StepHooks:
     def __init__(self, optimizer: Any, listener: StepListener) -> None:  # noqa: ANN401  (any with step(), or a sweep)
         """Attach."""
         self._listener: StepListener | None = listener
-        self._pid = os.getpid()
         self._begun = self._seen = self._told = False
         """Of the step that is under way: whether the listener knows of it, of its gradients, of its loss."""
         self._outside = False
@@ -80,7 +78,7 @@ class StepHooks:
 
     def end(self) -> None:
         """End a sweep that is under way: what has stepped in it is what does."""
-        if self._sweep.under_way:
+        if self._sweep.stepped:
             self._sweep.learn()
             self._done()
 
@@ -104,12 +102,13 @@ class StepHooks:
     # --- the optimizer ---
 
     def _before(self, optimizer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        if (part := self._sweep.part(optimizer, kwargs)) is not None:
+        usual = len(args) == 1 and not kwargs  # nearly always
+        if (self._sweep.several or not usual) and (part := self._sweep.part(optimizer, kwargs)) is not None:
             self._before_part(part)
             return None
         if self._stepped:  # a second step in one call of what wraps it
             self._done()
-        early = _closure(args, kwargs) is not None
+        early = not usual and _closure(args, kwargs) is not None
         if not (self._outside and self._begun):
             self._begin(early=early)
         if not early:
@@ -118,7 +117,7 @@ class StepHooks:
         return _with_closure(args, kwargs, lambda closure: self._heard(closure, look=True))
 
     def _after(self) -> None:
-        if self._sweep.under_way:
+        if self._sweep.stepped:
             if self._sweep.complete:
                 self._done()
             return
@@ -133,19 +132,19 @@ class StepHooks:
 
     def _before_part(self, part: Sequence[Tensor]) -> None:
         task: int = torch._C._current_graph_task_id()
-        if self._sweep.under_way and self._sweep.ends_before(part, task):
+        if self._sweep.stepped and self._sweep.ends_before(part, task):
             self._sweep.learn()
             self._done()
         if self._sweep.late(task):
             self._sweep.learn(part)
             return
-        first = not self._sweep.under_way
+        first = not self._sweep.stepped
         self._sweep.add(part, task)
         if first:
             self._begin(early=True)
             self._seen = True
-        if (listener := self._live()) is not None:
-            (listener.on_look if first else listener.on_more)(part)
+        if self._listener is not None:
+            (self._listener.on_look if first else self._listener.on_more)(part)
 
     # --- both ---
 
@@ -158,9 +157,9 @@ class StepHooks:
                 loss = closure(*args, **kwargs)
             finally:
                 self._evaluating = False
-            if not self._told and (listener := self._live()) is not None:
+            if not self._told and self._listener is not None:
                 self._told = True
-                listener.on_loss(loss)
+                self._listener.on_loss(loss)
             if look and not self._seen:
                 self._look()
             return loss
@@ -169,40 +168,35 @@ class StepHooks:
 
     def _begin(self, *, early: bool) -> None:
         self._begun, self._seen, self._told = True, False, False
-        if early and (listener := self._live()) is not None:
-            listener.on_begin()
+        if early and self._listener is not None:
+            self._listener.on_begin()
 
     def _look(self) -> None:
         self._seen = True
-        if (listener := self._live()) is not None:
-            listener.on_look()
+        if self._listener is not None:
+            self._listener.on_look()
 
     def _done(self) -> None:
         self._begun = self._stepped = False
-        self._sweep.end()
-        if (listener := self._live()) is not None:
-            listener.on_stepped()
-
-    def _live(self) -> StepListener | None:
-        return self._listener if os.getpid() == self._pid else None  # a forked child is silent
+        if self._sweep.stepped:
+            self._sweep.end()
+        if self._listener is not None:
+            self._listener.on_stepped()
 
 
 class _Parts:
     """The parts of a sweep: parameters, by `id`, that step one after the other and belong to one step."""
 
     def __init__(self, optimizer: Any) -> None:  # noqa: ANN401
-        self._several = isinstance(optimizer, Sweep)
+        self.several = isinstance(optimizer, Sweep)
         self._grows = isinstance(optimizer, Sweep) and optimizer.grows
         self._expected: frozenset[int] | None = None
         """What steps in a sweep; None: all that there is."""
         self._all = optimizer
-        self._stepped: set[int] = set()
+        self.stepped: set[int] = set()
+        """Of the one that is under way."""
         self._task = -1
         """The backward pass that it is made in; -1: outside of any."""
-
-    @property
-    def under_way(self) -> bool:
-        return bool(self._stepped)
 
     @property
     def complete(self) -> bool:
@@ -210,33 +204,33 @@ class _Parts:
             return False
         if self._expected is None:
             self._expected = frozenset(id(p) for p in parameters_of(self._all) if p.requires_grad)
-        return self._expected <= self._stepped
+        return self._expected <= self.stepped
 
     def part(self, optimizer: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:  # noqa: ANN401
         """Return what a call steps of all; None where it is no part."""
-        if self._several:
+        if self.several:
             return parameters_of(optimizer)
         only = kwargs.get("param")
         return [only] if isinstance(only, Tensor) else None
 
     def ends_before(self, part: Sequence[Tensor], task: int) -> bool:
-        return task != self._task or not self._stepped.isdisjoint(map(id, part))
+        return task != self._task or not self.stepped.isdisjoint(map(id, part))
 
     def late(self, task: int) -> bool:
         """Tell whether the sweep that such a part belongs to has ended already."""
-        return not self._stepped and task != -1 and task == self._task
+        return not self.stepped and task != -1 and task == self._task
 
     def add(self, part: Sequence[Tensor], task: int) -> None:
         self._task = task
-        self._stepped.update(map(id, part))
+        self.stepped.update(map(id, part))
 
     def learn(self, more: Sequence[Tensor] = ()) -> None:
         """Expect what has stepped, or more than was expected."""
-        known = self._stepped or self._expected or frozenset()
+        known = self.stepped or self._expected or frozenset()
         self._expected = frozenset(known) | frozenset(map(id, more))
 
     def end(self) -> None:
-        self._stepped.clear()
+        self.stepped.clear()
 
     def forget(self) -> None:
         """Expect nothing any more: another takes part."""
@@ -256,10 +250,11 @@ class _Calls:
         """Attach; what is `inside` of it may share its hooks, which are then not its own."""
         self._begun, self._ended = before, after
         self._depth = 0
+        untraced: Any = torch.compiler.disable  # for a step that is compiled
         if _has_hooks(optimizer, inside):
             handles = (
-                optimizer.register_step_pre_hook(_untraced(self._before)),
-                optimizer.register_step_post_hook(_untraced(self._after)),
+                optimizer.register_step_pre_hook(untraced(self._before)),
+                optimizer.register_step_post_hook(untraced(self._after)),
             )
             self._detach: Callable[[], object] = lambda: [handle.remove() for handle in handles]
         else:
@@ -287,12 +282,6 @@ class _Calls:
         self._depth = 0
         graphs.step_ends()
         self._ended()
-
-
-def _untraced(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that a compiled step calls as it is."""
-    untraced: Callable[..., Any] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]  # torch's
-    return untraced
 
 
 def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., object] | None:
