@@ -167,4 +167,9 @@ def aside(history: History, layers: Collection[int]) -> set[int]:
             continue
         if source in ends and ratios[i] < JUNCTION * ratios[source]:
             ends[source] = max(ends[source], ends[i])
-    return {i for i in layers if i in beside and ends[i] * JUNCTION < 1}
+    lost = {i for i in beside if ends[i] * JUNCTION < 1}
+    # Where more is lost on the way through it than at its end, it is its depth that loses it, there and further on.
+    deep = {i for i in lost if ratios[i] < ends[i] ** 2}
+    while further := {i for i in lost if sources[i] in deep} - deep:
+        deep |= further
+    return {i for i in layers if i in lost - deep}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -489,6 +490,37 @@ def tokens():
 
 def next_token(out, x):
     return functional.cross_entropy(out.flatten(0, 1), ((x * 7 + 3) % 20).flatten())
+
+
+class Decodes(nn.Module):
+    """An autoencoder: most of the gradient of its code comes past the decoder, from a term of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 2))
+        widths = [2, *[20] * 12]
+        self.decoder = nn.Sequential(
+            *[m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), nn.Sigmoid())]
+        )
+
+    def forward(self, x):
+        code = self.encoder(x)
+        return self.decoder(code), code
+
+
+def test_a_decoder_that_loses_it_by_its_depth_is_no_side_branch_whatever_passes_by():
+    torch.manual_seed(0)
+    model = Decodes()
+    found = said_of(
+        model,
+        lambda out, x: (out[0] - x).square().mean() + out[1].square().mean(),
+        steps=60,
+        draw=lambda: torch.randn(32, 20),
+        optimizer=torch.optim.Adam(model.parameters(), lr=1e-3),
+    )
+    worst, alert = found["GW101", "decoder.0"]
+    assert worst == alert.severity == Severity.WARNING
+    assert "too small" in alert.cause
 
 
 @pytest.mark.parametrize("called", [True, False])

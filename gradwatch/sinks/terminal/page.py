@@ -135,4 +135,6 @@ def verdict(run: Run, name: str = "") -> str:
     bad = [a for a in run.alerts if a.severity > Severity.INFO]
     still = sum(a.cleared is None for a in bad)
     said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
+    if infos := len(run.alerts) - len(bad):
+        said += f" ({infos} for information)"
     return f"{name + ': ' if name else ''}{steps}: {said}"
