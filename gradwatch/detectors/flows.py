@@ -168,8 +168,8 @@ def aside(history: History, layers: Collection[int]) -> set[int]:
         if source in ends and ratios[i] < JUNCTION * ratios[source]:
             ends[source] = max(ends[source], ends[i])
     lost = {i for i in beside if ends[i] * JUNCTION < 1}
-    # Where more is lost on the way through it than at its end, it is its depth that loses it, there and further on.
+    # Where more is lost on the way through it than at its end, it is its depth that loses it, along the whole way.
     deep = {i for i in lost if ratios[i] < ends[i] ** 2}
-    while further := {i for i in lost if sources[i] in deep} - deep:
+    while further := {i for i in lost if sources[i] in deep or any(sources[j] == i for j in deep)} - deep:
         deep |= further
     return {i for i in layers if i in lost - deep}
