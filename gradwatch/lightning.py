@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,12 +56,14 @@ class GradientMonitor(_Callback):
 
     Under automatic optimization the numbers are those before clipping; under manual optimization those that the
     optimizer gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as
-    in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory;
-    without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
+    in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory, or
+    in `logdir`; without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
     fit, or `gradwatch.watch`, has left on it. A fit of another model, and one whose steps begin anew, begins with
     nothing remembered, unless it resumes from a checkpoint.
 
     Args:
+        logdir: folder for the record, which goes to `<logdir>/gradwatch`. Default: the logger's directory; without a
+            logger there is no record.
         name: goes into the folder's name, `gradwatch-<name>`, and tells two of these callbacks apart.
         every_n_steps: see `gradwatch.watch`, as for the arguments that follow.
         probe_every_n_steps: see `gradwatch.watch`.
@@ -78,6 +81,7 @@ class GradientMonitor(_Callback):
     def __init__(  # noqa: PLR0913  (the options of `gradwatch.watch`: a user names them here)
         self,
         *,
+        logdir: str | os.PathLike[str] | None = None,
         name: str | None = None,
         every_n_steps: int | None = None,
         probe_every_n_steps: int | None = None,
@@ -95,6 +99,9 @@ class GradientMonitor(_Callback):
             raise ValueError(
                 f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
             )
+        if logdir is not None and not isinstance(logdir, str | os.PathLike):
+            raise TypeError(f"logdir must be a path or None, got {logdir!r:.80}")
+        self._logdir = logdir
         self._options = Options(
             name=name,
             every_n_steps=every_n_steps,
@@ -133,7 +140,7 @@ class GradientMonitor(_Callback):
         self._close()  # what an interrupted fit has left
         close_earlier(pl_module, keep=[its._watcher for its in _others(trainer, self) if its._watcher is not None])
         with contextlib.ExitStack() as undo:
-            directory = _directory(trainer, self._options.name)
+            directory = _directory(trainer, self._logdir, self._options.name)
             if directory is not None:
                 undo.callback(directory.close)
             self._watcher = Watcher(
@@ -233,11 +240,15 @@ def _others(trainer: Any, monitor: GradientMonitor) -> list[GradientMonitor]:  #
     return [c for c in trainer.callbacks if isinstance(c, GradientMonitor) and c is not monitor]
 
 
-def _directory(trainer: Any, name: str | None) -> RunDirectory | None:  # noqa: ANN401
-    """Return the run directory in the logger's, for the record alone; None where nothing is logged."""
-    if not trainer.loggers or (logdir := trainer.log_dir) is None:
-        return None
-    return RunDirectory(logdir, own_name(name), events=False, free=close_orphans)
+def _directory(
+    trainer: Any,  # noqa: ANN401
+    logdir: str | os.PathLike[str] | None,
+    name: str | None,
+) -> RunDirectory | None:
+    """Return the run directory, for the record alone: in the logger's if no other is named; None without both."""
+    if logdir is None and trainer.loggers:
+        logdir = trainer.log_dir
+    return None if logdir is None else RunDirectory(logdir, own_name(name), events=False, free=close_orphans)
 
 
 def _sink(logger: Any) -> Sink:  # noqa: ANN401

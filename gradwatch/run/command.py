@@ -42,16 +42,25 @@ def run(
             raise SystemExit(1) from None
         raise
     except BaseException:
-        _finish(training, None)
+        _finish(training, None, whole=False)
         raise
     if _finish(training, fail_on):
         raise SystemExit(1)
 
 
-def _finish(training: Training, fail_on: str | None) -> bool:
-    """Say what was seen, and tell whether that is to fail the program."""
+def _finish(training: Training, fail_on: str | None, *, whole: bool = True) -> bool:
+    """Say what was seen, and tell whether that is to fail the program.
+
+    Args:
+        training: what was watched.
+        fail_on: as for `run`.
+        whole: whether the program came to its end: one that did not may have meant to train something.
+
+    """
     try:
         training.close()
+        for problem in training.problems() if whole else ():
+            say(problem)
         return _tell(training, fail_on)
     except Exception as error:  # noqa: BLE001  (the program has ended as it has)
         say(f"the report could not be made: {type(error).__name__}: {error}")
@@ -59,8 +68,6 @@ def _finish(training: Training, fail_on: str | None) -> bool:
 
 
 def _tell(training: Training, fail_on: str | None) -> bool:
-    for problem in training.problems():
-        say(problem)
     if not training.folders:
         return False
     from rich.text import Text

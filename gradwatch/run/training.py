@@ -196,7 +196,8 @@ class Training:
             others = ", ".join(sorted(_others())) or "nothing that looks like an optimizer is there any more"
             found.append(
                 f"{self.backwards} backward passes were made and no optimizer of torch has stepped. There is: {others}."
-                " What steps by itself is watched by hand: gradwatch.watch(model), and watcher.step() after backward()"
+                " For a library with an optimizer of its own docs/trainers.md has the lines; else call"
+                " gradwatch.watch(model), and watcher.step() after each backward()"
             )
         else:
             elsewhere = [name for name in ("ray", "multiprocessing.process", "subprocess") if name in sys.modules]
@@ -213,7 +214,7 @@ class Training:
 
 
 def _others() -> set[str]:
-    """Return the classes of what acts like an optimizer, and is none of torch's; and scipy, which fits by functions."""
+    """Return the classes of what acts like an optimizer and is none of torch's; else scipy, which fits by functions."""
     kinds = {type(o) for o in gc.get_objects()}
     found = {
         f"{kind.__module__}.{kind.__qualname__}"
@@ -221,7 +222,7 @@ def _others() -> set[str]:
         if any("Optimizer" in base.__name__ for base in kind.__mro__)
         and kind.__module__.partition(".")[0] not in ("torch", "gradwatch")
     }
-    return found | ({"scipy.optimize"} if "scipy.optimize" in sys.modules else set())
+    return found or ({"scipy.optimize"} if "scipy.optimize" in sys.modules else set())
 
 
 def say(message: str) -> None:

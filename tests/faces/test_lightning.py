@@ -478,6 +478,13 @@ def test_of_two_loggers_each_gets_its_share_and_the_record_lies_with_the_first(p
     assert [path.parent for path in tmp_path.rglob("record.jsonl")] == [tmp_path / "csv" / "v" / "gradwatch"]
 
 
+def test_a_folder_that_is_named_takes_the_record_with_and_without_a_logger(pl, tmp_path):
+    for logger in (False, pl.loggers.CSVLogger(tmp_path / "csv")):
+        trainer(pl, tmp_path, GradientMonitor(logdir=tmp_path / "mine"), logger=logger).fit(make(pl), loader())
+        assert [path.parent for path in tmp_path.rglob("record.jsonl")] == [tmp_path / "mine" / "gradwatch"]
+        assert len(gradwatch.read_run(tmp_path / "mine").snapshots) == BATCHES
+
+
 def test_a_logger_of_the_users_own_gets_the_scalars_and_needs_no_folder(pl, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     got = []
@@ -780,7 +787,7 @@ def test_what_is_muted_is_not_found_and_the_thresholds_count(pl, tmp_path):
     [
         ({"optimizer": None}, TypeError, "optimizer"),
         ({"scaler": None}, TypeError, "scaler"),
-        ({"logdir": "runs"}, TypeError, "logdir"),
+        ({"logdir": 7}, TypeError, "logdir must be a path or None, got 7"),
         ({"every_n_steps": 0}, ValueError, "every_n_steps must be at least 1, got 0"),
         ({"probe_every_n_steps": 1.5}, TypeError, "probe_every_n_steps must be a whole number or None, got 1.5"),
         ({"timesteps": "all"}, TypeError, 'timesteps must be "auto", False, or a mapping'),

@@ -15,7 +15,7 @@ MODEL = nn.Linear(3, 1)
 THE_TRAINER_HAS = {"model", "optimizer", "logdir", "scaler"}
 """What a Trainer knows by itself, and only `watch` has to be told."""
 FACES = [GradientMonitor, GradientCallback]
-MAY_BE_TOLD = {GradientMonitor: set(), GradientCallback: {"logdir"}}
+MAY_BE_TOLD = {GradientMonitor: {"logdir"}, GradientCallback: {"logdir"}}
 """What of that a face takes all the same, for who wants it otherwise."""
 
 
