@@ -150,7 +150,8 @@ def sizes(folder: Path, plan: Sequence[str]) -> tuple[dict[str, float], dict[str
             if event.summary.value and not pictures:
                 events[plan[event.step]].append(len(raw) + 16)  # the frame: length, two checksums
     kinds = ("measured", "probe")
-    return tuple({k: statistics.median(found[k] or [0]) for k in kinds} for found in (record, events))  # type: ignore[return-value]
+    taken, drawn = ({kind: statistics.median(found[kind] or [0]) for kind in kinds} for found in (record, events))
+    return taken, drawn
 
 
 # --- columns: what follows a measurement, without any tensor ---

@@ -243,6 +243,33 @@ def listed(ranks: int, columns: int) -> None:
     )
 
 
+def stored(messages: int, size: int) -> None:
+    """Tell how fast a store of this machine takes and gives messages of so many bytes, by the clock."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    text, spent = "0" * size, []
+    calls: tuple[Callable[[str], object], ...] = (
+        lambda key: store.set(key, text),
+        lambda key: store.check([key]),
+        store.get,
+        store.delete_key,
+    )
+    for call in calls:
+        began = time.perf_counter()
+        for number in range(messages):
+            call(str(number))
+        if call is calls[0]:  # which waits for no answer
+            store.check(["0"])
+        spent.append(time.perf_counter() - began)
+    taking, asking, giving, deleting = spent
+    total = messages * size / 2**20
+    print(
+        f"a store, {messages} messages of {size / 2**20:.3f} MiB: takes {total / taking:6.0f} MiB/s,"
+        f" gives {total / giving:6.0f}; a question {asking / messages * 1e6:.0f} us,"
+        f" deleting {deleting / messages * 1e6:.0f}",
+        flush=True,
+    )
+
+
 def all_speakers(*, quick: bool) -> None:
     """Print the table of the speaker."""
     cases = ((8, 100),) if quick else ((8, 1000), (100, 1000), (1000, 100), (1000, 1000), (100, 10_000))
@@ -251,3 +278,5 @@ def all_speakers(*, quick: bool) -> None:
             speak(ranks, columns, kinds)
     for ranks in (8,) if quick else (8, 100, 1000):
         listed(ranks, 100)
+    for messages, size in ((20, 25_000),) if quick else ((1000, 25_000), (1000, 126_000), (100, 2_500_000)):
+        stored(messages, size)
