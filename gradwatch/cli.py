@@ -97,14 +97,21 @@ def _positive(text: str) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from gradwatch.run.command import run
-    from gradwatch.run.program import Program
+    from gradwatch.run.program import NotFoundError, Program
 
+    given = options.arguments
+    if sys.argv[-len(given) - 1] == "--":  # which argparse takes for its own
+        given = ["--", *given]
     try:
-        program = Program(options.program, options.arguments, module=options.module)
-    except (OSError, ValueError) as error:
+        program = Program(options.program, given, module=options.module)
+    except OSError as error:
         print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
         return 2
-    run(program, logdir=options.logdir, horizon=options.horizon, every=options.every, fail_on=options.fail_on)
+    try:
+        run(program, logdir=options.logdir, horizon=options.horizon, every=options.every, fail_on=options.fail_on)
+    except NotFoundError as error:
+        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201
+        return 2
     return 0
 
 

@@ -57,9 +57,9 @@ class GradientMonitor(_Callback):
     Under automatic optimization the numbers are those before clipping; under manual optimization those that the
     optimizer gets. The x axis is that of `self.log`: batches that stepped. TensorBoard loggers get everything (tags as
     in `TensorBoardSink`), other loggers the scalars, and the record goes to `gradwatch/` in the logger's directory, or
-    in `logdir`; without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that an earlier
-    fit, or `gradwatch.watch`, has left on it. A fit of another model, and one whose steps begin anew, begins with
-    nothing remembered, unless it resumes from a checkpoint.
+    in `logdir`; without a logger, alerts still go where `on_alert` says. Fitting a model again closes the watcher that
+    an earlier fit, or `gradwatch.watch`, has left on it. A fit of another model, and one whose steps begin anew, begins
+    with nothing remembered, unless it resumes from a checkpoint.
 
     Args:
         logdir: folder for the record, which goes to `<logdir>/gradwatch`. Default: the logger's directory; without a

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradwatch.model.attempts import callers
 from gradwatch.model.compiled import graphs
 from gradwatch.model.optimizers import Sweep, all_of, nested, parameters_of
 
@@ -20,8 +21,11 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 class StepListener(Protocol):
     """What hears of the steps of an optimizer, in forked children too. It must not raise."""
 
-    def on_begin(self) -> None:
-        """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
+    def on_begin(self, *, early: bool) -> None:
+        """Take note: a step has been called; `early`: it may do whatever it likes before its gradients are looked at.
+
+        Of one that may not, this is told where the step before it may have been.
+        """
 
     def on_look(self, part: Sequence[Tensor] | None = None) -> None:
         """Take note: the gradients of a step are complete, and those weights have not moved; of a `part`, or of all."""
@@ -51,6 +55,9 @@ class StepHooks:
         self._listener: StepListener | None = listener
         self._begun = self._seen = self._told = False
         """Of the step that is under way: whether the listener knows of it, of its gradients, of its loss."""
+        self._early = False
+        """Whether anything might come before the gradients of the last step that began were looked at."""
+        self._outer: object = None
         self._outside = False
         """Whether what wraps the optimizer has been called, and has not returned."""
         self._stepped = False
@@ -63,6 +70,7 @@ class StepHooks:
             outer, inner = (every := nested(optimizer))[0], every[-1]
             self._calls = [_Calls(inner, self._before, self._after)]
             if outer is not inner:
+                self._outer = outer
                 self._calls.append(_Calls(outer, self._entered, self._left, inside=inner))
 
     def join(self, optimizer: object) -> None:
@@ -90,7 +98,9 @@ class StepHooks:
     # --- what wraps the optimizer ---
 
     def _entered(self, _outer: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        self._outside, self._stepped = True, False
+        if self._stepped:  # what wraps it has raised, after it had stepped
+            self._done()
+        self._outside = True
         self._begin(early=True)
         return _with_closure(args, kwargs, lambda closure: self._heard(closure, look=False))
 
@@ -106,8 +116,10 @@ class StepHooks:
         if (self._sweep.several or not usual) and (part := self._sweep.part(optimizer, kwargs)) is not None:
             self._before_part(part)
             return None
-        if self._stepped:  # a second step in one call of what wraps it
+        if self._stepped:  # a second step in one call of what wraps it, or that has raised
             self._done()
+        if self._outside and not _runs(self._outer):
+            self._outside = False
         early = not usual and _closure(args, kwargs) is not None
         if not (self._outside and self._begun):
             self._begin(early=early)
@@ -168,8 +180,9 @@ class StepHooks:
 
     def _begin(self, *, early: bool) -> None:
         self._begun, self._seen, self._told = True, False, False
-        if early and self._listener is not None:
-            self._listener.on_begin()
+        if (early or self._early) and self._listener is not None:
+            self._listener.on_begin(early=early)
+        self._early = early
 
     def _look(self) -> None:
         self._seen = True
@@ -191,7 +204,8 @@ class _Parts:
         self.several = isinstance(optimizer, Sweep)
         self._grows = isinstance(optimizer, Sweep) and optimizer.grows
         self._expected: frozenset[int] | None = None
-        """What steps in a sweep; None: all that there is."""
+        """What steps in a sweep; None: all that is trained."""
+        self._trained = frozenset[int]()
         self._all = optimizer
         self.stepped: set[int] = set()
         """Of the one that is under way."""
@@ -202,9 +216,7 @@ class _Parts:
     def complete(self) -> bool:
         if self._expected is None and self._grows:
             return False
-        if self._expected is None:
-            self._expected = frozenset(id(p) for p in parameters_of(self._all) if p.requires_grad)
-        return self._expected <= self.stepped
+        return (self._trained if self._expected is None else self._expected) <= self.stepped
 
     def part(self, optimizer: Any, kwargs: dict[str, Any]) -> list[Tensor] | None:  # noqa: ANN401
         """Return what a call steps of all; None where it is no part."""
@@ -221,6 +233,10 @@ class _Parts:
         return not self.stepped and task != -1 and task == self._task
 
     def add(self, part: Sequence[Tensor], task: int) -> None:
+        if not self.stepped and not self._grows:
+            trained = frozenset(id(p) for p in parameters_of(self._all) if p.requires_grad)
+            if trained != self._trained:  # some were frozen, or are no more
+                self._trained, self._expected = trained, None
         self._task = task
         self.stepped.update(map(id, part))
 
@@ -307,6 +323,11 @@ def _has_hooks(optimizer: object, inside: object) -> bool:
     own = getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks")
     shared = getattr(inside, "__dict__", {}).get("_optimizer_step_pre_hooks")
     return own is not None and own is not shared and getattr(getattr(type(optimizer), "step", None), "hooked", False)
+
+
+def _runs(outer: object) -> bool:
+    """Tell whether a method of this object has led here."""
+    return any(frame.f_locals.get("self") is outer for frame in callers())
 
 
 def _nested(optimizer: object) -> bool:

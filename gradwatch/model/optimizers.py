@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,19 +31,20 @@ _ADAPTIVE = (
 _ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
 
 
+_DEEPEST = 10
+"""Wrappers, one within the other."""
+
+
 def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimizer, or what merely acts as one)
     """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state."""
     if isinstance(optimizer, Sweep):
         return optimizer_info(optimizer.members[0])
     kind = type(optimizer).__name__
     names = {base.__name__ for base in type(optimizer).__mro__}
-    kept = {
-        key
-        for state in list(getattr(optimizer, "state", {}).values())[:1]
-        if isinstance(state, Mapping)
-        for key in state
-    }
-    eps = (getattr(optimizer, "defaults", None) or {}).get("eps")
+    states, defaults = getattr(optimizer, "state", None), getattr(optimizer, "defaults", None)
+    first = next(iter(states.values()), None) if isinstance(states, Mapping) else None
+    kept = set(first) if isinstance(first, Mapping) else set()
+    eps = defaults.get("eps") if isinstance(defaults, Mapping) else None
     return OptimizerInfo(
         kind,
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
@@ -73,7 +75,7 @@ def nested(optimizer: object) -> list[Any]:
     found: list[Any] = []
     inner: object | None = optimizer
     seen = set[int]()
-    while inner is not None and id(inner) not in seen:
+    while inner is not None and id(inner) not in seen and len(seen) < _DEEPEST:
         seen.add(id(inner))
         if isinstance(inner, Sweep) or steps(inner):
             found.append(inner)
@@ -90,9 +92,7 @@ def _held(outer: object) -> object | None:
     """Return the one optimizer that this holds, or what may hold one in its turn; None where there is none."""
     if isinstance(outer, Sweep):
         return None
-    named: object | None = getattr(outer, "optimizer", None)
-    if not steps(named) and not hasattr(named, "__dict__"):  # "adam", perhaps
-        named = None
+    named = _named(outer)
     values = dict(getattr(outer, "__dict__", {}))
     inside = {name: one for name, value in values.items() for one in _entries(value) if one is not outer and _is(one)}
     several = {id(one) for one in inside.values()}
@@ -109,6 +109,17 @@ def _held(outer: object) -> object | None:
     return named if set(map(id, parameters_of(outer))).issubset(map(id, parameters_of(named))) else None
 
 
+def _named(outer: object) -> object | None:
+    """Return what an object has as `.optimizer`, if it has that: not what one gives that answers to everything."""
+    if inspect.getattr_static(outer, "optimizer", None) is None:
+        return None
+    try:
+        named: object = outer.optimizer  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001  (a property of somebody's)
+        return None
+    return named if steps(named) or hasattr(named, "__dict__") else None  # not "adam"
+
+
 def _is(entry: object) -> bool:
     """Tell whether something that an object happens to hold is an optimizer, without asking it for anything."""
     if isinstance(entry, torch.optim.Optimizer):
@@ -121,7 +132,7 @@ def _is(entry: object) -> bool:
 def _entries(value: object) -> Iterable[object]:
     if isinstance(value, list | tuple):
         return value
-    return value.values() if isinstance(value, Mapping) else (value,)
+    return value.values() if type(value) is dict else (value,)  # not what loads its values when it is asked
 
 
 class Sweep:
@@ -145,14 +156,19 @@ class Sweep:
         return [group for member in self.members for group in member.param_groups]
 
 
-def swept(optimizers: Iterable[Any]) -> list[Any]:
-    """Put those of one class and of a single parameter each together: one after the other they make one step."""
+def swept(optimizers: Iterable[Any], trained: int) -> list[Any]:
+    """Put those of one class and of a single parameter each together: one after the other they make one step.
+
+    But only where they are most of the parameters that are `trained`; two of a few have rhythms of their own.
+    """
     found: dict[object, list[Any]] = {}
     for one in optimizers:
         inner = unwrap(one)
         alone = len(parameters_of(inner)) != 1
         found.setdefault(id(one) if alone else type(inner), []).append(one)
-    return [several[0] if len(several) == 1 else Sweep(list(map(unwrap, several))) for several in found.values()]
+    apart = [[[one] for one in several] if len(several) <= trained / 2 else [several] for several in found.values()]
+    groups = [group for groups in apart for group in groups]
+    return [group[0] if len(group) == 1 else Sweep(list(map(unwrap, group))) for group in groups]
 
 
 def all_of(optimizer: Any) -> list[torch.optim.Optimizer]:  # noqa: ANN401

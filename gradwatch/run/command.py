@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -35,40 +38,60 @@ def run(
 
     """
     training = Training(logdir or str(Path("runs", program.name)), horizon=horizon, every=every)
+    end = _End(training, fail_on)
+    training.first = end.come_first
+    end.come_first()
     try:
         program.execute()
-    except SystemExit as end:
-        if _finish(training, fail_on) and end.code in (None, 0):
-            raise SystemExit(1) from None
+    except SystemExit as exiting:
+        end.status = exiting.code
         raise
     except BaseException:
-        _finish(training, None, whole=False)
+        end.whole = False
         raise
-    if _finish(training, fail_on):
-        raise SystemExit(1)
 
 
-def _finish(training: Training, fail_on: str | None, *, whole: bool = True) -> bool:
-    """Say what was seen, and tell whether that is to fail the program.
+class _End:
+    """What is to happen when the program has ended, its threads too, and before its files are closed."""
 
-    Args:
-        training: what was watched.
-        fail_on: as for `run`.
-        whole: whether the program came to its end: one that did not may have meant to train something.
+    def __init__(self, training: Training, fail_on: str | None) -> None:
+        self._training, self._fail_on = training, fail_on
+        self.status: object = None
+        """What the program has given to `sys.exit`."""
+        self.whole = True
+        """Whether it came to its end: one that did not may have meant to train something."""
 
-    """
-    try:
-        training.close()
-        for problem in training.problems() if whole else ():
-            say(problem)
-        return _tell(training, fail_on)
-    except Exception as error:  # noqa: BLE001  (the program has ended as it has)
-        say(f"the report could not be made: {type(error).__name__}: {error}")
-        return False
+    def come_first(self) -> None:
+        """Be called at the exit before all that is to be called by now."""
+        atexit.unregister(self)
+        atexit.register(self)
+
+    def __call__(self) -> None:
+        if os.getpid() != self._training.pid:  # a forked child, which ends like this too
+            return
+        failed = False
+        with contextlib.suppress(BrokenPipeError):
+            failed = self._said()
+        if failed and self.whole and self.status in (None, 0):
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+            os._exit(1)  # what is called at the exit cannot change the status otherwise
+
+    def _said(self) -> bool:
+        """Say what was seen, and tell whether that is to fail the program."""
+        try:
+            self._training.close()
+            for problem in self._training.problems() if self.whole else ():
+                say(problem)
+            return _tell(self._training, self._fail_on)
+        except Exception as error:  # noqa: BLE001  (the program has ended as it has)
+            say(f"the report could not be made: {type(error).__name__}: {error}")
+            return False
 
 
 def _tell(training: Training, fail_on: str | None) -> bool:
-    if not training.folders:
+    if not training.folders or os.getpid() != training.pid:
         return False
     from rich.text import Text
 
@@ -87,7 +110,8 @@ def _tell(training: Training, fail_on: str | None) -> bool:
         )
     for number, (name, run) in enumerate(runs.items()):
         shown = name if len(runs) > 1 else ""
-        show(run_summary(run, shown) if number < _IN_FULL else Text(verdict(run, shown)), to=sys.stderr)
+        if sys.stderr is not None:
+            show(run_summary(run, shown) if number < _IN_FULL else Text(verdict(run, shown)), to=sys.stderr)
     if fail_on is None:
         return False
     limit = Severity[fail_on.upper()]

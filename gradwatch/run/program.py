@@ -8,7 +8,6 @@ import importlib.util
 import io
 import os
 import sys
-import threading
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,14 @@ from types import CodeType, ModuleType, TracebackType
 _HERE = str(Path(__file__).parent.parent) + os.sep
 _OURS = tuple(_HERE + name for name in ("run" + os.sep, str(Path("model", "optimizer_hooks.py"))))
 """Files of ours that a program may call without knowing it."""
+
+
+_UNTRACED = str(Path("torch", "_dynamo", "eval_frame.py"))
+"""What calls ours where torch.compile is to leave it alone."""
+
+
+class NotFoundError(Exception):
+    """There is no such program; the text says which."""
 
 
 class Program:
@@ -32,18 +39,12 @@ class Program:
 
         Raises:
             OSError: the script cannot be read.
-            ValueError: there is no such module, or it cannot be run.
 
         """
+        self._module = name if module else None
         self._spec: importlib.machinery.ModuleSpec | None = None
-        self._package: str | None = None
         if module:
-            # As `python -m` does: what lies in the current folder comes first, also to find the module.
-            self._path = str(Path.cwd())
-            _set_first_path(self._path)
-            self._spec = _spec_of(name)
-            self._origin = self._spec.origin or name
-            self._package = self._spec.parent
+            self._origin, self._path = "-m", str(Path.cwd())
         else:
             self._origin, self._path = str(Path(name).absolute()), str(Path(name).resolve().parent)
             with io.open_code(self._origin) as file:
@@ -52,19 +53,18 @@ class Program:
         self.name = name.rpartition(".")[2] if module else Path(name).stem
 
     def execute(self) -> None:
-        """Run it as `__main__`, in a module of its own, until the threads that it leaves have ended too.
+        """Run it as `__main__`, in a module of its own.
 
         Raises:
+            NotFoundError: there is no such module.
             BaseException: what the program raises, also SystemExit. Once this is raised, the traceback that Python
                 prints has no frames of ours.
 
         """
-        main = self._as_main()
         try:
+            main = self._as_main()
             exec(self._code(), vars(main))  # noqa: S102  (that is what it is for)
-            _join_threads()
-        except SystemExit:
-            _join_threads()
+        except (SystemExit, NotFoundError):
             raise
         except BaseException:
             _hide_our_frames()
@@ -80,6 +80,12 @@ class Program:
 
     def _as_main(self) -> ModuleType:
         main = types.ModuleType("__main__")
+        # As `python -m` does: what lies in the current folder comes first, also to find the module, whose package runs.
+        sys.argv = self._arguments
+        _set_first_path(self._path)
+        if self._module is not None:
+            self._spec = _spec_of(self._module)
+            self._origin = self._arguments[0] = self._spec.origin or self._module
         loader = (
             importlib.machinery.SourceFileLoader("__main__", self._origin) if self._spec is None else self._spec.loader
         )
@@ -87,13 +93,11 @@ class Program:
             __file__=self._origin,
             __builtins__=builtins,
             __spec__=self._spec,
-            __package__=self._package,
+            __package__=self._spec.parent if self._spec is not None else None,
             __cached__=self._spec.cached if self._spec is not None else None,
             __loader__=loader,
             __annotations__={},
         )
-        sys.argv = self._arguments
-        _set_first_path(self._path)
         # Without the second, objects from spawned children do not unpickle.
         sys.modules["__main__"] = sys.modules["__mp_main__"] = main
         return main
@@ -109,20 +113,15 @@ def _spec_of(name: str) -> importlib.machinery.ModuleSpec:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"no module named {name!r}: {error}") from error
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):  # what its package imports
+            raise
+        spec = None
     if spec is None:
-        raise ValueError(f"no module named {name!r}, or it is a package without __main__")
+        raise NotFoundError(f"no module named {name!r}, or it is a package without __main__")
     if not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-        raise ValueError(f"the module {name!r} has no source")  # noqa: TRY004  (nothing is of a wrong type)
+        raise NotFoundError(f"the module {name!r} has no source")
     return spec
-
-
-def _join_threads() -> None:
-    """Wait, as Python does when a program has ended, for the threads that it has left."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
 
 
 def _hide_our_frames() -> None:
@@ -152,6 +151,8 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
             frames.clear()
         elif not code.co_filename.startswith(_OURS):
             frames.append(trace)
+        elif frames and frames[-1].tb_frame.f_code.co_filename.endswith(_UNTRACED):
+            frames.pop()
         trace = trace.tb_next
     for one in reversed(frames):
         trace = TracebackType(trace, one.tb_frame, one.tb_lasti, one.tb_lineno)

@@ -62,7 +62,7 @@ def _outermost(candidates: Sequence[nn.Module], above: dict[int, list[nn.Module]
     """Return the one that is in none of the others; of several the smallest."""
     ids = set(map(id, candidates))
     tops = [m for m in candidates if not any(id(parent) in ids for parent in above.get(id(m), ()))]
-    return min(tops or candidates, key=lambda m: sum(p.numel() for p in m.parameters() if p.is_leaf))
+    return min(tops or candidates, key=lambda m: sum(1 for _ in m.parameters()))
 
 
 def _tops(lines: Iterable[dict[int, nn.Module]], above: dict[int, list[nn.Module]]) -> list[nn.Module]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,10 @@ _MOST = 50
 """Models that are watched in one process: a search over networks may train thousands."""
 
 
+_MOST_OPTIMIZERS = 8
+"""Optimizers of one run: where each round of a training makes a new one, another run begins and the old ones can go."""
+
+
 class Training:
     """What a program trains. Of torch nothing is touched before the program has imported it."""
 
@@ -35,8 +41,10 @@ class Training:
             every: steps from one that is measured to the next.
 
         """
-        self.logdir, self._horizon, self._every = logdir, horizon, every
-        self.watchers: list[Watcher] = []
+        self.logdir = str(Path(logdir).absolute())  # the program may go elsewhere
+        self._horizon, self._every = horizon, every
+        self._watching: list[tuple[Watcher, int]] = []
+        """The watchers, each with the thread that trains its model."""
         self.folders: list[Path] = []
         """Those of the watchers, as far as they have one."""
         self.backwards = 0
@@ -45,46 +53,61 @@ class Training:
         """Optimizers that step what can be named by nobody."""
         self.beyond = 0
         """Models beyond those that are watched."""
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: dict[int, weakref.ref[Any]] = {}
+        """Optimizers, by `id`: not all of them have a hash."""
+        self._witnesses: dict[int, tuple[int, weakref.ref[Tensor]]] = {}
+        """By optimizer, by `id`, the thread in which it stepped last, and a parameter that had a gradient then."""
         self._names: dict[str, int] = {}
-        self._losses: Losses | None = None
-        self._pid = os.getpid()
+        self._losses: dict[int, Losses] = {}
+        """By thread."""
+        self.pid = os.getpid()
+        self.first: Callable[[], object] = lambda: None
+        """Called when something is made that will be closed at the exit."""
         self._failed = False
         when_imported("torch", self._install)
 
     def _install(self) -> None:
         import torch
+        from torch.autograd.graph import GradientEdge
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
         backward = torch.autograd.backward
 
         @functools.wraps(backward)
-        def watched(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-            self._guarded(self._before_backward, *args, **kwargs)
-            backward(*args, **kwargs)
+        def watched(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            if not isinstance(tensors, torch.Tensor | GradientEdge | Sequence):  # it can be read only once
+                tensors = tuple(tensors)
+            if grad_tensors is not None and not isinstance(grad_tensors, torch.Tensor | Sequence):
+                grad_tensors = tuple(grad_tensors)
+            self._guarded(self._before_backward, tensors, grad_tensors)
+            backward(tensors, grad_tensors, *args, **kwargs)
 
         torch.autograd.backward = watched
-        register_optimizer_step_pre_hook(torch.compiler.disable(self._before_step))  # type: ignore[no-untyped-call]
+        handle = register_optimizer_step_pre_hook(self._before_step)
 
-    def _guarded(self, act: Callable[..., object], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        def hide() -> None:
+            """Keep what is ours out of what is compiled, once anything can be."""
+            untraced: Any = torch.compiler.disable
+            if torch.autograd.backward is watched:  # and not the program's own
+                torch.autograd.backward = untraced(watched)
+            handle.remove()
+            register_optimizer_step_pre_hook(untraced(self._before_step))
+
+        when_imported("torch._dynamo", hide)
+
+    def _guarded(self, act: Callable[..., object], *args: Any) -> None:  # noqa: ANN401
         """Keep every failure of ours out of the program; a forked child is none of ours."""
-        if self._failed or os.getpid() != self._pid:
+        if self._failed or os.getpid() != self.pid:
             return
         try:
-            act(*args, **kwargs)
+            act(*args)
         except Exception as error:  # noqa: BLE001  (whatever a program holds)
             self._failed = True
             say(f"watching is switched off: {type(error).__name__}: {error}")
 
     # --- the losses ---
 
-    def _before_backward(
-        self,
-        tensors: Any = (),  # noqa: ANN401  (torch's own signature)
-        grad_tensors: Any = None,  # noqa: ANN401
-        *_: object,
-        **__: object,
-    ) -> None:
+    def _before_backward(self, tensors: Any, grad_tensors: Any) -> None:  # noqa: ANN401  (torch's own arguments)
         import torch
 
         if torch._C._current_graph_task_id() != -1:  # reentrant checkpointing
@@ -92,48 +115,62 @@ class Training:
         given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         weights = [grad_tensors] if grad_tensors is None or isinstance(grad_tensors, torch.Tensor) else grad_tensors
         self.backwards += 1
-        for watcher in self.watchers:
-            watcher.end_sweeps()
-        if any(loss.numel() != 1 for loss in given) or len(weights) not in (1, len(given)):
+        here = threading.get_ident()
+        for watcher, thread in self._watching:
+            if thread == here:
+                watcher.end_sweeps()
+        if len(weights) not in (1, len(given)):
+            return
+        if any(not isinstance(loss, torch.Tensor) or loss.numel() != 1 for loss in given):
             return
         losses = self._told()
-        if not self._has_gradient():  # that of what was told before has been thrown away
+        if self._thrown_away():
             losses.clear()
         for loss, weight in zip(given, [*weights, *[None] * (len(given) - len(weights))], strict=True):
             value = loss.detach().reshape(())
             losses.record(value if weight is None else value * weight.detach().reshape(()))
 
     def _told(self) -> Losses:
-        if self._losses is None:
-            from gradwatch.watcher.losses import Losses
+        """Return what is told in this thread: another's losses are of other steps."""
+        from gradwatch.watcher.losses import Losses
 
-            self._losses = Losses(raw=True)
-        return self._losses
+        return self._losses.setdefault(threading.get_ident(), Losses(raw=True))
 
-    def _has_gradient(self) -> bool:
-        models = [model for watcher in self.watchers if (model := watcher.model) is not None]
-        return not models or any(p.grad is not None for model in models for p in model.parameters())
+    def _thrown_away(self) -> bool:
+        """Tell whether the gradients of what was told before are gone: of those that stepped last none is there."""
+        here = threading.get_ident()
+        known = [p for thread, held in self._witnesses.values() if thread == here and (p := held()) is not None]
+        return bool(known) and all(p.grad is None for p in known)
 
     # --- the models ---
 
     def _before_step(self, optimizer: Any, _args: object, _kwargs: object) -> None:  # noqa: ANN401
-        if optimizer not in self._seen:
-            self._guarded(self._meet, optimizer)
+        self._guarded(self._hear, optimizer)
+
+    def _hear(self, optimizer: Any) -> None:  # noqa: ANN401
+        seen = self._seen.get(id(optimizer))
+        if seen is None or seen() is not optimizer:
+            self._meet(optimizer)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        if (witness := next((p for p in parameters if p.grad is not None), None)) is not None:
+            self._witnesses[id(optimizer)] = threading.get_ident(), weakref.ref(witness)
 
     def _meet(self, optimizer: Any) -> None:  # noqa: ANN401
         from gradwatch.model.optimizers import all_of, parameters_of, unwrap
         from gradwatch.watcher.watch import watched
 
-        self._seen.update(all_of(optimizer))
+        self._seen.update((id(one), weakref.ref(one)) for one in (optimizer, *all_of(optimizer)))
         parameters = parameters_of(unwrap(optimizer))
         if not parameters or watched(optimizer):
             return
-        self.watchers = [w for w in self.watchers if w.model is not None or w.close() is None]
-        for watcher in self.watchers:
+        self._watching = [(w, thread) for w, thread in self._watching if w.model is not None or w.close() is None]
+        for watcher, _ in self._watching:
             model = watcher.model
             if model is not None and {id(p) for p in model.parameters()}.issuperset(map(id, parameters)):
-                watcher.join(self._as_part(optimizer, model))
-                return
+                if len(watcher.report.snapshot.model.optimizers) < _MOST_OPTIMIZERS:
+                    watcher.join(self._as_part(optimizer, model))
+                    return
+                watcher.close()
         if (model := self._model_of(parameters, optimizer)) is not None:
             self._watch(model, optimizer)
 
@@ -177,15 +214,17 @@ class Training:
         directory = RunDirectory(self.logdir, own_name(options.name), free=gc.collect)
         watcher = Watcher(model, [self._as_part(optimizer, model)], options, directory=directory, losses=self._told())
         remember(watcher)
-        watcher.wait_for_others()
-        self.watchers.append(watcher)
+        if _of_several_processes(model):
+            watcher.wait_for_others()
+        self._watching.append((watcher, threading.get_ident()))
         self.folders.append(directory.path)
+        self.first()
 
     # --- the end ---
 
     def problems(self) -> list[str]:
         """Say why there is less to see than one would expect."""
-        if os.getpid() != self._pid:
+        if os.getpid() != self.pid:
             return []
         found = []
         if self.beyond:
@@ -209,8 +248,14 @@ class Training:
 
     def close(self) -> None:
         """Close the watchers."""
-        for watcher in self.watchers:
+        for watcher, _ in self._watching:
             self._guarded(watcher.close)
+
+
+def _of_several_processes(model: nn.Module) -> bool:
+    """Tell whether other processes train the same: then all watch, and one speaks."""
+    kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    return not kinds.isdisjoint(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
 
 
 def _others() -> set[str]:
@@ -226,5 +271,7 @@ def _others() -> set[str]:
 
 
 def say(message: str) -> None:
-    """Tell the user something, and leave what the program prints to the program."""
-    print(f"gradwatch: {message}", file=sys.stderr)  # noqa: T201  (a command line prints)
+    """Tell the user something, where there is anybody to hear it, and leave what the program prints to the program."""
+    if sys.stderr is not None:
+        with contextlib.suppress(Exception):
+            print(f"gradwatch: {message}", file=sys.stderr)  # noqa: T201  (a command line prints)

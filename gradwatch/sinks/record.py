@@ -27,8 +27,8 @@ BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
 steps of a model with 100 parameter tensors."""
 
-_LONGEST = 16 * 2**20
-"""Characters of a line that is read; a model of 100,000 parameter tensors needs less."""
+_LONGEST = 256 * 2**20
+"""Characters of a line that is read; a model of a million parameter tensors needs 220 million."""
 MOST = 200_000
 """Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
 is written. No record of the usual bound has so many."""

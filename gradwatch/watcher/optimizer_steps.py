@@ -112,9 +112,10 @@ class OptimizerSteps:
 
     # --- a step as the hooks tell of it ---
 
-    def on_begin(self) -> None:
-        """Take note: a step has been called that may do whatever it likes before its gradients are looked at."""
-        if self._copies.wanted_early:
+    def on_begin(self, *, early: bool) -> None:
+        """Take note: a step has been called; `early`: it may do anything before its gradients are looked at."""
+        self._copies.drop()  # of a step that raised
+        if early and self._copies.wanted_early:
             self._guard(self._copy_first)
 
     def _copy_first(self) -> None:

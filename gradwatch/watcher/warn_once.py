@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 
@@ -24,8 +25,9 @@ class WarnOnce:
         self._said.add(key)
         try:
             warnings.warn(f"gradwatch: {message}", GradwatchWarning, stacklevel=3)
-        except Warning:
-            _log.warning(message)
+        except Exception:  # noqa: BLE001  (a warning that is an error; a standard error that is closed)
+            with contextlib.suppress(Exception):
+                _log.warning(message)
 
 
 def name_of(function: object) -> str:

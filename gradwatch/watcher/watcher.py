@@ -79,7 +79,7 @@ class Watcher:
         """What `on_alert="raise"` wants to be raised, once what is under way is whole."""
         self._warn = WarnOnce()
         self._losses = Losses() if losses is None else losses
-        optimizers = swept(optimizers)
+        optimizers = swept(optimizers, sum(p.requires_grad for p in model.parameters()))
         inner = list(map(unwrap, optimizers))
         self._model_map = ModelMap(model, inner)
         info = self._model_map.info
@@ -259,8 +259,7 @@ class Watcher:
         if self._off:
             return
         self._unheard.join(all_of(optimizer))
-        if any(steps.takes_in(optimizer) for steps in self._steps):
-            self._model_map.describe()
+        if any(steps.takes_in(optimizer) for steps in self._steps):  # its next look describes the model anew
             return
         inner = unwrap(optimizer)
         self._model_map.join(inner)

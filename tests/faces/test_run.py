@@ -96,6 +96,11 @@ PROGRAMS = {
         threading.Thread(target=late).start()
         print("main")
     """,
+    "workers that nobody has ended": """
+        import concurrent.futures
+        pool = concurrent.futures.ThreadPoolExecutor(1)
+        print(pool.submit(lambda: 42).result())
+    """,
     "an exit from a thread": """
         import os, threading, time
         threading.Thread(target=lambda: (time.sleep(0.2), print("thread", flush=True), os._exit(5))).start()
@@ -127,8 +132,13 @@ def test_a_program_is_as_it_is_under_python_alone(tmp_path, name):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_first_argument_of_two_dashes_is_the_programs(tmp_path):
+    write(tmp_path, "program.py", "import sys; print(sys.argv)")
+    assert python(tmp_path, *RUN, "program.py", "--", "x").out == "['program.py', '--', 'x']\n"
+
+
 def test_a_module_is_as_it_is_under_python_alone(tmp_path):
-    write(tmp_path, "package/__init__.py", "")
+    write(tmp_path, "package/__init__.py", "import sys; print(sys.argv)")
     write(tmp_path, "package/part.py", "VALUE = 3")
     source = """
         import sys
@@ -434,3 +444,90 @@ def test_a_model_that_is_trained_after_another_has_a_run_of_its_own(tmp_path):
 def test_torch_is_not_imported_before_the_program_does(tmp_path):
     ended, _ = recorded(tmp_path, "import sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules")
     assert "nothing was trained here" in ended.err
+
+
+PLAIN = """
+    net = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = net(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+"""
+
+
+def test_threads_that_train_have_runs_and_losses_of_their_own(tmp_path):
+    _, runs = recorded(
+        tmp_path,
+        """
+        import threading, torch
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        def train(width):
+            net = torch.nn.Linear(width, 1)
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+            for _ in range(40):
+                optimizer.zero_grad()
+                (net(torch.ones(1, width)).sum() * 0 + width).backward()
+                optimizer.step()
+        threads = [threading.Thread(target=train, args=(width,)) for width in (2, 3, 4, 5)]
+        for thread in threads:
+            thread.start()
+        """,
+    )
+    told = {run.snapshots[0].model.parameters[0].shape[1]: {s.loss for s in run.snapshots} for run in runs.values()}
+    assert told == {width: {float(width)} for width in (2, 3, 4, 5)}
+    assert {len(run.snapshots) for run in runs.values()} == {40}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("loss.backward()", "torch.autograd.backward(part for part in [loss])"),
+        ("torch.optim.SGD(", "Unhashable("),
+        ("for step", "sys.stderr.close()\n    for step"),
+        ("for step", "sys.stderr = None\n    for step"),
+        ("for step", "import os, tempfile; os.chdir(tempfile.mkdtemp())\n    for step"),
+        ("for step", "lazy = torch.nn.ModuleList([net, torch.nn.LazyLinear(3)])\n    for step"),
+        (
+            "loss.backward()",
+            "torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones(()))",
+        ),
+    ],
+)
+def test_whatever_a_program_does_it_trains_and_is_watched(tmp_path, before, after):
+    start = """
+    import sys, torch
+    class Unhashable(torch.optim.SGD):
+        __hash__ = None
+"""
+    source = (
+        start
+        + PLAIN.replace(before, after)
+        + "    print(float(loss.detach()), [p.sum().item() for p in net.parameters()])\n"
+    )
+    source = source.replace("import sys, torch\n", "import sys, torch\n    torch.manual_seed(0)\n")
+    write(tmp_path, "alone.py", source)
+    ended, runs = recorded(tmp_path, source)
+    assert ended.out == trains(tmp_path, "alone.py").out != ""
+    (run,) = runs.values()
+    assert [s.step for s in run.snapshots] == [*range(6)]
+
+
+def test_where_each_round_makes_an_optimizer_the_old_ones_can_go(tmp_path):
+    ended, runs = recorded(
+        tmp_path,
+        """
+        import gc, torch, weakref
+        net, made = torch.nn.Linear(4, 2), []
+        for _ in range(20):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            made.append(weakref.ref(optimizer))
+            net(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        gc.collect()
+        print(sum(one() is not None for one in made))
+        """,
+    )
+    assert int(ended.out) <= 8
+    assert sum(len(run.snapshots) for run in runs.values()) == 20

@@ -335,6 +335,20 @@ def test_what_holds_one_optimizer_is_unwrapped_whatever_the_attribute_is_called(
     assert "step" not in vars(outer)
 
 
+def test_what_has_an_answer_to_everything_is_taken_for_what_it_is():
+    model = tall()
+
+    class Any(Duck):
+        def __getattr__(self, name):
+            return Any([]) if not name.startswith("__") else super().__getattribute__(name)
+
+    optimizer = Any(model.parameters())
+    watched = Watched(model, optimizer)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    assert len(watched.snapshots) == 1
+
+
 def test_what_holds_several_optimizers_must_be_told_apart():
     model = tall()
 
@@ -507,7 +521,41 @@ def test_a_wrapper_that_raises_and_is_called_no_more_leaves_the_steps_of_the_inn
     outer.step()
     outer.step()
     inner.step()  # nothing wraps this one
-    assert [s.step for s in watched.snapshots] == [0, 1, 2]
+    assert [s.step for s in watched.snapshots] == [0, 1, 2, 3]  # also the first, in which the inner one has stepped
+    outer.trouble = True
+    with pytest.raises(RuntimeError, match="quack"):
+        outer.step()
+    inner.step()
+    assert [s.step for s in watched.snapshots] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_step_that_raised_leaves_no_copies_to_the_next():
+    model = tall()
+    optimizer = Perturbs(model.parameters(), lr=0.1)
+    watched = Watched(model, optimizer, probe_every_n_steps=1)
+
+    def broken():
+        raise RuntimeError("no data")
+
+    for step, batch in enumerate(batches(6)):
+
+        def closure(batch=batch):
+            model.zero_grad()
+            loss = loss_of(model, batch)
+            loss.backward()
+            return loss
+
+        if step in (1, 3):
+            with pytest.raises(RuntimeError, match="no data"):
+                optimizer.step(broken)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0.5)
+        before = of_weights(model)
+        optimizer.step(closure)
+        first = next(iter(before))
+        moved = (of_weights(model)[first] - before[first]).norm() / before[first].norm()
+        assert watched.snapshots[-1].update_ratio[0] == pytest.approx(float(moved), rel=1e-4)
 
 
 def test_a_scheduler_takes_a_wrapped_step_for_the_optimizers_own():
@@ -677,3 +725,32 @@ def test_the_step_of_two_classes_is_not_one_sweep(watching):
     for optimizer in optimizers:
         optimizer.step()
     assert [s.optimizer for s in watched.snapshots] == [0, 1]
+
+
+def test_two_optimizers_of_one_parameter_each_among_many_keep_their_own_steps(watching):
+    model = tall()
+    first, second, *_ = model.parameters()
+    optimizers = [torch.optim.SGD([p], lr=0.1) for p in (first, second)]
+    watched = watching(model, optimizers)
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, batches(1)[0]).backward()
+        optimizers[0].step()
+        if step % 2:
+            optimizers[1].step()
+    assert [(s.optimizer, s.step) for s in watched.snapshots] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1)]
+
+
+def test_parameters_that_come_back_are_in_the_sweep_at_once(watching):
+    model = tall()
+    optimizers, truth = released(model)
+    watched = watching(model, optimizers)
+    expected = []
+    for step, batch in enumerate(batches(9)):
+        for p in list(model.parameters())[:2]:
+            p.requires_grad_(step % 4 < 2)
+        truth.clear()
+        loss_of(model, batch).backward()
+        expected.append(dict(truth))
+    watched.watcher.close()
+    same(watched.norms(), expected)

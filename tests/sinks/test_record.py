@@ -748,3 +748,19 @@ def test_wall_time_is_the_time_of_the_step(tmp_path):
     before = time.time()
     watched(tmp_path).close()
     assert all(before <= s.wall_time <= time.time() for s in read_run(tmp_path).snapshots)
+
+
+@pytest.mark.slow
+def test_a_model_of_very_many_parameters_is_read_back(tmp_path):
+    names = [f"model.layers.{i}.self_attention.projection_of_queries" for i in range(80_000)]
+    layers = tuple(gradwatch.LayerInfo(name, "Linear") for name in names)
+    parameters = tuple(
+        gradwatch.ParameterInfo(name=f"{name}.weight", layer=name, shape=(4, 4), dtype="float32") for name in names
+    )
+    model = gradwatch.ModelInfo(layers, parameters, ())
+    record = gradwatch.Record(tmp_path)
+    record(Report(snapshot(0, model, norm=(1.0,) * len(names))))
+    record.close()
+
+    (read,) = gradwatch.read_run(tmp_path).snapshots
+    assert read.model == model
