@@ -27,8 +27,10 @@ BOUND = 64 * 2**20
 """Bytes of a record; past them every second of the older snapshots is dropped, never an alert. About 25,000 measured
 steps of a model with 100 parameter tensors."""
 
-_LONGEST = 256 * 2**20
-"""Characters of a line that is read; a model of a million parameter tensors needs 220 million."""
+_LONGEST = 16 * 2**20
+"""Characters of a line that is read, but for one that describes the model."""
+_MODEL, _LONGEST_MODEL = '{"model":', 256 * 2**20
+"""How that begins, and how long it may be: a million parameter tensors need about 220 million characters."""
 MOST = 200_000
 """Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
 is written. No record of the usual bound has so many."""
@@ -274,10 +276,16 @@ def _read(file: Path, most: int = MOST) -> Run:
 def _lines(stream: TextIO) -> Iterator[str]:
     """Return the lines of a file, of one that is too long its beginning."""
     while line := stream.readline(_LONGEST):
-        end = line
-        while len(end) == _LONGEST and not end.endswith("\n"):
-            end = stream.readline(_LONGEST)
-        yield line if end is line else line[:80] + "\n"
+        most = _LONGEST
+        if len(line) == most and line.startswith(_MODEL):
+            most = _LONGEST_MODEL
+            line += stream.readline(most - _LONGEST)
+        if len(line) < most or line.endswith("\n"):
+            yield line
+            continue
+        while len(end := stream.readline(_LONGEST)) == _LONGEST and not end.endswith("\n"):
+            pass
+        yield line[:80] + "\n"
 
 
 def _begun(content: dict[str, Any]) -> tuple[int, int]:

@@ -51,17 +51,21 @@ def told(reports):
     return [(r.snapshot.step, norms(r.snapshot)) for r in reports], alerts
 
 
-def raw(_folder):
-    model = network()
-    optimizer, heard = sgd(model), Heard()
+def by_hand(model, optimizer, backward):
+    heard = Heard()
     with gradwatch.watch(model, optimizer, sinks=[heard], on_alert=lambda _: None) as watcher:
         for x in batches():
             optimizer.zero_grad()
             loss = loss_of(model, x)
             watcher.record(loss)
-            loss.backward()
+            backward(loss)
             optimizer.step()
     return told(heard)
+
+
+def raw(_folder):
+    model = network()
+    return by_hand(model, sgd(model), torch.Tensor.backward)
 
 
 def run(folder):
@@ -119,35 +123,15 @@ def lightning(folder):
 def fabric(_folder):
     from lightning.fabric import Fabric
 
-    its = Fabric(accelerator="cpu", devices=1)
-    model = network()
-    model, optimizer = its.setup(model, sgd(model))
-    heard = Heard()
-    with gradwatch.watch(model, optimizer, sinks=[heard], on_alert=lambda _: None) as watcher:
-        for x in batches():
-            optimizer.zero_grad()
-            loss = loss_of(model, x)
-            watcher.record(loss)
-            its.backward(loss)
-            optimizer.step()
-    return told(heard)
+    its, model = Fabric(accelerator="cpu", devices=1), network()
+    return by_hand(*its.setup(model, sgd(model)), its.backward)
 
 
 def accelerate(_folder):
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True)
-    model = network()
-    model, optimizer = accelerator.prepare(model, sgd(model))
-    heard = Heard()
-    with gradwatch.watch(model, optimizer, sinks=[heard], on_alert=lambda _: None) as watcher:
-        for x in batches():
-            optimizer.zero_grad()
-            loss = loss_of(model, x)
-            watcher.record(loss)
-            accelerator.backward(loss)
-            optimizer.step()
-    return told(heard)
+    accelerator, model = Accelerator(cpu=True), network()
+    return by_hand(*accelerator.prepare(model, sgd(model)), accelerator.backward)
 
 
 def ignite(_folder):

@@ -14,7 +14,7 @@ from gradwatch.watcher.options import Options
 
 OWN = {
     "watch": {"model", "optimizer", "logdir", "scaler"},
-    "GradientMonitor": {"self"},
+    "GradientMonitor": {"self", "logdir"},
     "check": {"model", "batch", "loss"},
 }
 FEWER = {"check": {"thresholds", "ignore", "detectors"}}
