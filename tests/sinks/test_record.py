@@ -755,7 +755,7 @@ def test_a_model_of_very_many_parameters_is_read_back(tmp_path):
     names = [f"model.layers.{i}.self_attention.projection_of_queries" for i in range(80_000)]
     layers = tuple(gradwatch.LayerInfo(name, "Linear") for name in names)
     parameters = tuple(
-        gradwatch.ParameterInfo(name=f"{name}.weight", layer=name, shape=(4, 4), dtype="float32") for name in names
+        gradwatch.ParameterInfo(f"{name}.weight", name, (4, 4), "float32", None, "weight") for name in names
     )
     model = gradwatch.ModelInfo(layers, parameters, ())
     record = gradwatch.Record(tmp_path)
