@@ -163,10 +163,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, medians [quartiles]; control: plain again")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "program.py")
-        start_up(2 if quick else 15, program)
+        start_up(2 if quick else 9, program)
         for objects in (0, 400_000):
             search(3 if quick else 15, objects)
-        steps(1 if quick else 7, 205 if quick else 1200, program)
+        steps(1 if quick else 3, 205 if quick else 1000, program)
 
 
 if __name__ == "__main__":
