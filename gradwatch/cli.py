@@ -16,9 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2: wrong usage, or a run that cannot be read, that holds no step, or of which more is lost than the half line that a
     killed process leaves. `run` ends as the program ends that it runs, also by an exception.
     """
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser().parse_args(given)
     if options.command == "run":
-        return _run(options)
+        return _run(options, given)
     try:
         return int(options.run(options))
     except (OSError, ValueError) as error:
@@ -95,22 +96,18 @@ def _positive(text: str) -> int:
     return number
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     from gradwatch.run.command import run
     from gradwatch.run.program import NotFoundError, Program
 
-    given = options.arguments
-    if sys.argv[-len(given) - 1] == "--":  # which argparse takes for its own
-        given = ["--", *given]
+    its = options.arguments
+    if given[-len(its) - 1] == "--":  # which argparse takes for its own
+        its = ["--", *its]
     try:
-        program = Program(options.program, given, module=options.module)
-    except OSError as error:
-        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
-        return 2
-    try:
+        program = Program(options.program, its, module=options.module)
         run(program, logdir=options.logdir, horizon=options.horizon, every=options.every, fail_on=options.fail_on)
     except NotFoundError as error:
-        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201
+        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
         return 2
     return 0
 

@@ -28,7 +28,7 @@ from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, GradientHealthError, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.options import Options
+from gradwatch.watcher.options import Options, check_of_trainer
 from gradwatch.watcher.warn_once import WarnOnce, said
 from gradwatch.watcher.watch import close_earlier, close_orphans, remember
 from gradwatch.watcher.watcher import Watcher
@@ -88,12 +88,7 @@ class GradientCallback(TrainerCallback, ExportableState):
         on_alert: Literal["warn", "raise", "stop"] | Callable[[Alert], object] = "warn",
     ) -> None:
         """Check and keep the options; nothing is attached before the training."""
-        if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
-            raise ValueError(
-                f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
-            )
-        if logdir is not None and not isinstance(logdir, str | os.PathLike):
-            raise TypeError(f"logdir must be a path or None, got {logdir!r:.80}")
+        check_of_trainer(logdir, on_alert)
         self._options = Options(
             name=name,
             every_n_steps=every_n_steps,

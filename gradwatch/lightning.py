@@ -22,7 +22,7 @@ from gradwatch.timesteps.sequences import Need, Timesteps
 from gradwatch.values.history import Detector
 from gradwatch.values.report import Alert, Report, Severity, Sink
 from gradwatch.values.thresholds import Thresholds
-from gradwatch.watcher.options import Options
+from gradwatch.watcher.options import Options, check_of_trainer
 from gradwatch.watcher.warn_once import WarnOnce
 from gradwatch.watcher.watch import close_earlier, close_orphans, remember
 from gradwatch.watcher.watcher import Watcher
@@ -95,12 +95,7 @@ class GradientMonitor(_Callback):
     ) -> None:
         """Check and keep the options; nothing is attached before the fit."""
         super().__init__()
-        if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
-            raise ValueError(
-                f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
-            )
-        if logdir is not None and not isinstance(logdir, str | os.PathLike):
-            raise TypeError(f"logdir must be a path or None, got {logdir!r:.80}")
+        check_of_trainer(logdir, on_alert)
         self._logdir = logdir
         self._options = Options(
             name=name,

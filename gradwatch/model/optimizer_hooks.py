@@ -75,7 +75,7 @@ class StepHooks:
 
     def join(self, optimizer: object) -> None:
         """Attach to one more optimizer of the sweep that this is."""
-        self._calls += [_Calls(member, self._before, self._after) for member in all_of(optimizer)[-1:]]
+        self._calls.append(_Calls(all_of(optimizer)[-1], self._before, self._after))
         self._sweep.forget()
 
     def detach(self) -> None:
@@ -120,13 +120,12 @@ class StepHooks:
             self._done()
         if self._outside and not _runs(self._outer):
             self._outside = False
-        early = not usual and _closure(args, kwargs) is not None
+        changed = None if usual else _with_closure(args, kwargs, lambda closure: self._heard(closure, look=True))
         if not (self._outside and self._begun):
-            self._begin(early=early)
-        if not early:
+            self._begin(early=changed is not None)
+        if changed is None:
             self._look()
-            return None
-        return _with_closure(args, kwargs, lambda closure: self._heard(closure, look=True))
+        return changed
 
     def _after(self) -> None:
         if self._sweep.stepped:
@@ -300,19 +299,14 @@ class _Calls:
         self._ended()
 
 
-def _closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., object] | None:
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    return closure if callable(closure) else None
-
-
 def _with_closure(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     change: Callable[[Callable[..., object]], Callable[..., object]],
 ) -> Arguments | None:
     """Return the arguments of a step with its closure changed; None where there is none."""
-    closure = _closure(args, kwargs)
-    if closure is None:
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
         return None
     changed = change(closure)
     return ((args[0], changed, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": changed})

@@ -29,8 +29,6 @@ _ADAPTIVE = (
     "LAMB",
 )
 _ADAPTIVE_STATE = frozenset({"exp_avg_sq", "square_avg", "exp_inf", "sum", "acc_delta"})
-
-
 _DEEPEST = 10
 """Wrappers, one within the other."""
 
@@ -144,7 +142,7 @@ class Sweep:
 
     def takes_in(self, optimizer: object) -> bool:
         """Take one more, or those of a sweep of one; False where it is not of their kind."""
-        inner = optimizer.members[0] if isinstance(optimizer, Sweep) else unwrap(optimizer)
+        inner = all_of(optimizer)[-1]
         if not self.grows or type(inner) is not type(self.members[0]) or len(parameters_of(inner)) != 1:
             return False
         self.members.append(inner)

@@ -91,7 +91,7 @@ class _End:
 
 
 def _tell(training: Training, fail_on: str | None) -> bool:
-    if not training.folders or os.getpid() != training.pid:
+    if not training.folders:
         return False
     from rich.text import Text
 

@@ -38,7 +38,7 @@ class Program:
             module: whether `name` is a module's, as after `python -m`.
 
         Raises:
-            OSError: the script cannot be read.
+            NotFoundError: the script cannot be read.
 
         """
         self._module = name if module else None
@@ -47,8 +47,11 @@ class Program:
             self._origin, self._path = "-m", str(Path.cwd())
         else:
             self._origin, self._path = str(Path(name).absolute()), str(Path(name).resolve().parent)
-            with io.open_code(self._origin) as file:
-                self._source = file.read()
+            try:
+                with io.open_code(self._origin) as file:
+                    self._source = file.read()
+            except OSError as error:
+                raise NotFoundError(str(error)) from error
         self._arguments = [self._origin if module else name, *arguments]
         self.name = name.rpartition(".")[2] if module else Path(name).stem
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 _MOST = 50
 """Models that are watched in one process: a search over networks may train thousands."""
-
-
 _MOST_OPTIMIZERS = 8
 """Optimizers of one run: where each round of a training makes a new one, another run begins and the old ones can go."""
 
@@ -49,8 +47,6 @@ class Training:
         """Those of the watchers, as far as they have one."""
         self.backwards = 0
         """Backward passes that a loss began."""
-        self.steps_alone = 0
-        """Optimizers that step what can be named by nobody."""
         self.beyond = 0
         """Models beyond those that are watched."""
         self._seen: dict[int, weakref.ref[Any]] = {}
@@ -132,9 +128,12 @@ class Training:
 
     def _told(self) -> Losses:
         """Return what is told in this thread: another's losses are of other steps."""
-        from gradwatch.watcher.losses import Losses
+        here = threading.get_ident()
+        if here not in self._losses:
+            from gradwatch.watcher.losses import Losses
 
-        return self._losses.setdefault(threading.get_ident(), Losses(raw=True))
+            self._losses[here] = Losses(raw=True)
+        return self._losses[here]
 
     def _thrown_away(self) -> bool:
         """Tell whether the gradients of what was told before are gone: of those that stepped last none is there."""
@@ -178,7 +177,6 @@ class Training:
         from gradwatch.run.search import held_by_modules, model_of
 
         if "deepspeed" in sys.modules and not held_by_modules(parameters):
-            self.steps_alone += 1
             say(
                 f"{type(optimizer).__name__} steps {len(parameters)} flat tensor(s) that no module holds, as ZeRO of"
                 " DeepSpeed makes them: gradients by layer are not to be seen there, and it is not watched"
@@ -224,8 +222,6 @@ class Training:
 
     def problems(self) -> list[str]:
         """Say why there is less to see than one would expect."""
-        if os.getpid() != self.pid:
-            return []
         found = []
         if self.beyond:
             found.append(f"{self.beyond} further models were not watched: {_MOST} are, in one process")

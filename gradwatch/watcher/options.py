@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -67,6 +68,21 @@ class Options:
     def cadence(self) -> Cadence:
         """Which steps are measured."""
         return Cadence(self.every_n_steps, self.probe_every_n_steps)
+
+
+def check_of_trainer(logdir: object, on_alert: object) -> None:
+    """Check what the faces of Trainers take beside the options, or may be given in an option.
+
+    Raises:
+        TypeError, ValueError: it is not what it should be; the text says what is allowed.
+
+    """
+    if not callable(on_alert) and on_alert not in ("warn", "raise", "stop"):
+        raise ValueError(
+            f'on_alert must be "warn", "raise", "stop" or a function that takes an Alert, got {on_alert!r}'
+        )
+    if logdir is not None and not isinstance(logdir, str | os.PathLike):
+        raise TypeError(f"logdir must be a path or None, got {logdir!r:.80}")
 
 
 def _check_timesteps(timesteps: object) -> None:
