@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -45,10 +46,19 @@ PROGRAM = """
     sys.exit(status)
 """
 
+# What C++ prints where a thread of torch's own is still running as the process leaves: one launch in 25 of the program
+# alone, without gradwatch, on a machine with more to do than cores (torch 2.13.0, gloo).
+TORN = "terminate called without an active exception"
+
 
 def launched(folder, processes, *command):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run([*launch, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    for _ in range(3):
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        done = subprocess.run([*launch, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+        if TORN not in done.stderr:
+            break
+    return done
 
 
 @pytest.mark.slow
