@@ -44,9 +44,10 @@ class Parameters:
             found.setdefault(raw, {}).update(zip(columns, pending.values, strict=True))
         return found
 
-    def add(self, raw: Raw, columns: Sequence[int], tensor: Tensor) -> None:
-        """Take along a number of each of these columns."""
-        self._measured.append((raw, columns, self._transfer.add(tensor)))
+    def add(self, raw: Raw, columns: Sequence[int], numbers: Tensor | Sequence[float]) -> None:
+        """Take along a number of each of these columns, be they still on a device or here already."""
+        pending = self._transfer.add(numbers) if isinstance(numbers, Tensor) else Pending(numbers)
+        self._measured.append((raw, columns, pending))
 
     def gradients(
         self, columns: Sequence[int], gradients: Sequence[Tensor], scale: float | Tensor | None, *, half: bool
@@ -72,13 +73,17 @@ class Parameters:
         self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
     ) -> None:
         for mine, here in by_device(columns, tensors):
-            device, sizes = here[0].device, norms.norms(here)
+            device, sizes = here[0].device, norms.measured(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
-            bad = _not_finite(sizes.tolist()) if device.type == "cpu" else [*range(len(here))] if self._probe else []
+            bad = [*range(len(here))] if self._probe else []
+            if not isinstance(sizes, Tensor):
+                bad = _not_finite(sizes)
             if bad:
                 self.add(NONFINITE, [mine[k] for k in bad], torch.stack([norms.nonfinite(here[k]) for k in bad]))
-            unscaled = sizes if scale is None else sizes / torch.as_tensor(scale, dtype=sizes.dtype, device=device)
-            self.add(NORM, mine, unscaled)
+            if scale is not None:
+                sizes = torch.as_tensor(sizes, dtype=torch.float64 if device.type == "cpu" else None)
+                sizes = sizes / torch.as_tensor(scale, dtype=sizes.dtype, device=device)
+            self.add(NORM, mine, sizes)
             if self._probe:
                 limits = [_smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here]
                 zeros, tiny = norms.small(here, limits)
@@ -106,7 +111,7 @@ class Parameters:
 
     def _applied(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> None:
         for mine, here in by_device(columns, [norms.plain(g) for g in gradients]):
-            self.add(APPLIED, mine, norms.norms(here))
+            self.add(APPLIED, mine, norms.measured(here))
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
@@ -123,7 +128,7 @@ class Parameters:
     def _weights(self, columns: Sequence[int], weights: Sequence[Tensor]) -> None:
         tensors = [norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights]
         for mine, here in by_device(columns, tensors):
-            self.add(WEIGHT, mine, norms.norms(here))
+            self.add(WEIGHT, mine, norms.measured(here))
 
     def each(
         self,

@@ -14,9 +14,9 @@ class Pending:
 
     __slots__ = ("_values",)
 
-    def __init__(self) -> None:
-        """Begin without them."""
-        self._values: Sequence[float] | None = None
+    def __init__(self, values: Sequence[float] | None = None) -> None:
+        """Begin without them, or with what is here already."""
+        self._values = values
 
     @property
     def values(self) -> Sequence[float]:
