@@ -153,7 +153,7 @@ def _in_half(history: History) -> bool:
     So it is where it computes, every parameter got exactly 0, and something came in.
     """
     now = history.snapshot
-    probes = (s for s in reversed(history.window()) if s.weight_norm is not None or s.computed_in is not None)
+    probes = (s for s in reversed(history.seen) if s.weight_norm is not None or s.computed_in is not None)
     half = any(s.computed_in == "float16" for s in itertools.islice(probes, 1)) or any(
         p.dtype == "float16" for p in now.model.parameters
     )
@@ -292,16 +292,23 @@ def _kick_of(history: History, layers: Collection[str], until: int | None = None
     """
     lasting = range(until - KICK_LASTS, until + 1) if until is not None else None
     kicks = [
-        (r, p.layer, s.step)
-        for s in history.window()
-        if s.update_ratio is not None and (lasting is None or s.step in lasting)
-        for p, r in zip(s.model.parameters, s.update_ratio, strict=False)
-        if r and KICK <= r < math.inf and p.role == "weight" and p.layer in layers
+        kick
+        for kick in history.lasting(_kicks)
+        if kick[1] in layers and (lasting is None or kick[2] in lasting)
     ]
     if lasting is not None:
         remembered = ((ratio, layer, step) for layer, (ratio, step) in history.track.kicks.items() if layer in layers)
         kicks += (kick for kick in remembered if kick[2] in lasting)
     return max(kicks, default=None)
+
+
+def _kicks(history: History) -> list[tuple[float, str, int]]:
+    return [
+        (r, p.layer, s.step)
+        for s in history.seen
+        for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
+        if r and KICK <= r < math.inf and p.role == "weight"
+    ]
 
 
 def of_explosion(history: History, finding: Finding) -> Finding:

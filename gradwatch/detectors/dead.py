@@ -10,7 +10,7 @@ from gradwatch.detectors.measured import zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.snapshot import ActivationStats, Snapshot
 from gradwatch.values.thresholds import BETWEEN_PROBES
 
 
@@ -19,19 +19,13 @@ def dead_units(history: History) -> Iterator[Finding]:
 
     Between two probes the findings of the last one hold.
     """
-    t = history.thresholds
-    probes = history.looks()
-    if len(probes) < t.dead_probes:
+    t, limits = history.thresholds, history.lasting(_limits)
+    if not limits:
         return
-    numbers = history.numbers
-    measured = {
-        numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers
-    }
-    layers = history.model.layers
-    limits = {i: history.thresholds_of(i).dead_units for i, a in measured.items() if a.dead}
+    probes, measured, numbers, layers = history.looks(), history.lasting(_units), history.numbers, history.model.layers
     if opened := history.open_at("GW601"):
-        limits |= {i: one / t.clear_share_factor for i, one in limits.items() if layers[i].name in opened}
-    unmoved = {numbers[name] for name in zero_weights(history)} if limits else set()  # of which GW401 tells
+        limits = {i: one / (t.clear_share_factor if layers[i].name in opened else 1.0) for i, one in limits.items()}
+    unmoved = {numbers[name] for name in zero_weights(history)}  # of which GW401 tells
     ill = {i for i, limit in limits.items() if i not in unmoved and float(measured[i].dead or 0.0) >= limit}
     if not ill:
         return
@@ -58,6 +52,19 @@ def dead_units(history: History) -> Iterator[Finding]:
             },
             names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
         )
+
+
+def _units(history: History) -> dict[int, ActivationStats]:
+    """Return what the newest of enough probes saw, by number of the layers whose units it counted."""
+    probes, numbers = history.looks(), history.numbers
+    if len(probes) < history.thresholds.dead_probes:
+        return {}
+    return {numbers[a.module]: a for a in probes[-1].activations or () if a.dead is not None and a.module in numbers}
+
+
+def _limits(history: History) -> Mapping[int, float]:
+    """Return the limits of those layers that have dead units at all."""
+    return {i: history.thresholds_of(i).dead_units for i, a in history.lasting(_units).items() if a.dead}
 
 
 def _onsets(probes: Sequence[Snapshot], limits: Mapping[str, float], least: int) -> dict[str, int]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def vanishing_depth(history: History) -> Iterator[Finding]:
     """GW101: layers whose sensitivity is far below that of layers after them. GW102: all of them, against the loss."""
     t = history.thresholds
-    if len(history.window(t.window)) < t.window:
+    if len(history.track.snapshots) < t.window:
         return
     limits = _limits(history)
     recent = max(
@@ -146,6 +146,15 @@ def _fading(
 
 def _limits(history: History) -> NDArray[np.float64]:
     """Return the limit of each layer."""
+    limits = history.lasting(_sound_limits)
+    if opened := _opened(history):
+        limits = limits.copy()
+        limits[opened] *= history.thresholds.clear_factor
+    return limits
+
+
+def _sound_limits(history: History) -> NDArray[np.float64]:
+    """Return the limits where no alert is open."""
     import numpy as np
 
     t, count, adaptive = history.thresholds, len(history.model.layers), history.adaptive
@@ -153,7 +162,6 @@ def _limits(history: History) -> NDArray[np.float64]:
     for i in range(count) if t.layers else ():
         mine = history.thresholds_of(i)
         limits[i] = mine.vanishing_ratio_adaptive if adaptive else mine.vanishing_ratio
-    limits[_opened(history)] *= t.clear_factor
     return limits
 
 
@@ -218,7 +226,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
     import numpy as np
 
     t = history.thresholds
-    if history.improved is not True and _closed(history):
+    if not any(history.snapshot.norm) and history.improved is not True and _closed(history):
         converged = history.improved is None and any(history.first_norms)
         yield Finding(
             "GW102",
@@ -233,7 +241,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
     if (
         len(losses) < t.window
-        or np.nanmax(history.sensitivities(1), initial=0.0) >= limit * abs(losses[-1])
+        or np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0) >= limit * abs(losses[-1])
         or history.improved is not False
     ):
         return

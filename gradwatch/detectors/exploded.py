@@ -44,10 +44,11 @@ def _depth(history: History) -> Iterator[Finding]:
     t = history.thresholds
     probes = history.looks(min(2, t.window))
     thrown = any(code in THROWN for code, *_ in history.open) and not history.is_open("GW206", "")
-    if not probes or thrown or (now := _climb(history, probes[-1])) is None:
+    climbs = history.lasting(_climbs) if probes and not thrown else []
+    if not climbs or (now := climbs[-1]) is None:
         return
     limit = t.explosion_depth / (t.clear_factor if history.is_open("GW206", "") else 1.0)
-    lasts = len(probes) == min(2, t.window) and all((c := _climb(history, s)) and c.growth >= limit for s in probes)
+    lasts = len(probes) == min(2, t.window) and all(c is not None and c.growth >= limit for c in climbs)
     at_once = now.growth >= t.explosion_depth_at_once
     if (lasts or at_once) and not _came_down(history, now.growth):
         yield Finding(
@@ -66,23 +67,21 @@ def _steep(history: History) -> Iterator[Finding]:
     import numpy as np
 
     t = history.thresholds
+    if not t.window <= history.count <= KEPT or any(code in _TOLD_ALREADY for code, *_ in history.open):
+        return
     snapshots = history.window()[:EDGE]
     losses = [s.loss for s in snapshots if s.loss is not None and math.isfinite(s.loss) and s.loss > 0]
-    if (
-        not t.window <= history.count <= KEPT
-        or len(losses) < len(snapshots)
-        or (t.window > 1 and history.scatter is None)
-        or any(code in _TOLD_ALREADY for code, *_ in history.open)
-    ):
+    if len(losses) < len(snapshots):
         return
     # As clipping leaves it. Every loss is held against the largest of them: one that is small by chance proves nothing.
     clipped = np.array([min(1.0 if s.clip_factor is None else s.clip_factor, 1.0) for s in snapshots])
-    rows = np.stack(list(itertools.islice(history.track.sensitivities, EDGE))) * clipped[:, None] / max(losses)
+    with np.errstate(over="ignore"):  # of weights that have run away
+        rows = history.track.sensitivities.oldest(EDGE) * clipped[:, None] / max(losses)
     rows[~np.isfinite(rows)] = 0.0
     worst = int(rows.max(axis=0).argmax())
     steepness = float(rows[:, worst].max())
     limit = t.explosion_sensitivity
-    if steepness >= limit and not _came_down(history, steepness):
+    if steepness >= limit and not _came_down(history, steepness) and (t.window == 1 or history.scatter is not None):
         place = history.model.layers[worst].name
         # Of one batch nobody knows whether the training will clip; that does not help a matrix that multiplies.
         expands = (spectral_radius(history, place) or 0.0) >= EXPANDING
@@ -108,6 +107,11 @@ class _Climb(NamedTuple):
     growth: float
     first: str
     top: str
+
+
+def _climbs(history: History) -> list[_Climb | None]:
+    """Return that of each of the last two looks, oldest first."""
+    return [_climb(history, s) for s in history.looks(min(2, history.thresholds.window))]
 
 
 def _climb(history: History, snapshot: Snapshot) -> _Climb | None:

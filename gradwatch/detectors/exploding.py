@@ -40,15 +40,16 @@ def exploding(history: History) -> Iterator[Finding]:
 
 def _growth(history: History) -> Iterator[Finding]:
     t = history.thresholds
-    window = [s for s in history.window(EDGE) if not s.skipped]
-    total = [n for s in window if (n := s.norm_global) is not None and math.isfinite(n)]
+    recent = itertools.islice(zip(reversed(history.window(EDGE)), reversed(history.totals), strict=False), EDGE)
+    window = [(s, n) for s, n in recent if not s.skipped][::-1]
+    total = [n for _, n in window if n is not None and math.isfinite(n)]
     if t.norm_above is not None and total and total[-1] > t.norm_above:
         yield Finding(
             "GW204",
             "exploding",
             Severity.WARNING,
             "",
-            onset=window[-1].step,
+            onset=window[-1][0].step,
             evidence={"norm": total[-1], "limit": t.norm_above},
         )
     if len(history.first_norms) < t.window or len(total) < EDGE or history.improved:
@@ -62,7 +63,7 @@ def _growth(history: History) -> Iterator[Finding]:
             "exploding",
             _unless_unknown(history),
             "",
-            onset=window[0].step,
+            onset=window[0][0].step,
             evidence={"growth": growth, "norm": total[-1], "limit": limit},
         )
 
@@ -80,12 +81,11 @@ def _wakes(history: History) -> bool:
 
 def _runaway(history: History) -> Iterator[Finding]:
     """Find that what is not finite now had grown before: it exploded, and the NaN is the end of it."""
-    now = history.snapshot
-    if now.skipped or now.finite:
+    now, total = history.snapshot, history.totals[-1]
+    if now.skipped or total is None or math.isfinite(total) or now.finite:
         return
-    before = [
-        (s.step, n) for s in history.window() if not s.skipped and (n := s.norm_global) is not None and math.isfinite(n)
-    ]
+    both = zip(history.window(), history.totals, strict=True)
+    before = [(s.step, n) for s, n in both if not s.skipped and n is not None and math.isfinite(n)]
     if not before:
         return
     base = statistics.median_low([n for _, n in before[: max(len(before) // 2, 1)]])
@@ -108,9 +108,9 @@ def _runaway(history: History) -> Iterator[Finding]:
 
 def _updates(history: History) -> Iterator[Finding]:
     t = history.thresholds
-    probes = [s for s in history.window(t.window) if s.update_ratio is not None]
-    if not probes or probes[-1] is not history.snapshot or history.improved:
+    if history.snapshot.update_ratio is None or history.improved:
         return
+    probes = [s for s in history.window(t.window) if s.update_ratio is not None]
     model = history.model
     if not any((r or 0.0) > t.explosion_update for s in probes for r in s.update_ratio or ()):  # nearly always
         return
@@ -151,31 +151,39 @@ def _changes(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
 
 def _throws(history: History, snapshot: Snapshot) -> bool:
     """Tell whether a step has changed a weight by more than itself."""
+    return snapshot.update_ratio is not None and any(snapshot is s for s in history.lasting(_throwing))
+
+
+def _throwing(history: History) -> list[Snapshot]:
     limit = history.thresholds.explosion_update
     # What counts is at most the ratio itself, and that is nearly never above it.
-    if max(filter(None, snapshot.update_ratio or ()), default=0.0) <= limit:
-        return False
-    return any(moved > limit for _, moved in _changes(snapshot))
+    wide = [s for s in history.seen if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
+    return [s for s in wide if any(moved > limit for _, moved in _changes(s))]
 
 
 def _loss(history: History) -> Iterator[Finding]:
     t = history.thresholds
-    # Twice as many as for the best level: a jump that lasts.
-    last = [s for s in history.window() if s.loss is not None and not s.skipped][-2 * EDGE :]
-    best, first, scatter = history.best_loss, history.first_loss, history.scatter
-    if best is None or first is None or scatter is None or len(last) < 2 * EDGE:
+    best, first = history.best_loss, history.first_loss
+    if best is None or first is None:
         return
     thrown = _before_a_throw(history)
     if thrown is not None:
         best, first = min(best, thrown[1]), min(first, thrown[1])
     losses = history.losses(2 * EDGE)
-    level = statistics.median(losses)
+    level, clear = statistics.median(losses), t.clear_factor if history.is_open("GW203", "") else 1.0
+    if level <= first or level <= t.explosion_loss / clear * best:  # nearly always
+        return
+    # Twice as many as for the best level: a jump that lasts.
+    last = [s for s in history.window() if s.loss is not None and not s.skipped][-2 * EDGE :]
+    scatter = history.scatter
+    if scatter is None or len(last) < 2 * EDGE:
+        return
     if math.isinf(level) and (history.is_open("GW205", "") or any(code == "GW501" for code, *_ in history.open)):
         return
     # By more than its scatter, unless there is an update that accounts for the jump.
     accounted = thrown is not None or any(_throws(history, s) for s in history.window(2 * EDGE + 1))
     wavers = 1.0 if accounted else math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
-    limit = t.explosion_loss * wavers / (t.clear_factor if history.is_open("GW203", "") else 1.0)
+    limit = t.explosion_loss * wavers / clear
     if best > 0 and level > max(
         limit * best, first
     ):  # a loss near 0 may waver by such a factor; it has not exploded while it is below its beginning
@@ -196,7 +204,9 @@ def _before_a_throw(history: History) -> tuple[int, float] | None:
 
     None where there was none so early that no best level was known.
     """
-    early = history.window()[: EDGE + 1] if history.count <= KEPT else []
+    if history.count > KEPT or not history.lasting(_throwing):
+        return None
+    early = history.window()[: EDGE + 1]
     for at, (s, after) in enumerate(itertools.pairwise(early)):
         if _throws(history, s):
             told = [x.loss for x in early[: at + 1] if x.loss is not None]

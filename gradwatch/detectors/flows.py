@@ -13,12 +13,12 @@ from gradwatch.values.thresholds import JUNCTION, MOSTLY_DEAD, PASSED_BY
 
 def flows_of(history: History) -> dict[str, Flow]:
     """Return, by the module of a layer, how the gradient comes to it, as it was measured last."""
-    return history.once(_flows)
+    return history.lasting(_flows)
 
 
 def _flows(history: History) -> dict[str, Flow]:
     found: dict[str, Flow] = {}
-    for snapshot in history.window():
+    for snapshot in history.seen:
         found.update((f.layer, f) for f in snapshot.flows or ())
     return found
 
@@ -30,21 +30,21 @@ def flow_of(history: History, layer: str) -> Flow | None:
 
 def cut_of(history: History, layer: str) -> Cut | None:
     """Return where the gradient of a layer ended at the newest look; None where it did not, or nobody knows."""
-    return history.once(_cuts).get(history.columns.module_of(layer))
+    return history.lasting(_cuts).get(history.columns.module_of(layer))
 
 
 def _cuts(history: History) -> dict[str, Cut]:
-    looks = (s for s in reversed(history.window()) if s.cuts is not None or s.facts is not None)
+    looks = (s for s in reversed(history.seen) if s.cuts is not None or s.facts is not None)
     return {cut.layer: cut for cut in reversed(next((s.cuts or () for s in looks), ()))}
 
 
 def takes_zeros(history: History, layer: str) -> bool:
     """Tell whether what a layer took, when it was looked at last, was zero all over."""
-    return history.columns.module_of(layer) in history.once(_taking_zeros)
+    return history.columns.module_of(layer) in history.lasting(_taking_zeros)
 
 
 def _taking_zeros(history: History) -> set[str]:
-    return {place for (place, name), value in history.once(facts).items() if name == "input_size" and value == 0}
+    return {place for (place, name), value in facts(history).items() if name == "input_size" and value == 0}
 
 
 def before_one_value(history: History) -> set[int]:
@@ -63,9 +63,9 @@ def idle(history: History) -> set[int]:
     Nothing takes what they give, or what their part is of it, their module does without them, they take zeros, or they
     lead to a softmax of one value.
     """
-    cuts, flows = history.once(_cuts), flows_of(history)
+    cuts, flows = history.lasting(_cuts), flows_of(history)
     found = {name for name, flow in flows.items() if _of_one(flow)}
-    found |= history.once(_left_out).keys() | history.once(_taking_zeros)
+    found |= history.lasting(_left_out).keys() | history.lasting(_taking_zeros)
     return _numbers(history, found - cuts.keys() | {n for n, cut in cuts.items() if cut.kind in ("unused", "own")})
 
 
@@ -74,7 +74,7 @@ def left_out(history: History, layer: str) -> str | None:
 
     It is this one, or one after it that takes from it. None where that is not so.
     """
-    taken = history.once(_left_out)
+    taken = history.lasting(_left_out)
     return taken.get(history.columns.module_of(layer))
 
 
@@ -105,6 +105,10 @@ def without_effect(history: History) -> dict[str, Flow]:
 
     Their true gradient is 0, and what arrives is rounding.
     """
+    return history.lasting(_without_effect)
+
+
+def _without_effect(history: History) -> dict[str, Flow]:
     return {
         name: f
         for name, f in flows_of(history).items()

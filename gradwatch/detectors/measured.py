@@ -17,12 +17,12 @@ from gradwatch.values.thresholds import (
 
 def newest_activations(history: History) -> tuple[ActivationStats, ...]:
     """Return what the newest probe saw of the outputs of modules."""
-    return history.once(_newest_activations)
+    return history.lasting(_newest_activations)
 
 
 def activations_by_layer(history: History) -> dict[str, ActivationStats]:
     """Return the same by the layer whose output it is; by module of what is no layer's."""
-    return history.once(_activations_by_layer)
+    return history.lasting(_activations_by_layer)
 
 
 def _activations_by_layer(history: History) -> dict[str, ActivationStats]:
@@ -36,7 +36,7 @@ def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
 
 def newest_update(history: History) -> Snapshot | None:
     """Return the newest snapshot of a step of which it was measured how far it moved the weights; None: of none."""
-    return next((s for s in reversed(history.window()) if s.update_ratio is not None), None)
+    return next((s for s in reversed(history.seen) if s.update_ratio is not None), None)
 
 
 def kinds(history: History) -> dict[str, RecurrenceName | None]:
@@ -50,7 +50,7 @@ def saturation(history: History) -> dict[str, tuple[float, Function | Literal["g
 
     That of a recurrent layer is of its gates; of one that runs in both directions, of the forward one.
     """
-    return history.once(_saturation)
+    return history.lasting(_saturation)
 
 
 def _saturation(history: History) -> dict[str, tuple[float, Function | Literal["gate"]]]:
@@ -72,7 +72,7 @@ def flat(history: History) -> set[int]:
 
     Zeros there are where the gradient faded to, and no cut.
     """
-    return history.once(_flat)
+    return history.lasting(_flat)
 
 
 def _flat(history: History) -> set[int]:
@@ -85,7 +85,7 @@ def _flat(history: History) -> set[int]:
 
 def misread(history: History) -> dict[str, SequenceStats]:
     """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
-    return history.once(_misread)
+    return history.lasting(_misread)
 
 
 def _misread(history: History) -> dict[str, SequenceStats]:
@@ -103,7 +103,7 @@ def before_misread(history: History) -> set[int]:
 
 def zero_weights(history: History) -> list[str]:
     """Return the layers whose weights are all exactly 0, in the order of the forward pass."""
-    return history.once(_zero_weights)
+    return history.lasting(_zero_weights)
 
 
 def _zero_weights(history: History) -> list[str]:
@@ -134,12 +134,16 @@ def steepest(history: History, count: int = 4) -> list[str]:
 
 def fact(history: History, place: str, name: FactName) -> float | None:
     """Return a number of a module as it was measured last; None where it was not."""
-    return history.once(facts).get((place, name))
+    return facts(history).get((place, name))
 
 
 def facts(history: History) -> dict[tuple[str, FactName], float]:
     """Return what was measured last at modules, by module and name; of parts of one nothing."""
-    return {(f.place, f.name): f.value for s in history.window() for f in s.facts or () if not f.part}
+    return history.lasting(_facts)
+
+
+def _facts(history: History) -> dict[tuple[str, FactName], float]:
+    return {(f.place, f.name): f.value for s in history.seen for f in s.facts or () if not f.part}
 
 
 def spectral_norm(history: History, place: str) -> dict[str, float]:
@@ -150,7 +154,7 @@ def spectral_norm(history: History, place: str) -> dict[str, float]:
 
 def functions(history: History) -> dict[str, Function]:
     """Return the activation after each layer of which one was seen."""
-    return history.once(_functions)
+    return history.lasting(_functions)
 
 
 def _functions(history: History) -> dict[str, Function]:
@@ -159,7 +163,7 @@ def _functions(history: History) -> dict[str, Function]:
 
 def forward_names(history: History) -> list[str]:
     """Return the names of the layers in the order of the forward pass."""
-    return history.once(_forward_names)
+    return history.lasting(_forward_names)
 
 
 def _forward_names(history: History) -> list[str]:
@@ -176,6 +180,6 @@ def reach(history: History, finding: Finding) -> list[str]:
 
 def spectral_radius(history: History, place: str) -> float | None:
     """Return the largest spectral radius of a recurrent module's matrices, as it was measured first; None: of none."""
-    facts = ([f for f in s.facts or () if f.place == place] for s in history.window())
+    facts = ([f for f in s.facts or () if f.place == place] for s in history.seen)
     found = ([f.value for f in mine if f.name == "spectral_radius"] for mine in facts)
     return max(next(filter(None, found), ()), default=None)

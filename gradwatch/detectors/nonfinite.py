@@ -27,9 +27,8 @@ def nonfinite(history: History) -> Iterator[Finding]:
             onset=history.window(limit)[0].step,
             evidence={"skipped": float(history.skipped)},
         )
-    if snapshot.skipped:
-        return
-    if not _bad(snapshot):
+    total = history.totals[-1]
+    if snapshot.skipped or total is None or math.isfinite(total) or not _bad(snapshot):
         return
     onset = history.since(bool(_bad(s)) for s in history.window())
     # What came first tells the cause: a step later the weights themselves are not finite.

@@ -16,7 +16,7 @@ def underflow(history: History) -> Iterator[Finding]:
     """GW701: gradients flushed to zero. GW702: updates rounded away. GW703: gradients below the optimizer's epsilon."""
     if history.snapshot.skipped:
         return
-    probes = [s for s in history.window() if s.zeros is not None and not s.skipped]
+    probes = [s for s in history.seen if s.zeros is not None and not s.skipped]
     yield from _flushed(history, probes)
     yield from _rounded(history, probes)
     yield from _epsilon(history)
@@ -30,7 +30,7 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
         return
     share = t.flushed / (t.clear_share_factor if history.is_open("GW701", "") else 1.0)
     swallowed = [history.improved is not True and _swallowed(s) for s in last]
-    if not swallowed[-1] and max(filter(None, last[-1].zeros or ()), default=0.0) < share:  # nearly always
+    if not swallowed[-1] and history.lasting(_most_zeros) < share:  # nearly always
         return
     pooled = [_pooled(history, s) for s in last]
     flushed = [zeros >= share and small >= t.flushed_small for zeros, small in pooled]
@@ -43,6 +43,12 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
         evidence = {"zeros": 1.0, "outside": outside}
     names = {"format": _format(last[-1])}
     yield Finding("GW701", "underflow", Severity.WARNING, "", onset=last[0].step, evidence=evidence, names=names)
+
+
+def _most_zeros(history: History) -> float:
+    """Return the largest share of zeros of any gradient, at the newest probe that counted them."""
+    zeros = next((s.zeros for s in reversed(history.seen) if s.zeros is not None and not s.skipped), None)
+    return max(filter(None, zeros or ()), default=0.0)
 
 
 def _pooled(history: History, snapshot: Snapshot) -> tuple[float, float]:

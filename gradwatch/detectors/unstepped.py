@@ -88,7 +88,7 @@ def _in_vain(history: History) -> Iterator[Finding]:
 
 def _left_out(history: History) -> Iterator[Finding]:
     snapshot, model, t = history.snapshot, history.model, history.thresholds
-    left_out = model.unstepped if snapshot.optimizer == 0 else ()  # one speaks for what none steps
+    left_out = history.columns.unstepped if snapshot.optimizer == 0 else ()  # one speaks for what none steps
     if not left_out:
         return
     window = history.window()
@@ -140,6 +140,8 @@ def _unregistered(history: History) -> Iterator[Finding]:
     What moves is stepped by somebody. What is held by a module in evaluation mode, as a teacher is, may be meant.
     """
     looks = history.looks(UPDATE_PROBES)
+    if not looks or not looks[-1].strays:
+        return
     seen = [{stray.number: stray for stray in s.strays or ()} for s in looks]
     if len(seen) < UPDATE_PROBES or not all(seen):
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +49,6 @@ class History:
         self._columns: LayerColumns | None = None
         self._weights: Floats | None = None
         """What `LayerColumns.weights` gives for the newest norms of the weights; None until it is asked for."""
-        self._improved: bool | None = None
         self._once: dict[Callable[[History], Any], Any] = {}
 
     def add(self, snapshot: Snapshot) -> None:
@@ -60,12 +59,8 @@ class History:
         self._once.clear()
         track = self._tracks.setdefault(self._now, Track())
         if track.snapshots and not track.snapshots[-1].model.is_like(snapshot.model):
-            for column in (track.snapshots, track.probes, track.sensitivities, track.ratios):
-                column.clear()
-        track.skipped = track.skipped + 1 if snapshot.skipped else 0
-        track.snapshots.append(snapshot)
-        if snapshot.sequences is not None:
-            track.probes.append(snapshot)
+            track.forget()
+        track.add(snapshot)
         if snapshot.weight_norm is not None:
             both = zip(snapshot.model.parameters, snapshot.weight_norm, strict=True)
             self._weight_norms.update((p.name, weight) for p, weight in both if weight is not None)
@@ -84,12 +79,11 @@ class History:
         if track.added % EDGE == 0:
             self._note_best(track)
         if not snapshot.skipped:
-            total = snapshot.norm_global
-            if total is not None and np.isfinite(total) and len(track.first_norms) < self.thresholds.window:
+            total = track.totals[-1]
+            if len(track.first_norms) < self.thresholds.window and total is not None and math.isfinite(total):
                 track.first_norms.append(total)
             if snapshot.loss is not None and snapshot.silence is None:  # else it is the loss of others
                 track.add_loss(snapshot.loss)
-        self._improved = self._has_improved()
 
     def note_open(self, keys: Iterable[Key], *, explained: bool = False) -> None:
         """Take note of the alerts that are open from now on, for hysteresis.
@@ -113,7 +107,7 @@ class History:
         """
         import numpy as np
 
-        level = np.median(np.stack(newest(track.ratios, EDGE)), axis=0)
+        level = np.median(track.ratios.newest(EDGE), axis=0)
         for layer, value in zip(track.snapshots[-1].model.layers, level.tolist(), strict=True):
             if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
                 self.best_ratio[layer.name] = value
@@ -125,6 +119,17 @@ class History:
         if work not in self._once:
             self._once[work] = work(self)
         return self._once[work]  # type: ignore[no-any-return]  # what `work` made
+
+    def lasting(self, work: Callable[..., T], *given: Hashable) -> T:
+        """Return what a function makes of this history and of what is given, and work it out once between two probes.
+
+        That is for one that reads nothing but the thresholds, the model with the order of its layers, `seen`, and
+        `sequences`.
+        """
+        known, key = self.track.seen, (work, *given)
+        if key not in known:
+            known[key] = work(self, *given)
+        return known[key]  # type: ignore[no-any-return]  # what `work` made
 
     @property
     def open(self) -> Collection[Key]:
@@ -183,32 +188,38 @@ class History:
         """Return the last `count` snapshots (default: all that are kept), fewer if there are not so many."""
         return newest(self.track.snapshots, count)
 
+    @property
+    def seen(self) -> Sequence[Snapshot]:
+        """Those of the window that hold more than the norms of their step, as probes do, oldest first."""
+        return self.track.looks
+
+    @property
+    def totals(self) -> Sequence[float | None]:
+        """The global norm of each snapshot of the window, oldest first."""
+        return self.track.totals
+
     def looks(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
-        return newest([s for s in self.window() if s.activations is not None], count)
+        return newest([s for s in self.seen if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
         """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
-        window = self.window()
-        return next((s.weight_norm for s in (window if first else reversed(window)) if s.weight_norm is not None), None)
+        seen = self.seen if first else reversed(self.seen)
+        return next((s.weight_norm for s in seen if s.weight_norm is not None), None)
 
     def sensitivities(self, count: int) -> Floats:
         """Return ||gradient|| x ||weight|| per layer, biases and lone gains left out; NaN where there is none.
 
         Shape (<= count, layers).
         """
-        import numpy as np
-
-        return np.stack(newest(self.track.sensitivities, count))
+        return self.track.sensitivities.newest(count)
 
     def ratios(self, count: int) -> Floats:
         """Return each layer's sensitivity over the largest of the layers after it in the forward pass.
 
         Shape (<= count, layers).
         """
-        import numpy as np
-
-        return np.stack(newest(self.track.ratios, count))
+        return self.track.ratios.newest(count)
 
     @property
     def order(self) -> Sequence[int]:
@@ -227,6 +238,9 @@ class History:
 
     def gains(self, *, first: bool = False) -> Floats:
         """Return the gain of each layer (see `LayerColumns.gains`), now or as far back as is remembered."""
+        return self.lasting(History._gains, first)
+
+    def _gains(self, first: bool) -> Floats:  # noqa: FBT001  (a part of the key by which it is remembered)
         return self.columns.gains(self.weight_norms(first=first))
 
     def elements(self, *roles: Role) -> Floats:
@@ -263,13 +277,13 @@ class History:
 
         None where that is not known: a loss that begins at 0, or is ever below it, has no size to compare with.
         """
-        return self._improved
+        return self.once(History._has_improved) if self.begun else None
 
     def _has_improved(self) -> bool | None:
         track = self.track
         if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not track.has_size:
             return None
-        first, last = statistics.median(track.first_losses), statistics.median(self.losses(EDGE))
+        first, last = statistics.median(track.first_losses), track.level
         if not math.isfinite(first) or not math.isfinite(last):
             return False
         gained, lost_again = first - track.best_loss, last - track.best_loss
@@ -376,8 +390,8 @@ class History:
         self._now = state["now"]
         self.best_ratio, self._weight_norms = dict(state["best_ratio"]), dict(state["weight_norms"])
         self._columns = self._weights = None
+        self._once.clear()
         self._latest = self.track.snapshots[-1] if self.begun else None
-        self._improved = self._has_improved() if self.begun else None
 
     @property
     def track(self) -> Track:
@@ -389,6 +403,8 @@ class History:
         """How the columns of the newest snapshot fold into layers."""
         if self._columns is None or self._columns.model is not self.model:
             self._columns, self._weights = LayerColumns(self.model), None
+            for track in self._tracks.values():
+                track.seen.clear()
         return self._columns
 
 

@@ -94,12 +94,18 @@ class LayerColumns:
     def __init__(self, model: ModelInfo) -> None:
         """Work it out."""
         self.model = model
+        self._elements: dict[frozenset[Role], Floats] = {}
         self.order: Sequence[int] = model.forward_order
         """Numbers of the layers in the order of the forward pass."""
         within = {layer.module: i for i, layer in enumerate(model.layers)}
         self.numbers: Mapping[str, int] = within | {layer.name: i for i, layer in enumerate(model.layers)}
         """The number of each layer by its name; of a module that holds several, that of the last, whose output is the
         module's."""
+
+    @functools.cached_property
+    def unstepped(self) -> Sequence[ParameterInfo]:
+        """The parameters that are to be trained and in no optimizer, as `ModelInfo.unstepped`."""
+        return self.model.unstepped
 
     @functools.cached_property
     def innermost(self) -> Sequence[str]:
@@ -161,8 +167,11 @@ class LayerColumns:
         """
         import numpy as np
 
-        known = ~np.isnan(values)
         total = np.full(len(self.model.layers), np.nan)
+        if len(values) == len(owners):  # one of each, as mostly
+            total[owners] = np.abs(values)
+            return total
+        known = ~np.isnan(values)
         if len(values):
             total[owners] = np.hypot.reduceat(np.where(known, values, 0.0), starts)
             total[owners[~np.logical_or.reduceat(known, starts)]] = np.nan
@@ -174,15 +183,16 @@ class LayerColumns:
 
         later = self.largest_later(sensitivity)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-            found: Floats = sensitivity / np.where(later > 0, later, np.nan)
+            later[~(later > 0)] = np.nan
+            found: Floats = sensitivity / later
         return found
 
     def largest_later(self, values: Floats) -> Floats:
         """Return, of each layer, the largest value of the layers after it in the forward pass; NaN where none is."""
         import numpy as np
 
-        found = np.empty_like(values)
-        found[self._order] = np.append(np.fmax.accumulate(values[self._order][::-1])[::-1][1:], np.nan)
+        found = np.full(len(values), np.nan)
+        found[self._order[:-1]] = np.fmax.accumulate(values[self._order[:0:-1]])[::-1]
         return found
 
     def gains(self, weight_norms: Column | None) -> Floats:
@@ -202,9 +212,11 @@ class LayerColumns:
         """Return the number of entries of each parameter, 0 for those of other roles. Shape (parameters,)."""
         import numpy as np
 
-        sizes, mine = self._sizes
-        found: Floats = np.where(np.isin(mine, list(roles)), sizes, 0.0)
-        return found
+        key = frozenset(roles)
+        if key not in self._elements:
+            sizes, mine = self._sizes
+            self._elements[key] = np.where(np.isin(mine, list(key)), sizes, 0.0)
+        return self._elements[key]
 
     @functools.cached_property
     def _order(self) -> Indices:

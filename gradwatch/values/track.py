@@ -20,15 +20,77 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
+class Rows:
+    """The last `KEPT` rows of numbers, which all have the same length, as a matrix of which no part is ever copied."""
+
+    __slots__ = ("_begin", "_end", "_matrix")
+
+    def __init__(self) -> None:
+        """Begin without rows."""
+        self._matrix: Floats | None = None
+        self._begin = self._end = 0
+
+    def append(self, row: Floats) -> None:
+        """Add a row, and forget the oldest where there are too many."""
+        import numpy as np
+
+        if self._matrix is None:
+            self._matrix = np.empty((KEPT + _SPARE, len(row)))
+        if self._end == len(self._matrix):
+            self._matrix[: KEPT - 1] = self._matrix[self._end - KEPT + 1 :]
+            self._begin, self._end = 0, KEPT - 1
+        self._matrix[self._end] = row
+        self._end += 1
+        self._begin = max(self._begin, self._end - KEPT)
+
+    def clear(self) -> None:
+        """Forget them; the next may have another length."""
+        self._matrix, self._begin, self._end = None, 0, 0
+
+    def newest(self, count: int) -> Floats:
+        """Return the last rows, at most `count`, to be read before the next one comes; shape (<= count, length).
+
+        Raises:
+            LookupError: there is none.
+
+        """
+        return self._between(max(self._begin, self._end - count), self._end)
+
+    def oldest(self, count: int) -> Floats:
+        """Return the first of the rows in the same way."""
+        return self._between(self._begin, min(self._begin + count, self._end))
+
+    def _between(self, begin: int, end: int) -> Floats:
+        if self._matrix is None:
+            raise LookupError("a row must be there before it can be read")
+        rows = self._matrix[begin:end]
+        rows.flags.writeable = False
+        return rows
+
+    def to_plain(self) -> list[list[float]]:
+        """Return them as lists, oldest first."""
+        return [] if self._matrix is None else self._matrix[self._begin : self._end].tolist()
+
+
+_SPARE = 10
+"""Rows that are added before the others are moved up."""
+
+
 @dataclass(slots=True)
 class Track:
     """What is remembered of one optimizer."""
 
     snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
+    looks: deque[Snapshot] = field(default_factory=deque)
+    """Those of them that hold more than the norms of a step, as probes do."""
     probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
     """Those that have `sequences`, however long ago."""
-    sensitivities: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
-    ratios: deque[Floats] = field(default_factory=lambda: deque(maxlen=KEPT))
+    totals: deque[float | None] = field(default_factory=lambda: deque(maxlen=KEPT))
+    """The global norm of each of `snapshots`."""
+    sensitivities: Rows = field(default_factory=Rows)
+    ratios: Rows = field(default_factory=Rows)
+    seen: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """What was worked out of `looks` and `probes`, and holds until they change; see `History.lasting`."""
     first_losses: list[float] = field(default_factory=list)
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
     best_loss: float | None = None
@@ -51,6 +113,25 @@ class Track:
     standing: int = 0
     """Probes in a row, up to now, whose step had a gradient and left the weights where they were."""
 
+    def forget(self) -> None:
+        """Forget the snapshots, for those to come are of another model."""
+        for kept in (self.snapshots, self.looks, self.probes, self.totals, self.sensitivities, self.ratios, self.seen):
+            kept.clear()
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Take a snapshot in, and let go of the oldest."""
+        self.skipped = self.skipped + 1 if snapshot.skipped else 0
+        if self.looks and len(self.snapshots) == KEPT and self.looks[0] is self.snapshots[0]:
+            self.looks.popleft()
+            self.seen.clear()
+        self.snapshots.append(snapshot)
+        self.totals.append(snapshot.norm_global)
+        if _holds_more(snapshot):
+            self.looks.append(snapshot)
+            self.seen.clear()
+            if snapshot.sequences is not None:
+                self.probes.append(snapshot)
+
     def note_movement(self, snapshot: Snapshot) -> None:
         """Note whether a step has moved the weights, if it had anything to move them by and that was measured."""
         if (update := snapshot.update_global) is None or snapshot.skipped:
@@ -69,9 +150,13 @@ class Track:
         self.last_losses.append(loss)
         if len(self.first_losses) < EDGE:
             self.first_losses.append(loss)
-        level = statistics.median(list(self.last_losses)[-EDGE:])
-        if len(self.last_losses) >= EDGE and (self.best_loss is None or level < self.best_loss):
-            self.best_loss = level
+        if len(self.last_losses) >= EDGE and (self.best_loss is None or self.level < self.best_loss):
+            self.best_loss = self.level
+
+    @property
+    def level(self) -> float:
+        """The median of the last `EDGE` losses."""
+        return statistics.median(itertools.islice(reversed(self.last_losses), EDGE))
 
     @property
     def has_size(self) -> bool:
@@ -111,8 +196,8 @@ class Track:
         return {
             "snapshots": [plain(s) for s in self.snapshots],
             "probes": [plain(s) for s in older],
-            "sensitivities": [row.tolist() for row in self.sensitivities],
-            "ratios": [row.tolist() for row in self.ratios],
+            "sensitivities": self.sensitivities.to_plain(),
+            "ratios": self.ratios.to_plain(),
             "first_losses": list(self.first_losses),
             "last_losses": list(self.last_losses),
             "best_loss": self.best_loss,
@@ -137,11 +222,12 @@ class Track:
         import numpy as np
 
         track = cls()
-        track.snapshots.extend(map(read, plain["snapshots"]))
         track.probes.extend(map(read, plain.get("probes", ())))
-        track.probes.extend(s for s in track.snapshots if s.sequences is not None)
-        track.sensitivities.extend(np.array(row, dtype=float) for row in plain["sensitivities"])
-        track.ratios.extend(np.array(row, dtype=float) for row in plain["ratios"])
+        for snapshot in map(read, plain["snapshots"]):
+            track.add(snapshot)
+        for rows, kept in ((track.sensitivities, plain["sensitivities"]), (track.ratios, plain["ratios"])):
+            for row in kept:
+                rows.append(np.array(row, dtype=float))
         track.first_losses, track.first_norms = list(plain["first_losses"]), list(plain["first_norms"])
         track.last_losses.extend(plain["last_losses"])
         track.kicks = {layer: (ratio, step) for layer, (ratio, step) in plain.get("kicks", {}).items()}
@@ -149,6 +235,25 @@ class Track:
         track.update, track.moved = plain.get("update"), plain.get("moved")
         track.standing, track.frozen = plain.get("standing", 0), set(plain.get("frozen", ()))
         return track
+
+
+def _holds_more(s: Snapshot) -> bool:
+    """Tell whether a snapshot holds more than the norms of its step."""
+    return (
+        s.weight_norm is not None
+        or s.activations is not None
+        or s.sequences is not None
+        or s.update_ratio is not None
+        or s.zeros is not None
+        or s.facts is not None
+        or s.flows is not None
+        or s.cuts is not None
+        or s.strays is not None
+        or s.left_over is not None
+        or s.rate is not None
+        or s.lost is not None
+        or s.computed_in is not None
+    )
 
 
 def newest(items: Sequence[Any] | deque[Any], count: int | None) -> list[Any]:
