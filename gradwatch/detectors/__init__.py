@@ -59,16 +59,19 @@ RULES: Mapping[str, Rule] = {
 """The rules of the default detectors, by code; docs/rules.md describes them."""
 
 
-def rules_of(detectors: Iterable[Detector]) -> dict[str, Rule]:
+def rules_of(detectors: Iterable[Detector]) -> Mapping[str, Rule]:
     """Return the rules by which these detectors judge, by code: gradwatch's own, and those that one carries.
 
     Raises:
         TypeError: what one carries are no rules.
 
     """
+    own = [(detector, rules) for detector in detectors if (rules := getattr(detector, "rules", ()))]
+    if not own:
+        return RULES
     found = dict(RULES)
-    for detector in detectors:
-        for rule in getattr(detector, "rules", ()):
+    for detector, rules in own:
+        for rule in rules:
             if not isinstance(rule, Rule):
                 raise TypeError(
                     f"the rules of a detector must be gradwatch.Rule, got {rule!r:.80} from {detector!r:.80}"

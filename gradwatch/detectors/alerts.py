@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from gradwatch.detectors import DETECTORS, explain, rules_of
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import Detector, History
-from gradwatch.values.report import UNKNOWN, Alert, Finding, Report
+from gradwatch.values.report import UNKNOWN, Alert, Explanation, Finding, Report
 from gradwatch.values.snapshot import Snapshot
 
 
@@ -42,6 +43,8 @@ def judge(
     )
     history.add(snapshot)
     found: list[Finding] = []
+    said: dict[int, Explanation] = {}
+    onsets = {alert.finding.key: alert.finding.onset for alert in open_alerts}
     history.muted = frozenset()
     for detector in detectors:
         try:
@@ -49,8 +52,10 @@ def judge(
                 if muted(finding, ignore, history.columns.module_of(finding.place)):
                     history.muted |= {finding.code}
                 else:
-                    known = _with_cause(history, finding, rules)
-                    explain(known, rules)  # words that fail are a failure of this detector, and not of all alerts later
+                    known = replace(_with_cause(history, finding, rules), optimizer=snapshot.optimizer)
+                    known = replace(known, onset=onsets.get(known.key, known.onset))
+                    # Words that fail are a failure of this detector, and not of all alerts later.
+                    said[id(known)] = explain(known, rules)
                     found.append(known)
         except Exception as error:  # a detector of the user's, perhaps
             if failed is None:
@@ -58,11 +63,12 @@ def judge(
             failed(detector, error)
     began, still, cleared = advance(
         open_alerts,
-        [replace(finding, optimizer=snapshot.optimizer) for finding in found],
-        [s.step for s in history.window()],
+        found,
+        [s.step for s in history.window()] if open_alerts else [snapshot.step],
         optimizer=snapshot.optimizer,
         patience=history.thresholds.window,
         rules=rules,
+        said=said,
     )
     before = {(alert.finding.key, alert.began): alert.worst for alert in open_alerts}
     worsened = tuple(a for a in still if a.worst > before.get((a.finding.key, a.began), a.worst))
@@ -107,6 +113,7 @@ def advance(
     optimizer: int | None,
     patience: int,
     rules: Mapping[str, Rule],
+    said: Mapping[int, Explanation] = MappingProxyType({}),
 ) -> tuple[tuple[Alert, ...], tuple[Alert, ...], tuple[Alert, ...]]:
     """Let alerts begin, last and clear; pure.
 
@@ -117,6 +124,7 @@ def advance(
         optimizer: the one that took this step; alerts of the others stay as they are.
         patience: an alert clears after so many snapshots in a row without its finding.
         rules: by code, those that put findings into words.
+        said: the words of those findings, by `id`, that have some already.
 
     Returns:
         The alerts that began now, all that are open, and those that cleared now.
@@ -130,18 +138,19 @@ def advance(
         finding = found.pop(alert.finding.key, None)
         if finding is not None:
             worst = max(finding.severity, alert.worst)
-            finding = replace(finding, onset=alert.finding.onset)
-            still.append(_tell(replace(alert, finding=finding, last=now, worst=worst), rules))
+            if finding.onset != alert.finding.onset:
+                finding = replace(finding, onset=alert.finding.onset)
+            still.append(_tell(replace(alert, finding=finding, last=now, worst=worst), rules, said))
         elif alert.finding.optimizer == optimizer and sum(step > alert.last for step in recent) >= patience:
             cleared.append(replace(alert, cleared=now))
         else:
             still.append(alert)
-    began = [_tell(Alert(finding=f, began=now, last=now, worst=f.severity), rules) for f in found.values()]
+    began = [_tell(Alert(finding=f, began=now, last=now, worst=f.severity), rules, said) for f in found.values()]
     return tuple(began), (*still, *began), tuple(cleared)
 
 
-def _tell(alert: Alert, rules: Mapping[str, Rule]) -> Alert:
-    words = explain(alert.finding, rules)
+def _tell(alert: Alert, rules: Mapping[str, Rule], said: Mapping[int, Explanation]) -> Alert:
+    words = said.get(id(alert.finding)) or explain(alert.finding, rules)
     rule = rules.get(alert.finding.code)
     if rule is not None and rule.event and alert.cause not in ("", UNKNOWN):
         return replace(alert, message=words.message)

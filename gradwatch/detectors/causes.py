@@ -123,8 +123,8 @@ def _with_remedies(history: History, finding: Finding, layers: Collection[str]) 
     seen = [known[name] for name in layers if name in known]
     has = {
         "relus": sum(f == "relu" for f in seen) > len(seen) / 2,
-        "normalized": any(p.role == "normalization" and p.layer in layers for p in history.model.parameters),
-        "skips": any(name == "skip_connection" for _, name in history.once(facts)),
+        "normalized": not history.columns.normalized.isdisjoint(layers),
+        "skips": any(name == "skip_connection" for _, name in facts(history)),
     }
     return dataclasses.replace(finding, evidence={**finding.evidence, **{name: 1.0 for name, it in has.items() if it}})
 
@@ -153,11 +153,13 @@ def _in_half(history: History) -> bool:
     So it is where it computes, every parameter got exactly 0, and something came in.
     """
     now = history.snapshot
+    if any(now.norm):
+        return False
     probes = (s for s in reversed(history.seen) if s.weight_norm is not None or s.computed_in is not None)
     half = any(s.computed_in == "float16" for s in itertools.islice(probes, 1)) or any(
         p.dtype == "float16" for p in now.model.parameters
     )
-    return half and not any(now.norm) and any(a.grad_norm for a in newest_activations(history))
+    return half and any(a.grad_norm for a in newest_activations(history))
 
 
 def _saturated(history: History, finding: Finding, share: float, at: str, function: str) -> Finding:
@@ -177,9 +179,11 @@ def _saturated(history: History, finding: Finding, share: float, at: str, functi
 def _stacked(history: History, finding: Finding, layers: Sequence[str]) -> Finding | None:
     """Find that the gradient fades from layer to layer inside of one recurrent module."""
     module = history.columns.module_of(layers[-1] if layers else "")
-    kind, count = kinds(history).get(module), sum(layer.module == module for layer in history.model.layers)
+    if (kind := kinds(history).get(module)) is None:
+        return None
+    count = sum(layer.module == module for layer in history.model.layers)
     inside = [name for name in layers if history.columns.module_of(name) == module]
-    if kind is None or count < 2 or len(inside) < 2:
+    if count < 2 or len(inside) < 2:
         return None
     return with_cause(finding, "stacked", {"stacked": float(count)}, {"at": module, "kind": kind})
 
@@ -323,7 +327,7 @@ def of_explosion(history: History, finding: Finding) -> Finding:
     over = np.where(np.isfinite(gains), gains / needed, 0.0)
     at = int(over.argmax()) if len(over) else 0
     together = 1.0  # after a normalization the size of a weight counts for nothing
-    if not any(p.role == "normalization" for p in history.model.parameters):
+    if not history.columns.normalized:
         together = math.exp(min(float(np.log(np.maximum(over, 1.0)).sum()), LARGEST_EXPONENT))
     if len(over) and (over[at] >= LARGE_GAIN or together >= history.thresholds.explosion_depth):
         worst = history.model.layers[at].name

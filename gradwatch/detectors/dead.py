@@ -29,7 +29,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     ill = {i for i, limit in limits.items() if i not in unmoved and float(measured[i].dead or 0.0) >= limit}
     if not ill:
         return
-    since = _onsets(probes, {measured[i].module: limits[i] for i in ill}, t.dead_probes)
+    since = history.lasting(_onsets, *((measured[i].module, limits[i]) for i in ill))
     onsets = {
         numbers[name]: onset
         for name, onset in since.items()
@@ -67,23 +67,26 @@ def _limits(history: History) -> Mapping[int, float]:
     return {i: history.thresholds_of(i).dead_units for i, a in history.lasting(_units).items() if a.dead}
 
 
-def _onsets(probes: Sequence[Snapshot], limits: Mapping[str, float], least: int) -> dict[str, int]:
+def _onsets(history: History, *ill: tuple[str, float]) -> dict[str, int]:
     """Return, by module, since when most of its units are dead; those for which they were not long enough are left out.
 
     Args:
-        probes: oldest first.
-        limits: by module, the share of units that is too large for it.
-        least: probes in a row that are long enough.
+        history: with looks at the units.
+        ill: modules, with the share of units that is too large for each.
 
     """
     found: dict[str, int] = {}
-    ill = dict(limits)
-    for count, probe in enumerate(reversed(probes), 1):
-        seen = probe.activations or ()
-        ill = {a.module: ill[a.module] for a in seen if a.module in ill and (a.dead or 0.0) >= ill[a.module]}
-        if count >= least:
-            found.update(dict.fromkeys(ill, probe.step))
+    left = list(ill)
+    for count, (step, dead) in enumerate(history.lasting(_dead_by_module), 1):
+        left = [(module, limit) for module, limit in left if dead.get(module, -1.0) >= limit]
+        if count >= history.thresholds.dead_probes:
+            found.update((module, step) for module, _ in left)
     return found
+
+
+def _dead_by_module(history: History) -> list[tuple[int, dict[str, float]]]:
+    """Return the step of each look, the newest first, and the share of dead units of each module."""
+    return [(s.step, {a.module: a.dead or 0.0 for a in s.activations or ()}) for s in reversed(history.looks())]
 
 
 def _gradient_between(history: History, module: str, probes: Sequence[Snapshot]) -> bool:

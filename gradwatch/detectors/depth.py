@@ -104,7 +104,7 @@ def _spared(history: History, vanishing: NDArray[np.bool_]) -> set[int]:
     # One whose weights a plain step does not move, while it moves others, will not open. Adam's steps grow as soon as
     # its epsilon lets them.
     if not history.adaptive:
-        beside -= _still(history)
+        beside -= history.lasting(_still)
     return states | beside
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
@@ -12,6 +12,7 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
+from gradwatch.values.snapshot import Absent
 from gradwatch.values.thresholds import KEPT
 
 
@@ -87,8 +88,13 @@ def _trained(history: History) -> dict[int, list[int]]:
 
     Those whose layer is known to stand aside are left out.
     """
+    absent = history.snapshot.absent
+    return history.lasting(_all_trained) if absent is None else _all_trained(history, absent)
+
+
+def _all_trained(history: History, absent: Sequence[Absent | None] = ()) -> dict[int, list[int]]:
     index, snapshot = history.numbers, history.snapshot
-    absent, mine = snapshot.absent, snapshot.optimizer
+    mine = snapshot.optimizer
     found: dict[int, list[int]] = {}
     for column, parameter in enumerate(snapshot.model.parameters):
         if parameter.optimizer == mine and not (absent and absent[column] in ("frozen", "unused")):
@@ -98,23 +104,36 @@ def _trained(history: History) -> dict[int, list[int]]:
 
 def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[int]:
     """Return the layers that ran in the last probe and had no gradient at all at the last snapshots."""
+    import numpy as np
+
     absent = history.snapshot.absent
     window = history.window(history.thresholds.disconnected_steps)
     if absent is None or len(window) < history.thresholds.disconnected_steps:
         return set()
-    cut = {layer for layer, columns in trained.items() if all(absent[c] == "disconnected" for c in columns)}
-    return {layer for layer in cut if all(s.norm[c] is None for s in window for c in trained[layer])}
+    ended = [reason == "disconnected" for reason in absent]
+    cut = {layer for layer, columns in trained.items() if all([ended[c] for c in columns])}
+    if not cut:
+        return cut
+    missing = np.ones(len(absent), dtype=bool)
+    for s in window:
+        # Where no count of what is not finite is there, a NaN of the array is what was None.
+        missing &= np.isnan(np.asarray(s.norm, dtype=float)) if s.nonfinite is None else [n is None for n in s.norm]
+    return {layer for layer in cut if missing[trained[layer]].all()}
 
 
 def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     """Return the layers that ran in the last probe and got exactly zero through the window, that probe included."""
+    import numpy as np
+
     window = history.window(history.thresholds.window)
     if 0 not in window[-1].norm or len(window) < history.thresholds.window:
         return set()
     if all(s.weight_norm is None for s in window) and not history.open_at("GW401"):
         return set()
-    columns = zip(*(s.norm for s in window), strict=True)
-    zeros = {i for i, column in enumerate(columns) if column.count(0.0) == len(window)}
+    always = np.asarray(window[-1].norm, dtype=float) == 0  # NaN, where there is none, is not
+    for earlier in window[:-1]:
+        always &= np.asarray(earlier.norm, dtype=float) == 0
+    zeros = set(np.flatnonzero(always).tolist())
     # Where the gradient fades after a layer, it was not cut off: it has vanished, which is another kind.
     cut = (
         {layer for layer, columns in trained.items() if zeros.issuperset(columns)}

@@ -111,14 +111,13 @@ def _updates(history: History) -> Iterator[Finding]:
     if history.snapshot.update_ratio is None or history.improved:
         return
     probes = [s for s in history.window(t.window) if s.update_ratio is not None]
-    model = history.model
-    if not any((r or 0.0) > t.explosion_update for s in probes for r in s.update_ratio or ()):  # nearly always
+    model, wide = history.model, history.lasting(_wide)
+    if not any(s is w for s in probes for w in wide):  # nearly always
         return
     ratios: dict[int, list[float]] = {}
-    numbers = history.numbers
     for s in probes:
-        for layer, ratio in _changes(s):
-            ratios.setdefault(numbers[layer], []).append(ratio)
+        for layer, ratio in history.lasting(_by_number, s.step):
+            ratios.setdefault(layer, []).append(ratio)
     wild = {
         i
         for i, mine in ratios.items()
@@ -156,9 +155,19 @@ def _throws(history: History, snapshot: Snapshot) -> bool:
 
 def _throwing(history: History) -> list[Snapshot]:
     limit = history.thresholds.explosion_update
-    # What counts is at most the ratio itself, and that is nearly never above it.
-    wide = [s for s in history.seen if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
-    return [s for s in wide if any(moved > limit for _, moved in _changes(s))]
+    return [s for s in history.lasting(_wide) if any(moved > limit for _, moved in _changes(s))]
+
+
+def _wide(history: History) -> list[Snapshot]:
+    """Return what of `seen` may throw: what counts is at most the ratio itself, and that is nearly never so large."""
+    limit = history.thresholds.explosion_update
+    return [s for s in history.seen if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
+
+
+def _by_number(history: History, step: int) -> list[tuple[int, float]]:
+    """Return the changes of a step, each with the number of its layer."""
+    numbers = history.numbers
+    return [(numbers[layer], moved) for s in history.seen if s.step == step for layer, moved in _changes(s)]
 
 
 def _loss(history: History) -> Iterator[Finding]:

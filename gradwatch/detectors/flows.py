@@ -157,6 +157,8 @@ def aside(history: History, layers: Collection[int]) -> set[int]:
     before a product or a gate that begins nearly shut; a softmax with all of its weight on one value is no such thing.
     """
     ratios, numbers, known = history.ratios(1)[-1], history.numbers, flows_of(history)
+    if not known:
+        return set()
     flows = {i: known[layer.name] for i, layer in enumerate(history.model.layers) if layer.name in known}
     sources = {i: numbers.get(history.columns.layer_of(f.source or ""), -1) for i, f in flows.items()}
     ordered = [i for i in history.order if i in flows]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
+from gradwatch.values.column import rounded
 from gradwatch.values.snapshot import Column, ModelInfo
 
 
@@ -66,7 +67,8 @@ def columns(numbers: Numbers, model: ModelInfo, *, skipped: bool) -> Columns:
     weight, nonzero = numbers.get(WEIGHT, {}), numbers.get(NONZERO, {})
 
     def column(values: Mapping[int, float]) -> Column:
-        return tuple(map(values.get, range(len(model.parameters))))
+        known = dict(zip(values, rounded([*values.values()]), strict=True))
+        return tuple(map(known.get, range(len(model.parameters))))
 
     def optional(raw: Raw, value: Callable[[int, float], float]) -> Column | None:
         return column({c: value(c, n) for c, n in numbers[raw].items()}) if raw in numbers else None

@@ -185,7 +185,7 @@ class Measurement:
         absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
         return Snapshot(
             step=self.step,
-            wall_time=time.time(),
+            wall_time=round(time.time(), 3),
             model=self.model,
             optimizer=optimizer,
             stage=self.stage,

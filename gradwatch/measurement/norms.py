@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,6 +35,8 @@ _STACKED = 2**16
 _TRUSTED = (1e-15, 1e18)
 # The same for float64 squares of float64 entries.
 _TRUSTED_DOUBLE = (1e-140, 1e140)
+# Classes whose memory is what they say.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 # Formats that need no conversion.
 _ORDINARY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
@@ -96,6 +98,14 @@ def measured(tensors: Sequence[Tensor]) -> Tensor | Sequence[float]:
     return on_cpu(tensors) if tensors and tensors[0].device.type == "cpu" else norms(tensors)
 
 
+def divided(numbers: Tensor | Sequence[float], scale: float | Tensor) -> Tensor | Sequence[float]:
+    """Return what was measured over a loss scale, which may have fallen to 0."""
+    if isinstance(numbers, Tensor):
+        return numbers / torch.as_tensor(scale, dtype=numbers.dtype, device=numbers.device)
+    by = float(scale)
+    return [n / by if by else n * math.inf for n in numbers]
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """L2 norm of each tensor, for tensors on one device.
 
@@ -127,7 +137,7 @@ def on_cpu(tensors: Sequence[Tensor]) -> list[float]:
     import numpy as np
 
     if len(tensors) >= _PACKED:
-        small = [t.numel() <= _SMALL and t.dtype is torch.float32 for t in tensors]
+        small = [t.numel() <= _SMALL and t.dtype is torch.float32 and type(t) in _PLAIN for t in tensors]
         if _PACKED <= sum(small) < len(tensors):
             packed = iter(_packed(list(itertools.compress(tensors, small))))
             others = iter(on_cpu([t for t, its in zip(tensors, small, strict=True) if not its]))
@@ -143,8 +153,8 @@ def on_cpu(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _by_blas(tensor: Tensor) -> float | None:
-    """Return the norm of a float32 tensor; None of one that is of another format, or for more than one thread."""
-    if tensor.dtype is not torch.float32 or (size := tensor.numel()) > _SHARED:
+    """Return the norm of a float32 tensor; None of one that is of another format or class, or for several threads."""
+    if tensor.dtype is not torch.float32 or type(tensor) not in _PLAIN or (size := tensor.numel()) > _SHARED:
         return None
     entries = _entries(tensor)
     if size <= 2 * _ROW:
@@ -317,7 +327,7 @@ def _small_on_cpu(tensor: Tensor, limit: float) -> tuple[int, int]:
     import numpy as np  # counts what a comparison gives three times faster than torch does
 
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    entries = _entries(wide)
+    entries = _entries(wide) if type(wide) in _PLAIN else wide.reshape(-1).numpy()
     zeros, below = 0, 0
     for start in range(0, entries.size, _STACKED):  # in pieces whose masks stay in the cache
         piece = entries[start : start + _STACKED]

@@ -80,10 +80,7 @@ class Parameters:
                 bad = _not_finite(sizes)
             if bad:
                 self.add(NONFINITE, [mine[k] for k in bad], torch.stack([norms.nonfinite(here[k]) for k in bad]))
-            if scale is not None:
-                sizes = torch.as_tensor(sizes, dtype=torch.float64 if device.type == "cpu" else None)
-                sizes = sizes / torch.as_tensor(scale, dtype=sizes.dtype, device=device)
-            self.add(NORM, mine, sizes)
+            self.add(NORM, mine, sizes if scale is None else norms.divided(sizes, scale))
             if self._probe:
                 limits = [_smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here]
                 zeros, tiny = norms.small(here, limits)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TextIO
 from gradwatch.sinks.deletion import refuse_deleted
 from gradwatch.values.plain import (
     FORMAT,
+    FORMATS,
     alert_from_plain,
     from_json,
     model_from_plain,
@@ -106,7 +107,7 @@ class Record:
         if self._model is not snapshot.model:
             self._model, self._models = snapshot.model, self._models + 1
             self._write({"model": to_plain(snapshot.model)})
-        self._write({"snapshot": snapshot_to_plain(snapshot, self._models - 1)})
+        self._write({"snapshot": snapshot_to_plain(snapshot)})
         for alert in report.cleared:
             self._open.pop(_key(alert), None)
             self._write({"alert": to_plain(alert)})
@@ -260,14 +261,14 @@ def _read(file: Path, most: int = MOST) -> Run:
                 _take(draft, content)
             except (KeyError, TypeError, IndexError, AttributeError, ValueError, RecursionError) as error:
                 if number == 0:
-                    raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: {error!r:.80}") from error
+                    raise ValueError(f"{file} is not a record of format 1 to {FORMAT}: {error!r:.80}") from error
                 broken, truncated = broken + 1, not line.endswith("\n")  # which only the last one can lack
             if len(draft.snapshots) > most:
                 older = slice(1, max(most * 3 // 4, 2), 2)
                 thinned += len(draft.snapshots[older])
                 del draft.snapshots[older]
     if file.stat().st_size == 0:
-        raise ValueError(f"{file} is not a record of format 1 or {FORMAT}: it is empty")
+        raise ValueError(f"{file} is not a record of format 1 to {FORMAT}: it is empty")
     return Run(
         tuple(draft.models), tuple(draft.snapshots), tuple(draft.alerts.values()), str(file), thinned, broken, truncated
     )
@@ -290,7 +291,7 @@ def _lines(stream: TextIO) -> Iterator[str]:
 
 def _begun(content: dict[str, Any]) -> tuple[int, int]:
     """Check the first line, and return the format and the number of snapshots that were dropped."""
-    if content["format"] not in (1, FORMAT):
+    if content["format"] not in FORMATS:
         raise ValueError(f"format {content['format']!r}")
     return content["format"], int(content.get("thinned", 0))
 

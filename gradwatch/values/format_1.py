@@ -47,7 +47,7 @@ def snapshot_from_1(plain: Mapping[str, Any], models: Sequence[ModelInfo]) -> Pl
         found["activations"] = _with_functions(plain.get("activations"), functions)
         found["facts"] = [_fact(f) for f in facts if _is_number(f["name"])] or None
     if plain.get("sequences") is not None:
-        kinds = {layer.name: _recurrence(layer.kind) for layer in models[plain["model"]].layers}
+        kinds = {layer.name: _recurrence(layer.kind) for layer in models[plain.get("model", -1)].layers}
         found["sequences"] = [_sequence(s, kinds) for s in plain["sequences"]]
     return found
 

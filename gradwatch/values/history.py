@@ -10,7 +10,15 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradwatch.values.layer_columns import LayerColumns
-from gradwatch.values.plain import FORMAT, model_from_plain, snapshot_from_plain, snapshot_to_plain, to_plain
+from gradwatch.values.plain import (
+    FORMAT,
+    FORMATS,
+    compact,
+    model_from_plain,
+    snapshot_from_plain,
+    snapshot_to_plain,
+    to_plain,
+)
 from gradwatch.values.report import Finding
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
@@ -24,6 +32,9 @@ Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""
 
 T = TypeVar("T")
+
+_MANY = 1000
+"""Parameters from which on what is kept of a step is packed: below that it is little, and packing would cost more."""
 
 
 class History:
@@ -55,6 +66,8 @@ class History:
         """Fold one snapshot in."""
         import numpy as np
 
+        if len(snapshot.norm) >= _MANY:
+            snapshot = compact(snapshot)
         self._now, self._latest = snapshot.optimizer, snapshot
         self._once.clear()
         track = self._tracks.setdefault(self._now, Track())
@@ -379,8 +392,8 @@ class History:
 
         """
         written = state.get("format", 1)
-        if written not in (1, FORMAT):
-            raise ValueError(f"the format of a history must be 1 or {FORMAT}, got {written!r:.80}")
+        if written not in FORMATS:
+            raise ValueError(f"the format of a history must be 1 to {FORMAT}, got {written!r:.80}")
         models = [model_from_plain(m, written) for m in state["models"]]
 
         def read(plain: Mapping[str, Any]) -> Snapshot:

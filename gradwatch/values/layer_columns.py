@@ -103,6 +103,11 @@ class LayerColumns:
         module's."""
 
     @functools.cached_property
+    def normalized(self) -> frozenset[str]:
+        """Names of the layers that hold the gain of a normalization."""
+        return frozenset(p.layer for p in self.model.parameters if p.role == "normalization")
+
+    @functools.cached_property
     def unstepped(self) -> Sequence[ParameterInfo]:
         """The parameters that are to be trained and in no optimizer, as `ModelInfo.unstepped`."""
         return self.model.unstepped

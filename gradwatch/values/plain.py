@@ -12,12 +12,18 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from gradwatch.values.column import CompactColumn, decode, encode
 from gradwatch.values.format_1 import alert_from_1, model_from_1, snapshot_from_1
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import Absent, Column, ModelInfo, Snapshot
 
-FORMAT = 2
-"""The format of what is written here; 1 is read too. A field that is added and optional does not raise it."""
+FORMAT = 3
+"""The format of what is written here. A field that is added and optional does not raise it.
+
+2 is read too, in which columns were lists and every snapshot named its model; and 1, as `format_1` tells.
+"""
+FORMATS = (1, 2, FORMAT)
+"""Those that are read."""
 
 # --- JSON: floats by repr, which is exact; NaN and the infinities, which JSON lacks, as {"float": "nan"}. ---
 
@@ -39,13 +45,26 @@ def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, an
     return value
 
 
-def snapshot_to_plain(snapshot: Snapshot, model: int) -> dict[str, Any]:
-    """Return a snapshot as `to_plain` does, with a number in place of the model, which many snapshots share."""
-    fields = [(name, default) for name, default in _fields(Snapshot) if name != "model"]
-    return {
-        "model": model,
-        **{name: to_plain(v) for name, default in fields if (v := getattr(snapshot, name)) is not default},
-    }
+def snapshot_to_plain(snapshot: Snapshot, model: int | None = None) -> dict[str, Any]:
+    """Return a snapshot as `to_plain` does, its columns as text, and the number of its model, which many share.
+
+    Without a number, the model is the newest one.
+    """
+    found: dict[str, Any] = {} if model is None else {"model": model}
+    for name, default, is_column in _fields_of_snapshot():
+        if (value := getattr(snapshot, name)) is default:
+            continue
+        if is_column:
+            found[name] = encode(value)
+        else:
+            found[name] = value if isinstance(value, int | float | str) else to_plain(value)
+    return found
+
+
+def compact(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot whose columns of numbers take a quarter of the memory, to be kept with many others."""
+    numbers = {name: column for name, its in _along_parameters().items() if its and (column := getattr(snapshot, name))}
+    return dataclasses.replace(snapshot, **{name: CompactColumn(column) for name, column in numbers.items()})
 
 
 def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], written: int = FORMAT) -> Snapshot:
@@ -58,20 +77,39 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], w
     """
     if written == 1:
         plain = snapshot_from_1(plain, models)
-    snapshot = from_plain(Snapshot, {**plain, "model": models[plain["model"]]})
-    for column in (getattr(snapshot, name) for name in _columns()):
-        if column and len(column) != len(snapshot.model.parameters):
-            raise ValueError(
-                f"expected {len(snapshot.model.parameters)} entries, one for each parameter, got {len(column)}"
-            )
-    return snapshot
+    model = models[plain.get("model", -1)]
+    found: dict[str, Any] = {"model": model}
+    for name, value in plain.items():
+        if name == "model":
+            continue
+        if name not in _along_parameters():
+            found[name] = _read(_hints(Snapshot).get(name), value)
+            continue
+        found[name] = column = _column(name, value)
+        if column and len(column) != len(model.parameters):
+            raise ValueError(f"expected {len(model.parameters)} entries, one for each parameter, got {len(column)}")
+    return Snapshot(**found)
+
+
+def _column(name: str, plain: Any) -> Sequence[Any] | None:  # noqa: ANN401
+    """Return a column, be it written as text or, as it was in formats 1 and 2, as a list."""
+    if _along_parameters()[name]:
+        return decode(plain) if isinstance(plain, str) else typing.cast("Column | None", _read(_ROW, plain))
+    return typing.cast("Sequence[Any] | None", _read(_hints(Snapshot)[name], plain))
 
 
 @functools.cache
-def _columns() -> tuple[str, ...]:
-    """Return the names of the fields of a snapshot that run along its parameters: by their types."""
-    kinds = (Column, Column | None, tuple[Absent | None, ...] | None)
-    return tuple(name for name, hint in _hints(Snapshot).items() if hint in kinds)
+def _along_parameters() -> dict[str, bool]:
+    """Return the fields of a snapshot that run along its parameters, by their types, and of each whether of numbers."""
+    kinds = {Column: True, Column | None: True, tuple[Absent | None, ...] | None: False}
+    return {name: kinds[hint] for name, hint in _hints(Snapshot).items() if hint in kinds}
+
+
+@functools.cache
+def _fields_of_snapshot() -> tuple[tuple[str, object, bool], ...]:
+    """Return name and default of each but the model, and whether it is a column of numbers."""
+    along = _along_parameters()
+    return tuple((name, default, along.get(name, False)) for name, default in _fields(Snapshot) if name != "model")
 
 
 def model_from_plain(plain: Any, written: int = FORMAT) -> ModelInfo:  # noqa: ANN401  (what `json.loads` gives)
@@ -112,13 +150,17 @@ def to_json(plain: Any) -> str:  # noqa: ANN401  (what `to_plain` gives)
         return json.dumps(_spell(plain), allow_nan=False, separators=(",", ":"))
 
 
-def from_json(line: str) -> Any:  # noqa: ANN401  (what `to_json` took)
+def from_json(line: str | bytes) -> Any:  # noqa: ANN401  (what `to_json` took)
     """Read one line of JSON as `to_json` writes it."""
+    line = line if isinstance(line, str) else line.decode()
+    if _SPELLED not in line:  # nearly always, and a call for each object takes longer than all else
+        return json.loads(line)
     return json.loads(
         line, object_hook=lambda d: float(d["float"]) if d.keys() == {"float"} and d["float"] in _SPELT else d
     )
 
 
+_SPELLED = '{"float":'
 _SPELT = ("nan", "inf", "-inf")
 
 
@@ -149,6 +191,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+_ROW = tuple[float | None, ...]
 _SCALARS: Mapping[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
 _NUMBERS: frozenset[type] = frozenset({int, float, type(None)})
 _ANY: frozenset[type] = frozenset({int, float, str, bool, type(None)})

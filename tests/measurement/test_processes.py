@@ -444,33 +444,33 @@ def ddp_watched_on_the_last_only(_: Path):
 
 
 def a_measurement_fails_elsewhere(_: Path):
-    right = stats.norms
+    right = stats.measured
 
     def meanwhile(number: int, _watcher: object) -> None:
         def wrong(_tensors: object) -> torch.Tensor:
             raise RuntimeError("no kernel")
 
-        stats.norms = wrong if number == 0 and dist.get_rank() == 1 else right
+        stats.measured = wrong if number == 0 and dist.get_rank() == 1 else right
 
     try:
         return several(model := sharded(mlp(), mesh()), model, meanwhile=meanwhile)
     finally:
-        stats.norms = right
+        stats.measured = right
 
 
 def one_gives_up_measuring(_: Path):
-    right = stats.norms
+    right = stats.measured
 
     def meanwhile(number: int, _watcher: object) -> None:
         def wrong(_tensors: object) -> torch.Tensor:
             raise RuntimeError("no kernel")
 
-        stats.norms = wrong if dist.get_rank() == 1 else right
+        stats.measured = wrong if dist.get_rank() == 1 else right
 
     try:
         return several(model := sharded(mlp(), mesh()), model, steps=8, meanwhile=meanwhile)
     finally:
-        stats.norms = right
+        stats.measured = right
 
 
 def one_closes_early(_: Path):

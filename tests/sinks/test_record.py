@@ -109,7 +109,7 @@ def test_every_number_comes_back_exactly(tmp_path):
         clip_factor=-0.0,
         skipped=True,
         norm=(math.nan, None, 0.0),
-        nonfinite=(10**25, None, 0),
+        nonfinite=(1e25, None, 0.0),
         weight_norm=(math.inf, -math.inf, 5e-324),
         zeros=(0.1 + 0.2, None, 1.0),
         subnormal=(None, None, None),
@@ -316,13 +316,13 @@ def test_what_is_not_a_record_is_refused_with_its_name(tmp_path):
     for name, content in foreign.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content, encoding="utf-8", errors="surrogateescape")
-        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format 1 or {FORMAT}"):
+        with pytest.raises(ValueError, match=rf"{name}\.jsonl is not a record of format 1 to {FORMAT}"):
             read_run(file)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "record.jsonl").touch()
-    with pytest.raises(ValueError, match="is not a record of format 1 or 2: it is empty"):
+    with pytest.raises(ValueError, match="is not a record of format 1 to 3: it is empty"):
         read_run(tmp_path)
 
 

@@ -1183,8 +1183,8 @@ def test_a_state_of_another_make_is_refused():
     with pytest.raises(ValueError, match=r"of 1 optimizers, got format 1 for \[1, 2\]"):
         watcher.load_state_dict({**watcher.state_dict(), "counts": [1, 2]})
     state = watcher.state_dict()
-    with pytest.raises(ValueError, match="format of a history must be 1 or 2, got 3"):
-        watcher.load_state_dict({**state, "history": {**state["history"], "format": 3}})
+    with pytest.raises(ValueError, match="format of a history must be 1 to 3, got 4"):
+        watcher.load_state_dict({**state, "history": {**state["history"], "format": 4}})
 
 
 def test_a_watcher_shows_its_layers():

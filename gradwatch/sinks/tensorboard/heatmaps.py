@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import math
+import struct
+import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -80,24 +81,20 @@ class LayerPicture:
         self.columns: _Columns[array[float]] = _Columns(20, 80)
         """Levels along `_names`."""
         self._names: list[str] = []
-        self._rows: list[str] = []
+        self._rows: Sequence[str] = ()
 
     def add(self, step: int, levels: Mapping[str, float], rows: Sequence[str]) -> None:
         """Add the log10 of a step's norms, by layer; `rows` are all layers in the order of the forward pass."""
-        if set(rows) != set(self._names):  # another model, and another picture
-            self._names, self.columns.kept = list(rows), []
-        self._rows = list(rows)
-        # What is not finite is not what is not there, which is NaN from here on.
-        self.columns.add(
-            step,
-            array(
-                "d",
-                (
-                    math.nan if n not in levels else math.inf if math.isnan(levels[n]) else levels[n]
-                    for n in self._names
-                ),
-            ),
-        )
+        if rows is not self._rows:
+            if set(rows) != set(self._names):  # another model, and another picture
+                self._names, self.columns.kept = list(rows), []
+            self._rows = rows
+        column = array("d", [levels.get(name, math.nan) for name in self._names])
+        if not math.isfinite(sum(column)):
+            # What is not finite is not what is not there, which is NaN from here on.
+            known = zip(self._names, column, strict=True)
+            column = array("d", [math.inf if math.isnan(n) and name in levels else n for name, n in known])
+        self.columns.add(step, column)
 
     def png(self) -> tuple[int, int, bytes]:
         """Draw it; see `heatmap`."""
@@ -288,9 +285,20 @@ def _step_labels(steps: Sequence[int], y: float, columns: str) -> Iterator[Label
 
 
 def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=6)
-    return buffer.getvalue()
+    """Return a picture as PNG, each row as its difference from the one above, which of a heatmap is mostly 0.
+
+    PIL tries five ways for each row, and takes four times as long.
+    """
+    import numpy as np
+
+    pixels = np.asarray(picture).reshape(picture.height, -1)
+    rows = np.full((picture.height, 1 + pixels.shape[1]), 2, np.uint8)  # 2 is the name of that difference
+    rows[0, 1:] = pixels[0]
+    np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])
+    header = struct.pack(">IIBBBBB", picture.width, picture.height, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 3)), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def _ends_of(rows: Sequence[str]) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from gradwatch.values.layer_columns import group_norms, sensitivities
 from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, LayerInfo, ModelInfo, Snapshot
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FLOOR = -45.0
 """log10 at which a size of exactly 0 is drawn: the smallest float32 above 0 is 1.4e-45."""
@@ -25,6 +31,8 @@ class Groups:
     def __init__(self, model: ModelInfo, *, parameters: bool = False, most: int = GROUPS) -> None:
         """Group by layer, in the order of the forward pass; by block if there are more than `most`; or not at all."""
         self.model = model
+        self._asked: Column | None = None
+        self._levels: dict[str, float] = {}
         self._blocked = not parameters and len(model.layers) > most
         if parameters:
             self.of = [tag_safe(p.name) for p in model.parameters]
@@ -38,9 +46,49 @@ class Groups:
             self.of = [name_of[p.layer] for p in model.parameters]
             self.rows = list(dict.fromkeys(name_of[model.layers[i].name] for i in model.forward_order))
 
+    def levels(self, column: Column) -> dict[str, float]:
+        """Return log10 of the norm of each group, as `norms` gives it; asked again of the same column, the same."""
+        if self._asked is not column:
+            self._asked, known = column, self._above_zero(column)
+            if known is None:
+                self._levels = {name: log10(value) for name, value in self.norms(column).items()}
+            else:
+                self._levels = dict(zip(self.rows, known, strict=True))
+        return self._levels
+
+    def _above_zero(self, column: Column) -> list[float] | None:
+        """Return these levels in the order of the rows; None where a parameter has no norm, or 0, or NaN or infinity."""
+        import numpy as np
+
+        if not all(column) or not math.isfinite(sum(column)):  # type: ignore[arg-type]  # none is None
+            return None
+        order, starts = self._places
+        values = np.array(column)[order]
+        if len(starts) < len(values):
+            values = np.hypot.reduceat(values, starts)
+        return np.log10(values).tolist()  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _places(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """The parameters in the order of their rows, and where each row begins among them."""
+        import numpy as np
+
+        number = {row: i for i, row in enumerate(self.rows)}
+        mine = np.array([number[row] for row in self.of], dtype=np.intp)
+        order = np.argsort(mine, kind="stable")
+        return order, np.unique(mine[order], return_index=True)[1]
+
+    @functools.cached_property
+    def _tags(self) -> list[str]:
+        return [f"gradwatch_norm/{row}" for row in self.rows]
+
     def unblocked(self) -> Groups:
         """Return the groups of the pictures, which have room for every layer."""
         return Groups(self.model, most=len(self.model.layers)) if self._blocked else self
+
+    def tags_of_norms(self, names: Collection[str]) -> Sequence[str]:
+        """Return the tags of the norms of some of the groups, in the order of `rows`."""
+        return self._tags if len(names) == len(self._tags) else [f"gradwatch_norm/{name}" for name in names]
 
     def norms(self, column: Column) -> dict[str, float]:
         """Return the root of the sum of squares over each group; what has no number is left out."""
@@ -64,24 +112,25 @@ def scalars(report: Report) -> dict[str, float]:
 def scalars_of(report: Report, groups: Groups) -> dict[str, float]:
     """Return the same, with the layers grouped."""
     snapshot = report.snapshot
-    norms = groups.norms(snapshot.norm)
-    levels = {name: log10(value) for name, value in norms.items()}
     found: dict[str, float] = {}
+    levels = groups.levels(snapshot.norm)
     if levels:
-        known = [level for level in levels.values() if not math.isnan(level)] or [math.nan]
+        known = [*levels.values()]
+        if any(map(math.isnan, known)):
+            known = [level for level in known if not math.isnan(level)] or [math.nan]
         found = {
-            "gradwatch/norm_global": log10(math.hypot(*norms.values())),
+            "gradwatch/norm_global": log10(snapshot.norm_global or 0.0),
             "gradwatch/norm_min": min(known),
             "gradwatch/norm_median": statistics.median(known),
             "gradwatch/norm_max": max(known),
-            "gradwatch/zero_norms": float(sum(n == 0 for n in norms.values())),
+            "gradwatch/zero_norms": float(known.count(FLOOR)),
         }
     found["gradwatch/alerts_open"] = float(sum(alert.severity > Severity.INFO for alert in report.open))
     if snapshot.loss is not None:
         found["gradwatch/loss"] = snapshot.loss
     if snapshot.clip_factor is not None:
         found["gradwatch/clip_factor"] = snapshot.clip_factor
-    found.update((f"gradwatch_norm/{name}", level) for name, level in levels.items())
+    found.update(zip(groups.tags_of_norms(levels), levels.values(), strict=True))
     if snapshot.weight_norm is not None:
         found.update(
             (f"gradwatch_sensitivity/{name}", log10(value))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from gradwatch.sinks.tensorboard import messages as parts
 from gradwatch.sinks.tensorboard.events import EventFile
 from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture, depth_picture
-from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, log10, scalars_of
+from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, scalars_of
 from gradwatch.values.chain import places
 from gradwatch.values.report import Report
 from gradwatch.values.sequences import SequenceStats
@@ -90,7 +90,7 @@ class TensorBoardSink:
         self._last = report
         event = self._fill(scalars_of(report, self._groups))
         event.wall_time, event.step = report.snapshot.wall_time, report.snapshot.step
-        levels = {name: log10(norm) for name, norm in rows.norms(report.snapshot.norm).items()}
+        levels = rows.levels(report.snapshot.norm)
         self._picture.add(report.snapshot.step, levels, rows.rows)
         extra = []
         if report.snapshot.weight_norm is not None and levels:
