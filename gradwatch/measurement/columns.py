@@ -65,10 +65,13 @@ def columns(numbers: Numbers, model: ModelInfo, *, skipped: bool) -> Columns:
 
     """
     weight, nonzero = numbers.get(WEIGHT, {}), numbers.get(NONZERO, {})
+    every = list(range(len(model.parameters)))
 
     def column(values: Mapping[int, float]) -> Column:
-        known = dict(zip(values, rounded([*values.values()]), strict=True))
-        return tuple(map(known.get, range(len(model.parameters))))
+        numbers = rounded([*values.values()])
+        if list(values) == every:  # nearly always
+            return tuple(numbers)
+        return tuple(map(dict(zip(values, numbers, strict=True)).get, every))
 
     def optional(raw: Raw, value: Callable[[int, float], float]) -> Column | None:
         return column({c: value(c, n) for c, n in numbers[raw].items()}) if raw in numbers else None

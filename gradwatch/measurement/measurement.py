@@ -178,11 +178,12 @@ class Measurement:
             return None
         if holders and (missing := processes.join(key, numbers, holders)):
             self.notes.append(missing)
-        seen = _together([part() for part in self._parts])
+        seen = _together([part() for part in self._parts]) if self._parts else _NOTHING
         scale, factor = self._unscale(numbers)
         skipped = skipped or any(found.value for found in self._found_inf)
-        norm = numbers.get(NORM, {})
-        absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
+        norm, absent = numbers.get(NORM, {}), None
+        if any(self.absent):
+            absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
         return Snapshot(
             step=self.step,
             wall_time=round(time.time(), 3),
@@ -194,7 +195,7 @@ class Measurement:
             clip_factor=factor,
             skipped=skipped,
             **columns(numbers, self.model, skipped=skipped),
-            absent=absent if any(absent) else None,
+            absent=absent if absent is not None and any(absent) else None,
             activations=seen.activations or None,
             sequences=seen.sequences or None,
             facts=seen.facts or None,
@@ -230,6 +231,9 @@ class Measurement:
             return scale, None
         before = math.hypot(*numbers.get(NORM, {}).values())
         return scale, math.hypot(*numbers[APPLIED].values()) / before if before > 0 else None
+
+
+_NOTHING = ProbeValues()
 
 
 def _together(parts: Iterable[ProbeValues]) -> ProbeValues:

@@ -92,6 +92,8 @@ class Updates:
             probe: whether entries that were to move and did not are counted.
 
         """
+        if not self._copies and not self._notes:  # nearly always
+            return
         for text, column in self._notes:
             into.notes.append(text.format(into.name(column) if column is not None else ""))
         copies = [(column, p, was) for column, p, was in self._copies if column in columns]

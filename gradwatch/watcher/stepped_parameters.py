@@ -48,6 +48,9 @@ class SteppedParameters:
         if part is not None:
             parameters = [p for p in part if p in self._model_map]
         columns = self.columns if part is None else self._model_map.columns(map(id, parameters))
+        gradients = [g for p in parameters if (g := p.grad) is not None]
+        if len(gradients) == len(parameters):  # nearly always
+            return columns, gradients
         found = [(c, g) for c, p in zip(columns, parameters, strict=True) if (g := zero.gradient_of(p)) is not None]
         return [c for c, _ in found], [g for _, g in found]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from gradwatch.sinks.tensorboard import messages as parts
-from gradwatch.sinks.tensorboard.events import EventFile
+from gradwatch.sinks.tensorboard.events import EventFile, ScalarEvents
 from gradwatch.sinks.tensorboard.heatmaps import LagPicture, LayerPicture, depth_picture
 from gradwatch.sinks.tensorboard.scalars import Groups, gain_levels, gains, scalars_of
 from gradwatch.values.chain import places
@@ -62,17 +62,14 @@ class TensorBoardSink:
         """
         if isinstance(target, str | os.PathLike):
             self._events: EventFile | None = EventFile(Path(target))
-            self._write: Callable[[Any], None] = self._events.write
         elif hasattr(target, "_get_file_writer"):
-            self._events = None
-            self._write = target._get_file_writer().event_writer.add_event
+            self._events, self._add = None, target._get_file_writer().event_writer.add_event
         else:
             raise TypeError(
                 f"target must be a directory or a torch.utils.tensorboard.SummaryWriter, got {type(target).__name__}"
             )
         self._parameters = parameters
-        self._event: Any = None
-        self._tags: list[str] = []
+        self._scalars = ScalarEvents()
         self._picture = LayerPicture()
         self._lags: dict[str, LagPicture] = {}
         self._seen: dict[str, SequenceStats] = {}
@@ -88,10 +85,10 @@ class TensorBoardSink:
             self._rows = self._groups.unblocked()
         rows = self._rows
         self._last = report
-        event = self._fill(scalars_of(report, self._groups))
-        event.wall_time, event.step = report.snapshot.wall_time, report.snapshot.step
+        wall_time, step = report.snapshot.wall_time, report.snapshot.step
+        event = self._scalars.encode(scalars_of(report, self._groups), wall_time, step)
         levels = rows.levels(report.snapshot.norm)
-        self._picture.add(report.snapshot.step, levels, rows.rows)
+        self._picture.add(step, levels, rows.rows)
         extra = []
         if report.snapshot.weight_norm is not None and levels:
             extra.append(parts.profile("gradwatch_profile/layers", [levels.get(row) for row in rows.rows]))
@@ -100,14 +97,20 @@ class TensorBoardSink:
         if self._picture.columns.due():
             extra.append(parts.image("gradwatch_heatmap/layers", self._picture.png()))
         extra += self._through_time(report)
-        if extra:
+        self._write(event, extra, wall_time)
+
+    def _write(self, event: bytes, extra: Sequence[Any], wall_time: float) -> None:
+        """Write an event, with what else belongs into its summary."""
+        if extra or self._events is None:
             from tensorboard.compat.proto.event_pb2 import Event
 
-            full = Event()
-            full.CopyFrom(event)
+            full = Event.FromString(event)
             full.summary.value.extend(extra)
-            event = full
-        self._write(event)
+            if self._events is None:
+                self._add(full)
+                return
+            event = full.SerializeToString()
+        self._events.write(event, wall_time)
 
     def resume(self) -> None:
         """Leave the events of an earlier run where they are, because this one continues it."""
@@ -144,28 +147,11 @@ class TensorBoardSink:
             }
             stale = {name: picture for name, picture in pictures.items() if not picture.columns.fresh}
             if last is not None and stale:
-                from tensorboard.compat.proto.event_pb2 import Event
-
-                event = Event(wall_time=time.time(), step=last.snapshot.step)
-                event.summary.value.extend(
-                    parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items()
-                )
+                images = [parts.image(f"gradwatch_heatmap/{name}", picture.png()) for name, picture in stale.items()]
                 for name, stats in self._seen.items():
-                    event.summary.value.extend(_depth(name, stats) if f"lags/{name}" in stale else ())
-                self._write(event)
+                    images += _depth(name, stats) if f"lags/{name}" in stale else []
+                now = time.time()
+                self._write(ScalarEvents().encode({}, now, last.snapshot.step), images, now)
         finally:
             if self._events is not None:
                 self._events.close()
-
-    def _fill(self, scalars: Mapping[str, float]) -> Any:  # noqa: ANN401  (a protobuf message)
-        """Return the one event, with these numbers: making its tags anew at each step costs more than all else."""
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        tags = list(scalars)
-        if tags != self._tags or self._event is None:
-            self._tags, self._event = tags, Event()
-            for tag in tags:
-                self._event.summary.value.add(tag=tag)
-        for value, number in zip(self._event.summary.value, scalars.values(), strict=True):
-            value.simple_value = number
-        return self._event
