@@ -17,6 +17,7 @@ from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.values.snapshot import ModelInfo
 
 PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+_SMALLEST = {dtype: torch.finfo(dtype).smallest_normal for dtype in PLAIN}
 _DEVICE = operator.attrgetter("device")
 kind_of = operator.attrgetter("__class__", "layout", "dtype")
 PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in PLAIN)
@@ -72,7 +73,7 @@ class Parameters:
     def _gradients(
         self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
     ) -> None:
-        for mine, here in by_device(columns, tensors):
+        for mine, here in norms.in_cache(by_device(columns, tensors)) if self._probe else by_device(columns, tensors):
             device, sizes = here[0].device, norms.measured(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
             bad = [*range(len(here))] if self._probe else []
@@ -82,10 +83,9 @@ class Parameters:
                 self.add(NONFINITE, [mine[k] for k in bad], torch.stack([norms.nonfinite(here[k]) for k in bad]))
             self.add(NORM, mine, sizes if scale is None else norms.divided(sizes, scale))
             if self._probe:
-                limits = [_smallest(t, scale) if half else torch.finfo(t.dtype).smallest_normal for t in here]
-                zeros, tiny = norms.small(here, limits)
-                stored = torch.tensor([t.numel() for t in here], device=device)
-                self.add(NONZERO, mine, stored - zeros)
+                limits = [_smallest(t, scale) if half else _SMALLEST[t.dtype] for t in here]
+                nonzero, tiny = norms.small(here, limits)
+                self.add(NONZERO, mine, nonzero)
                 self.add(TINY, mine, tiny)
 
     def _whole_or_pieces(self, columns: Sequence[int], gradients: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:

@@ -44,6 +44,8 @@ class Updates:
         """
         self.drop()
         left, turn = self._budget, min(self.turn, len(parameters))  # some may have gone since
+        old: list[Tensor] = []
+        new: list[Tensor] = []
         for i in (*range(turn, len(parameters)), *range(turn)):
             moves = parameters[i].grad is not None if complete else parameters[i].requires_grad
             if not moves or parameters[i].dtype not in PLAIN:
@@ -59,20 +61,27 @@ class Updates:
             if left < 0:
                 self._notes.append((f"updates are measured in turns: copies of all parameters take {limit}", None))
                 self.turn = i
-                return
-            self._copies.append((columns[i], parameters[i], self._copy(columns[i], parameter, wide)))
-        self.turn = 0
+                break
+            again = self._memory(columns[i], parameter, wide)
+            if again is not None:
+                old.append(parameter)
+                new.append(again)
+            self._copies.append((columns[i], parameters[i], parameter.to(wide, copy=True) if again is None else again))
+        else:
+            self.turn = 0
+        if new:
+            torch._foreach_copy_(new, old)
 
-    def _copy(self, column: int, parameter: Tensor, wide: torch.dtype) -> Tensor:
+    def _memory(self, column: int, parameter: Tensor, wide: torch.dtype) -> Tensor | None:
+        """Return memory for a copy, where it was kept at the probe before and fits."""
         memory = self._spare.pop(column, None)
-        if (
+        fits = (
             memory is not None
             and memory.shape == parameter.shape
             and memory.dtype is wide
             and memory.device == parameter.device
-        ):
-            return memory.copy_(parameter)
-        return parameter.to(wide, copy=True)
+        )
+        return memory if fits else None
 
     def before(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters as they were when they were copied, where they are whole; the others as they are."""
@@ -123,7 +132,7 @@ class Updates:
 
 def _moved(into: Parameters, now: Mapping[int, Tensor], columns: Sequence[int], olds: Sequence[Tensor]) -> None:
     """Turn copies into updates, in place: half of the memory and two thirds of the time."""
-    for mine, here in by_device(columns, olds):
+    for mine, here in norms.in_cache(by_device(columns, olds)):
         torch._foreach_sub_(list(here), [now[column] for column in mine])
         into.add(UPDATE, mine, norms.measured(here))
 
