@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 
@@ -126,6 +127,7 @@ def _report(options: argparse.Namespace) -> int:
     from gradwatch.sinks.terminal.page import run_summary
     from gradwatch.sinks.terminal.show import show
 
+    gc.disable()  # what is read stays until the process ends
     runs = read_runs(options.path)
     if len(runs) == 1:
         show(*map(run_summary, runs.values()), to=sys.stdout)
@@ -143,6 +145,7 @@ def _check(options: argparse.Namespace) -> int:
     from gradwatch.sinks.terminal.show import show
     from gradwatch.values.report import Severity
 
+    gc.disable()  # what is read stays until the process ends
     runs = read_runs(options.path)
     wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
     several = len(runs) > 1

@@ -32,7 +32,7 @@ _LONGEST = 16 * 2**20
 """Characters of a line that is read, but for one that describes the model."""
 _MODEL, _LONGEST_MODEL = '{"model":', 256 * 2**20
 """How that begins, and how long it may be: a million parameter tensors need about 220 million characters."""
-MOST = 200_000
+MOST = 100_000
 """Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
 is written. No record of the usual bound has so many."""
 

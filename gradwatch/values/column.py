@@ -148,9 +148,10 @@ def decode(text: str) -> tuple[float | None, ...]:
         for byte in range(_KEPT):
             long[_DROPPED + byte :: 8] = raw[byte::_KEPT]
         raw = bytes(long)
-    values = array("d")
-    values.frombytes(raw)
-    return tuple(CompactColumn._of(_little(values), gaps=_NONE_BYTES in raw).tolist())
+    values = array("d", raw)
+    if _NONE_BYTES not in raw and sys.byteorder == "little":  # nearly always
+        return tuple(values)
+    return tuple(CompactColumn._of(_little(values), gaps=True).tolist())
 
 
 def _little(values: array[float]) -> array[float]:

@@ -9,7 +9,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradwatch.values.column import CompactColumn, decode, encode
@@ -79,23 +79,23 @@ def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], w
         plain = snapshot_from_1(plain, models)
     model = models[plain.get("model", -1)]
     found: dict[str, Any] = {"model": model}
+    readers, along, count = _readers_of_snapshot(), _along_parameters(), len(model.parameters)
     for name, value in plain.items():
         if name == "model":
             continue
-        if name not in _along_parameters():
-            found[name] = _read(_hints(Snapshot).get(name), value)
-            continue
-        found[name] = column = _column(name, value)
-        if column and len(column) != len(model.parameters):
-            raise ValueError(f"expected {len(model.parameters)} entries, one for each parameter, got {len(column)}")
+        found[name] = read = readers[name](value) if name in readers else value
+        if name in along and read and len(read) != count:
+            raise ValueError(f"expected {count} entries, one for each parameter, got {len(read)}")
     return Snapshot(**found)
 
 
-def _column(name: str, plain: Any) -> Sequence[Any] | None:  # noqa: ANN401
-    """Return a column, be it written as text or, as it was in formats 1 and 2, as a list."""
-    if _along_parameters()[name]:
-        return decode(plain) if isinstance(plain, str) else typing.cast("Column | None", _read(_ROW, plain))
-    return typing.cast("Sequence[Any] | None", _read(_hints(Snapshot)[name], plain))
+@functools.cache
+def _readers_of_snapshot() -> dict[str, Reader]:
+    """Return what reads each field: a column may be text or, as it was in formats 1 and 2, a list."""
+    row = _reader(_ROW)
+    readers = {name: _reader(hint) for name, hint in _hints(Snapshot).items()}
+    numbers = [name for name, its in _along_parameters().items() if its]
+    return readers | dict.fromkeys(numbers, lambda plain: decode(plain) if isinstance(plain, str) else row(plain))
 
 
 @functools.cache
@@ -203,25 +203,70 @@ _ENTRIES: Mapping[Any, frozenset[type]] = {
 }
 
 
-def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401, PLR0911  (one line for each shape of a type)
-    if plain is None or (isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(plain, hint)):
-        return plain
-    if dataclasses.is_dataclass(hint):
-        hints = _hints(typing.cast("type", hint))
-        if not isinstance(plain, Mapping):
-            raise TypeError(f"expected the fields of a {getattr(hint, '__name__', hint)}, got {plain!r:.80}")
-        return typing.cast("type", hint)(**{name: _read(hints.get(name), v) for name, v in plain.items()})
+Reader = Callable[[Any], Any]
+"""Makes of what `json.loads` gives a value of one type."""
+
+
+def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401
+    return _reader(hint)(plain)
+
+
+@functools.cache
+def _reader(hint: Any) -> Reader:  # noqa: ANN401, PLR0911  (one line for each shape of a type)
+    """Return what reads a type: worked out once, for a record has a million values of a few."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _fields_reader(typing.cast("type", hint))
     if origin in (typing.Union, types.UnionType):
-        return _read(next((a for a in arguments if a is not type(None)), None), plain)
+        return _reader(next((a for a in arguments if a is not type(None)), None))
     if origin is tuple:
-        if dataclasses.is_dataclass(arguments[0]):
-            return tuple(_read(arguments[0], v) for v in plain)
-        if isinstance(plain, str) or not set(map(type, plain)) <= _ENTRIES.get(arguments[0], _ANY):
-            raise TypeError(f"expected a row of {arguments[0]}, got {plain!r:.80}")
-        return tuple(plain)
-    if hint in _SCALARS and not isinstance(plain, _SCALARS[hint]):
-        raise TypeError(f"expected a {hint.__name__}, got {plain!r:.80}")
+        entry = arguments[0]
+        return _objects_reader(_reader(entry)) if dataclasses.is_dataclass(entry) else _row_reader(entry)
+    if hint in _SCALARS:
+        return _scalar_reader(hint)
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return hint(plain)
-    return plain
+        return lambda plain: plain if plain is None else hint(plain)
+    return lambda plain: plain
+
+
+def _fields_reader(kind: type) -> Reader:
+    readers: dict[str, Reader] = {}
+
+    def read(plain: Any) -> Any:  # noqa: ANN401
+        if plain is None or isinstance(plain, kind):
+            return plain
+        if not isinstance(plain, Mapping):
+            raise TypeError(f"expected the fields of a {kind.__name__}, got {plain!r:.80}")
+        if not readers:
+            readers.update((name, _reader(hint)) for name, hint in _hints(kind).items())
+        return kind(**{name: readers[name](v) if name in readers else v for name, v in plain.items()})
+
+    return read
+
+
+def _objects_reader(each: Reader) -> Reader:
+    return lambda plain: plain if plain is None else tuple(map(each, plain))
+
+
+def _row_reader(entry: Any) -> Reader:  # noqa: ANN401
+    allowed = _ENTRIES.get(entry, _ANY)
+
+    def read(plain: Any) -> Any:  # noqa: ANN401
+        if plain is None:
+            return plain
+        if isinstance(plain, str) or not allowed.issuperset(map(type, plain)):
+            raise TypeError(f"expected a row of {entry}, got {plain!r:.80}")
+        return tuple(plain)
+
+    return read
+
+
+def _scalar_reader(kind: type) -> Reader:
+    allowed = _SCALARS[kind]
+
+    def read(plain: Any) -> Any:  # noqa: ANN401
+        if plain is not None and not isinstance(plain, allowed):
+            raise TypeError(f"expected a {kind.__name__}, got {plain!r:.80}")
+        return plain
+
+    return read

@@ -87,18 +87,20 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
 
     That is how far back it learns, the verdict, the lag profiles, the layers with the least gradient, and the alerts.
     """
-    history = History()
-    newest: dict[int | None, tuple[Snapshot, list[float]]] = {}
+    history, newest = History(), {snapshot.optimizer: snapshot for snapshot in run.snapshots}
+    ratios: dict[int | None, list[float]] = {}
     for snapshot in run.snapshots:
-        history.add(snapshot)
-        newest[snapshot.optimizer] = snapshot, history.ratios(1)[-1].tolist()
+        if snapshot.weight_norm is not None or snapshot is newest[snapshot.optimizer]:  # all that the table needs
+            history.add(snapshot)
+            ratios[snapshot.optimizer] = history.ratios(1)[-1].tolist()
     sequences = next((s.sequences for s in reversed(run.snapshots) if s.sequences), ())
     lines = reach_lines(sequences, name)
     parts: list[RenderableType] = [*lines, Text(verdict(run, name if not lines else ""), style="bold")]
     parts += [LagProfile(stats) for stats, _ in sentences(sequences) if stats.lag_gain is not None][:_PROFILES]
     parts += [DepthProfile(stats) for stats in sequences if stats.chain]
-    for last, ratios in newest.values():
-        known = {layer.name: r for layer, r in zip(last.model.layers, ratios, strict=True) if not math.isnan(r)}
+    for optimizer, last in newest.items():
+        both = zip(last.model.layers, ratios[optimizer], strict=True)
+        known = {layer.name: r for layer, r in both if not math.isnan(r)}
         whose = (
             f" that {last.model.optimizers[last.optimizer].kind} {last.optimizer} steps,"
             if last.optimizer is not None and len(newest) > 1
