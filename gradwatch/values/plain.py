@@ -7,6 +7,7 @@ import enum
 import functools
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -267,6 +268,6 @@ def _scalar_reader(kind: type) -> Reader:
     def read(plain: Any) -> Any:  # noqa: ANN401
         if plain is not None and not isinstance(plain, allowed):
             raise TypeError(f"expected a {kind.__name__}, got {plain!r:.80}")
-        return plain
+        return sys.intern(plain) if type(plain) is str else plain  # names of layers come again with every probe
 
     return read
