@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.command import parsed, parser
-from benchmarks.overhead import lstm, shown
+from benchmarks.overhead import shown
+from benchmarks.workloads import lstm
 from gradwatch import Watcher, watch
 
 INPUTS = 32

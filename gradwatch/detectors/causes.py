@@ -295,11 +295,7 @@ def _kick_of(history: History, layers: Collection[str], until: int | None = None
     snapshot has any more are among them.
     """
     lasting = range(until - KICK_LASTS, until + 1) if until is not None else None
-    kicks = [
-        kick
-        for kick in history.lasting(_kicks)
-        if kick[1] in layers and (lasting is None or kick[2] in lasting)
-    ]
+    kicks = [kick for kick in history.lasting(_kicks) if kick[1] in layers and (lasting is None or kick[2] in lasting)]
     if lasting is not None:
         remembered = ((ratio, layer, step) for layer, (ratio, step) in history.track.kicks.items() if layer in layers)
         kicks += (kick for kick in remembered if kick[2] in lasting)

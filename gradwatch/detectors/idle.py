@@ -180,7 +180,9 @@ def _clipped(history: History) -> Iterator[Finding]:
 
 
 def _left_over(history: History) -> Iterator[Finding]:
-    run = list(itertools.takewhile(lambda s: s.left_over, (s for s in reversed(history.seen) if s.left_over is not None)))
+    run = list(
+        itertools.takewhile(lambda s: s.left_over, (s for s in reversed(history.seen) if s.left_over is not None))
+    )
     if len(run) >= LEFT_OVER_PROBES:
         evidence = {"share": run[0].left_over or 0.0}
         yield Finding("GW905", "unstepped", Severity.WARNING, "", onset=run[-1].step, evidence=evidence)

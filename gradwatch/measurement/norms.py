@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,6 @@ _PACKED = 128
 _SMALL = 512
 _SHARED = 2**22
 _STACKED = 2**16
-_CACHED = 2**17
 # Outside of this range float32 squares under- or overflow, so a big tensor is read once more, in float64.
 _TRUSTED = (1e-15, 1e18)
 # The same for float64 squares of float64 entries.
@@ -191,8 +190,9 @@ def _dots(left: Floats, right: Floats) -> Floats:
     import numpy as np
 
     if hasattr(np, "vecdot"):
-        return np.vecdot(left, right)
-    return np.matmul(left[:, None], right[:, :, None]).reshape(-1)
+        found: Floats = np.vecdot(left, right)
+        return found
+    return np.asarray(np.matmul(left[:, None], right[:, :, None])).reshape(-1)
 
 
 def _packed(tensors: Sequence[Tensor]) -> list[float]:
@@ -200,10 +200,10 @@ def _packed(tensors: Sequence[Tensor]) -> list[float]:
     import numpy as np
 
     sizes = [t.numel() for t in tensors]
-    flat = torch._utils._flatten_dense_tensors(tensors)
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     squares = _entries(flat).astype(np.float64)
     np.multiply(squares, squares, out=squares)
-    ends = np.cumsum(sizes)
+    ends = np.cumsum(np.array(sizes, dtype=np.intp))
     sums = np.zeros(len(tensors))
     full = np.array(sizes) > 0
     if full.any():
@@ -303,27 +303,6 @@ def nonfinite(tensor: Tensor) -> Tensor:
     return torch.count_nonzero(tensor - tensor)  # x - x is 0 only where x is finite; three times faster than isfinite()
 
 
-def in_cache(
-    groups: Iterable[tuple[Sequence[int], Sequence[Tensor]]],
-) -> Iterator[tuple[Sequence[int], Sequence[Tensor]]]:
-    """Part groups of columns and tensors so that of each part, on the CPU, all is still in the cache when it is done.
-
-    What is read twice, part by part, is read once from memory.
-    """
-    for columns, tensors in groups:
-        if tensors[0].device.type != "cpu":
-            yield columns, tensors
-            continue
-        begin = size = 0
-        for k, tensor in enumerate(tensors):
-            if size and size + tensor.numel() > _CACHED:
-                yield columns[begin:k], tensors[begin:k]
-                begin = k
-                size = 0
-            size += tensor.numel()
-        yield columns[begin:], tensors[begin:]
-
-
 def small(tensors: Sequence[Tensor], limits: Sequence[float]) -> tuple[Tensor | list[float], Tensor | list[float]]:
     """Count small entries, for tensors on one device.
 
@@ -366,7 +345,7 @@ def _small_together(tensors: Sequence[Tensor], limit: float) -> tuple[list[float
     import numpy as np
 
     sizes = np.array([t.numel() for t in tensors])
-    flat = torch._utils._flatten_dense_tensors(tensors)
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     entries = _entries(flat)
     below, zeros = np.zeros(len(sizes)), np.zeros(len(sizes))
     mask = (entries < limit) & (entries > -limit)

@@ -20,6 +20,9 @@ PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _SMALLEST = {dtype: torch.finfo(dtype).smallest_normal for dtype in PLAIN}
 _DEVICE = operator.attrgetter("device")
 kind_of = operator.attrgetter("__class__", "layout", "dtype")
+_CLASSES = (Tensor, nn.Parameter)
+_WHOLE = operator.attrgetter("__class__", "layout", "dtype", "is_meta")
+_WHOLE_KINDS = frozenset((its, torch.strided, dtype, False) for dtype in PLAIN for its in _CLASSES)
 PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in PLAIN)
 
 
@@ -73,7 +76,7 @@ class Parameters:
     def _gradients(
         self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
     ) -> None:
-        for mine, here in norms.in_cache(by_device(columns, tensors)) if self._probe else by_device(columns, tensors):
+        for mine, here in by_device(columns, tensors):
             device, sizes = here[0].device, norms.measured(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
             bad = [*range(len(here))] if self._probe else []
@@ -112,6 +115,9 @@ class Parameters:
 
     def weights(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measure the norms of the parameters."""
+        if set(map(_WHOLE, parameters)) <= _WHOLE_KINDS:  # nearly always
+            self._weights(columns, parameters)
+            return
         known = [
             (c, p)
             for c, p in zip(columns, parameters, strict=True)
@@ -123,7 +129,9 @@ class Parameters:
         self.each("weight", [c for c, _ in known], [p.detach() for _, p in known], self._weights)
 
     def _weights(self, columns: Sequence[int], weights: Sequence[Tensor]) -> None:
-        tensors = [norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights]
+        tensors = [
+            w if type(w) in _CLASSES else norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights
+        ]
         for mine, here in by_device(columns, tensors):
             self.add(WEIGHT, mine, norms.measured(here))
 
@@ -201,5 +209,5 @@ def _plain(gradients: Sequence[Tensor]) -> list[Tensor]:
     return [g if kind_of(g) in PLAIN_KINDS else norms.plain(g) for g in gradients]
 
 
-def _not_finite(norms: list[float]) -> list[int]:
+def _not_finite(norms: Sequence[float]) -> list[int]:
     return [] if math.isfinite(sum(norms)) else [k for k, n in enumerate(norms) if not math.isfinite(n)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,8 @@ class Updates:
         self._budget = BUDGET
         self._spare: dict[int, Tensor] = {}
         """By column, memory of the copies before."""
+        self._copied: list[tuple[Any, ...]] = []
+        """Column, class, format, shape and device of what was copied before, where all of that memory is kept."""
 
     def copy(self, columns: Sequence[int], parameters: Sequence[Tensor], *, complete: bool) -> None:
         """Copy the parameters that are about to move, as many as the budget allows.
@@ -43,6 +47,8 @@ class Updates:
 
         """
         self.drop()
+        if self._copy_again(columns, parameters, complete=complete):
+            return
         left, turn = self._budget, min(self.turn, len(parameters))  # some may have gone since
         old: list[Tensor] = []
         new: list[Tensor] = []
@@ -71,6 +77,21 @@ class Updates:
             self.turn = 0
         if new:
             torch._foreach_copy_(new, old)
+
+    def _copy_again(self, columns: Sequence[int], parameters: Sequence[Tensor], *, complete: bool) -> bool:
+        """Copy into the memory of the copies before, and tell whether that was done: nothing may have changed since."""
+        moving = [
+            (c, p)
+            for c, p in zip(columns, parameters, strict=True)
+            if (p.grad is not None if complete else p.requires_grad)
+        ]
+        if not moving or [(c, *_kind(p)) for c, p in moving] != self._copied:
+            return False
+        self._copied = []  # until they are measured
+        memory = [self._spare.pop(c) for c, _ in moving]
+        torch._foreach_copy_(memory, [p for _, p in moving])
+        self._copies = [(c, p, was) for (c, p), was in zip(moving, memory, strict=True)]
+        return True
 
     def _memory(self, column: int, parameter: Tensor, wide: torch.dtype) -> Tensor | None:
         """Return memory for a copy, where it was kept at the probe before and fits."""
@@ -117,8 +138,11 @@ class Updates:
             gradient = parameter.grad
             if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
                 into.each("gradient", [column], [gradient], functools.partial(_lost, into, moved))
+        self._copied = []
         if sum(was.numel() * was.element_size() for was in olds.values()) <= _SPARE:
             self._spare.update(olds)
+            if len(plain) == len(olds):
+                self._copied = [(column, *_kind(p)) for column, p, _ in copies]
 
     def drop(self) -> None:
         """Let go of the copies."""
@@ -128,11 +152,15 @@ class Updates:
         """Let go of their memory too."""
         self.drop()
         self._spare.clear()
+        self._copied.clear()
+
+
+_kind = operator.attrgetter("__class__", "dtype", "shape", "device")
 
 
 def _moved(into: Parameters, now: Mapping[int, Tensor], columns: Sequence[int], olds: Sequence[Tensor]) -> None:
     """Turn copies into updates, in place: half of the memory and two thirds of the time."""
-    for mine, here in norms.in_cache(by_device(columns, olds)):
+    for mine, here in by_device(columns, olds):
         torch._foreach_sub_(list(here), [now[column] for column in mine])
         into.add(UPDATE, mine, norms.measured(here))
 

@@ -33,7 +33,7 @@ def rounded(numbers: Sequence[float]) -> list[float]:
     bits = found.view(np.int64)
     bits += 1 << 8 * _DROPPED - 1
     bits &= -1 << 8 * _DROPPED
-    return found.tolist()
+    return list(found.tolist())
 
 
 class CompactColumn(Sequence["float | None"]):
@@ -79,7 +79,7 @@ class CompactColumn(Sequence["float | None"]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[float | None]: ...
 
-    def __getitem__(self, index: int | slice) -> float | None | Sequence[float | None]:
+    def __getitem__(self, index: int | slice) -> float | Sequence[float | None] | None:
         """Return an entry, or several as a column."""
         if isinstance(index, slice):
             return CompactColumn._of(self._values[index], gaps=self._gaps)
@@ -114,7 +114,7 @@ class CompactColumn(Sequence["float | None"]):
 
         found = np.frombuffer(self._values, np.float64)
         found.flags.writeable = False
-        return np.array(found, dtype) if copy or dtype not in (None, np.float64, float) else found  # type: ignore[call-overload, no-any-return]
+        return np.array(found, dtype) if copy or dtype not in (None, np.float64, float) else found  # type: ignore[call-overload]
 
 
 def encode(column: Sequence[float | None]) -> str:

@@ -65,7 +65,8 @@ def snapshot_to_plain(snapshot: Snapshot, model: int | None = None) -> dict[str,
 def compact(snapshot: Snapshot) -> Snapshot:
     """Return a snapshot whose columns of numbers take a quarter of the memory, to be kept with many others."""
     numbers = {name: column for name, its in _along_parameters().items() if its and (column := getattr(snapshot, name))}
-    return dataclasses.replace(snapshot, **{name: CompactColumn(column) for name, column in numbers.items()})
+    packed: dict[str, Any] = {name: CompactColumn(column) for name, column in numbers.items()}
+    return dataclasses.replace(snapshot, **packed)
 
 
 def snapshot_from_plain(plain: Mapping[str, Any], models: Sequence[ModelInfo], written: int = FORMAT) -> Snapshot:
@@ -213,7 +214,7 @@ def _read(hint: Any, plain: Any) -> Any:  # noqa: ANN401
 
 
 @functools.cache
-def _reader(hint: Any) -> Reader:  # noqa: ANN401, PLR0911  (one line for each shape of a type)
+def _reader(hint: typing.Hashable) -> Reader:
     """Return what reads a type: worked out once, for a record has a million values of a few."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
@@ -224,7 +225,7 @@ def _reader(hint: Any) -> Reader:  # noqa: ANN401, PLR0911  (one line for each s
         entry = arguments[0]
         return _objects_reader(_reader(entry)) if dataclasses.is_dataclass(entry) else _row_reader(entry)
     if hint in _SCALARS:
-        return _scalar_reader(hint)
+        return _scalar_reader(typing.cast("type", hint))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return lambda plain: plain if plain is None else hint(plain)
     return lambda plain: plain

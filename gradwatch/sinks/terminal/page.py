@@ -19,7 +19,6 @@ from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.values.history import History
 from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats, sentences
-from gradwatch.values.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from gradwatch.sinks.record import Run
