@@ -111,7 +111,7 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
     if absent is None or len(window) < history.thresholds.disconnected_steps:
         return set()
     ended = [reason == "disconnected" for reason in absent]
-    cut = {layer for layer, columns in trained.items() if all([ended[c] for c in columns])}
+    cut = {layer for layer, columns in trained.items() if all(ended[c] for c in columns)}
     if not cut:
         return cut
     missing = np.ones(len(absent), dtype=bool)

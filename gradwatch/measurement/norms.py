@@ -182,7 +182,8 @@ def _entries(tensor: Tensor) -> Floats:
         return np.array(np.from_dlpack(tensor.contiguous())).reshape(-1)
     single = tensor.dtype is torch.float32
     memory = ((ctypes.c_float if single else ctypes.c_double) * size).from_address(tensor.data_ptr())
-    return np.frombuffer(memory, np.float32 if single else np.float64)
+    entries: Floats = np.frombuffer(memory, np.float32 if single else np.float64)  # type: ignore[call-overload]
+    return entries
 
 
 def _dots(left: Floats, right: Floats) -> Floats:

@@ -77,7 +77,7 @@ class Parameters:
         self, columns: Sequence[int], tensors: Sequence[Tensor], *, scale: float | Tensor | None, half: bool
     ) -> None:
         for mine, here in by_device(columns, tensors):
-            device, sizes = here[0].device, norms.measured(here)
+            sizes = norms.measured(here)
             # On CPU looking is free. Elsewhere it would be a second synchronisation, so at probes all are counted.
             bad = [*range(len(here))] if self._probe else []
             if not isinstance(sizes, Tensor):

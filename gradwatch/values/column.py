@@ -1,4 +1,4 @@
-"""A column of numbers in eight bytes each, as a history of many keeps them, and in seven letters each as a record does."""
+"""A column of numbers: in eight bytes each, as a history of many keeps it, and in seven letters each, as a record."""
 
 from __future__ import annotations
 

@@ -223,7 +223,8 @@ def _reader(hint: typing.Hashable) -> Reader:
         return _reader(next((a for a in arguments if a is not type(None)), None))
     if origin is tuple:
         entry = arguments[0]
-        return _objects_reader(_reader(entry)) if dataclasses.is_dataclass(entry) else _row_reader(entry)
+        each = _reader(typing.cast("typing.Hashable", entry)) if dataclasses.is_dataclass(entry) else None
+        return _row_reader(entry) if each is None else _objects_reader(each)
     if hint in _SCALARS:
         return _scalar_reader(typing.cast("type", hint))
     if isinstance(hint, type) and issubclass(hint, enum.Enum):

@@ -86,7 +86,8 @@ class ScalarEvents:
             numbers = np.array([*scalars.values()], "<f4")
         self._encoded[self._places] = numbers.view(np.uint8)
         # Two encoded messages of a kind one after the other are one with the fields of both.
-        return Event(wall_time=wall_time, step=step).SerializeToString() + self._encoded.tobytes()
+        head: bytes = Event(wall_time=wall_time, step=step).SerializeToString()
+        return head + self._encoded.tobytes()
 
     def _begin(self, tags: list[str]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

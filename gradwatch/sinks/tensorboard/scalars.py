@@ -57,7 +57,7 @@ class Groups:
         return self._levels
 
     def _above_zero(self, column: Column) -> list[float] | None:
-        """Return these levels in the order of the rows; None where a parameter has no norm, or 0, or NaN or infinity."""
+        """Return these levels in the order of the rows; None where a norm is missing, 0, NaN or infinite."""
         import numpy as np
 
         if not all(column) or not math.isfinite(sum(column)):  # type: ignore[arg-type]  # none is None
