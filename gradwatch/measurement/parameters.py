@@ -20,9 +20,9 @@ PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _SMALLEST = {dtype: torch.finfo(dtype).smallest_normal for dtype in PLAIN}
 _DEVICE = operator.attrgetter("device")
 kind_of = operator.attrgetter("__class__", "layout", "dtype")
-_CLASSES = (Tensor, nn.Parameter)
+CLASSES = (Tensor, nn.Parameter)
 _WHOLE = operator.attrgetter("__class__", "layout", "dtype", "is_meta")
-_WHOLE_KINDS = frozenset((its, torch.strided, dtype, False) for dtype in PLAIN for its in _CLASSES)
+_WHOLE_KINDS = frozenset((its, torch.strided, dtype, False) for dtype in PLAIN for its in CLASSES)
 PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in PLAIN)
 
 
@@ -129,9 +129,7 @@ class Parameters:
         self.each("weight", [c for c, _ in known], [p.detach() for _, p in known], self._weights)
 
     def _weights(self, columns: Sequence[int], weights: Sequence[Tensor]) -> None:
-        tensors = [
-            w if type(w) in _CLASSES else norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights
-        ]
+        tensors = [w if type(w) in CLASSES else norms.piece(w) if w.dtype in PLAIN else norms.plain(w) for w in weights]
         for mine, here in by_device(columns, tensors):
             self.add(WEIGHT, mine, norms.measured(here))
 

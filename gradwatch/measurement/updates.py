@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradwatch.measurement import norms
 from gradwatch.measurement.columns import LOST, UPDATE
-from gradwatch.measurement.parameters import PLAIN, PLAIN_KINDS, Parameters, by_device, kind_of
+from gradwatch.measurement.parameters import CLASSES, PLAIN, PLAIN_KINDS, Parameters, by_device, kind_of
 
 BUDGET = 256 * 2**20
 """Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
@@ -141,7 +141,7 @@ class Updates:
         self._copied = []
         if sum(was.numel() * was.element_size() for was in olds.values()) <= _SPARE:
             self._spare.update(olds)
-            if len(plain) == len(olds):
+            if all(type(p) in CLASSES for _, p, _ in copies):
                 self._copied = [(column, *_kind(p)) for column, p, _ in copies]
 
     def drop(self) -> None:

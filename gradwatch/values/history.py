@@ -22,7 +22,7 @@ from gradwatch.values.plain import (
 from gradwatch.values.report import Finding
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
-from gradwatch.values.thresholds import EDGE, GIVEN_BACK, LARGEST_EXPONENT, LOSS_SCATTER, PROBES, Thresholds
+from gradwatch.values.thresholds import EDGE, PROBES, Thresholds
 from gradwatch.values.track import Track, newest
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ Key = tuple[str, str, str | None, int | None]
 """Which alert a finding belongs to: code, place, parameter, optimizer."""
 
 T = TypeVar("T")
-
-_MANY = 1000
-"""Parameters from which on what is kept of a step is packed: below that it is little, and packing would cost more."""
 
 
 class History:
@@ -66,8 +63,7 @@ class History:
         """Fold one snapshot in."""
         import numpy as np
 
-        if len(snapshot.norm) >= _MANY:
-            snapshot = compact(snapshot)
+        snapshot = compact(snapshot)
         self._now, self._latest = snapshot.optimizer, snapshot
         self._once.clear()
         track = self._tracks.setdefault(self._now, Track())
@@ -293,15 +289,7 @@ class History:
         return self.once(History._has_improved) if self.begun else None
 
     def _has_improved(self) -> bool | None:
-        track = self.track
-        if track.best_loss is None or len(track.last_losses) < 2 * EDGE or not track.has_size:
-            return None
-        first, last = statistics.median(track.first_losses), track.level
-        if not math.isfinite(first) or not math.isfinite(last):
-            return False
-        gained, lost_again = first - track.best_loss, last - track.best_loss
-        enough = (1 - self.thresholds.improved) * first
-        return first - last >= enough and lost_again <= GIVEN_BACK * gained
+        return self.track.improved(self.thresholds.improved)
 
     @property
     def scatter(self) -> float | None:
@@ -313,15 +301,8 @@ class History:
 
     @property
     def at_best(self) -> bool:
-        """Whether the last losses are the best so far, and below the first: a plateau that is being left.
-
-        Where the best is below the first by more than the losses scatter, they may be above the best by as much.
-        """
-        best, first, last, scatter = self.best_loss, self.first_loss, self.losses(EDGE), self.scatter
-        if best is None or first is None or scatter is None or len(last) < EDGE:
-            return False
-        within = best * math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
-        return statistics.median(last) <= (within if within < first else best) < first
+        """Whether a plateau is being left: see `Track.at_best`."""
+        return self.scatter is not None and self.track.at_best(self.scatter)
 
     def sound_once(self, layer: int) -> bool:
         """Tell whether this layer once had a gradient that was worth something beside those of later layers."""
@@ -344,18 +325,8 @@ class History:
         return self._places.get(code, frozenset())
 
     def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
-        """Group layers that follow one another in the forward pass: one fault is one finding, however far it reaches.
-
-        Args:
-            chosen: numbers of the layers to group.
-            among: the layers that count as neighbours; the others are passed over.
-
-        """
-        if not chosen:
-            return []
-        neighbours = [index for index in self.order if index in among]
-        grouped = itertools.groupby(neighbours, key=chosen.__contains__)
-        return [list(run) for is_chosen, run in grouped if is_chosen]
+        """Group layers that follow one another in the forward pass: see `LayerColumns.runs`."""
+        return self.columns.runs(chosen, among)
 
     def since(self, holds: Iterable[bool]) -> int:
         """Return the step at which the newest unbroken run of `holds` (one per snapshot, the newest last) began."""

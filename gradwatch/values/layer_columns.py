@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from gradwatch.values.snapshot import Column, ModelInfo, ParameterInfo, Role, Snapshot
@@ -132,6 +133,20 @@ class LayerColumns:
         number = self.numbers.get(f"{module}.{part}" if module else part) if part else None
         number = self.numbers.get(module) if number is None else number
         return module if number is None else self.model.layers[number].name
+
+    def runs(self, chosen: Collection[int], among: Collection[int]) -> list[list[int]]:
+        """Group layers that follow one another in the forward pass: one fault is one finding, however far it reaches.
+
+        Args:
+            chosen: numbers of the layers to group.
+            among: the layers that count as neighbours; the others are passed over.
+
+        """
+        if not chosen:
+            return []
+        neighbours = [index for index in self.order if index in among]
+        grouped = itertools.groupby(neighbours, key=chosen.__contains__)
+        return [list(run) for is_chosen, run in grouped if is_chosen]
 
     def weights(self, known: Mapping[str, float]) -> Floats:
         """Return the norms of the parameters that count, by name known so far; NaN where one is not known, or 0."""

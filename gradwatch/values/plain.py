@@ -29,6 +29,7 @@ FORMATS = (1, 2, FORMAT)
 # --- JSON: floats by repr, which is exact; NaN and the infinities, which JSON lacks, as {"float": "nan"}. ---
 
 T = TypeVar("T")
+_MANY = 1000
 
 
 def to_plain(value: Any) -> Any:  # noqa: ANN401  (any value of this package, and what JSON can hold)
@@ -63,7 +64,12 @@ def snapshot_to_plain(snapshot: Snapshot, model: int | None = None) -> dict[str,
 
 
 def compact(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot whose columns of numbers take a quarter of the memory, to be kept with many others."""
+    """Return a snapshot of a large model with its columns in a quarter of the memory, to be kept with many others.
+
+    Below `_MANY` parameters it is little, and packing would cost more.
+    """
+    if len(snapshot.norm) < _MANY:
+        return snapshot
     numbers = {name: column for name, its in _along_parameters().items() if its and (column := getattr(snapshot, name))}
     packed: dict[str, Any] = {name: CompactColumn(column) for name, column in numbers.items()}
     return dataclasses.replace(snapshot, **packed)

@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import EDGE, KEPT, KICK, KICK_LASTS, PROBES, UNMOVED
+from gradwatch.values.thresholds import (
+    EDGE,
+    GIVEN_BACK,
+    KEPT,
+    KICK,
+    KICK_LASTS,
+    LARGEST_EXPONENT,
+    LOSS_SCATTER,
+    PROBES,
+    UNMOVED,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -163,6 +173,30 @@ class Track:
         """Whether 0 is the least that the loss can be, so that a share of it means something."""
         lowest = min((*self.first_losses, *self.last_losses, self.best_loss or 0.0), default=0.0)
         return lowest >= 0 and statistics.median(self.first_losses) > 0
+
+    def improved(self, share: float) -> bool | None:
+        """Tell whether the loss is below that share of where it began, and has not lost half of that again.
+
+        None where that is not known: a loss that begins at 0, or is ever below it, has no size to compare with.
+        """
+        if self.best_loss is None or len(self.last_losses) < 2 * EDGE or not self.has_size:
+            return None
+        first, last = statistics.median(self.first_losses), self.level
+        if not math.isfinite(first) or not math.isfinite(last):
+            return False
+        gained, lost_again = first - self.best_loss, last - self.best_loss
+        return first - last >= (1 - share) * first and lost_again <= GIVEN_BACK * gained
+
+    def at_best(self, scatter: float) -> bool:
+        """Tell whether the last losses are the best so far, and below the first.
+
+        Where the best is below the first by more than the losses scatter, they may be above the best by as much.
+        """
+        if self.best_loss is None or len(self.last_losses) < EDGE:
+            return False
+        within = self.best_loss * math.exp(min(LOSS_SCATTER * scatter, LARGEST_EXPONENT))
+        first = statistics.median(self.first_losses)
+        return self.level <= (within if within < first else self.best_loss) < first
 
     def scatter(self) -> float | None:
         """Return how far a loss is from the next, in its logarithm and apart from the trend: the median over them.
