@@ -232,3 +232,32 @@ def test_what_is_measured_is_left_as_it_was_and_may_have_a_graph(dtype):
         stats.small([tensor], [1e-20])
     assert torch.equal(tensor, before)
     assert tensor.requires_grad
+
+
+@pytest.mark.parametrize("size", [7, 600, 20_000])
+def test_memory_that_is_read_can_still_be_resized(size):  # as FSDP does with what it gathers; Tensor.numpy forbids it
+    tensor = torch.ones(size)
+    stats.norms([tensor])
+    stats.small([tensor], [1e-30])
+    assert tensor.untyped_storage().resizable()
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-20, 1.0, 1e30])
+def test_many_small_tensors_are_told_apart_and_counted(scale):
+    tensors = [entries(1 + i % 300, torch.float32, scale, seed=i) for i in range(200)]
+    tensors[3:3] = [torch.zeros(0), torch.zeros(5), entries((40, 50), torch.float32, scale), torch.zeros(())]
+    tensors.append(entries(7, torch.bfloat16, 1.0))
+    assert stats.norms(tensors).tolist() == pytest.approx([exact(t) for t in tensors], rel=1e-6, abs=0)
+
+    limit = torch.finfo(torch.float32).smallest_normal
+    small = [t for t in tensors if t.dtype is torch.float32 and t.numel() <= 300]
+    nonzero, tiny = stats.small(small, [limit] * len(small))
+    assert nonzero == [np.count_nonzero(t.numpy()) for t in small]
+    assert tiny == [np.count_nonzero((t.numpy() != 0) & (np.abs(t.numpy()) < limit)) for t in small]
+
+
+def test_equal_entries_add_up():  # to which float32 adds the same again and again, in the same direction
+    for value in (0.1, 1 / 3, 0.7):
+        for size in (500, 1000, 1024, 5000, 100_000, 2**20, 5_000_000):
+            tensor = torch.full((size,), value)
+            assert norm(tensor) == pytest.approx(float(tensor[0]) * math.sqrt(size), rel=1e-6)

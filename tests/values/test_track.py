@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from gradwatch import History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
 from gradwatch.values.plain import from_json, to_json
+from gradwatch.values.track import Rows
 
 MODEL = ModelInfo(
     (LayerInfo("a", "Linear", 0),),
@@ -55,3 +57,20 @@ def test_the_update_of_all_weights_together_leaves_out_what_has_no_size():
 
     assert snapshot.update_global == pytest.approx(0.01)
     assert Snapshot(0, 0.0, MODEL, norm=(1.0, 1.0)).update_global is None
+
+
+def test_rows_are_the_last_fifty_however_many_came():
+    rows, kept = Rows(), []
+    with pytest.raises(LookupError, match="must be there"):
+        rows.newest(1)
+    for count in range(1, 200):
+        rows.append(np.array([count, count / 2]))
+        kept = [*kept, [count, count / 2]][-50:]
+        assert rows.newest(7).tolist() == kept[-7:]
+        assert rows.newest(1000).tolist() == rows.to_plain() == kept
+        assert rows.oldest(3).tolist() == kept[:3]
+    with pytest.raises(ValueError, match="read-only"):
+        rows.newest(2)[0] = 1.0
+    rows.clear()
+    rows.append(np.array([1.0]))
+    assert rows.to_plain() == [[1.0]]

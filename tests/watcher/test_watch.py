@@ -1195,3 +1195,35 @@ def test_a_watcher_shows_its_layers():
     optimizer.step()
     assert "Linear" in repr(watched.watcher)
     assert "<table" in watched.watcher._repr_html_() or "<pre" in watched.watcher._repr_html_()
+
+
+def test_memory_of_copies_is_used_again_and_a_step_that_raises_takes_nothing_with_it():
+    class Stumbling(torch.optim.SGD):
+        stumbles = False
+
+        def step(self, closure=None):
+            if self.stumbles:
+                raise RuntimeError("out of luck")
+            return super().step(closure)
+
+    model, reports = tall(), []
+    optimizer = Stumbling(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, optimizer, probe_every_n_steps=1, sinks=[reports.append]):
+        for number, batch in enumerate(batches(8)):
+            if number == 5:  # others are copied than before
+                model[0].weight.grad = None
+                model[0].weight.requires_grad_(False)
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            before = {name: p.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+            optimizer.stumbles = number == 3
+            if optimizer.stumbles:
+                with pytest.raises(RuntimeError, match="out of luck"):
+                    optimizer.step()
+                continue
+            optimizer.step()
+            now = dict(model.named_parameters())
+            truth = {name: norm64(now[name] - was) / norm64(was) for name, was in before.items()}
+            found = column(reports[-1].snapshot, reports[-1].snapshot.update_ratio)
+            assert found == pytest.approx(truth, rel=1e-5)
+    assert len(reports) == 7
