@@ -155,7 +155,7 @@ def _in_half(history: History) -> bool:
     now = history.snapshot
     if any(now.norm):
         return False
-    probes = (s for s in reversed(history.seen) if s.weight_norm is not None or s.computed_in is not None)
+    probes = (s for s in reversed(history.probed) if s.weight_norm is not None or s.computed_in is not None)
     half = any(s.computed_in == "float16" for s in itertools.islice(probes, 1)) or any(
         p.dtype == "float16" for p in now.model.parameters
     )
@@ -305,7 +305,7 @@ def _kick_of(history: History, layers: Collection[str], until: int | None = None
 def _kicks(history: History) -> list[tuple[float, str, int]]:
     return [
         (r, p.layer, s.step)
-        for s in history.seen
+        for s in history.probed
         for p, r in zip(s.model.parameters, s.update_ratio or (), strict=False)
         if r and KICK <= r < math.inf and p.role == "weight"
     ]

@@ -159,15 +159,15 @@ def _throwing(history: History) -> list[Snapshot]:
 
 
 def _wide(history: History) -> list[Snapshot]:
-    """Return what of `seen` may throw: what counts is at most the ratio itself, and that is nearly never so large."""
+    """Return what of `probed` may throw: what counts is at most the ratio itself, and that is nearly never so large."""
     limit = history.thresholds.explosion_update
-    return [s for s in history.seen if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
+    return [s for s in history.probed if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
 
 
 def _by_number(history: History, step: int) -> list[tuple[int, float]]:
     """Return the changes of a step, each with the number of its layer."""
     numbers = history.numbers
-    return [(numbers[layer], moved) for s in history.seen if s.step == step for layer, moved in _changes(s)]
+    return [(numbers[layer], moved) for s in history.probed if s.step == step for layer, moved in _changes(s)]
 
 
 def _loss(history: History) -> Iterator[Finding]:

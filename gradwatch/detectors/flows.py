@@ -18,7 +18,7 @@ def flows_of(history: History) -> dict[str, Flow]:
 
 def _flows(history: History) -> dict[str, Flow]:
     found: dict[str, Flow] = {}
-    for snapshot in history.seen:
+    for snapshot in history.probed:
         found.update((f.layer, f) for f in snapshot.flows or ())
     return found
 
@@ -34,7 +34,7 @@ def cut_of(history: History, layer: str) -> Cut | None:
 
 
 def _cuts(history: History) -> dict[str, Cut]:
-    looks = (s for s in reversed(history.seen) if s.cuts is not None or s.facts is not None)
+    looks = (s for s in reversed(history.probed) if s.cuts is not None or s.facts is not None)
     return {cut.layer: cut for cut in reversed(next((s.cuts or () for s in looks), ()))}
 
 

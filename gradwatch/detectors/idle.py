@@ -59,7 +59,7 @@ def _unmoved(history: History) -> Iterator[Finding]:
 
 def _standing(history: History, severity: Severity, update: float) -> Finding:
     """Return the finding, since the first of the probes that belong to it."""
-    probes = [s.step for s in history.seen if s.update_ratio is not None and not s.skipped]
+    probes = [s.step for s in history.probed if s.update_ratio is not None and not s.skipped]
     onset = probes[max(len(probes) - max(history.track.standing, 1), 0)] if probes else history.snapshot.step
     evidence = {"update": update, **({} if history.track.moved is None else {"moved": float(history.track.moved)})}
     return Finding("GW903", "unstepped", severity, "", onset=onset, evidence=evidence)
@@ -95,13 +95,13 @@ def _probe(history: History) -> Snapshot:
 
 def warming_up(history: History) -> bool:
     """Tell whether the learning rate is rising."""
-    rates = [s.rate for s in history.seen if s.rate is not None]
+    rates = [s.rate for s in history.probed if s.rate is not None]
     return bool(rates) and rates[-1] > rates[0]
 
 
 def last_rate(history: History) -> float | None:
     """Return the learning rate of the last probe; None where the optimizer has none."""
-    return next((s.rate for s in reversed(history.seen) if s.rate is not None), None)
+    return next((s.rate for s in reversed(history.probed) if s.rate is not None), None)
 
 
 def _asks(history: History) -> bool | None:
@@ -181,7 +181,7 @@ def _clipped(history: History) -> Iterator[Finding]:
 
 def _left_over(history: History) -> Iterator[Finding]:
     run = list(
-        itertools.takewhile(lambda s: s.left_over, (s for s in reversed(history.seen) if s.left_over is not None))
+        itertools.takewhile(lambda s: s.left_over, (s for s in reversed(history.probed) if s.left_over is not None))
     )
     if len(run) >= LEFT_OVER_PROBES:
         evidence = {"share": run[0].left_over or 0.0}

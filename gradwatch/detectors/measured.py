@@ -36,7 +36,7 @@ def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
 
 def newest_update(history: History) -> Snapshot | None:
     """Return the newest snapshot of a step of which it was measured how far it moved the weights; None: of none."""
-    return next((s for s in reversed(history.seen) if s.update_ratio is not None), None)
+    return next((s for s in reversed(history.probed) if s.update_ratio is not None), None)
 
 
 def kinds(history: History) -> dict[str, RecurrenceName | None]:
@@ -143,7 +143,7 @@ def facts(history: History) -> dict[tuple[str, FactName], float]:
 
 
 def _facts(history: History) -> dict[tuple[str, FactName], float]:
-    return {(f.place, f.name): f.value for s in history.seen for f in s.facts or () if not f.part}
+    return {(f.place, f.name): f.value for s in history.probed for f in s.facts or () if not f.part}
 
 
 def spectral_norm(history: History, place: str) -> dict[str, float]:
@@ -180,6 +180,6 @@ def reach(history: History, finding: Finding) -> list[str]:
 
 def spectral_radius(history: History, place: str) -> float | None:
     """Return the largest spectral radius of a recurrent module's matrices, as it was measured first; None: of none."""
-    facts = ([f for f in s.facts or () if f.place == place] for s in history.seen)
+    facts = ([f for f in s.facts or () if f.place == place] for s in history.probed)
     found = ([f.value for f in mine if f.name == "spectral_radius"] for mine in facts)
     return max(next(filter(None, found), ()), default=None)

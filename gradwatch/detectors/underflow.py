@@ -16,7 +16,7 @@ def underflow(history: History) -> Iterator[Finding]:
     """GW701: gradients flushed to zero. GW702: updates rounded away. GW703: gradients below the optimizer's epsilon."""
     if history.snapshot.skipped:
         return
-    probes = [s for s in history.seen if s.zeros is not None and not s.skipped]
+    probes = [s for s in history.probed if s.zeros is not None and not s.skipped]
     yield from _flushed(history, probes)
     yield from _rounded(history, probes)
     yield from _epsilon(history)
@@ -47,7 +47,7 @@ def _flushed(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
 
 def _most_zeros(history: History) -> float:
     """Return the largest share of zeros of any gradient, at the newest probe that counted them."""
-    zeros = next((s.zeros for s in reversed(history.seen) if s.zeros is not None and not s.skipped), None)
+    zeros = next((s.zeros for s in reversed(history.probed) if s.zeros is not None and not s.skipped), None)
     return max(filter(None, zeros or ()), default=0.0)
 
 

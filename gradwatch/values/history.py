@@ -132,10 +132,10 @@ class History:
     def lasting(self, work: Callable[..., T], *given: Hashable) -> T:
         """Return what a function makes of this history and of what is given, and work it out once between two probes.
 
-        That is for one that reads nothing but the thresholds, the model with the order of its layers, `seen`, and
+        That is for one that reads nothing but the thresholds, the model with the order of its layers, `probed`, and
         `sequences`.
         """
-        known, key = self.track.seen, (work, *given)
+        known, key = self.track.lasting, (work, *given)
         if key not in known:
             known[key] = work(self, *given)
         return known[key]  # type: ignore[no-any-return]  # what `work` made
@@ -198,9 +198,9 @@ class History:
         return newest(self.track.snapshots, count)
 
     @property
-    def seen(self) -> Sequence[Snapshot]:
+    def probed(self) -> Sequence[Snapshot]:
         """Those of the window that hold more than the norms of their step, as probes do, oldest first."""
-        return self.track.looks
+        return self.track.probed
 
     @property
     def totals(self) -> Sequence[float | None]:
@@ -209,11 +209,11 @@ class History:
 
     def looks(self, count: int | None = None) -> list[Snapshot]:
         """Return the last `count` of the kept snapshots that have `activations` (default: all), oldest first."""
-        return newest([s for s in self.seen if s.activations is not None], count)
+        return newest([s for s in self.probed if s.activations is not None], count)
 
     def weight_norms(self, *, first: bool = False) -> Column | None:
         """Return the norms of the parameters, now or as far back as is remembered; None where not measured."""
-        seen = self.seen if first else reversed(self.seen)
+        seen = self.probed if first else reversed(self.probed)
         return next((s.weight_norm for s in seen if s.weight_norm is not None), None)
 
     def sensitivities(self, count: int) -> Floats:
@@ -388,7 +388,7 @@ class History:
         if self._columns is None or self._columns.model is not self.model:
             self._columns, self._weights = LayerColumns(self.model), None
             for track in self._tracks.values():
-                track.seen.clear()
+                track.lasting.clear()
         return self._columns
 
 

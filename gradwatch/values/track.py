@@ -91,7 +91,7 @@ class Track:
     """What is remembered of one optimizer."""
 
     snapshots: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=KEPT))
-    looks: deque[Snapshot] = field(default_factory=deque)
+    probed: deque[Snapshot] = field(default_factory=deque)
     """Those of them that hold more than the norms of a step, as probes do."""
     probes: deque[Snapshot] = field(default_factory=lambda: deque(maxlen=PROBES))
     """Those that have `sequences`, however long ago."""
@@ -99,8 +99,8 @@ class Track:
     """The global norm of each of `snapshots`."""
     sensitivities: Rows = field(default_factory=Rows)
     ratios: Rows = field(default_factory=Rows)
-    seen: dict[tuple[Any, ...], Any] = field(default_factory=dict)
-    """What was worked out of `looks` and `probes`, and holds until they change; see `History.lasting`."""
+    lasting: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """What was worked out of `probed` and `probes`, and holds until they change; see `History.lasting`."""
     first_losses: list[float] = field(default_factory=list)
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
     best_loss: float | None = None
@@ -125,20 +125,28 @@ class Track:
 
     def forget(self) -> None:
         """Forget the snapshots, for those to come are of another model."""
-        for kept in (self.snapshots, self.looks, self.probes, self.totals, self.sensitivities, self.ratios, self.seen):
+        for kept in (
+            self.snapshots,
+            self.probed,
+            self.probes,
+            self.totals,
+            self.sensitivities,
+            self.ratios,
+            self.lasting,
+        ):
             kept.clear()
 
     def add(self, snapshot: Snapshot) -> None:
         """Take a snapshot in, and let go of the oldest."""
         self.skipped = self.skipped + 1 if snapshot.skipped else 0
-        if self.looks and len(self.snapshots) == KEPT and self.looks[0] is self.snapshots[0]:
-            self.looks.popleft()
-            self.seen.clear()
+        if self.probed and len(self.snapshots) == KEPT and self.probed[0] is self.snapshots[0]:
+            self.probed.popleft()
+            self.lasting.clear()
         self.snapshots.append(snapshot)
         self.totals.append(snapshot.norm_global)
         if _holds_more(snapshot):
-            self.looks.append(snapshot)
-            self.seen.clear()
+            self.probed.append(snapshot)
+            self.lasting.clear()
             if snapshot.sequences is not None:
                 self.probes.append(snapshot)
 

@@ -85,7 +85,7 @@ def judged_anew(run, upto, before):
     history = History()
     for snapshot in run[:upto]:
         history.add(snapshot)
-    history.track.seen.clear()
+    history.track.lasting.clear()
     history.note_open(f.key for f in before)
     return findings(history)
 
