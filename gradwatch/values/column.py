@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import math
 import struct
 import sys
 from array import array
@@ -31,7 +32,10 @@ def rounded(numbers: Sequence[float]) -> list[float]:
 
     found = np.array(numbers, np.float64)
     bits = found.view(np.int64)
-    bits += 1 << 8 * _DROPPED - 1
+    if math.isfinite(sum(numbers)):  # nearly always
+        bits += 1 << 8 * _DROPPED - 1
+    else:  # a NaN may have all its bits set, and must not become another number
+        bits[np.isfinite(found)] += 1 << 8 * _DROPPED - 1
     bits &= -1 << 8 * _DROPPED
     return list(found.tolist())
 

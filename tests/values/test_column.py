@@ -40,6 +40,15 @@ def test_rounding_takes_less_than_2e_9_and_leaves_five_bytes(numbers):
     assert rounded(found) == found or any(map(math.isnan, found))
 
 
+@pytest.mark.parametrize("bits", [0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF, 0x7FF8_0000_0000_0000])
+def test_a_nan_stays_one_whatever_its_bits(bits):
+    (nan,) = struct.unpack("<d", struct.pack("<Q", bits))
+    found = rounded([1.0, nan, 1e308, math.inf])
+    assert found[0] == 1.0
+    assert math.isnan(found[1])
+    assert found[3] == math.inf
+
+
 def test_half_of_what_a_number_has_in_json():
     numbers = tuple(rounded(np.random.default_rng(0).lognormal(size=1000).tolist()))
     assert len(encode(numbers)) < 7 * 1000
