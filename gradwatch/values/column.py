@@ -32,11 +32,13 @@ def rounded(numbers: Sequence[float]) -> list[float]:
 
     found = np.array(numbers, np.float64)
     bits = found.view(np.int64)
+    half, kept = 1 << 8 * _DROPPED - 1, -1 << 8 * _DROPPED
     if math.isfinite(sum(numbers)):  # nearly always
-        bits += 1 << 8 * _DROPPED - 1
-    else:  # a NaN may have all its bits set, and must not become another number
-        bits[np.isfinite(found)] += 1 << 8 * _DROPPED - 1
-    bits &= -1 << 8 * _DROPPED
+        bits += half
+        bits &= kept
+    else:  # a NaN of whatever bits must not become another number
+        finite = np.isfinite(found)
+        bits[finite] = (bits[finite] + half) & kept
     return list(found.tolist())
 
 

@@ -33,14 +33,17 @@ def test_rounding_takes_less_than_2e_9_and_leaves_five_bytes(numbers):
     found = rounded(numbers)
     for was, now in zip(numbers, found, strict=True):
         if math.isnan(was) or math.isinf(was) or was == 0:
-            assert as_bits([now])[0][3:] == as_bits([was])[0][3:]
+            assert as_bits([now]) == as_bits([was])
         elif abs(was) >= 2.3e-308 and not math.isinf(now):
             assert now == pytest.approx(was, rel=2**-29, abs=0)
-    assert len(encode(tuple(found))) == -(-5 * len(found) // 3) * 4
+    if all(map(math.isfinite, found)) and all(map(math.isfinite, numbers)):
+        assert len(encode(tuple(found))) == -(-5 * len(found) // 3) * 4
     assert rounded(found) == found or any(map(math.isnan, found))
 
 
-@pytest.mark.parametrize("bits", [0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF, 0x7FF8_0000_0000_0000])
+@pytest.mark.parametrize(
+    "bits", [0x7FFF_FFFF_FFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0001, 0x7FF8_0000_0000_0000]
+)
 def test_a_nan_stays_one_whatever_its_bits(bits):
     (nan,) = struct.unpack("<d", struct.pack("<Q", bits))
     found = rounded([1.0, nan, 1e308, math.inf])
