@@ -152,8 +152,12 @@ class Measurement:
             return
         self.told, self._losses, self._raw_loss = losses, [], raw
         for loss in losses:  # averaged after the copy: arithmetic on single numbers is dear on any device
-            tensor = loss if isinstance(loss, Tensor) else norms.number(loss)
-            self._losses.append(self._transfer.add(tensor if tensor.numel() == 1 else tensor.double().mean()))
+            if not isinstance(loss, Tensor):
+                self._losses.append(Pending((float(loss),)))
+            elif type(loss) is Tensor and loss.numel() == 1 and loss.device.type == "cpu":  # where nothing is copied
+                self._losses.append(Pending((loss.item(),)))
+            else:
+                self._losses.append(self._transfer.add(loss if loss.numel() == 1 else loss.double().mean()))
 
     def snapshot(
         self, optimizer: int | None, key: str, processes: Processes, *, skipped: bool = False
