@@ -86,9 +86,11 @@ def history(layers: int, state: str, seed: int = 0) -> History:
     return found
 
 
-def once(told: History) -> tuple[float, int]:
-    """Time one judgment, and count its findings."""
+def once(told: History, *, probe: bool) -> tuple[float, int]:
+    """Time one judgment, between two probes or at one, and count its findings."""
     told.note_open(told.open)  # what was worked out for the last judgment is forgotten
+    if probe:  # and here what holds until the next probe
+        told.track.lasting.clear()
     begin = time.perf_counter()
     found = len(findings(told))
     return time.perf_counter() - begin, found
@@ -105,17 +107,20 @@ def main() -> None:
     for state in STATES:
         for layers in LAYERS[:1] if quick else LAYERS:
             one, two = history(layers, state), history(layers, state)
-            times: tuple[list[float], list[float]] = ([], [])
+            # Between two probes, again for control, and at a probe.
+            times: tuple[list[float], ...] = ([], [], [])
             count = 0
             for _ in range(rounds):
-                for which in (0, 1, 1, 0):
-                    spent, count = once((one, two)[which])
+                for which in (0, 1, 2, 2, 1, 0):
+                    spent, count = once(two if which == 1 else one, probe=which == 2)
                     times[which].append(spent * 1e3)
+                    if which == 2:
+                        once(one, probe=False)
             low, middle, high = statistics.quantiles(times[0], n=4)
             control = middle / statistics.median(times[1])
             print(
                 f"{state:12} {layers:5} layers  {middle:7.3f}  [{low:.3f}, {high:.3f}]  "
-                f"control {control:.2f}  {count} findings"
+                f"at a probe {statistics.median(times[2]):7.3f}  control {control:.2f}  {count} findings"
             )
 
 
