@@ -179,7 +179,8 @@ def _entries(tensor: Tensor) -> Floats:
 
     size = tensor.numel()
     if not size or not tensor.is_contiguous():
-        return np.from_dlpack(tensor.detach().contiguous()).reshape(-1)
+        whole: Floats = np.asarray(np.from_dlpack(tensor.detach().contiguous())).reshape(-1)
+        return whole
     single = tensor.dtype is torch.float32
     memory = ((ctypes.c_float if single else ctypes.c_double) * size).from_address(tensor.data_ptr())
     entries: Floats = np.frombuffer(memory, np.float32 if single else np.float64)  # type: ignore[call-overload]
