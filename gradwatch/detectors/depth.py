@@ -16,6 +16,7 @@ from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.thresholds import OPENING_FLOOR
+from gradwatch.values.track import medians
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +178,7 @@ def _rising(ratios: NDArray[np.float64], factor: float, limits: NDArray[np.float
 
     third = max(len(ratios) // 3, 1)
     with np.errstate(invalid="ignore", over="ignore"):
-        first, last = np.median(ratios[:third], axis=0), np.median(ratios[-third:], axis=0)
+        first, last = medians(ratios[:third]), medians(ratios[-third:])
         return np.asarray((last > factor * first) & (last > OPENING_FLOOR * limits))
 
 

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import CLIP, said
 from gradwatch.detectors.causes import of_explosion
@@ -22,6 +23,10 @@ from gradwatch.values.thresholds import (
     ORDINARY_SENSITIVITY,
     UPDATE_PROBES,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 THROWN = ("GW202", "GW203", "GW205", "GW501")
 """Rules that say that the weights have been thrown, after which nothing that is measured of them is news."""
@@ -115,9 +120,10 @@ def _updates(history: History) -> Iterator[Finding]:
     if not any(s is w for s in probes for w in wide):  # nearly always
         return
     ratios: dict[int, list[float]] = {}
-    for s in probes:
-        for layer, ratio in history.lasting(_by_number, s.step):
-            ratios.setdefault(layer, []).append(ratio)
+    steps, layers, moved = history.lasting(_by_number)
+    recent = steps >= probes[0].step
+    for layer, ratio in zip(layers[recent].tolist(), moved[recent].tolist(), strict=True):
+        ratios.setdefault(layer, []).append(ratio)
     wild = {
         i
         for i, mine in ratios.items()
@@ -164,10 +170,14 @@ def _wide(history: History) -> list[Snapshot]:
     return [s for s in history.probed if max(filter(None, s.update_ratio or ()), default=0.0) > limit]
 
 
-def _by_number(history: History, step: int) -> list[tuple[int, float]]:
-    """Return the changes of a step, each with the number of its layer."""
+def _by_number(history: History) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
+    """Return what all probes have seen of changes, oldest first: the step, the number of the layer, and the change."""
+    import numpy as np
+
     numbers = history.numbers
-    return [(numbers[layer], moved) for s in history.probed if s.step == step for layer, moved in _changes(s)]
+    all_of = [(s.step, numbers[layer], moved) for s in history.probed for layer, moved in _changes(s)]
+    steps, layers, moved = zip(*all_of, strict=True)
+    return np.array(steps), np.array(layers), np.array(moved)
 
 
 def _loss(history: History) -> Iterator[Finding]:

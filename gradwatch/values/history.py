@@ -23,7 +23,7 @@ from gradwatch.values.report import Finding
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.snapshot import Column, ModelInfo, Role, Snapshot
 from gradwatch.values.thresholds import EDGE, PROBES, Thresholds
-from gradwatch.values.track import Track, newest
+from gradwatch.values.track import Track, medians, newest
 
 if TYPE_CHECKING:
     from gradwatch.values.track import Floats
@@ -114,12 +114,7 @@ class History:
         One snapshot proves nothing: in a homogeneous network all layers have the same sensitivity at initialization,
         however little gradient each of their weights gets. So what counts is the median of a few.
         """
-        import numpy as np
-
-        ordered = np.sort(
-            track.ratios.newest(EDGE), axis=0
-        )  # NaN comes last; np.median of so few takes ten times as long
-        level = np.where(np.isnan(ordered[-1]), np.nan, ordered[len(ordered) // 2])
+        level = medians(track.ratios.newest(EDGE))
         for layer, value in zip(track.snapshots[-1].model.layers, level.tolist(), strict=True):
             if value > self.best_ratio.get(layer.name, 0.0):  # never for NaN
                 self.best_ratio[layer.name] = value

@@ -7,7 +7,7 @@ import pytest
 
 from gradwatch import History, LayerInfo, ModelInfo, OptimizerInfo, ParameterInfo, Snapshot
 from gradwatch.values.plain import from_json, to_json
-from gradwatch.values.track import Rows
+from gradwatch.values.track import Rows, medians
 
 MODEL = ModelInfo(
     (LayerInfo("a", "Linear", 0),),
@@ -74,3 +74,12 @@ def test_rows_are_the_last_fifty_however_many_came():
     rows.clear()
     rows.append(np.array([1.0]))
     assert rows.to_plain() == [[1.0]]
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_medians_are_those_of_numpy(count):
+    draw = np.random.default_rng(count)
+    rows = draw.lognormal(size=(count, 200))
+    rows[draw.random(rows.shape) < 0.1] = np.nan
+    rows[draw.random(rows.shape) < 0.1] = np.inf
+    assert np.array_equal(medians(rows), np.median(rows, axis=0), equal_nan=True)
