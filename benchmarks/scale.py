@@ -30,7 +30,8 @@ from benchmarks.workloads import Step, mlp
 from gradwatch import History, Report, watch
 from gradwatch.sinks.record import NAME, Record, read_run
 from gradwatch.sinks.tensorboard.sink import TensorBoardSink
-from gradwatch.values.plain import from_json
+from gradwatch.values.column import rounded
+from gradwatch.values.plain import compact, from_json
 from gradwatch.values.snapshot import (
     ActivationStats,
     LayerInfo,
@@ -174,7 +175,7 @@ def snapshots(info: ModelInfo, many: int, draw: random.Random) -> list[Snapshot]
     columns = len(info.parameters)
 
     def column(size: float) -> tuple[float, ...]:
-        return tuple(size * draw.uniform(0.5, 2.0) for _ in range(columns))
+        return tuple(rounded([size * draw.uniform(0.5, 2.0) for _ in range(columns)]))  # as measured numbers are
 
     found = []
     for step in range(many):
@@ -192,10 +193,10 @@ def columns(many: int, rounds: int) -> None:
     info, draw = described(many), random.Random(0)
     history = History()
     window = snapshots(info, 50, draw)
-    held = memory_of(lambda: snapshots(info, 10, draw)) * 5
+    held = memory_of(lambda: [compact(one) for one in snapshots(info, 10, draw)]) * 5
     adding = statistics.median(timed(lambda one=one: history.add(one)) for one in window)
     held += memory_of(lambda: [history.sensitivities(50).copy(), history.ratios(50).copy()])
-    judging = statistics.median(timed(lambda: once(history)) for _ in range(rounds))
+    judging = statistics.median(timed(lambda: once(history, probe=False)) for _ in range(rounds))
     with tempfile.TemporaryDirectory() as folder:
         record, events = Record(folder), TensorBoardSink(folder)
         took: dict[str, list[float]] = {"record": [], "events": []}
