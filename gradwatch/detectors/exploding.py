@@ -176,8 +176,8 @@ def _by_number(history: History) -> tuple[NDArray[np.intp], NDArray[np.intp], ND
 
     numbers = history.numbers
     all_of = [(s.step, numbers[layer], moved) for s in history.probed for layer, moved in _changes(s)]
-    steps, layers, moved = zip(*all_of, strict=True)
-    return np.array(steps), np.array(layers), np.array(moved)
+    steps, layers = (np.array([one[at] for one in all_of], dtype=np.intp) for at in (0, 1))
+    return steps, layers, np.array([moved for *_, moved in all_of], dtype=np.float64)
 
 
 def _loss(history: History) -> Iterator[Finding]:
