@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from benchmarks.command import parsed, parser
-from benchmarks.workloads import Build, conv, gpt, lstm, mlp
+from benchmarks.workloads import Build, Clock, conv, gpt, lstm, mlp
 
 WORKLOADS: Mapping[str, Build] = {
     "MLP 10x128": lambda: mlp(9, 128, 64),
@@ -66,26 +66,15 @@ class Loop:
         self.net, self.loss = build()
         self.parameters = list(self.net.parameters())
         self.optimizer = torch.optim.SGD(self.parameters, lr=1e-4)
-        self.inside = 0.0
+        self.clock = Clock()
+        self.around = self.clock.around
         self.taken: list[tuple[float, float, bool]] = []
         """Of each step, the seconds that it took, those within what watches it, and whether it was a probe."""
         self.closing = 0.0
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function, so that its time counts as within."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.inside += time.thread_time() - began
-
-        return timed
-
     def step(self, *, counts: bool) -> None:
         """Train one step."""
-        self.inside, probe, began = 0.0, self.is_probe(), time.thread_time()
+        _, probe, began = self.clock.take(), self.is_probe(), time.thread_time()
         self.optimizer.zero_grad()
         value = self.loss()
         self.told(value)
@@ -93,7 +82,7 @@ class Loop:
         self.seen()
         self.optimizer.step()
         if counts:
-            self.taken.append((time.thread_time() - began, self.inside, probe))
+            self.taken.append((time.thread_time() - began, self.clock.take(), probe))
         self.after()
 
     def is_probe(self) -> bool:

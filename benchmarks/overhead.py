@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.command import parsed, parser
-from benchmarks.workloads import Build, conv, gpt, lstm, mlp
+from benchmarks.workloads import Build, Clock, conv, gpt, lstm, mlp
 from gradwatch import watch
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
@@ -29,31 +29,6 @@ from gradwatch.measurement.updates import Updates
 from gradwatch.model.nested import floats
 
 ALONE = Processes((), alone=True)
-
-
-class Clock:
-    """Adds up the thread CPU seconds that are spent inside of what it wraps."""
-
-    def __init__(self) -> None:
-        """Begin at zero."""
-        self.seconds = 0.0
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a function."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.thread_time() - began
-
-        return timed
-
-    def take(self) -> float:
-        """Return what has added up, and begin anew."""
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
 
 
 def shown(values: list[float], scale: float = 1.0, unit: str = "") -> str:

@@ -24,9 +24,9 @@ from torch import nn
 from benchmarks import scale_processes
 from benchmarks.command import parsed, parser
 from benchmarks.detectors import once
-from benchmarks.overhead import Clock, shown
+from benchmarks.overhead import shown
 from benchmarks.scale_processes import schedule
-from benchmarks.workloads import Step, mlp
+from benchmarks.workloads import Clock, Step, mlp
 from gradwatch import History, Report, watch
 from gradwatch.sinks.record import NAME, Record, read_run
 from gradwatch.sinks.tensorboard.sink import TensorBoardSink

@@ -25,8 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.overhead import Clock
-from benchmarks.workloads import mlp
+from benchmarks.workloads import Clock, mlp
 from gradwatch import watch
 from gradwatch.measurement import norms, processes
 from gradwatch.measurement.columns import NONZERO, NORM, TINY, UPDATE, WEIGHT, Raw

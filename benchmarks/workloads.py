@@ -1,8 +1,10 @@
-"""The networks that the cost is measured on, each with what computes its loss on one batch. They know no gradwatch."""
+"""The networks that the cost is measured on, each with what computes its loss, and a clock; they know no gradwatch."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +12,31 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 Step = Callable[[], torch.Tensor]
 Build = Callable[[], tuple[nn.Module, Step]]
+
+
+class Clock:
+    """Adds up the thread CPU seconds that are spent inside of what it wraps."""
+
+    def __init__(self) -> None:
+        """Begin at zero."""
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a function."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.thread_time() - began
+
+        return timed
+
+    def take(self) -> float:
+        """Return what has added up, and begin anew."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def mlp(

@@ -185,9 +185,9 @@ class Measurement:
         seen = _together([part() for part in self._parts]) if self._parts else _NOTHING
         scale, factor = self._unscale(numbers)
         skipped = skipped or any(found.value for found in self._found_inf)
-        norm, absent = numbers.get(NORM, {}), None
-        if any(self.absent):
-            absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(self.absent))
+        norm, absent = numbers.get(NORM, {}), self.absent
+        if any(absent):  # a norm may have come from another process
+            absent = tuple(None if norm.get(c) else reason for c, reason in enumerate(absent))
         return Snapshot(
             step=self.step,
             wall_time=round(time.time(), 3),
@@ -199,7 +199,7 @@ class Measurement:
             clip_factor=factor,
             skipped=skipped,
             **columns(numbers, self.model, skipped=skipped),
-            absent=absent if absent is not None and any(absent) else None,
+            absent=tuple(absent) if any(absent) else None,
             activations=seen.activations or None,
             sequences=seen.sequences or None,
             facts=seen.facts or None,

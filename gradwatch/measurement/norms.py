@@ -35,10 +35,10 @@ _STACKED = 2**16
 _TRUSTED = (1e-15, 1e18)
 # The same for float64 squares of float64 entries.
 _TRUSTED_DOUBLE = (1e-140, 1e140)
-# Classes whose memory is what they say.
-_PLAIN = frozenset({Tensor, nn.Parameter})
-# Formats that need no conversion.
-_ORDINARY = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+CLASSES = frozenset({Tensor, nn.Parameter})
+"""Classes whose memory is what they say."""
+PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+"""Formats that need no conversion."""
 
 
 def plain(gradient: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def plain(gradient: Tensor) -> Tensor:
     Of a `DTensor` those of its piece here.
     """
     gradient = gradient.detach()
-    if type(gradient) is Tensor and gradient.layout is torch.strided and gradient.dtype in _ORDINARY:
+    if type(gradient) is Tensor and gradient.layout is torch.strided and gradient.dtype in PLAIN:
         return gradient
     gradient = piece(gradient)
     if gradient.is_sparse:
@@ -137,7 +137,7 @@ def on_cpu(tensors: Sequence[Tensor]) -> list[float]:
     import numpy as np
 
     if len(tensors) >= _PACKED:
-        small = [t.numel() <= _SMALL and t.dtype is torch.float32 and type(t) in _PLAIN for t in tensors]
+        small = [_packs(t) for t in tensors]
         if _PACKED <= sum(small) < len(tensors):
             packed = iter(_packed(list(itertools.compress(tensors, small))))
             others = iter(on_cpu([t for t, its in zip(tensors, small, strict=True) if not its]))
@@ -154,7 +154,7 @@ def on_cpu(tensors: Sequence[Tensor]) -> list[float]:
 
 def _by_blas(tensor: Tensor) -> float | None:
     """Return the norm of a float32 tensor; None of one that is of another format or class, or for several threads."""
-    if tensor.dtype is not torch.float32 or type(tensor) not in _PLAIN or (size := tensor.numel()) > _SHARED:
+    if tensor.dtype is not torch.float32 or type(tensor) not in CLASSES or (size := tensor.numel()) > _SHARED:
         return None
     entries = _entries(tensor)
     if size <= 2 * _ROW:
@@ -197,20 +197,36 @@ def _dots(left: Floats, right: Floats) -> Floats:
     return np.asarray(np.matmul(left[:, None], right[:, :, None])).reshape(-1)
 
 
+def _packs(tensor: Tensor) -> bool:
+    """Tell whether a tensor is so small that many of them are copied side by side."""
+    return tensor.numel() <= _SMALL and tensor.dtype is torch.float32 and type(tensor) in CLASSES
+
+
 def _packed(tensors: Sequence[Tensor]) -> list[float]:
-    """Norms of many small float32 tensors, side by side and in float64: a call for each costs more than its sum."""
+    """Norms of many small tensors, side by side and in float64: a call for each costs more than its sum."""
     import numpy as np
 
-    sizes = [t.numel() for t in tensors]
-    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    flat, sums = _side_by_side(tensors)
     squares = _entries(flat).astype(np.float64)
-    np.multiply(squares, squares, out=squares)
-    ends = np.cumsum(np.array(sizes, dtype=np.intp))
-    sums = np.zeros(len(tensors))
-    full = np.array(sizes) > 0
-    if full.any():
-        sums[full] = np.add.reduceat(squares, (ends - sizes)[full])
-    return list(np.sqrt(sums).tolist())
+    return list(np.sqrt(sums(np.multiply(squares, squares, out=squares))).tolist())
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> tuple[Tensor, Callable[[NDArray[Any]], Floats]]:
+    """Return the entries of many tensors in one, and what adds up by tensor an array of its length."""
+    import numpy as np
+
+    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    sizes = np.array([t.numel() for t in tensors], dtype=np.intp)
+    full = sizes > 0
+    starts = (np.cumsum(sizes) - sizes)[full]
+
+    def sums(values: NDArray[Any]) -> Floats:
+        found = np.zeros(len(sizes))
+        if len(starts):
+            found[full] = np.add.reduceat(values, starts, dtype=np.float64)
+        return found
+
+    return flat, sums
 
 
 def _by_torch(tensors: Sequence[Tensor]) -> list[float]:
@@ -318,8 +334,7 @@ def small(tensors: Sequence[Tensor], limits: Sequence[float]) -> tuple[Tensor | 
 
     """
     if tensors[0].device.type == "cpu":
-        together = len(tensors) >= _PACKED and len(set(limits)) == 1
-        if together and all(t.numel() <= _SMALL and t.dtype is torch.float32 and type(t) in _PLAIN for t in tensors):
+        if len(tensors) >= _PACKED and len(set(limits)) == 1 and all(map(_packs, tensors)):
             return _small_together(tensors, limits[0])
         found = [_small_on_cpu(t, limit) for t, limit in zip(tensors, limits, strict=True)]
         return [nonzero for nonzero, _ in found], [tiny for _, tiny in found]
@@ -332,7 +347,7 @@ def _small_on_cpu(tensor: Tensor, limit: float) -> tuple[int, int]:
     import numpy as np  # counts what a comparison gives three times faster than torch does
 
     wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
-    entries = _entries(wide) if type(wide) in _PLAIN else wide.reshape(-1).numpy()
+    entries = _entries(wide) if type(wide) in CLASSES else wide.reshape(-1).numpy()
     zeros, below = 0, 0
     for start in range(0, entries.size, _STACKED):  # in pieces whose masks stay in the cache
         piece = entries[start : start + _STACKED]
@@ -344,19 +359,14 @@ def _small_on_cpu(tensor: Tensor, limit: float) -> tuple[int, int]:
 
 def _small_together(tensors: Sequence[Tensor], limit: float) -> tuple[list[float], list[float]]:
     """Count those of many small tensors, side by side."""
-    import numpy as np
-
-    sizes = np.array([t.numel() for t in tensors])
-    flat: Tensor = torch._utils._flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    entries = _entries(flat)
-    below, zeros = np.zeros(len(sizes)), np.zeros(len(sizes))
+    flat, sums = _side_by_side(tensors)
+    entries = _entries(flat)  # which live as long as `flat`
+    sizes = [float(t.numel()) for t in tensors]
     mask = (entries < limit) & (entries > -limit)
-    if mask.any():
-        full = sizes > 0
-        starts = (np.cumsum(sizes) - sizes)[full]
-        below[full] = np.add.reduceat(mask, starts, dtype=np.int64)
-        zeros[full] = np.add.reduceat(entries == 0, starts, dtype=np.int64)
-    return (sizes - zeros).tolist(), (below - zeros).tolist()
+    if not mask.any():
+        return sizes, [0.0] * len(sizes)
+    zeros = sums(entries == 0)
+    return (sizes - zeros).tolist(), (sums(mask) - zeros).tolist()
 
 
 def spectral_norm(tensor: Tensor, iterations: int = 8) -> Tensor:

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from gradwatch.measurement import norms
 from gradwatch.measurement.columns import APPLIED, NONFINITE, NONZERO, NORM, TINY, WEIGHT, Numbers, Raw
+from gradwatch.measurement.norms import CLASSES, PLAIN
 from gradwatch.measurement.transfer import Pending, Transfer
 from gradwatch.values.snapshot import ModelInfo
 
-PLAIN = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 _SMALLEST = {dtype: torch.finfo(dtype).smallest_normal for dtype in PLAIN}
 _DEVICE = operator.attrgetter("device")
 kind_of = operator.attrgetter("__class__", "layout", "dtype")
-CLASSES = (Tensor, nn.Parameter)
 _WHOLE = operator.attrgetter("__class__", "layout", "dtype", "is_meta")
 _WHOLE_KINDS = frozenset((its, torch.strided, dtype, False) for dtype in PLAIN for its in CLASSES)
 PLAIN_KINDS = frozenset((Tensor, torch.strided, dtype) for dtype in PLAIN)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradwatch.measurement import norms
 from gradwatch.measurement.columns import LOST, UPDATE
-from gradwatch.measurement.parameters import CLASSES, PLAIN, PLAIN_KINDS, Parameters, by_device, kind_of
+from gradwatch.measurement.norms import CLASSES, PLAIN
+from gradwatch.measurement.parameters import PLAIN_KINDS, Parameters, by_device, kind_of
 
 BUDGET = 256 * 2**20
 """Bytes of weights that a probe copies to see their update; beyond it the parameters take turns."""
