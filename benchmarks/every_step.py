@@ -7,7 +7,8 @@ python -m benchmarks.every_step --against db0d010     # and an earlier commit, i
 Each build has a process of its own; they take turns, and so do the loops in each: plain, with clipping, watched, plain
 again for control. Everything is reading, detectors, record and TensorBoard, flushing and closing included; what is
 counted is the CPU time of the training thread within gradwatch and, of probes, all by which their step is longer than a
-plain one, because their hooks run in its forward and backward pass.
+plain one, because their hooks run in its passes. *least* is the floor: each norm read once, by torch,
+and a line of JSON. Peers do what they do by themselves: gradsnitch and neurolens do not look at every step.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Loop:
         value.backward()
         self.seen()
         self.optimizer.step()
+        self.stepped()
         if counts:
             self.taken.append((time.thread_time() - began, self.clock.take(), probe))
         self.after()
@@ -95,6 +97,9 @@ class Loop:
     def seen(self) -> None:
         """Look at the gradients."""
 
+    def stepped(self) -> None:
+        """Look at what the step has done."""
+
     def after(self) -> None:
         """Do what is to be done between two steps."""
 
@@ -108,6 +113,28 @@ class Clipped(Loop):
     def seen(self) -> None:
         """Clip."""
         self.around(torch.nn.utils.clip_grad_norm_)(self.parameters, 1e9)
+
+
+class Least(Loop):
+    """With the least that any instrument does: each norm read once, by torch, and written as a line of JSON."""
+
+    def __init__(self, build: Build, folder: str) -> None:
+        """Open a file."""
+        super().__init__(build, folder)
+        self.file = Path(f"{folder}.jsonl").open("w", encoding="utf-8")  # noqa: SIM115  (until it is closed)
+
+    def seen(self) -> None:
+        """Write the norms."""
+
+        def write() -> None:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            self.file.write(json.dumps(torch.stack(torch._foreach_norm(gradients)).tolist()) + "\n")
+
+        self.around(write)()
+
+    def close(self) -> None:
+        """Close it."""
+        self.file.close()
 
 
 class Watched(Loop):
@@ -216,9 +243,74 @@ class Wandb(Loop):
         self.run.finish()
 
 
+class ModuleMonitor(Loop):
+    """With torch-module-monitor: the norm of each gradient at every step."""
+
+    def __init__(self, build: Build, folder: str) -> None:
+        """Monitor it."""
+        super().__init__(build, folder)
+        import torch_module_monitor
+
+        self.monitor, self.number = torch_module_monitor.ModuleMonitor(monitor_step_fn=lambda _: True), -1
+        self.monitor.set_module(self.net)
+        self.monitor.add_gradient_metric("norm", torch.Tensor.norm)
+
+    def is_probe(self) -> bool:
+        """Begin a step, whose forward pass has hooks."""
+        self.number += 1
+        self.monitor.begin_step(self.number)
+        return True
+
+    def seen(self) -> None:
+        """Measure, and fetch the numbers."""
+        self.monitor.monitor_gradients()
+        self.monitor.end_step()
+        self.monitor.get_step_metrics()
+
+
+class Gradsnitch(Loop):
+    """With gradsnitch: the total norm and its checks, as often as it does them by itself."""
+
+    def __init__(self, build: Build, folder: str) -> None:
+        """Watch it."""
+        super().__init__(build, folder)
+        import gradsnitch
+
+        self.monitor, self.number = gradsnitch.watch(self.net, self.optimizer), 0
+
+    def told(self, value: torch.Tensor) -> None:
+        """Keep the loss."""
+        self.value = value
+
+    def seen(self) -> None:
+        """Log the step."""
+        self.around(lambda: self.monitor.log(self.number, self.value.item()))()
+        self.number += 1
+
+
+class Neurolens(Gradsnitch):
+    """With neurolens, whose window is closed; what its threads do is not counted."""
+
+    def __init__(self, build: Build, folder: str) -> None:
+        """Monitor it."""
+        Loop.__init__(self, build, folder)
+        import neurolens
+
+        self.monitor, self.number = neurolens.monitor(self.net, self.optimizer), 0
+
+    def seen(self) -> None:
+        """Wait for the step."""
+
+    def stepped(self) -> None:
+        """Log the step."""
+        self.around(lambda: self.monitor.step(self.number, loss=self.value))()
+        self.number += 1
+
+
 LOOPS: Mapping[str, Callable[[Build, str], Loop]] = {
     "plain": Loop,
     "clipping": Clipped,
+    "least": Least,
     "everything": Watched,
     "first 200": lambda build, folder: Watched(build, folder, probe_every=None),
     "after 200": lambda build, folder: Watched(build, folder, begin=201, probe_every=None),
@@ -228,6 +320,9 @@ PEERS: Mapping[str, Callable[[Build, str], Loop]] = {
     "add_scalar": Scalars,
     "Lightning grad_norm": LightningNorms,
     "wandb.watch": Wandb,
+    "torch-module-monitor": ModuleMonitor,
+    "gradsnitch": Gradsnitch,
+    "neurolens": Neurolens,
 }
 
 
@@ -313,9 +408,7 @@ def report(workload: str, found: Mapping[str, dict[str, Any]]) -> None:
         control = statistics.median(total for total, _, _ in loops["control"][0]) / middle - 1
         clip, _ = adds(*loops["clipping"], plain)
         line = f"{workload:20} {build:9} step {plain * 1e3:8.2f} ms  clipping {clip / plain:6.2%}"
-        for name in loops.keys() - {"plain", "control", "clipping"} and [n for n in loops if n in (*LOOPS, *PEERS)]:
-            if name in ("plain", "control", "clipping"):
-                continue
+        for name in [name for name in loops if name not in ("plain", "control", "clipping")]:
             more, error = adds(*loops[name], plain)
             line += f"  {name} {more / plain:7.2%} ({more / clip:5.2f}x +- {error / clip:.2f})"
         print(f"{line}  control {control:+.1%}", flush=True)
