@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gradwatch.checks.causal import assert_causal, causal
+    from gradwatch.checks.causal_features import assert_causal_features
     from gradwatch.checks.check import assert_healthy, check
     from gradwatch.checks.horizon import assert_horizon, horizon
     from gradwatch.detectors import DETECTORS
     from gradwatch.detectors.rule import Rule
     from gradwatch.sinks.record import Record, Run, read_run, read_runs
     from gradwatch.sinks.tensorboard import TensorBoardSink
+    from gradwatch.values.causality import Causality, Leak
     from gradwatch.values.history import Detector, History
     from gradwatch.values.report import (
         Alert,
@@ -35,12 +38,15 @@ if TYPE_CHECKING:
     from gradwatch.watcher.watcher import Watcher
 
 _HOMES = {
+    "checks.causal": ("assert_causal", "causal"),
+    "checks.causal_features": ("assert_causal_features",),
     "checks.check": ("assert_healthy", "check"),
     "checks.horizon": ("assert_horizon", "horizon"),
     "detectors": ("DETECTORS",),
     "detectors.rule": ("Rule",),
     "sinks.record": ("Record", "Run", "read_run", "read_runs"),
     "sinks.tensorboard": ("TensorBoardSink",),
+    "values.causality": ("Causality", "Leak"),
     "values.history": ("Detector", "History"),
     "values.report": (
         "Alert",
@@ -63,6 +69,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "DETECTORS",
     "Alert",
+    "Causality",
     "Detector",
     "Explanation",
     "Finding",
@@ -70,6 +77,7 @@ __all__ = [
     "GradwatchWarning",
     "History",
     "LayerInfo",
+    "Leak",
     "ModelInfo",
     "OptimizerInfo",
     "ParameterInfo",
@@ -84,8 +92,11 @@ __all__ = [
     "TensorBoardSink",
     "Thresholds",
     "Watcher",
+    "assert_causal",
+    "assert_causal_features",
     "assert_healthy",
     "assert_horizon",
+    "causal",
     "check",
     "horizon",
     "read_run",

@@ -40,6 +40,8 @@ _LIKE_VIEWS = frozenset({"reshape", "view", "flatten", "unflatten", "ravel", "sq
 _CONVOLUTIONS = frozenset({"conv1d", "conv_transpose1d"})
 _POOLS = frozenset({"max_pool1d", "avg_pool1d", "lp_pool1d"})
 _IN_ORDER = frozenset({"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "flip", "roll"})
+_AFTER_A_NUMBER = frozenset({"diff", "roll"})
+"""Those whose dimension comes after how many times, or how far."""
 _SPECTRA = frozenset({"fft_rfft", "fft_fft", "rfft", "fft"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _LONGER = frozenset({"pad", "cat", "concat", "concatenate"})
@@ -89,7 +91,8 @@ class Operation:
         elif self.name in _POOLS and _number(self._argument(1, "kernel_size", 1)) > 1:
             yield -1, "a window slides"
         elif self.name in _IN_ORDER:
-            dims = self._argument(1, "dim", self._argument(1, "dims", -1))
+            at = 2 if self.name in _AFTER_A_NUMBER else 1
+            dims = self._argument(at, "dim", self._argument(at, "dims", () if self.name == "roll" else -1))
             for dim in dims if isinstance(dims, tuple | list) else [dims]:
                 yield dim, f"{self.name} goes"
         elif self.name in _SPECTRA:

@@ -37,15 +37,15 @@ class InputTap:
 
         """
         named = _named(timesteps)
-        self.axes, self._roots = Axes(), Roots()
+        self.axes, self.roots = Axes(), Roots()
         if "" in named and named[""] is None:
             raise ValueError(
                 "timesteps of the model's own input must be a dimension,"
                 " and None is for modules that are called once a timestep"
             )
         of_inputs = {name: time for name, time in named.items() if name not in modules or not name}
-        self.inputs = ModelInputs(self._roots, self.axes, {n: t for n, t in of_inputs.items() if t is not None})
-        self._chain = Chain(self._roots, self.axes)
+        self.inputs = ModelInputs(self.roots, self.axes, {n: t for n, t in of_inputs.items() if t is not None})
+        self._chain = Chain(self.roots, self.axes)
         self._named = {id(modules[name]): time for name, time in named.items() if name not in of_inputs}
         self._unknown = [name for name, time in of_inputs.items() if time is None]
         self._names = {id(module): name for name, module in modules.items()}
@@ -186,7 +186,7 @@ class InputTap:
 
     def _call(self, value: Tensor | PackedSequence, time: int | None, name: str) -> InputCall:
         try:
-            return InputCall.of(value, time, self._roots.add(data_of(value)))
+            return InputCall.of(value, time, self.roots.add(data_of(value)))
         except IndexError as error:
             shape = tuple(data_of(value).shape)
             raise ValueError(
@@ -230,7 +230,7 @@ class InputTap:
             sources += self._chain.sources(series, [source for source in sources if source.input])
         known = {} if lengths is None else {id(reference): lengths}
         try:
-            found = gains(self._roots, newest, reference.rows, sources, known)
+            found = gains(self.roots, newest, reference.rows, sources, known)
         except RuntimeError as error:
             raise RuntimeError(_why_not(error, place)) from error
         if self.inputs.left_out and not any(source.reached and source.input for source in sources):

@@ -55,9 +55,9 @@ def model_gain(
             the model raises.
 
     """
-    model = _core(model)
+    model = core(model)
     tap = InputTap(named_modules(model if watched is None else _unwrapped(watched)), timesteps)
-    with _left_alone(model, _on_cuda(model) if on_cudnn is None else on_cudnn) as notes:
+    with left_alone(model, on_cudnn) as notes:
         mine, keywords = tap.arguments(model, args, kwargs)
         with listening(tap.modules, tap.before, tap.after):
             with tap.axes:
@@ -79,7 +79,7 @@ def recurrence_facts(
         module: what that is.
 
     """
-    model = _core(model)
+    model = core(model)
     if kind_of(module) is None:
         return ()
     recorder = Recorder("auto")
@@ -93,7 +93,7 @@ def recurrence_facts(
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         recorder.left(module, args, kwargs, output)
 
-    with _left_alone(model, _on_cuda(model)):
+    with left_alone(model):
         with listening([module], before, after):
             model(*differentiable(args), **differentiable(dict(kwargs)))
         found = traces(recorder.targets.values(), torch.Generator(device="cpu").manual_seed(0))
@@ -105,19 +105,25 @@ def recurrence_facts(
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module, on_cudnn: Sequence[Fused]) -> Iterator[list[str]]:
-    """Let a model run with gradients, without its hooks, and leave it as it was; yield what that changed, in words."""
+def left_alone(model: nn.Module, on_cudnn: Sequence[Fused] | None = None) -> Iterator[list[str]]:
+    """Let a model run with gradients, without its hooks, and leave it as it was; yield what that changed, in words.
+
+    Args:
+        model: out of what wraps it, as `core` gives it.
+        on_cudnn: as for `model_gain`.
+
+    """
     with (
         as_it_was(model),
         without_hooks(model),
-        _runnable(model, on_cudnn) as notes,
+        _runnable(model, _on_cuda(model) if on_cudnn is None else on_cudnn) as notes,
         torch.inference_mode(mode=False),
         torch.enable_grad(),
     ):
         yield notes
 
 
-def _core(model: nn.Module) -> nn.Module:
+def core(model: nn.Module) -> nn.Module:
     """Take a model out of its wrappers, and refuse what cannot be run alone."""
     model = _unwrapped(model)
     reason = next((said for module in model.modules() if (said := _waits(module))), None)

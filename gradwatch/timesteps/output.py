@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,23 @@ def chosen_of(
         )
     made = [t for t in found if storage_of(data_of(t)) not in given] or found
     return next((t for t in made if data_of(t).dim()), made[0])  # a loss beside predictions sums up all timesteps
+
+
+def leaves_of(returned: Any, steps: Collection[int]) -> list[Tensor | PackedSequence]:  # noqa: ANN401  (as above)
+    """Return the tensors in what a model returned, of distributions the means.
+
+    Args:
+        returned: by the model.
+        steps: how many timesteps there may be: a list with a tensor for each of them is one tensor, time first.
+
+    """
+
+    def within(value: Any) -> Iterable[Any]:  # noqa: ANN401
+        if isinstance(value, list | tuple) and len(value) in steps and _alike(value):
+            return [torch.stack(list(value))]
+        return _newest_of_lists(None)(value)
+
+    return list(leaves(returned, within))
 
 
 def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -> int | None:
@@ -145,12 +162,15 @@ def _newest_of_lists(steps: int | None) -> Callable[[object], Iterable[Any]]:
     def within(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a model returns)
         if isinstance(value, Distribution):
             return [mean_of(value)]
-        every = isinstance(value, list | tuple) and len(value) == steps
-        if every and all(isinstance(v, Tensor) and v.shape == value[0].shape for v in value):
+        if isinstance(value, list | tuple) and len(value) == steps and _alike(value):
             return [value[-1]]
         return parts(value)
 
     return within
+
+
+def _alike(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, Tensor) and v.shape == values[0].shape for v in values)
 
 
 def _shown(value: object) -> str:

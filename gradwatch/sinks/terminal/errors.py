@@ -12,6 +12,7 @@ from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
 from gradwatch.sinks.terminal.page import WIDTH, plain_text
+from gradwatch.values.causality import Causality
 from gradwatch.values.report import Alert, Explanation, Report
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.thresholds import HORIZON_GAIN
@@ -28,6 +29,25 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
             *alert_lines(wrong, began=False),
             Text(f"\n{shown}, in the order of the forward pass:"),
             layer_table(report.snapshot, wrong, most=most),
+        ),
+        WIDTH,
+    )
+
+
+def causality_error(found: Causality) -> str:
+    """Return the text of an error: which output depends on which later input, where that comes from, and what to do."""
+    leak = found.leak
+    if leak is None:
+        raise ValueError("there is no leak to tell of")
+    return plain_text(
+        Group(
+            Text(f"the model {found}\n"),
+            Text(f"why: {leak.cause}"),
+            Text(f"try: {leak.remedy}"),
+            Text(
+                "a backtest of such a model uses what was not known yet. Where it may know this much (a known"
+                " calendar, an output that is late by so many timesteps), offset= or input= says so"
+            ),
         ),
         WIDTH,
     )

@@ -1,0 +1,277 @@
+"""One batch: does what a model gives at a timestep depend on a later one, as no model that is to predict may."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.checks.batch import Call, arguments, call_in_training_step
+from gradwatch.checks.causal_words import words
+from gradwatch.checks.futures import Futures, Timed, difference, first_difference
+from gradwatch.checks.horizon import Input
+from gradwatch.checks.timed_pass import TimedPass
+from gradwatch.sinks.terminal.errors import causality_error
+from gradwatch.timesteps.model_gain import Timesteps
+from gradwatch.values.causality import Causality, Leak
+from gradwatch.values.report import GradientHealthError
+
+_POSITIONS = 16
+"""Timesteps of the output that are looked at."""
+_MORE = 20
+"""Further ways to change the future of a model that gives decisions, which seldom change."""
+_EXACT = 1e-12
+"""What counts as a difference in float64, over the largest entry."""
+_SEEN = 1e-4
+"""What counts as one in the format of the model."""
+_SHRINKS = 1e-4
+"""How much of a difference float64 may leave of it: of a rounding error in float32 it leaves 2e-9."""
+_GRADIENT = 1e-6
+"""Share of the largest derivative by any timestep from which on that by a later one is no rounding error."""
+
+
+def causal(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    offset: int | None = None,
+    training: bool = False,
+    output: Callable[[Any], Any] | None = None,
+    timesteps: Timesteps = "auto",
+    input: Input = None,  # noqa: A002  (the word of the field)
+) -> Causality:
+    """Measure whether what a model gives at a timestep depends on what it is given after it: whether it looks ahead.
+
+    All that comes after a timestep is given other values, and what the model gives up to that timestep must stay the
+    same bit for bit, at up to 16 timesteps and in several ways. A difference is measured again in float64, and counts
+    as rounding where it shrinks with the precision. The derivative by later timesteps says where to look closely.
+
+    The model runs some 30 times, without its hooks; it, its gradients, buffers and all random states are left as they
+    were. Of what has timesteps, all is changed: floating-point inputs, whole numbers, booleans, packed sequences.
+
+    What it cannot see is what happens before the batch: data that was scaled, filled, resampled or labelled with what
+    came later. `assert_causal_features` looks at that.
+
+    Args:
+        model: whatever it is wrapped in.
+        batch: as for `gradwatch.horizon`.
+        offset: how many timesteps ahead an output may look: 1 where that at t is made of what is known at t + 1, -1
+            where it must not even look at t. Default: 0, where the output has as many timesteps as the input.
+        training: whether it is measured in training mode (BatchNorm then averages over what is to come), and not in
+            evaluation mode; dropout is drawn alike in all passes.
+        output: takes what the model returned and gives the tensor that is meant. Default: the first that has timesteps.
+        timesteps: as for `gradwatch.horizon`; "" is the model's own inputs.
+        input: the input that is meant, as for `gradwatch.horizon`. Default: all that have as many timesteps as the
+            output; name one where others may be seen whole, as an encoder's.
+
+    Returns:
+        What was found; `print` it. `leak` has the pair of timesteps that lie farthest apart, and the first module whose
+        own output leaks.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; the output has no timesteps, or others than the
+            input, so that `offset` must say which belong together; two passes on the same batch differ.
+        RuntimeError: the model cannot be run by one process (FSDP), refuses every other future, or changes so little
+            that it may be rounding, and does not run in float64.
+
+    """
+    _refuse(model, offset, output)
+    call = Call(model, *arguments(model, batch))
+    try:
+        return _Check(call, timesteps, output, input, training=training).result(offset)
+    except Exception:
+        # A LightningModule may have no forward, or one that takes a part of the batch.
+        of_step = call_in_training_step(model, batch)
+        if of_step is None or of_step.module is model:
+            raise
+    return _Check(of_step, timesteps, output, input, training=training).result(offset)
+
+
+def assert_causal(
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    offset: int | None = None,
+    training: bool = False,
+    output: Callable[[Any], Any] | None = None,
+    timesteps: Timesteps = "auto",
+    input: Input = None,  # noqa: A002  (as above)
+) -> Causality:
+    """Do `causal`, and raise if the model looks ahead.
+
+    Raises:
+        GradientHealthError: with the pair of timesteps, the first module that looks ahead, why, and the remedy.
+        TypeError, ValueError, RuntimeError: as `causal`.
+
+    """
+    __tracebackhide__ = True
+    found = causal(model, batch, offset=offset, training=training, output=output, timesteps=timesteps, input=input)
+    if not found.causal:
+        raise GradientHealthError(causality_error(found))
+    return found
+
+
+def _refuse(model: object, offset: object, output: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
+        raise TypeError(f"offset must be a whole number of timesteps, or None, got {offset!r}")
+    if output is not None and not callable(output):
+        raise TypeError(
+            f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
+        )
+
+
+class _Check:
+    """One model, one batch."""
+
+    def __init__(
+        self, call: Call, timesteps: Timesteps, output: Callable[[Any], Any] | None, wanted: Input, *, training: bool
+    ) -> None:
+        self._pass = TimedPass(call, timesteps, output, wanted, training=training)
+        self._training = training
+        self._rounding = 0.0
+        self._in_other: Timed | None = None
+        """The output in another precision, once that was asked for."""
+
+    def result(self, offset: int | None) -> Causality:
+        """Look for a leak."""
+        inputs, may = self._pass.inputs, offset or 0
+        self._output = dataclasses.replace(self._pass.output, data=self._pass.run({}))
+        if difference(self._output, self._pass.run({}), self._output.steps) != 0:
+            raise ValueError(
+                "two passes of the model on the same batch differ, so whether it looks ahead cannot be told: it draws"
+                " from a random state that is not torch's, numpy's or Python's own, or computes in another order"
+            )
+        steps, labels = inputs[0].steps, tuple(one.label for one in inputs)
+        positions = _positions(self._output.steps, steps, may)
+        wary = [t for t in positions if self._pass.derivative(t, _GRADIENT) > t + may]
+        leak = self._search(positions, wary, may)
+        if leak is not None and offset is None and leak.ahead <= steps - self._output.steps:
+            raise ValueError(
+                f"the output has {self._output.steps} timesteps and {leak.input} has {steps}, and an output depends on"
+                f" what lies {leak.ahead} ahead of it: offset={steps - self._output.steps} says that the last of both"
+                " belong together, offset=0 that the first do"
+            )
+        notes = (*self._pass.notes, *(self._notes(positions, wary, may) if leak is None else ()))
+        return Causality(steps, labels, tuple(positions), may, self._training, leak, self._rounding, notes)
+
+    @property
+    def _decides(self) -> bool:
+        """Whether the output is whole numbers or booleans, which seldom change with what they are made of."""
+        return not (self._output.data.is_floating_point() or self._output.data.is_complex())
+
+    def _notes(self, positions: Sequence[int], wary: Sequence[int], may: int) -> tuple[str, ...]:
+        """Return what is worth telling where no leak was found."""
+        notes = []
+        if wary:
+            notes.append(f"A gradient goes to later timesteps, as from {wary[0]}, although no value comes from there")
+        if self._decides:
+            t = positions[len(positions) // 2]
+            place = self._pass.place(Futures(self._pass.inputs).of(0, t + may), t, None, _SEEN)
+            where = f": what {place.name or 'the model'} computes looks ahead" if place is not None else ""
+            notes.append(f"The output is decisions, which seldom change{where}; output= may give what they are made of")
+        return tuple(notes)
+
+    def _search(self, positions: Sequence[int], wary: Sequence[int], may: int) -> Leak | None:
+        """Change what comes after timesteps, until the output up to one changes with it."""
+        futures = Futures(self._pass.inputs, more=_MORE if self._decides else 0)
+        every = [(t, way) for way in futures.ways for t in wary]
+        for number, t in enumerate(positions):
+            turns = range(number, number + (len(futures.ways) if self._decides else 2))
+            every += [(t, futures.ways[turn % len(futures.ways)]) for turn in turns]
+        refused: Exception | None = None
+        passed = False
+        for t, way in every:
+            future = futures.of(way, t + may)
+            try:
+                change = difference(self._output, self._pass.run(future), t)
+            except Exception as error:  # noqa: BLE001  (a model may refuse values that are none of its data)
+                refused = error
+                continue
+            passed = True
+            if change > 0 and self._is_real(future, t, change):
+                return self._leak(futures, t, way, may, change)
+        if refused is not None and not passed:
+            raise RuntimeError(f"the model cannot be run with another future: {refused}") from refused
+        return None
+
+    def _is_real(self, future: dict[int, Tensor], t: int, change: float) -> bool:
+        """Tell whether a difference stays when it is computed in another precision; else it is rounding.
+
+        Raises:
+            RuntimeError: it is small, and the model runs in no other precision.
+
+        """
+        also = self._in_other_precision(future, t)
+        if also is None:
+            if change < math.sqrt(torch.finfo(self._pass.dtype).eps):
+                raise RuntimeError(
+                    f"a change of the future changes the output by {change:.1e} of its largest entry; whether that is"
+                    " rounding cannot be told, because the model does not run in float64"
+                )
+            return True
+        exact, rough = (change, also) if self._pass.dtype is torch.float64 else (also, change)
+        if exact > _SHRINKS * rough:
+            return True
+        self._rounding = max(self._rounding, change)
+        return False
+
+    def _in_other_precision(self, future: dict[int, Tensor], t: int) -> float | None:
+        """Measure a difference in float64, of a model in float64 in float32; None where that does not run."""
+        dtype = torch.float32 if self._pass.dtype is torch.float64 else torch.float64
+        with contextlib.suppress(Exception):
+            if self._in_other is None:
+                self._in_other = dataclasses.replace(self._output, data=self._pass.run({}, dtype))
+            return difference(self._in_other, self._pass.run(future, dtype), t)
+        return None
+
+    def _leak(self, futures: Futures, t: int, way: int, may: int, change: float) -> Leak:
+        """Find the farthest pair of timesteps, and the place: in float64, where the model runs in that."""
+        exact = self._in_other is not None or self._pass.dtype is torch.float64
+        dtype = torch.float64 if exact else None
+        base = self._output
+        if self._in_other is not None:
+            base = dataclasses.replace(base, data=self._pass.run({}, dtype))
+        tolerance = _EXACT if exact else 0.0
+
+        def first(after: int, only: str) -> int | None:
+            return first_difference(base, self._pass.run(futures.of(way, after, only), dtype), t, tolerance)
+
+        labels = [one.label for one in futures.inputs]
+        of = next((label for label in labels if first(t + may, label) is not None), labels[0])
+        low, high = t + may, futures.inputs[0].steps - 1  # changing all after `low` shows, after `high` nothing changes
+        seen = first(low, of)
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = first(middle, of)
+            low, high, seen = (low, middle, seen) if found is None else (middle, high, found)
+        from_ = t if seen is None else seen
+        place = self._pass.place(futures.of(way, t + may, of), t, dtype, tolerance) or self._pass.whole
+        gradient = self._pass.gradient(from_, of, high)
+        leak = Leak(from_, of, high, change, gradient, place.name, place.kind, place.before)
+        cause, remedy = words(place.module, leak, training=self._training)
+        return dataclasses.replace(leak, cause=cause, remedy=remedy)
+
+
+def _positions(outputs: int, steps: int, may: int) -> list[int]:
+    """Choose the timesteps of the output to look at: the first, the last that can be, and others between them.
+
+    Raises:
+        ValueError: there is none.
+
+    """
+    every = [t for t in range(min(outputs, steps)) if t + may < steps - 1]
+    if not every:
+        ahead = f" more than {may} ahead" if may else ""
+        raise ValueError(f"the batch has {steps} timesteps, and none of the output has one{ahead} after it")
+    if len(every) <= _POSITIONS:
+        return every
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    drawn = torch.randperm(len(every) - 2, generator=generator)[: _POSITIONS - 3] + 1
+    return sorted({0, len(every) // 2, len(every) - 1, *drawn.tolist()})
