@@ -41,8 +41,12 @@ class Readout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (rows, 1)."""
+        return self.every(x)[:, -1]
+
+    def every(self, x: Tensor) -> Tensor:
+        """Return (rows, timesteps, 1)."""
         y = self.body(self.into(x))
-        return self.out((y[0] if isinstance(y, tuple) else y)[:, -1])
+        return self.out(y[0] if isinstance(y, tuple) else y)
 
 
 class Flat(nn.Module):

@@ -1,4 +1,4 @@
-"""How far back a network sees, by torch.autograd.grad alone: what the atlas holds gradwatch against. No gradwatch here.
+"""How far back and ahead a network sees, by torch.autograd.grad alone: what gradwatch is held against, and not in here.
 
 In float64, where the network can be cast, with eight random cotangents for each row; for each floating-point input that
 it was called with, dimension 1 is time, as all of these libraries have it.
@@ -33,7 +33,40 @@ def horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         model.float()
 
 
-def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, int]:
+def looks_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+    """Tell whether the output at some timestep has a derivative by a later one of an input as long; None: it has none.
+
+    In float64, at eight timesteps, with a random cotangent; rounding is what is below 1e-9 of the largest derivative.
+    """
+    try:
+        return _looks_ahead(model.double(), args, kwargs)
+    finally:
+        model.float()
+
+
+def _looks_ahead(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
+    output, leaves = _run(model, args, kwargs, torch.float64)
+    steps = output.shape[1] if output.dim() > 2 else 0
+    same = {name: leaf for name, leaf in leaves.items() if leaf.shape[1] == steps}
+    if not same:
+        return None
+    draw = torch.Generator().manual_seed(1)
+    ahead = False
+    for t in range(0, steps - 1, max((steps - 1) // 8, 1)):
+        direction = torch.zeros_like(output)
+        direction[:, t] = torch.randn(output[:, t].shape, generator=draw, dtype=torch.float64)
+        found = torch.autograd.grad(output, list(same.values()), direction, retain_graph=True, allow_unused=True)
+        for gradient in found:
+            if gradient is not None:
+                sizes = gradient.abs().movedim(1, 0).flatten(1).amax(1)
+                ahead |= bool((sizes[t + 1 :] > 1e-9 * sizes.max()).any())
+    return ahead
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run it, and return what it gives and what to differentiate by."""
     leaves: dict[str, Tensor] = {}
     names = list(inspect.signature(model.forward).parameters)
     mine = [_leaf(names[i], value, leaves, dtype) for i, value in enumerate(args)]
@@ -45,6 +78,11 @@ def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     torch.set_rng_state(state)
     if handle is not None:
         handle.remove()
+    return output, leaves
+
+
+def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, int]:
+    output, leaves = _run(model, args, kwargs, dtype)
     longest = max(leaf.shape[1] for leaf in leaves.values())
     newest = output[:, -1] if output.dim() > 2 and output.shape[1] == longest else output
     draw = torch.Generator().manual_seed(1)

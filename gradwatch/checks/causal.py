@@ -23,8 +23,6 @@ from gradwatch.values.report import GradientHealthError
 
 _POSITIONS = 16
 """Timesteps of the output that are looked at."""
-_MORE = 20
-"""Further ways to change the future of a model that gives decisions, which seldom change."""
 _EXACT = 1e-12
 """What counts as a difference in float64, over the largest entry."""
 _SEEN = 1e-4
@@ -141,13 +139,14 @@ class _Check:
 
     def result(self, offset: int | None) -> Causality:
         """Look for a leak."""
-        inputs, may = self._pass.inputs, offset or 0
+        may = offset or 0
         self._output = dataclasses.replace(self._pass.output, data=self._pass.run({}))
         if difference(self._output, self._pass.run({}), self._output.steps) != 0:
             raise ValueError(
                 "two passes of the model on the same batch differ, so whether it looks ahead cannot be told: it draws"
                 " from a random state that is not torch's, numpy's or Python's own, or computes in another order"
             )
+        inputs = self._pass.inputs = self._that_matter()
         steps, labels = inputs[0].steps, tuple(one.label for one in inputs)
         positions = _positions(self._output.steps, steps, may)
         wary = [t for t in positions if self._pass.derivative(t, _GRADIENT) > t + may]
@@ -160,6 +159,36 @@ class _Check:
             )
         notes = (*self._pass.notes, *(self._notes(positions, wary, may) if leak is None else ()))
         return Causality(steps, labels, tuple(positions), may, self._training, leak, self._rounding, notes)
+
+    def _that_matter(self) -> list[Timed]:
+        """Return the inputs without which the output would be another: targets, of which only a loss is made, are none.
+
+        Raises:
+            ValueError: there is none.
+
+        """
+        inputs = self._pass.inputs
+        futures = Futures(inputs)
+
+        def matters(label: str) -> bool:
+            for way in futures.ways:
+                try:
+                    if difference(self._output, self._pass.run(futures.of(way, -1, label)), self._output.steps) != 0:
+                        return True
+                except Exception:  # noqa: BLE001  (it is looked at)
+                    return True
+            return False
+
+        found = [one for one in inputs if matters(one.label)]
+        if not found and self._decides:  # nothing can be told of one that always decides alike
+            return inputs
+        without = " and ".join(one.label for one in inputs if one not in found)
+        if not found:
+            said = ". ".join(["", *self._pass.notes])
+            raise ValueError(f"the output does not depend on {without}, which has as many timesteps{said}")
+        if without:
+            self._pass.notes.append(f"The output does not depend on {without}")
+        return found
 
     @property
     def _decides(self) -> bool:
@@ -180,11 +209,10 @@ class _Check:
 
     def _search(self, positions: Sequence[int], wary: Sequence[int], may: int) -> Leak | None:
         """Change what comes after timesteps, until the output up to one changes with it."""
-        futures = Futures(self._pass.inputs, more=_MORE if self._decides else 0)
+        futures = Futures(self._pass.inputs)
         every = [(t, way) for way in futures.ways for t in wary]
         for number, t in enumerate(positions):
-            turns = range(number, number + (len(futures.ways) if self._decides else 2))
-            every += [(t, futures.ways[turn % len(futures.ways)]) for turn in turns]
+            every += [(t, futures.ways[turn % len(futures.ways)]) for turn in (number, number + 1)]
         refused: Exception | None = None
         passed = False
         for t, way in every:

@@ -202,7 +202,7 @@ class _Features:
             except Exception:  # noqa: BLE001  (as above)
                 other = None
             if other is not None and other.row <= change.row:
-                low, change = middle, other
+                low = middle
             else:
                 high = middle
         gone = "is there only while later rows are" if math.isinf(change.size) else "changes when later rows are gone"

@@ -51,15 +51,6 @@ def when_packed(packed: PackedSequence) -> Tensor:
 Change = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def _drawn(tensor: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
-    numbers = torch.rand(tensor.shape, generator=generator, device="cpu", dtype=torch.float64)
-    return (low + (high - low) * numbers).to(tensor.device, _real(tensor.dtype))
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return torch.zeros((), dtype=dtype, device="cpu").real.dtype if dtype.is_complex else dtype
-
-
 def _spread(tensor: Tensor) -> float:
     """Return the standard deviation of the entries, 1 where all are the same."""
     numbers = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).double()
@@ -67,23 +58,8 @@ def _spread(tensor: Tensor) -> float:
     return found if 0 < found < float("inf") else 1.0
 
 
-def _scaled(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Keep signs and zeros: what takes logarithms must go on."""
-    return tensor * _drawn(tensor, generator, 0.5, 2.0)
-
-
 def _shifted(sign: float) -> Change:
     return lambda tensor, _: tensor + sign * 8 * _spread(tensor)
-
-
-def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    mean = tensor.mean()
-    return mean + 3 * _spread(tensor) * _drawn(tensor, generator, -1.0, 1.0)
-
-
-def _mirrored(tensor: Tensor, _: torch.Generator) -> Tensor:
-    """Keep whole numbers among those that are there."""
-    return tensor.max() + tensor.min() - tensor
 
 
 def _next(tensor: Tensor, _: torch.Generator) -> Tensor:
@@ -96,7 +72,7 @@ def _negated(tensor: Tensor, _: torch.Generator) -> Tensor:
     return ~tensor
 
 
-def _ways(given: Timed, more: int) -> Iterator[Tensor]:
+def _ways(given: Timed) -> Iterator[Tensor]:
     """Yield other values for all of an input. Those of other timesteps come first: a model may always be given them."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     tensor = given.data.detach()
@@ -112,27 +88,20 @@ def _ways(given: Timed, more: int) -> Iterator[Tensor]:
     if tensor.dtype is torch.bool:
         changes = (permuted, _negated)
     elif tensor.is_floating_point() or tensor.is_complex():
-        changes = (permuted, _scaled, _shifted(1), _shifted(-1), _noise)
+        changes = (permuted, _shifted(1), _shifted(-1))
     else:
-        changes = (permuted, _mirrored, _next)
-    again = (changes[-1], permuted) if tensor.is_floating_point() else (permuted,)
-    for change in (*changes, *(again * more)[:more]):
+        changes = (permuted, _next)
+    for change in changes:
         yield change(tensor, generator).to(tensor.dtype)
 
 
 class Futures:
     """Inputs with another future: always the same one, and drawn from no random state of torch's own."""
 
-    def __init__(self, inputs: Sequence[Timed], more: int = 0) -> None:
-        """Take the inputs, and find other values for all of their entries.
-
-        Args:
-            inputs: what is to change.
-            more: how many further ways there are to be.
-
-        """
+    def __init__(self, inputs: Sequence[Timed]) -> None:
+        """Take the inputs, and find other values for all of their entries."""
         self.inputs = [one for one in inputs if one.data.numel()]
-        self._ways = [list(_ways(one, more)) for one in self.inputs]
+        self._ways = [list(_ways(one)) for one in self.inputs]
         self.ways = range(max(map(len, self._ways), default=0))
         """The ways in which they can be changed."""
 

@@ -99,39 +99,49 @@ class TimedPass:
         """Return the inputs that have timesteps; `sizes` are those of what the model gives."""
         given = dict(labelled(self._model, self._args, self._kwargs))
         name = positional_names(self._model, wanted + 1)[wanted] if isinstance(wanted, int) else wanted
+        meant = [one for one in self._tap.inputs.every if name is None or is_called(one.label, name)]
         found, wrong = list[tuple[Timed, ModelInput]](), list[str]()
-        for one in self._tap.inputs.every:
-            leaf = given[one.label]
-            if name is not None and not is_called(one.label, name):
+        for one in meant:
+            try:
+                timed = self._timed_input(one, given[one.label], sizes)
+            except Contradiction as error:
+                wrong.append(f"{one.label}: {error} (timesteps={{{one.label!r}: its dimension}} says which)")
                 continue
-            if isinstance(leaf, PackedSequence):
-                found.append((Timed(one.label, leaf.data, when_packed(leaf), len(leaf.batch_sizes)), one))
-            elif leaf.dim() > 1 and not self._tap.axes.is_state(one.number):
-                try:
-                    time = self._tap.axes.time_of(one.number)
-                except Contradiction as error:
-                    wrong.append(f"{one.label}: {error} (timesteps={{{one.label!r}: its dimension}} says which)")
-                    continue
-                if time.period is not None and leaf.shape[time.dim] in sizes:  # computed in chunks, and no flat window
-                    time = TimeAxis(time.dim, why=time.why)
-                self._times[one.number] = time
-                when = along(leaf, time.dim, period=time.period, step=time.step)
-                found.append((Timed(one.label, leaf, when, int(when.max()) + 1), one))
+            if timed is not None:
+                found.append((timed, one))
         if name is not None and not found and not wrong:
             known = ", ".join(repr(one.label) for one in self._tap.inputs.every) or "none"
             raise ValueError(f"input must name one of the model's inputs that have timesteps ({known}), got {wanted!r}")
+        if not found and wrong:
+            raise Contradiction("; ".join(wrong))
         if not found:
-            raise (
-                Contradiction("; ".join(wrong))
-                if wrong
-                else ValueError(
-                    "the model was given no input with a dimension of time: of two dimensions or more, or packed"
-                )
+            raise ValueError(
+                "the model was given no input with a dimension of time: of two dimensions or more, or packed"
             )
         if all(one.steps < 2 for one, _ in found):
             raise ValueError("the batch has 1 timestep, and none comes after it")
         self.notes += wrong
         return found
+
+    def _timed_input(self, one: ModelInput, leaf: Tensor | PackedSequence, sizes: Collection[int]) -> Timed | None:
+        """Return where an input lies in time; None where it has no timesteps.
+
+        Raises:
+            Contradiction: which dimension is time cannot be told.
+
+        """
+        if isinstance(leaf, PackedSequence):
+            return Timed(one.label, leaf.data, when_packed(leaf), len(leaf.batch_sizes))
+        if leaf.dim() < 2 or self._tap.axes.is_state(one.number):
+            return None
+        time = self._tap.axes.time_of(one.number)
+        if time.period is not None and leaf.shape[time.dim] in sizes:  # computed in chunks, and no flat window
+            time = TimeAxis(time.dim, why=time.why)
+        if not time.why and leaf.dim() > 3:
+            self.notes.append(f"Dimension {time.dim} of {one.label} was taken for time, though nothing tells")
+        self._times[one.number] = time
+        when = along(leaf, time.dim, period=time.period, step=time.step)
+        return Timed(one.label, leaf, when, int(when.max()) + 1)
 
     def _timed_output(
         self,
@@ -196,12 +206,12 @@ class TimedPass:
         plain = [one for one in same if not _is_mask(one)]
         if plain and len(plain) < len(same) and wanted is None:
             said = " and ".join(one.label for one in same if one not in plain)
-            self.notes.append(f"left as it is, for it has all timesteps by all timesteps, as a mask: {said}")
+            self.notes.append(f"Left as it is, for it has all timesteps by all timesteps, as a mask: {said}")
             same = plain
         left = [one for one in inputs if one.steps != same[0].steps]
         if left and wanted is None:
             said = " and ".join(f"{one.label} ({one.steps})" for one in left)
-            self.notes.append(f"not looked at, for its other number of timesteps: {said}")
+            self.notes.append(f"Not looked at, for its other number of timesteps: {said}")
         return same
 
     # --- once more ---

@@ -143,7 +143,11 @@ class FFT(nn.Module):
 
     def __init__(self, *, padded):
         super().__init__()
-        self.inward, self.kernel, self.padded = nn.Linear(FEATURES, WIDTH), nn.Parameter(torch.randn(STEPS, WIDTH)), padded
+        self.inward, self.kernel, self.padded = (
+            nn.Linear(FEATURES, WIDTH),
+            nn.Parameter(torch.randn(STEPS, WIDTH)),
+            padded,
+        )
 
     def forward(self, x):
         h = self.inward(x)
@@ -296,7 +300,10 @@ CAUSAL = {
     "time first": (TimeFirst, lambda: torch.randn(STEPS, ROWS, FEATURES)),
     "cell in a loop": (Loop, series),
     "list of timesteps": (Listed, series),
-    "causal convolution": (lambda: Channels(CausalConv(FEATURES, WIDTH, 3), nn.ReLU(), CausalConv(WIDTH, 1, 3)), series),
+    "causal convolution": (
+        lambda: Channels(CausalConv(FEATURES, WIDTH, 3), nn.ReLU(), CausalConv(WIDTH, 1, 3)),
+        series,
+    ),
     "chomped convolution": (lambda: Channels(Chomped(FEATURES, WIDTH, 3)), series),
     "wavenet": (Dilated, series),
     "convolution by fft": (lambda: FFT(padded=True), series),
@@ -328,7 +335,9 @@ LEAKING = {
     "centred convolution": (lambda: Channels(nn.Conv1d(FEATURES, WIDTH, 3, padding=1)), series),
     "same padding": (lambda: Channels(nn.Conv1d(FEATURES, WIDTH, 5, padding="same", dilation=2)), series),
     "one centred among causal ones": (
-        lambda: Channels(CausalConv(FEATURES, WIDTH, 3), nn.Conv1d(WIDTH, WIDTH, 3, padding=1), CausalConv(WIDTH, 1, 3)),
+        lambda: Channels(
+            CausalConv(FEATURES, WIDTH, 3), nn.Conv1d(WIDTH, WIDTH, 3, padding=1), CausalConv(WIDTH, 1, 3)
+        ),
         series,
     ),
     "attention without a mask": (lambda: Attention(None), series),
@@ -366,10 +375,18 @@ LEAKING = {
         lambda: Words(First(nn.GRU(FEATURES, WIDTH, batch_first=True, bidirectional=True)), onehot=True),
         tokens,
     ),
-
     "squeeze and excitation": (
-        lambda: Apply(lambda h: h * torch.sigmoid(functional.adaptive_avg_pool1d(h.transpose(1, 2), 1)).transpose(1, 2)),
+        lambda: Apply(
+            lambda h: h * torch.sigmoid(functional.adaptive_avg_pool1d(h.transpose(1, 2), 1)).transpose(1, 2)
+        ),
         series,
     ),
-    "chunks": (lambda: Apply(lambda h: h.unflatten(1, (6, 4)).cumsum(2).flatten(1, 2) + h.unflatten(1, (6, 4)).mean(2).repeat_interleave(4, 1)), series),
+    "chunks": (
+        lambda: Apply(
+            lambda h: (
+                h.unflatten(1, (6, 4)).cumsum(2).flatten(1, 2) + h.unflatten(1, (6, 4)).mean(2).repeat_interleave(4, 1)
+            )
+        ),
+        series,
+    ),
 }

@@ -1,4 +1,4 @@
-"""Whether a model looks ahead: models that do and that do not are told apart, and the place is the one that was built."""
+"""Whether a model looks ahead: those that do are told from those that do not, and the place is what was built."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ def test_a_leak_as_small_as_rounding_is_one(size):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_all_formats(dtype):
     for zoo, wanted in ((CAUSAL, True), (LEAKING, False)):
-        for name in ("causal convolution", "masked attention") if wanted else ("centred convolution", "mean given back"):
+        for name in (
+            ("causal convolution", "masked attention") if wanted else ("centred convolution", "mean given back")
+        ):
             model, batch = built(zoo, name)
             assert gradwatch.causal(model.to(dtype), batch.to(dtype)).causal is wanted, name
 
@@ -230,7 +232,7 @@ def test_an_output_without_timesteps_is_an_error():
 def test_output_chooses():
     model = First(nn.LSTM(FEATURES, WIDTH, batch_first=True, bidirectional=True))
     assert not gradwatch.causal(model.recurrent, series()).causal
-    forward_half = lambda given: given[0][..., :WIDTH]  # noqa: E731
+    forward_half = lambda given: given[0][..., :WIDTH]
     assert gradwatch.causal(model.recurrent, series(), output=forward_half).causal
     with pytest.raises(TypeError, match="output must give a tensor, got str"):
         gradwatch.causal(model, series(), output=lambda _: "x")
@@ -335,10 +337,34 @@ def test_an_encoder_of_another_length_is_not_looked_at_and_that_is_said():
     found = gradwatch.causal(model, batch)
     assert found.causal
     assert found.inputs == ("tgt",)
-    assert "not looked at, for its other number of timesteps: src (17)" in str(found)
-    assert "left as it is, for it has all timesteps by all timesteps, as a mask: tgt_mask" in str(found)
+    assert "Not looked at, for its other number of timesteps: src (17)" in str(found)
+    assert "Left as it is, for it has all timesteps by all timesteps, as a mask: tgt_mask" in str(found)
     del batch["tgt_mask"]
     assert gradwatch.causal(model, batch).leak.input == "tgt"
+
+
+class WithTargets(nn.Module):
+    """Takes targets too, and makes a loss of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Channels(nn.Conv1d(FEATURES, 1, 3, padding=1), nn.AdaptiveAvgPool1d(8))
+
+    def forward(self, x, targets):
+        y = self.inner(x)
+        return {"prediction": y, "loss": (y - targets).square().mean()}
+
+
+def test_targets_of_which_only_a_loss_is_made_are_no_input():
+    torch.manual_seed(0)
+    model, batch = WithTargets(), {"x": series(), "targets": torch.randn(ROWS, 8, 1)}
+    with pytest.raises(ValueError, match="the output does not depend on targets, which has as many timesteps"):
+        gradwatch.causal(model, batch)  # nothing that it depends on lies in the time of the output
+    model.inner = Channels(nn.Conv1d(FEATURES, 1, 3, padding=1))
+    found = gradwatch.causal(model, {"x": series(), "targets": torch.randn(ROWS, STEPS, 1)})
+    assert found.inputs == ("x",)
+    assert not found.causal
+    assert "The output does not depend on targets" in str(found)
 
 
 class OnPacked(nn.Module):
@@ -405,23 +431,118 @@ def test_a_gradient_without_a_value_is_no_leak_and_is_told():
 
 
 class Picky(nn.Module):
-    """Refuses values below 0."""
+    """Refuses values that are none of its data."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, known, *, order=False):
         super().__init__()
-        self.inner = inner
+        self.inner, self.known, self.order = inner, known, order
 
     def forward(self, x):
-        if bool((x < 0).any()):
-            raise ValueError("a price must not be negative")
+        if not (torch.isin(x, self.known).all() and (not self.order or torch.equal(x, self.known))):
+            raise ValueError("such a price there was never")
         return self.inner(x.log())
 
 
 def test_values_that_a_model_refuses_are_left_out():
     torch.manual_seed(0)
     prices = series().exp()
-    assert gradwatch.causal(Picky(First(nn.GRU(FEATURES, WIDTH, batch_first=True))), prices).causal
-    assert not gradwatch.causal(Picky(Channels(nn.Conv1d(FEATURES, 1, 3, padding=1))), prices).causal
+    sound, leaking = First(nn.GRU(FEATURES, WIDTH, batch_first=True)), Channels(nn.Conv1d(FEATURES, 1, 3, padding=1))
+    assert gradwatch.causal(Picky(sound, prices), prices).causal
+    assert not gradwatch.causal(Picky(leaking, prices), prices).causal
+    with pytest.raises(RuntimeError, match="the model cannot be run with another future: such a price there was never"):
+        gradwatch.causal(Picky(sound, prices, order=True), prices)
+
+
+class WithState(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(FEATURES, WIDTH, batch_first=True)
+
+    def forward(self, x, state):
+        return self.gru(x, state)[0]
+
+
+def test_an_initial_state_has_no_timesteps():
+    torch.manual_seed(0)
+    found = gradwatch.causal(WithState(), (series(), torch.randn(1, ROWS, WIDTH)))
+    assert (found.inputs, found.notes) == (("x",), ())
+
+
+class InChunks(nn.Module):
+    """Works through its tokens in chunks, as state-space models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, tokens):
+        h = self.embedding(tokens).reshape(len(tokens), -1, 4, WIDTH)
+        return self.head(h.cumsum(2).flatten(1, 2))
+
+
+def test_tokens_in_chunks_are_no_flat_window():
+    torch.manual_seed(0)
+    found = gradwatch.causal(InChunks(), torch.randint(20, (ROWS, STEPS)))
+    assert (found.inputs, found.timesteps, found.causal) == (("tokens",), STEPS, True)
+
+
+class Warm(nn.Module):
+    """Knows nothing at first, and edits what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(FEATURES, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        x.mul_(2)
+        states = self.gru(x)[0]
+        return torch.cat([torch.full_like(states[:, :3], torch.nan), states[:, 3:]], 1)
+
+
+def test_nan_is_nan_and_a_batch_that_the_model_edits_stays_as_it_was():
+    torch.manual_seed(0)
+    batch = series()
+    before = batch.clone()
+    assert gradwatch.causal(Warm(), batch).causal
+    assert torch.equal(batch, before)
+
+
+class Surge(nn.Module):
+    """Looks ahead only where something is larger than all that its data has."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(FEATURES, 1)
+
+    def forward(self, x):
+        return self.head(x) + functional.relu(x.amax(1, keepdim=True) - 6).sum(-1, keepdim=True)
+
+
+def test_what_only_larger_values_would_show_is_found():
+    torch.manual_seed(0)
+    assert not gradwatch.causal(Surge(), series().clamp(-3, 3)).causal
+
+
+def test_tokens_that_are_all_the_same_are_changed_too():
+    model, _ = built(LEAKING, "embedded tokens, both ways")
+    assert not gradwatch.causal(model, torch.full((ROWS, STEPS), 7)).causal
+
+
+class Masked(nn.Module):
+    """Takes a mask of what is there, and how much of it that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(FEATURES, 1)
+
+    def forward(self, x, there):
+        return self.head(x) * there.float().mean(1)[:, None, None]
+
+
+def test_a_mask_that_is_the_same_everywhere_is_changed_too():
+    torch.manual_seed(0)
+    leak = gradwatch.causal(Masked(), (series(), torch.ones(ROWS, STEPS, dtype=torch.bool))).leak
+    assert leak.input == "there"
 
 
 def test_long_sequences_are_looked_at_in_places():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -16,7 +18,9 @@ def frame():
     draws = np.random.default_rng(0)
     index = pd.date_range("2024-01-01 09:30", periods=ROWS, freq="h")
     close = 100 * np.exp(np.cumsum(draws.normal(0, 0.01, ROWS)))
-    return pd.DataFrame({"close": close, "volume": draws.integers(1, 1000, ROWS), "side": ["buy", "sell"] * (ROWS // 2)}, index=index)
+    return pd.DataFrame(
+        {"close": close, "volume": draws.integers(1, 1000, ROWS), "side": ["buy", "sell"] * (ROWS // 2)}, index=index
+    )
 
 
 def returns(f):
@@ -47,6 +51,8 @@ PANDAS_LEAKING = {
     "daily bars by their beginning": lambda f: f["close"].resample("D").last(),
     "min-max": lambda f: (f["close"] - f["close"].min()) / (f["close"].max() - f["close"].min()),
     "reversed rolling": lambda f: f["close"][::-1].rolling(5).mean()[::-1],
+    "categories of all rows": lambda f: pd.get_dummies((f["close"] > 1.05 * f["close"].iloc[0]).astype(str)),
+    "missing words": lambda f: f["side"].where(f["volume"] > 500).bfill(),
     "quantiles": lambda f: pd.qcut(f["close"], 4, labels=False),
 }
 
@@ -76,8 +82,32 @@ def test_the_error_names_feature_rows_and_function():
     assert "shift(-n)" in text
 
 
+def test_a_bar_that_is_named_by_its_beginning_leaks_from_the_row_before_it():
+    with pytest.raises(gradwatch.GradientHealthError, match=r"of row 110 depends on row 119, 9 ahead"):
+        gradwatch.assert_causal_features(PANDAS_LEAKING["daily bars by their beginning"], frame())
+
+
+def test_missing_values_of_every_kind_are_themselves():
+    def missing(f):
+        whole = f["volume"].astype("Int64").where(f["volume"] > 500)
+        times = pd.Series(f.index, f.index).where(f["volume"] > 500)
+        return pd.DataFrame({"whole": whole, "times": times, "words": f["side"].where(f["volume"] > 500).shift(1)})
+
+    assert gradwatch.assert_causal_features(missing, frame()).causal
+    words = lambda x: np.array([float("nan") if n < 100 else "high" for n in x], dtype=object)
+    assert gradwatch.assert_causal_features(words, frame()["close"].to_numpy()).causal
+
+
+def test_a_row_that_all_depend_on_is_named():
+    def normalized(f):
+        return f["close"] / f["close"].iloc[50] if len(f) > 50 else f["close"]
+
+    with pytest.raises(gradwatch.GradientHealthError, match=r"of row 0 depends on row 50, 50 ahead"):
+        gradwatch.assert_causal_features(normalized, frame())
+
+
 def test_offset_allows_what_is_known_by_then():
-    late = lambda f: f["close"].shift(-2)  # noqa: E731
+    late = lambda f: f["close"].shift(-2)
     assert gradwatch.assert_causal_features(late, frame(), offset=2).causal
     with pytest.raises(gradwatch.GradientHealthError):
         gradwatch.assert_causal_features(late, frame(), offset=1)
@@ -119,7 +149,7 @@ def test_numpy():
 
 def test_rounding_is_no_leak():
     close = frame()["close"].to_numpy()
-    pairwise = lambda x: np.array([x[: i + 1].sum() for i in range(len(x))]) + 1e-12 * len(x)  # noqa: E731
+    pairwise = lambda x: np.array([x[: i + 1].sum() for i in range(len(x))]) + 1e-12 * len(x)
     assert gradwatch.assert_causal_features(pairwise, close).causal
     with pytest.raises(gradwatch.GradientHealthError):
         gradwatch.assert_causal_features(lambda x: x + 1e-4 * len(x), close)
@@ -149,6 +179,7 @@ def test_a_function_that_draws_or_remembers():
     with pytest.raises(ValueError, match="gives other features for the same rows when it is called again"):
         gradwatch.assert_causal_features(lambda f: f["close"] + generator.normal(size=len(f)), frame())
     assert gradwatch.assert_causal_features(lambda f: f["close"] + np.random.rand(), frame()).causal  # noqa: NPY002
+    assert gradwatch.assert_causal_features(lambda f: f["close"] + random.random(), frame()).causal
 
 
 def test_the_frame_is_left_as_it_was_and_nothing_of_it_is_reached():
@@ -163,11 +194,20 @@ def test_the_frame_is_left_as_it_was_and_nothing_of_it_is_reached():
     assert gradwatch.assert_causal_features(greedy, table).causal
     pd.testing.assert_frame_equal(table, before)
 
+    def in_place(x):
+        x *= 2
+        return x
+
+    close = table["close"].to_numpy(copy=True)
+    kept = close.copy()
+    assert gradwatch.assert_causal_features(in_place, close).causal
+    assert np.array_equal(close, kept)
+
 
 def test_bad_arguments():
     with pytest.raises(TypeError, match="function must take a frame"):
         gradwatch.assert_causal_features("close", frame())
-    with pytest.raises(TypeError, match="frame, and what function makes of it, must be a DataFrame .*; got list"):
+    with pytest.raises(TypeError, match=r"frame, and what function makes of it, must be a DataFrame .*; got list"):
         gradwatch.assert_causal_features(returns, [1, 2, 3])
     with pytest.raises(TypeError, match="got int"):
         gradwatch.assert_causal_features(len, frame())

@@ -164,6 +164,18 @@ SHAPES = {
         1,
         False,
     ),
+    "differences, time first": (
+        lambda: built(lambda n, x: n.into(x.diff(1, 0))[-1], into=nn.Linear(F, 2)),
+        (T, B, F),
+        0,
+        False,
+    ),
+    "rolled, time first": (
+        lambda: built(lambda n, x: n.into(x + x.roll(1, 0))[-1], into=nn.Linear(F, 2)),
+        (T, B, F),
+        0,
+        False,
+    ),
     "packed inside of the model": (
         lambda: built(
             lambda n, x: n.rnn(nn.utils.rnn.pack_padded_sequence(x, [T] * B, batch_first=True))[1][-1],
