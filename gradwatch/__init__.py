@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradwatch.checks.causal_features import assert_causal_features
     from gradwatch.checks.check import assert_healthy, check
     from gradwatch.checks.horizon import assert_horizon, horizon
+    from gradwatch.checks.trains import assert_trains
     from gradwatch.detectors import DETECTORS
     from gradwatch.detectors.rule import Rule
     from gradwatch.sinks.record import Record, Run, read_run, read_runs
@@ -42,6 +43,7 @@ _HOMES = {
     "checks.causal_features": ("assert_causal_features",),
     "checks.check": ("assert_healthy", "check"),
     "checks.horizon": ("assert_horizon", "horizon"),
+    "checks.trains": ("assert_trains",),
     "detectors": ("DETECTORS",),
     "detectors.rule": ("Rule",),
     "sinks.record": ("Record", "Run", "read_run", "read_runs"),
@@ -96,6 +98,7 @@ __all__ = [
     "assert_causal_features",
     "assert_healthy",
     "assert_horizon",
+    "assert_trains",
     "causal",
     "check",
     "horizon",

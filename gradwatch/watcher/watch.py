@@ -107,7 +107,7 @@ def watch(  # noqa: PLR0913  (the options of DESIGN's public surface: a user nam
     )
     _check_names(model, "timesteps", timesteps)
     _check_names(model, "horizon", horizon)
-    optimizers = _optimizers(model, optimizer)
+    optimizers = its_optimizers(model, optimizer)
     if scaler is not None and not all(callable(getattr(scaler, name, None)) for name in ("is_enabled", "get_scale")):
         raise TypeError(
             "scaler must have is_enabled() and get_scale(), as torch.amp.GradScaler has, or be None,"
@@ -162,7 +162,7 @@ def _check_names(model: nn.Module, argument: str, names: object) -> None:
         raise ValueError(f"{argument} must name modules of the model ({some}), got {', '.join(map(repr, unknown))}")
 
 
-def _optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
+def its_optimizers(model: nn.Module, given: Any) -> list[Any]:  # noqa: ANN401
     """Return those that step parameters of the model, with what wraps them."""
     if isinstance(given, list | tuple) and not given:
         raise ValueError("optimizer must be an optimizer, several of them, or None, got an empty list")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.text import Text
@@ -11,11 +12,14 @@ from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.lag_profile import LagProfile
 from gradwatch.sinks.terminal.layer_table import layer_table
-from gradwatch.sinks.terminal.page import WIDTH, plain_text
+from gradwatch.sinks.terminal.page import WIDTH, plain_text, run_summary
 from gradwatch.values.causality import Causality
 from gradwatch.values.report import Alert, Explanation, Report
 from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.thresholds import HORIZON_GAIN
+
+if TYPE_CHECKING:
+    from gradwatch.sinks.record import Run
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
@@ -31,6 +35,16 @@ def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:
             layer_table(report.snapshot, wrong, most=most),
         ),
         WIDTH,
+    )
+
+
+def training_error(run: Run, wrong: Sequence[Alert]) -> str:
+    """Return the text of an error: what is wrong with a short training, and all that `gradwatch report` says of it."""
+    losses = [s.loss for s in run.snapshots if s.loss is not None]
+    came = f"; its loss went from {losses[0]:.3g} to {losses[-1]:.3g}" if losses else ""
+    kinds = ", ".join(sorted({a.finding.kind for a in wrong}))
+    return plain_text(
+        Group(Text(f"this does not train well: {kinds} in {len(run.snapshots)} steps{came}\n"), run_summary(run)), WIDTH
     )
 
 
