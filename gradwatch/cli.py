@@ -6,8 +6,17 @@ import argparse
 import gc
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from gradwatch import __version__
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from gradwatch.sinks.formats.judged import Judged
+    from gradwatch.sinks.record import Run
+    from gradwatch.values.configuration import Configuration
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--every", type=_positive, metavar="N", help="read the gradients at every n-th step")
     run.add_argument(
         "--fail-on",
-        choices=("warning", "error"),
-        help="exit with 1 if there was an alert of this severity or higher, where the program exits with 0",
+        choices=("info", "warning", "error", "never"),
+        help="exit with 1 if there was an alert of this severity or higher, where the program exits with 0"
+        " (default: fail-on of [tool.gradwatch] in pyproject.toml, else never)",
     )
     run.add_argument("-m", dest="module", action="store_true", help="run a module, as python -m does")
     run.add_argument("program", metavar="SCRIPT", help="a script, or the name of a module")
@@ -72,15 +82,42 @@ def _parser() -> argparse.ArgumentParser:
     says = "tell what happened in a run: where, since when, why, and what to do"
     report = commands.add_parser("report", help=says, description=_sentence(says))
     report.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
+    _judging(report, fails="exit with 1 if there was an alert of this severity or higher (default: never)")
     report.set_defaults(run=_report)
 
-    says = (
-        "judge a run by its recorded alerts; exit status 0: none of severity warning or higher, 1: some, 2: unreadable"
-    )
+    says = "judge a run by its recorded alerts; exit status 0: none of --fail-on or higher, 1: some, 2: unreadable"
     check = commands.add_parser("check", help=says, description=_sentence(says))
     check.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
+    _judging(check, fails="severity from which on an alert fails the run (default: that of pyproject.toml, or warning)")
     check.set_defaults(run=_check)
     return parser
+
+
+def _judging(parser: argparse.ArgumentParser, *, fails: str) -> None:
+    """Add what reports and checks have in common."""
+    parser.add_argument(
+        "--format",
+        choices=("text", "json", "markdown", "github", "junit"),
+        default="text",
+        help="github: annotations, and Markdown for the step's summary where there is one (default: %(default)s)",
+    )
+    parser.add_argument("--fail-on", choices=("info", "warning", "error", "never"), help=fails)
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="CODE[:PLACE]",
+        help='mute a rule, or a rule at places that match, such as "GW101:encoder.*"; may be given several times',
+    )
+    parser.add_argument(
+        "--rejudge", action="store_true", help="judge the recorded numbers by the rules of this version, and no alerts"
+    )
+    parser.add_argument(
+        "--thresholds",
+        metavar="FILE",
+        help="TOML (or YAML) with thresholds, ignore and fail-on, by which the run is judged again"
+        " (default: [tool.gradwatch] of the nearest pyproject.toml, for --rejudge)",
+    )
 
 
 def _sentence(text: str) -> str:
@@ -121,40 +158,100 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from rich.rule import Rule
-
-    from gradwatch.sinks.record import read_runs
-    from gradwatch.sinks.terminal.page import run_summary
-    from gradwatch.sinks.terminal.show import show
-
-    gc.disable()  # what is read stays until the process ends
-    runs = read_runs(options.path)
-    if len(runs) == 1:
-        show(*map(run_summary, runs.values()), to=sys.stdout)
-    else:
-        show(*(part for name, run in runs.items() for part in (Rule(), run_summary(run, name))), to=sys.stdout)
-    return 0
+    return _told(options, options.fail_on or "never", report=True)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from rich.text import Text
+    return _told(options, options.fail_on, report=False)
 
+
+def _told(options: argparse.Namespace, fail_on: str | None, *, report: bool) -> int:
+    """Read runs, judge them, say it in the format that is wanted, and return the exit status."""
+    from gradwatch.sinks.formats.judged import judged
     from gradwatch.sinks.record import read_runs
-    from gradwatch.sinks.terminal.alert_text import alert_lines
-    from gradwatch.sinks.terminal.page import note_lines, verdict
-    from gradwatch.sinks.terminal.show import show
-    from gradwatch.values.report import Severity
 
     gc.disable()  # what is read stays until the process ends
+    settings = _settings(options.thresholds)
+    ignore = (*settings.ignore, *options.ignore)
     runs = read_runs(options.path)
-    wrong = {name: [alert for alert in run.alerts if alert.severity > Severity.INFO] for name, run in runs.items()}
-    several = len(runs) > 1
-    show(
-        *(
-            part
-            for name, run in runs.items()
-            for part in (Text(verdict(run, name if several else "")), *alert_lines(wrong[name]), *note_lines(run))
-        ),
-        to=sys.stdout,
-    )
-    return 2 if any(run.ruined for run in runs.values()) else int(any(wrong.values()))
+    if options.rejudge or options.thresholds:
+        runs = {name: _rejudged(run, settings, ignore) for name, run in runs.items()}
+    else:
+        runs = {name: _muted(run, ignore) for name, run in runs.items()}
+    limit = fail_on or settings.fail_on or "warning"
+    found = judged(runs, limit, every=report)
+    _say(found, options.format, limit, report=report)
+    if any(run.ruined for run in runs.values()) and not report:
+        return 2
+    return int(any(one.failing for one in found))
+
+
+def _settings(path: str | None) -> Configuration:
+    from gradwatch.values import configuration
+
+    return configuration.nearest() if path is None else configuration.read(path)
+
+
+def _rejudged(run: Run, settings: Configuration, ignore: Sequence[str]) -> Run:
+    from gradwatch.detectors.rejudge import rejudged
+
+    return replace(run, alerts=rejudged(run.snapshots, settings.thresholds, ignore))
+
+
+def _muted(run: Run, ignore: Sequence[str]) -> Run:
+    from gradwatch.detectors.alerts import muted
+
+    module_of = {layer.name: layer.module for model in run.models for layer in model.layers}
+    kept = tuple(a for a in run.alerts if not muted(a.finding, ignore, module_of.get(a.finding.place)))
+    return replace(run, alerts=kept)
+
+
+def _say(found: list[Judged], kind: str, fail_on: str, *, report: bool) -> None:
+    """Print runs in a format."""
+    from gradwatch.sinks.formats.markdown import markdown
+
+    if kind == "text":
+        _say_text(found, report=report)
+    elif kind == "json":
+        import json
+
+        from gradwatch.sinks.formats.document import document
+
+        _print(json.dumps(document(found, fail_on, __version__), indent=2))
+    elif kind == "markdown":
+        _print(markdown(found))
+    elif kind == "junit":
+        from gradwatch.detectors import RULES
+        from gradwatch.sinks.formats.junit import junit
+
+        _print(junit(found, {code: rule.kind for code, rule in RULES.items()}))
+    else:
+        from gradwatch.sinks.formats.github import append_summary, commands
+
+        _print("\n".join(commands(found)))
+        append_summary(markdown(found))
+
+
+def _say_text(found: list[Judged], *, report: bool) -> None:
+    from rich.rule import Rule
+    from rich.text import Text
+
+    from gradwatch.sinks.terminal.alert_text import alert_lines
+    from gradwatch.sinks.terminal.page import note_lines, run_summary, verdict
+    from gradwatch.sinks.terminal.show import show
+
+    several = len(found) > 1
+    parts: list[RenderableType] = []
+    for one in found:
+        if report:
+            parts += [*([Rule()] if several else []), run_summary(one.run, one.name)]
+        else:
+            parts += [Text(verdict(one.run, one.name)), *alert_lines(one.shown), *note_lines(one.run)]
+    show(*parts, to=sys.stdout)
+
+
+def _print(text: str) -> None:
+    """Print what another program reads, as it is."""
+    from gradwatch.sinks.terminal.show import write
+
+    write(text, sys.stdout)

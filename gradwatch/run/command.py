@@ -30,8 +30,8 @@ def run(
         logdir: where records and events go; default: `runs/` and the name of the program.
         horizon: as for `gradwatch.watch`.
         every: steps from one that is measured to the next.
-        fail_on: "warning" or "error": exit with 1 if there was an alert of that severity or higher, where the program
-            itself exits with 0.
+        fail_on: "info", "warning" or "error": exit with 1 if there was an alert of that severity or higher, where the
+            program itself exits with 0.
 
     Raises:
         BaseException: whatever the program raises, also SystemExit.
@@ -112,7 +112,7 @@ def _tell(training: Training, fail_on: str | None) -> bool:
         shown = name if len(runs) > 1 else ""
         if sys.stderr is not None:
             show(run_summary(run, shown) if number < _IN_FULL else Text(verdict(run, shown)), to=sys.stderr)
-    if fail_on is None:
+    if fail_on is None or fail_on == "never":
         return False
-    limit = Severity[fail_on.upper()]
+    limit = Severity(fail_on)
     return any(alert.severity >= limit for run in runs.values() for alert in run.alerts)

@@ -52,6 +52,11 @@ def log_end(report: Report) -> None:
         _log.log(_LEVELS[still[0].severity], "%s", printable(line))
 
 
+def one_line(text: str) -> str:
+    """Return a name or a sentence as one line that no terminal obeys, nor GitHub's runner, which looks for `::`."""
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}").replace("::", ": :")
+
+
 def printable(text: str) -> str:
     """Return the text with what a terminal would obey made visible, for instance in the names of a foreign record."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -170,7 +170,7 @@ def test_the_help_of_check_says_what_its_exit_status_means(capsys):
         main(["check", "--help"])
 
     said = " ".join(capsys.readouterr().out.split())
-    assert "exit status 0: none of severity warning or higher, 1: some, 2: unreadable" in said
+    assert "exit status 0: none of --fail-on or higher, 1: some, 2: unreadable" in said
 
 
 def test_the_version_is_the_packages():

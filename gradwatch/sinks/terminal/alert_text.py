@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from gradwatch.sinks.log import one_line
 from gradwatch.values.report import Alert, Severity
 
 COLOURS = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
@@ -21,14 +22,14 @@ def alert_lines(alerts: Iterable[Alert], *, began: bool = True) -> list[Renderab
         lines.append(Text(""))
         lines.append(
             Text.assemble(
-                (f"{finding.code} {finding.kind}", COLOURS[alert.severity]),
+                (one_line(f"{finding.code} {finding.kind}"), COLOURS[alert.severity]),
                 f" ({finding.severity.value}) ",
-                (finding.place or "the whole model", "bold"),
+                (one_line(finding.place) or "the whole model", "bold"),
             )
         )
         until = f"cleared at step {alert.cleared}" if alert.cleared is not None else f"last seen at step {alert.last}"
         when = f"alert began at step {alert.began}, {until}" if began else ""
         for label, said in (("", alert.message), ("why: ", alert.cause), ("try: ", alert.remedy), ("", when)):
             if said:
-                lines.append(Padding(Text.assemble((label, "bold"), said), (0, 0, 0, 2)))
+                lines.append(Padding(Text.assemble((label, "bold"), one_line(said)), (0, 0, 0, 2)))
     return lines

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from gradwatch.sinks.log import one_line
 from gradwatch.values.chain import places, resampled
 from gradwatch.values.sequences import SequenceStats, reach_of
 from gradwatch.values.thresholds import HORIZON_GAIN
@@ -42,6 +43,7 @@ class DepthProfile:
             found = reach_of(one)
             if found is not None:
                 strip = "".join(_block(level, blocks) for level in resampled(one, stats.length, width))
+                name = one_line(name)  # noqa: PLW2901
                 label = name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
                 reaches = f"{'at least ' * found.censored}{found.timesteps * one.clock} of {stats.length}"
                 yield Text.assemble(f"  {label:{_NAME}} ", (f"{strip:{width}}", "green"), f" {reaches}")

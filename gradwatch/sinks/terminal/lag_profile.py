@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
+from gradwatch.sinks.log import one_line
 from gradwatch.values.sequences import SequenceStats, reach_of, sentences, subject
 
 _HORIZONS = 12
@@ -20,7 +21,7 @@ def reach_lines(sequences: Sequence[SequenceStats], name: str = "") -> list[Rend
     shown = [f"{name}: {line}" if name and i == 0 else line for i, line in enumerate(said[:_HORIZONS])]
     more = len(said) - _HORIZONS
     shown += [f"({more} more sequence module{'s' * (more > 1)})"] * (more > 0)
-    return [Text(line, style="bold") for line in shown]
+    return [Text(one_line(line), style="bold") for line in shown]
 
 
 class LagProfile:
@@ -47,7 +48,7 @@ class LagProfile:
             max(gain[first : max(last, first + 1)]) / top for first, last in zip(edges, [*edges[1:], lags], strict=True)
         ]
         heights = [0.0 if level <= 0 else max(_DECADES + math.log10(level), 0.0) for level in levels]
-        yield Text(f"\n{subject(self._stats)}: gain by lag, over its maximum")
+        yield Text(f"\n{one_line(subject(self._stats))}: gain by lag, over its maximum")
         within = sum(first < found.timesteps for first in edges)
         for row in range(_DECADES - 1, -1, -1):
             bars = "".join(

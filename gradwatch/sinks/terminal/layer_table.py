@@ -10,6 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from gradwatch.sinks.log import one_line
 from gradwatch.sinks.terminal.alert_text import COLOURS
 from gradwatch.values.layer_columns import norms
 from gradwatch.values.report import Alert
@@ -71,8 +72,8 @@ def layer_table(
             gravest = max((a.severity for a in wrong), default=None)
             style = COLOURS[gravest] if gravest else ""
             cells = [
-                Text(layer.name or "(the model)", style=style),
-                Text(layer.kind) if kinds else None,
+                Text(one_line(layer.name) or "(the model)", style=style),
+                Text(one_line(layer.kind)) if kinds else None,
                 Text("in no optimizer" if norm is None and layer.name in unstepped else _number(norm)),
                 Text(_number((sensitivity or {}).get(layer.name))) if shares else None,
                 _bar(norm, low, high) if bars else None,

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
-from gradwatch.sinks.log import printable
+from gradwatch.sinks.log import one_line, printable
 from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
@@ -114,16 +114,21 @@ def run_summary(run: Run, name: str = "") -> RenderableType:
 
 
 def note_lines(run: Run) -> list[RenderableType]:
+    """Say what the record lacks, in lines of a terminal."""
+    return [Text(f"\nNote: {note}.") for note in notes(run)]
+
+
+def notes(run: Run) -> list[str]:
     """Say what the record lacks."""
-    notes = []
+    said = []
     if not run.snapshots:
-        notes.append("no step was recorded")
+        said.append("no step was recorded")
     if run.thinned:
         were = "was" if run.thinned == 1 else "were"
-        notes.append(f"{run.thinned} of the older snapshots {were} dropped to keep the record's bound")
+        said.append(f"{run.thinned} of the older snapshots {were} dropped to keep the record's bound")
     if run.broken:
-        notes.append(f"{run.broken} line{'s' * (run.broken != 1)} of the record could not be read")
-    return [Text(f"\nNote: {note}.") for note in notes]
+        said.append(f"{run.broken} line{'s' * (run.broken != 1)} of the record could not be read")
+    return said
 
 
 def verdict(run: Run, name: str = "") -> str:
@@ -138,4 +143,4 @@ def verdict(run: Run, name: str = "") -> str:
     said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
     if infos := len(run.alerts) - len(bad):
         said += f" ({infos} for information)"
-    return f"{name + ': ' if name else ''}{steps}: {said}"
+    return f"{one_line(name) + ': ' if name else ''}{steps}: {said}"

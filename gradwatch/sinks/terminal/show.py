@@ -19,9 +19,15 @@ def show(*parts: RenderableType, to: TextIO) -> None:
     with console.capture() as page:
         for part in parts:
             console.print(Harmless(part))
+    write("\n".join(line.rstrip() for line in page.get().splitlines()), to)
+
+
+def write(text: str, to: TextIO) -> None:
+    """Write a text that is complete; a reader that has seen enough (`| head`) is no failure."""
+    if isinstance(to, io.TextIOWrapper):
+        to.reconfigure(errors="replace")
     try:
-        for line in page.get().splitlines():
-            print(line.rstrip(), file=to)
+        print(text, file=to)
         to.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), to.fileno())  # where the flush at exit can go

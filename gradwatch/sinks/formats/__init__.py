@@ -1,0 +1,1 @@
+"""Runs and comparisons -> what CI reads: JSON, Markdown, annotations, JUnit."""
