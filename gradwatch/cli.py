@@ -142,8 +142,20 @@ def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if given[-len(its) - 1] == "--":  # which argparse takes for its own
         its = ["--", *its]
     try:
+        settings = _settings(None)
+    except ValueError as error:  # which the program's own would not be
+        print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
+        return 2
+    try:
         program = Program(options.program, its, module=options.module)
-        run(program, logdir=options.logdir, horizon=options.horizon, every=options.every, fail_on=options.fail_on)
+        run(
+            program,
+            logdir=options.logdir,
+            horizon=options.horizon,
+            every=options.every,
+            fail_on=options.fail_on,
+            settings=settings,
+        )
     except NotFoundError as error:
         print(f"gradwatch run: {error}", file=sys.stderr)  # noqa: T201  (a command line prints)
         return 2

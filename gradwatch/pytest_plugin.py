@@ -2,14 +2,141 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from gradwatch.values.configuration import Configuration
+
+_PREFIX = "gradwatch."
+"""With which the properties of a test begin that say what was measured."""
+_JUDGING = ("check", "assert_healthy", "assert_trains")
+"""What takes thresholds, and what is muted."""
+_TOLD = (*_JUDGING, "assert_horizon", "horizon", "assert_causal", "causal", "assert_causal_features")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of the command line and of the ini file."""
+    group = parser.getgroup("gradwatch")
+    group.addoption("--gradwatch-report", metavar="DIR", help="write what was measured in each test into a file of it")
+    parser.addini(
+        "gradwatch_thresholds",
+        "TOML or YAML file with thresholds and ignore (default: [tool.gradwatch] of pyproject.toml)",
+    )
+    parser.addini("gradwatch_ignore", 'what is muted: "GW101", or "GW101:encoder.*"', type="linelist")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the marker."""
+    config.addinivalue_line(
+        "markers",
+        "gradwatch(ignore=[...], thresholds={...}): mute findings, and set thresholds, for the fixture gradwatch",
+    )
+
 
 @pytest.fixture
-def gradwatch() -> ModuleType:
-    """Return the package, for `gradwatch.assert_healthy(model, batch)` and all the rest."""
-    import gradwatch
+def gradwatch(request: pytest.FixtureRequest) -> ModuleType:
+    """Return the package, for `gradwatch.assert_healthy(model, batch)` and all the rest.
 
-    return gradwatch
+    With the project's thresholds, and what it mutes, where a call gives none of its own; what is measured is told in
+    the summary of the run, and in the properties of the test that JUnit files have.
+    """
+    return _Package(request.node, request.config)  # type: ignore[return-value]  # it acts like it
+
+
+class _Package:
+    """The package, whose checks know what the project and the test's markers say."""
+
+    def __init__(self, item: pytest.Item, config: pytest.Config) -> None:
+        self._item, self._config = item, config
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (whatever the package has)
+        import gradwatch
+
+        value = getattr(gradwatch, name)
+        return self._told(name, value) if name in _TOLD else value
+
+    def _told(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a check that says what it has found."""
+
+        @functools.wraps(function)
+        def told(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            __tracebackhide__ = True
+            if name in _JUDGING:
+                kwargs = self._with_settings(kwargs)
+            try:
+                found = function(*args, **kwargs)
+            except AssertionError as error:
+                self._note(name, str(error))
+                raise
+            self._note(name, _said(found))
+            return found
+
+        return told
+
+    def _with_settings(self, given: dict[str, Any]) -> dict[str, Any]:
+        from gradwatch.values.thresholds import Thresholds
+
+        settings = self._settings()
+        ignore, thresholds = [*settings.ignore, *self._config.getini("gradwatch_ignore")], settings.thresholds
+        for marker in reversed([*self._item.iter_markers("gradwatch")]):  # the nearest one last
+            ignore += marker.kwargs.get("ignore", ())
+            numbers = {**vars(thresholds), **marker.kwargs.get("thresholds", {})}
+            thresholds = Thresholds(**numbers)
+        mine = given.get("ignore", ())
+        return {"thresholds": thresholds, **given, "ignore": [*ignore, *mine]}
+
+    def _settings(self) -> Configuration:
+        from gradwatch.values import configuration
+
+        file, root = self._config.getini("gradwatch_thresholds"), self._config.rootpath
+        return configuration.read(root / file) if file else configuration.nearest(root)
+
+    def _note(self, name: str, text: str) -> None:
+        self._item.user_properties.append((f"{_PREFIX}{name}", text.split("\n", 1)[0]))
+        if folder := self._config.getoption("--gradwatch-report"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            file = Path(folder, re.sub(r"[^\w.=-]+", "_", self._item.nodeid)[-150:] + ".txt")
+            with file.open("a", encoding="utf-8") as out:
+                out.write(f"{name}: {text}\n\n")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:  # noqa: ANN401  (pytest does not say what it is)
+    """Say what was measured in which test."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    lines = sorted({line for report in reports for line in _lines(report)})
+    if lines:
+        terminalreporter.section("gradwatch")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _lines(report: Any) -> Iterator[str]:  # noqa: ANN401
+    if getattr(report, "when", "") == "call":
+        for name, value in report.user_properties:
+            if name.startswith(_PREFIX):
+                yield f"{report.nodeid}: {name.removeprefix(_PREFIX)}: {value}"
+
+
+def _said(found: Any) -> str:  # noqa: ANN401  (what a check returns)
+    """Return what a check has found, in a line."""
+    from gradwatch.sinks.record import Run
+    from gradwatch.values.report import Report
+    from gradwatch.values.sequences import SequenceStats, sentences
+
+    if isinstance(found, Report):
+        said = "; ".join(f"{a.finding.code} {a.finding.kind} {a.finding.place}".rstrip() for a in found.open)
+        return said or "no finding"
+    if isinstance(found, SequenceStats):
+        return next((line for _, line in sentences([found])), "no horizon")
+    if isinstance(found, Run):
+        from gradwatch.sinks.terminal.page import verdict
+
+        return verdict(found)
+    return str(found)

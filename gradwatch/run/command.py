@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gradwatch.run.program import Program
 from gradwatch.run.training import Training, say
+from gradwatch.values.configuration import Configuration
 
 _IN_FULL = 2
 """Models of which everything is said at the end; of more, only the verdict on each."""
@@ -22,6 +23,7 @@ def run(
     horizon: int | None = None,
     every: int | None = None,
     fail_on: str | None = None,
+    settings: Configuration | None = None,
 ) -> None:
     """Run a program and watch it.
 
@@ -31,14 +33,16 @@ def run(
         horizon: as for `gradwatch.watch`.
         every: steps from one that is measured to the next.
         fail_on: "info", "warning" or "error": exit with 1 if there was an alert of that severity or higher, where the
-            program itself exits with 0.
+            program itself exits with 0. Default: what the settings say, or never.
+        settings: thresholds, what is muted, and what fails.
 
     Raises:
         BaseException: whatever the program raises, also SystemExit.
 
     """
-    training = Training(logdir or str(Path("runs", program.name)), horizon=horizon, every=every)
-    end = _End(training, fail_on)
+    settings = Configuration() if settings is None else settings
+    training = Training(logdir or str(Path("runs", program.name)), horizon=horizon, every=every, settings=settings)
+    end = _End(training, fail_on or settings.fail_on)
     training.first = end.come_first
     end.come_first()
     try:

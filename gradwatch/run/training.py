@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.run.imports import when_imported
+from gradwatch.values.configuration import Configuration
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,15 +31,19 @@ _MOST_OPTIMIZERS = 8
 class Training:
     """What a program trains. Of torch nothing is touched before the program has imported it."""
 
-    def __init__(self, logdir: str, *, horizon: int | None, every: int | None) -> None:
+    def __init__(
+        self, logdir: str, *, horizon: int | None, every: int | None, settings: Configuration | None = None
+    ) -> None:
         """Wait for torch.
 
         Args:
             logdir: as for `gradwatch.watch`.
             horizon: as for `gradwatch.watch`.
             every: steps from one that is measured to the next.
+            settings: thresholds, and what is muted.
 
         """
+        self._settings = Configuration() if settings is None else settings
         self.logdir = str(Path(logdir).absolute())  # the program may go elsewhere
         self._horizon, self._every = horizon, every
         self._watching: list[tuple[Watcher, int]] = []
@@ -206,7 +211,11 @@ class Training:
         kind = type(named_modules(model)[""]).__name__
         count = self._names[kind] = self._names.get(kind, 0) + 1
         options = Options(
-            name=kind if count == 1 else f"{kind}-{count}", every_n_steps=self._every, horizon=self._horizon
+            name=kind if count == 1 else f"{kind}-{count}",
+            every_n_steps=self._every,
+            horizon=self._horizon,
+            thresholds=self._settings.thresholds,
+            ignore=self._settings.ignore,
         )
         close_earlier(model)
         directory = RunDirectory(self.logdir, own_name(options.name), free=gc.collect)

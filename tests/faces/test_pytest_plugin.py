@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree as ET
 
 import pytest
 from interpreters import warm
@@ -145,3 +146,113 @@ def test_the_tests_above_would_see_an_import(pytester, heavy):
     result, found = run(pytester, f"{heavy}\n\ndef test_nothing():\n    pass\n")
     result.assert_outcomes(passed=1)
     assert found["torch"]
+
+
+SETTINGS = (
+    MODELS
+    + """
+def test_sick(gradwatch):
+    gradwatch.assert_healthy(deep(nn.Sigmoid), batch)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("pyproject", "ini", "passes"),
+    [
+        ("", "", 0),
+        ('[tool.gradwatch]\nignore = ["GW101"]\n', "", 1),
+        ("", "gradwatch_ignore =\n    GW101:0", 1),
+        ("", "gradwatch_ignore =\n    GW101:2", 0),
+        ("", "gradwatch_thresholds = set.toml", 1),
+    ],
+)
+def test_the_project_mutes_and_sets_thresholds(pytester, pyproject, ini, passes):
+    (pytester.path / "pyproject.toml").write_text(pyproject)
+    (pytester.path / "pytest.ini").write_text(f"[pytest]\n{ini}\n")
+    (pytester.path / "set.toml").write_text('ignore = ["GW101"]\n')
+    result, _ = run(pytester, SETTINGS)
+    result.assert_outcomes(passed=passes, failed=1 - passes)
+
+
+def test_a_marker_mutes_and_sets_thresholds_and_the_nearest_wins(pytester):
+    result, _ = run(
+        pytester,
+        MODELS
+        + """
+pytestmark = pytest.mark.gradwatch(thresholds={"dead_units": 0.9, "window": 3})
+
+@pytest.mark.gradwatch(ignore=["GW101"])
+def test_muted(gradwatch):
+    gradwatch.assert_healthy(deep(nn.Sigmoid), batch)
+
+@pytest.mark.gradwatch(ignore=["GW101:2"])
+def test_elsewhere(gradwatch):
+    gradwatch.assert_healthy(deep(nn.Sigmoid), batch, ignore=["GW3*"])
+
+@pytest.mark.gradwatch(thresholds={"dead_units": 0.01})
+def test_strict(gradwatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 2))
+    with torch.no_grad():
+        net[0].bias[:8] = -100
+    report = gradwatch.check(net, torch.randn(200, 16), thresholds=gradwatch.Thresholds(dead_units=0.9, dead_probes=1))
+    assert not report.open
+""",
+        "--strict-markers",
+    )
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["FAILED *::test_elsewhere*"])
+
+
+MEASURED = (
+    MODELS
+    + """
+def test_far(gradwatch):
+    torch.manual_seed(0)
+    gradwatch.horizon(nn.RNN(3, 8, batch_first=True), torch.randn(8, 60, 3), output=lambda given: given[0])
+
+@pytest.mark.parametrize("name", ["a/b", "c"])
+def test_ahead(gradwatch, name):
+    gradwatch.assert_causal(nn.GRU(3, 8, batch_first=True, bidirectional=True), torch.randn(8, 60, 3))
+
+def test_sound(gradwatch):
+    gradwatch.assert_healthy(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)), batch)
+
+def test_other():
+    pass
+"""
+)
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_what_was_measured_is_in_the_summary_in_junit_and_in_files(pytester, workers):
+    if workers:
+        pytest.importorskip("xdist")
+    result, _ = run(pytester, MEASURED, "--junitxml=out.xml", "--gradwatch-report=kept-reports", *workers)
+    result.assert_outcomes(passed=3, failed=2)
+    lines = result.stdout.str().partition("= gradwatch =")[2].splitlines()
+    said = sorted(line for line in lines if "::test_" in line and "FAILED" not in line and "seconds" not in line)
+    assert len([line for line in said if ": horizon: the model learns from the last" in line]) == 1
+    assert len([line for line in said if ": assert_causal: the model looks ahead: the output at" in line]) == 2
+    assert len([line for line in said if ": assert_healthy: no finding" in line]) == 1
+    cases = {case.get("name"): case for case in ET.parse(pytester.path / "out.xml").iter("testcase")}
+    properties = {name: [p.attrib for p in case.iter("property")] for name, case in cases.items()}
+    assert properties["test_sound"] == [{"name": "gradwatch.assert_healthy", "value": "no finding"}]
+    assert properties["test_other"] == []
+    files = sorted(path.name for path in (pytester.path / "kept-reports").iterdir())
+    assert len(files) == 4
+    (first,) = [name for name in files if "a_b" in name]
+    assert "try: bidirectional=False" in (pytester.path / "kept-reports" / first).read_text(encoding="utf-8")
+
+
+def test_without_the_fixture_there_is_no_section(pytester):
+    result, _ = run(pytester, "def test_nothing():\n    pass\n")
+    result.stdout.no_fnmatch_line("*= gradwatch =*")
+
+
+def test_a_file_of_settings_that_is_wrong_is_an_error_that_says_so(pytester):
+    (pytester.path / "pyproject.toml").write_text("[tool.gradwatch]\nignored = 1\n")
+    result, _ = run(pytester, SETTINGS)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E  *pyproject.toml: must have thresholds, ignore, fail-on, *got 'ignored'"])

@@ -231,6 +231,19 @@ def test_only_where_it_is_asked_for_an_alert_is_a_status_of_its_own(tmp_path, li
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_project_says_what_fails_and_what_is_muted(tmp_path):
+    write(tmp_path, "train.py", TRAINING)
+    write(tmp_path, "pyproject.toml", '[tool.gradwatch]\nfail-on = "warning"\n')
+    assert trains(tmp_path, *RUN, "train.py", "deep").code == 1
+    assert trains(tmp_path, *RUN, "--fail-on", "never", "train.py", "deep").code == 0
+    write(tmp_path, "pyproject.toml", '[tool.gradwatch]\nfail-on = "warning"\nignore = ["GW101"]\n')
+    assert trains(tmp_path, *RUN, "train.py", "deep").code == 0
+    write(tmp_path, "pyproject.toml", "[tool.gradwatch]\nwindow = 0\n")
+    ended = trains(tmp_path, *RUN, "train.py", "deep")
+    assert ended.code == 2
+    assert "Thresholds.window must be finite and above 0, got 0" in ended.err
+
+
 def test_a_status_of_the_program_is_not_replaced(tmp_path):
     write(tmp_path, "train.py", TRAINING + "    sys.exit(3)\n")
     assert trains(tmp_path, *RUN, "--fail-on", "warning", "train.py", "deep").code == 3
