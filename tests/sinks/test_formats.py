@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import re
 from pathlib import Path
@@ -23,6 +25,7 @@ from gradwatch.sinks.formats.github import command, commands
 from gradwatch.sinks.formats.judged import judged
 from gradwatch.sinks.formats.junit import junit
 from gradwatch.sinks.formats.markdown import escaped, markdown
+from gradwatch.sinks.log import one_line, printable
 from gradwatch.sinks.record import Run
 from gradwatch.values import configuration
 from gradwatch.values.report import Alert, Finding, Severity
@@ -189,8 +192,11 @@ def rendered(text):
     return MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(text)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.text(max_size=60), st.text(max_size=60))
+MARKS = st.text(st.one_of(st.characters(), st.sampled_from("|`<>*_[]()#-+=:\n\r\\&!@~$%\x1b\ud800\ufffe")), max_size=40)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MARKS, MARKS)
 def test_no_text_is_obeyed_by_any_format(place, message):
     found = judged({"a": Run((), (), (finding(place, message),)), f"b{place}": Run((), (), ())}, "warning")
     (line,) = commands(found)
@@ -203,16 +209,17 @@ def test_no_text_is_obeyed_by_any_format(place, message):
     tags = set(re.findall(r"</?([a-z0-9]+)", page))
     assert tags <= {"h3", "p", "table", "thead", "tbody", "tr", "th", "td", "strong", "br"}
     assert page.count("<tr>") == 2
-    assert page.count("<td>") == 5
+    cells = [html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", page, re.DOTALL)]
+    assert cells[2] == " ".join(printable(one_line(place) or "the whole model").split())
+    assert cells[4] == " ".join(printable(message).split())
+    assert len(cells) == 5
     assert page.count("<strong>") == 1
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet=st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zl", "Zp", "Zs"]), min_size=1))
+@given(MARKS.map(lambda text: "".join(printable(text).split())).filter(bool))
 def test_markdown_shows_a_name_as_it_is(name):
     page = rendered(f"x {escaped(name)} y")
-    import html
-
     shown = html.unescape(re.sub("<[^>]*>", "", page)).strip()
     assert shown == f"x {name} y"
 
@@ -228,7 +235,56 @@ def test_a_hostile_name_in_a_real_record_is_harmless(top, out, kind):
     assert status == 1
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
     assert "<script>" not in text or kind in ("text", "json", "github")
-    assert not [line for line in text.splitlines() if line.startswith("::error file=x")]
+    assert not [line for line in text.splitlines() if line.lstrip().startswith(("::error file=x", ": :error file=x"))]
+
+
+@pytest.mark.parametrize("what", ["check", "report"])
+def test_no_line_of_a_report_is_a_command_to_a_runner(tmp_path, out, what):
+    torch.manual_seed(0)
+    train(tmp_path, Classifier(names="::error::"))
+    (tmp_path / "gradwatch").rename(tmp_path / "gradwatch-::stop-commands::x")
+    _, text = out(what, tmp_path)
+    assert not [line for line in text.splitlines() if "::" in line]
+    assert "error" in text
+
+
+def test_xml_holds_what_it_can():
+    text = junit(judged({"": Run((), (), (finding("\ud800\ufffe\uffff\x00", "x"),))}, "warning"), {})
+    assert "GW101 vanishing-depth: " + "\N{REPLACEMENT CHARACTER}" * 4 in text
+
+
+def test_an_alert_that_was_graver_once_fails_as_such():
+    milder = dataclasses.replace(finding("a", "b"), finding=Finding("GW101", "vanishing-depth", Severity.INFO, "a"))
+    (one,) = judged({"": Run((), (), (milder,))}, "error")
+    assert one.failing == (milder,)
+
+
+def test_an_alert_below_the_limit_is_a_case_that_passes():
+    mild = dataclasses.replace(
+        finding("a", "b"), finding=Finding("GW301", "x", Severity.INFO, "a"), worst=Severity.INFO
+    )
+    root = ET.fromstring(junit(judged({"": Run((), (), (mild,))}, "warning"), {"GW302": "y"}))
+    passed, skipped = root.iter("testcase")
+    assert list(passed) == []
+    assert skipped.find("skipped").get("message") == "no step was recorded"
+
+
+def test_a_module_is_muted_with_all_its_layers(tmp_path, out):
+    class Stacked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.RNN(16, 16, 12, nonlinearity="tanh", batch_first=True), nn.Linear(16, 1)
+            for name, parameter in self.rnn.named_parameters():
+                parameter.data *= 0.05 if "weight" in name else 1
+
+        def forward(self, x):
+            return self.head(self.rnn(x.unsqueeze(1))[0][:, -1])
+
+    torch.manual_seed(0)
+    train(tmp_path, Stacked())
+    assert [a.finding.place for a in gradwatch.read_run(tmp_path).alerts] == ["rnn.l0"]
+    assert out("check", tmp_path)[0] == 1
+    assert out("check", tmp_path, "--ignore", "GW101:rnn")[0] == 0
 
 
 # --- what fails ---
@@ -290,6 +346,11 @@ def test_thresholds_of_the_project_hold_for_rejudging(top, out, tmp_path, monkey
     assert out("check", top / "sick", "--rejudge")[0] == 0
 
 
+def test_rejudging_mutes(top, out):
+    assert out("check", top / "sick", "--rejudge")[0] == 1
+    assert out("check", top / "sick", "--rejudge", "--ignore", "GW101")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -316,6 +377,25 @@ def test_a_file_that_is_not_there(top, capsys):
 
 
 # --- judged again ---
+
+
+class Late(Classifier):
+    """Its first layer gets a gradient from step 15 on."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        hidden = self.stack[0](x)
+        return self.head(self.stack[1:](hidden.detach() if self.calls < 16 else hidden))
+
+
+def test_alerts_that_clear_clear_again(tmp_path):
+    torch.manual_seed(0)
+    train(tmp_path, Late(2, activation=nn.Tanh), steps=60)
+    recorded = gradwatch.read_run(tmp_path)
+    assert [(a.finding.code, a.cleared is not None) for a in recorded.alerts] == [("GW401", True)]
+    assert [a.cleared for a in rejudged(recorded.snapshots)] == [a.cleared for a in recorded.alerts]
 
 
 @pytest.mark.parametrize("run", ["sick", "well", "hostile"])

@@ -11,8 +11,8 @@ from gradwatch.sinks.terminal.page import notes, verdict
 from gradwatch.values.report import Severity
 from gradwatch.values.sequences import sentences
 
-_MARKED = re.compile(r"[\\`*_{}\[\]<>|~#!&$@]|:(?=\S)|(?<=www)\.|(?<=^)[-+=]", re.IGNORECASE)
-"""What Markdown, HTML or a chat of GitHub's takes for more than itself: emphasis, links, mentions, headings, lists."""
+_MARKED = re.compile(r"[\\`*_{}\[\]<>|~#!&$@]|:(?=\S)|(?<=www)\.", re.IGNORECASE)
+"""What Markdown, HTML or a chat of GitHub's takes for more than itself: emphasis, links, mentions, headings."""
 _SIGNS = {Severity.INFO: "info", Severity.WARNING: "**warning**", Severity.ERROR: "**error**"}
 
 
