@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from gradwatch.checks.causal_features import assert_causal_features
     from gradwatch.checks.check import assert_healthy, check
     from gradwatch.checks.horizon import assert_horizon, horizon
+    from gradwatch.checks.profile import assert_profile, profile
     from gradwatch.checks.trains import assert_trains
     from gradwatch.detectors import DETECTORS
     from gradwatch.detectors.rule import Rule
     from gradwatch.sinks.record import Record, Run, read_run, read_runs
     from gradwatch.sinks.tensorboard import TensorBoardSink
     from gradwatch.values.causality import Causality, Leak
+    from gradwatch.values.comparison import Change, Comparison, compare
     from gradwatch.values.history import Detector, History
+    from gradwatch.values.profile import HorizonProfile, LayerProfile, Profile, profile_of
     from gradwatch.values.report import (
         Alert,
         Explanation,
@@ -43,13 +46,16 @@ _HOMES = {
     "checks.causal_features": ("assert_causal_features",),
     "checks.check": ("assert_healthy", "check"),
     "checks.horizon": ("assert_horizon", "horizon"),
+    "checks.profile": ("assert_profile", "profile"),
     "checks.trains": ("assert_trains",),
     "detectors": ("DETECTORS",),
     "detectors.rule": ("Rule",),
     "sinks.record": ("Record", "Run", "read_run", "read_runs"),
     "sinks.tensorboard": ("TensorBoardSink",),
     "values.causality": ("Causality", "Leak"),
+    "values.comparison": ("Change", "Comparison", "compare"),
     "values.history": ("Detector", "History"),
+    "values.profile": ("HorizonProfile", "LayerProfile", "Profile", "profile_of"),
     "values.report": (
         "Alert",
         "Explanation",
@@ -72,17 +78,22 @@ __all__ = [
     "DETECTORS",
     "Alert",
     "Causality",
+    "Change",
+    "Comparison",
     "Detector",
     "Explanation",
     "Finding",
     "GradientHealthError",
     "GradwatchWarning",
     "History",
+    "HorizonProfile",
     "LayerInfo",
+    "LayerProfile",
     "Leak",
     "ModelInfo",
     "OptimizerInfo",
     "ParameterInfo",
+    "Profile",
     "Record",
     "Report",
     "Rule",
@@ -98,10 +109,14 @@ __all__ = [
     "assert_causal_features",
     "assert_healthy",
     "assert_horizon",
+    "assert_profile",
     "assert_trains",
     "causal",
     "check",
+    "compare",
     "horizon",
+    "profile",
+    "profile_of",
     "read_run",
     "read_runs",
     "watch",

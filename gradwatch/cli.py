@@ -1,4 +1,4 @@
-"""The command line: `gradwatch run`, `gradwatch report`, `gradwatch check`, `gradwatch demo`."""
+"""The command line: `gradwatch run`, `gradwatch report`, `gradwatch check`, `gradwatch diff`, `gradwatch demo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from gradwatch.sinks.formats.judged import Judged
     from gradwatch.sinks.record import Run
+    from gradwatch.values.comparison import Comparison
     from gradwatch.values.configuration import Configuration
+    from gradwatch.values.profile import Profile
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,11 +92,39 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
     _judging(check, fails="severity from which on an alert fails the run (default: that of pyproject.toml, or warning)")
     check.set_defaults(run=_check)
+
+    says = "tell what changed between two runs, or a run and a profile; exit status 1: something of --fail-on or higher"
+    diff = commands.add_parser("diff", help=says, description=_sentence(says))
+    diff.add_argument("before", metavar="BEFORE", help="a record, its folder, a log directory, or a profile (.toml)")
+    diff.add_argument("after", metavar="AFTER", help="the same")
+    _formatted(diff, fails="severity from which on a change fails (default: that of pyproject.toml, or warning)")
+    diff.add_argument(
+        "--tolerance",
+        type=_magnitude,
+        default=None,
+        metavar="N",
+        help="orders of magnitude by which a layer may change beside the last ones (default: 0.5, a factor of 3)",
+    )
+    diff.set_defaults(run=_diff)
     return parser
 
 
 def _judging(parser: argparse.ArgumentParser, *, fails: str) -> None:
     """Add what reports and checks have in common."""
+    _formatted(parser, fails=fails)
+    parser.add_argument(
+        "--rejudge", action="store_true", help="judge the recorded numbers by the rules of this version, and no alerts"
+    )
+    parser.add_argument(
+        "--thresholds",
+        metavar="FILE",
+        help="TOML (or YAML) with thresholds, ignore and fail-on, by which the run is judged again"
+        " (default: [tool.gradwatch] of the nearest pyproject.toml, for --rejudge)",
+    )
+
+
+def _formatted(parser: argparse.ArgumentParser, *, fails: str) -> None:
+    """Add what all that judge have in common."""
     parser.add_argument(
         "--format",
         choices=("text", "json", "markdown", "github", "junit"),
@@ -109,15 +139,6 @@ def _judging(parser: argparse.ArgumentParser, *, fails: str) -> None:
         metavar="CODE[:PLACE]",
         help='mute a rule, or a rule at places that match, such as "GW101:encoder.*"; may be given several times',
     )
-    parser.add_argument(
-        "--rejudge", action="store_true", help="judge the recorded numbers by the rules of this version, and no alerts"
-    )
-    parser.add_argument(
-        "--thresholds",
-        metavar="FILE",
-        help="TOML (or YAML) with thresholds, ignore and fail-on, by which the run is judged again"
-        " (default: [tool.gradwatch] of the nearest pyproject.toml, for --rejudge)",
-    )
 
 
 def _sentence(text: str) -> str:
@@ -131,6 +152,16 @@ def _positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from error
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _magnitude(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from error
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be finite and above 0, got {text}")
     return number
 
 
@@ -175,6 +206,68 @@ def _report(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     return _told(options, options.fail_on, report=False)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from gradwatch.sinks.formats import changes
+    from gradwatch.sinks.formats.github import append_summary
+
+    gc.disable()  # what is read stays until the process ends
+    settings = _settings(None)
+    ignore = (*settings.ignore, *options.ignore)
+    before, after = _sides(options.before, ignore), _sides(options.after, ignore)
+    if len(before) == len(after) == 1:
+        after = dict(zip(before, after.values(), strict=True))
+    common = [name for name in before if name in after]
+    if not common:
+        raise ValueError(
+            f"no run of {options.before} ({', '.join(before)}) has the name of one of {options.after}"
+            f" ({', '.join(after)}): give the folders of two runs"
+        )
+    found = {name: _compared(before[name], after[name], options.tolerance) for name in common}
+    limit = options.fail_on or settings.fail_on or "warning"
+    if options.format == "text":
+        _print(changes.text(found))
+    elif options.format == "json":
+        _print(changes.document(found, limit, __version__))
+    elif options.format == "markdown":
+        _print(changes.markdown(found, limit))
+    elif options.format == "junit":
+        _print(changes.junit(found, limit))
+    else:
+        _print(changes.commands(found))
+        append_summary(changes.markdown(found, limit))
+    return int(any(changes.fails(change, limit) for one in found.values() for change in one.changes))
+
+
+def _sides(path: str, ignore: Sequence[str]) -> dict[str, Run | Profile]:
+    """Read runs, or a profile."""
+    from pathlib import Path
+
+    from gradwatch.sinks.record import read_runs
+    from gradwatch.values.profile import from_toml
+
+    if path.endswith(".toml"):
+        try:
+            return {path: from_toml(Path(path).read_text(encoding="utf-8"))}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return {name: _muted(run, ignore) for name, run in read_runs(path).items()}
+
+
+def _compared(before: Run | Profile, after: Run | Profile, tolerance: float | None) -> Comparison:
+    from gradwatch.sinks.formats.changes import seconds_a_step
+    from gradwatch.values.comparison import TOLERANCE, compare, with_alerts, with_cost
+    from gradwatch.values.profile import Profile, profile_of
+
+    profiles = [side if isinstance(side, Profile) else profile_of(side.snapshots) for side in (before, after)]
+    found = compare(*profiles, tolerance=tolerance or TOLERANCE)
+    if isinstance(before, Profile) or isinstance(after, Profile):
+        return found
+    costs = [
+        seconds_a_step([s.step for s in run.snapshots], [s.wall_time for s in run.snapshots]) for run in (before, after)
+    ]
+    return with_cost(with_alerts(found, before.alerts, after.alerts), *costs)
 
 
 def _told(options: argparse.Namespace, fail_on: str | None, *, report: bool) -> int:

@@ -18,13 +18,16 @@ _PREFIX = "gradwatch."
 """With which the properties of a test begin that say what was measured."""
 _JUDGING = ("check", "assert_healthy", "assert_trains")
 """What takes thresholds, and what is muted."""
-_TOLD = (*_JUDGING, "assert_horizon", "horizon", "assert_causal", "causal", "assert_causal_features")
+_TOLD = (*_JUDGING, "assert_horizon", "horizon", "assert_causal", "causal", "assert_causal_features", "assert_profile")
+_HEAD = "# gradwatch profile"
+"""With which the files begin that `assert_profile` writes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of the command line and of the ini file."""
     group = parser.getgroup("gradwatch")
     group.addoption("--gradwatch-report", metavar="DIR", help="write what was measured in each test into a file of it")
+    group.addoption("--gradwatch-update", action="store_true", help="write golden profiles as they are now")
     parser.addini(
         "gradwatch_thresholds",
         "TOML or YAML file with thresholds and ignore (default: [tool.gradwatch] of pyproject.toml)",
@@ -54,7 +57,7 @@ class _Package:
     """The package, whose checks know what the project and the test's markers say."""
 
     def __init__(self, item: pytest.Item, config: pytest.Config) -> None:
-        self._item, self._config = item, config
+        self._item, self._config, self._profiles = item, config, 0
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (whatever the package has)
         import gradwatch
@@ -70,6 +73,8 @@ class _Package:
             __tracebackhide__ = True
             if name in _JUDGING:
                 kwargs = self._with_settings(kwargs)
+            if name == "assert_profile":
+                kwargs = self._with_file(kwargs, given_path=len(args) > 2)
             try:
                 found = function(*args, **kwargs)
             except AssertionError as error:
@@ -92,6 +97,15 @@ class _Package:
         mine = given.get("ignore", ())
         return {"thresholds": thresholds, **given, "ignore": [*ignore, *mine]}
 
+    def _with_file(self, given: dict[str, Any], *, given_path: bool) -> dict[str, Any]:
+        """Return what a profile is compared with: a file beside the test, one for each call."""
+        mine = {"update": bool(self._config.getoption("--gradwatch-update")), **given}
+        if given_path or "path" in mine:
+            return mine
+        self._profiles += 1
+        number = f"-{self._profiles}" if self._profiles > 1 else ""
+        return {"path": profiles_of(self._item.path) / f"{_file_name(self._item.name)}{number}.toml", **mine}
+
     def _settings(self) -> Configuration:
         from gradwatch.values import configuration
 
@@ -102,15 +116,47 @@ class _Package:
         self._item.user_properties.append((f"{_PREFIX}{name}", text.split("\n", 1)[0]))
         if folder := self._config.getoption("--gradwatch-report"):
             Path(folder).mkdir(parents=True, exist_ok=True)
-            file = Path(folder, re.sub(r"[^\w.=-]+", "_", self._item.nodeid)[-150:] + ".txt")
+            file = Path(folder, f"{_file_name(self._item.nodeid)}.txt")
             with file.open("a", encoding="utf-8") as out:
                 out.write(f"{name}: {text}\n\n")
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:  # noqa: ANN401  (pytest does not say what it is)
+def profiles_of(test: Path) -> Path:
+    """Return the folder for the profiles of a file of tests, in the manner of pytest-regressions."""
+    return test.with_suffix("")
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", name)[-150:]
+
+
+def _stale(config: pytest.Config) -> Iterator[Path]:
+    """Yield profiles that belong to none of the tests of a file, of which all were collected."""
+    by_file: dict[Path, set[str]] = getattr(config, _COLLECTED, {})
+    for file, names in by_file.items():
+        for profile in sorted(profiles_of(file).glob("*.toml")) if profiles_of(file).is_dir() else ():
+            mine = re.sub(r"-\d+$", "", profile.stem)
+            with profile.open(encoding="utf-8", errors="replace") as text:
+                ours = text.readline().startswith(_HEAD)
+            if ours and not {profile.stem, mine} & names:
+                yield profile
+
+
+_COLLECTED = "_gradwatch_collected"
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Remember which tests there are, before any are left out."""
+    by_file: dict[Path, set[str]] = vars(item.config).setdefault(_COLLECTED, {})
+    by_file.setdefault(item.path, set()).add(_file_name(item.name))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:  # noqa: ANN401  (pytest does not say what it is)
     """Say what was measured in which test."""
     reports = [report for reports in terminalreporter.stats.values() for report in reports]
     lines = sorted({line for report in reports for line in _lines(report)})
+    if not any("::" in argument for argument in config.args):  # else tests of a file are not collected
+        lines += [f"{profile}: no test of this name is there any more" for profile in _stale(config)]
     if lines:
         terminalreporter.section("gradwatch")
         for line in lines:

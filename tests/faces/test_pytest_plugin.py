@@ -256,3 +256,57 @@ def test_a_file_of_settings_that_is_wrong_is_an_error_that_says_so(pytester):
     result, _ = run(pytester, SETTINGS)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E  *pyproject.toml: must have thresholds, ignore, fail-on, *got 'ignored'"])
+
+
+PROFILED = (
+    MODELS
+    + """
+def net(spread):
+    torch.manual_seed(0)
+    made = deep(nn.Tanh)
+    with torch.no_grad():
+        made[4].weight *= spread
+    return made
+
+@pytest.mark.parametrize("name", ["a/b", "c"])
+def test_golden(gradwatch, name):
+    gradwatch.assert_profile(net(1.0), batch)
+
+def test_two(gradwatch):
+    gradwatch.assert_profile(net(1.0), batch)
+    gradwatch.assert_profile(net(0.5), batch, tolerance=1.0)
+"""
+)
+
+
+def test_golden_profiles_lie_beside_the_test(pytester):
+    first, _ = run(pytester, PROFILED)
+    first.assert_outcomes(failed=3)
+    first.stdout.fnmatch_lines(["E  *there was no profile *test_golden_a_b_.toml: it was written now*"])
+    (folder,) = [path.with_suffix("") for path in pytester.path.glob("test_*.py")]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "test_golden_a_b_.toml",
+        "test_golden_c_.toml",
+        "test_two.toml",
+    ]
+    run(pytester, PROFILED)
+    third, _ = run(pytester, PROFILED)
+    third.assert_outcomes(passed=3)
+    assert (folder / "test_two-2.toml").exists()
+    changed = PROFILED.replace("net(1.0)", "net(0.01)")
+    broken, _ = run(pytester, changed)
+    broken.assert_outcomes(failed=3)
+    broken.stdout.fnmatch_lines(["E *gradient x0.0* beside the last layers"])
+    run(pytester, changed, "--gradwatch-update")[0].assert_outcomes(passed=3)
+    run(pytester, changed)[0].assert_outcomes(passed=3)
+
+
+def test_a_profile_of_a_test_that_is_gone_is_told(pytester):
+    run(pytester, PROFILED, "--gradwatch-update")
+    (folder,) = [path.with_suffix("") for path in pytester.path.glob("test_*.py")]
+    (folder / "other.toml").write_text("x = 1\n")
+    result, _ = run(pytester, PROFILED.replace("test_two", "test_deux"), "-k", "golden")
+    result.stdout.fnmatch_lines(["*test_two.toml: no test of this name is there any more"])
+    result.stdout.fnmatch_lines(["*test_two-2.toml: no test of this name is there any more"])
+    result.stdout.no_fnmatch_line("*test_golden*.toml: no test*")
+    result.stdout.no_fnmatch_line("*other.toml*")

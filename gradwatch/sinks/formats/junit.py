@@ -26,6 +26,11 @@ def junit(found: Sequence[Judged], rules: Mapping[str, str]) -> str:
     root = ET.Element("testsuites", name="gradwatch")
     for one in found:
         _suite(root, one, rules)
+    return written(root)
+
+
+def written(root: ET.Element) -> str:
+    """Return suites as XML, with their counts, and without what XML cannot hold."""
     for element in root.iter():
         element.text = _clean(element.text) if element.text else element.text
         element.attrib.update({key: _clean(value) for key, value in element.attrib.items()})
