@@ -173,6 +173,7 @@ def _lines(report: Any) -> Iterator[str]:  # noqa: ANN401
 def _said(found: Any) -> str:  # noqa: ANN401  (what a check returns)
     """Return what a check has found, in a line."""
     from gradwatch.sinks.record import Run
+    from gradwatch.values.profile import Profile
     from gradwatch.values.report import Report
     from gradwatch.values.sequences import SequenceStats, sentences
 
@@ -181,6 +182,8 @@ def _said(found: Any) -> str:  # noqa: ANN401  (what a check returns)
         return said or "no finding"
     if isinstance(found, SequenceStats):
         return next((line for _, line in sentences([found])), "no horizon")
+    if isinstance(found, Profile):
+        return f"{len(found.layers)} layers as they were"
     if isinstance(found, Run):
         from gradwatch.sinks.terminal.page import verdict
 

@@ -194,6 +194,15 @@ def test_the_examples_run_and_leave_a_record(example, record, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_the_tests_of_the_market_example_pass_and_fail_as_they_say():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_market.py"]
+    done = subprocess.run(command, cwd=ROOT / "examples", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "5 passed, 3 xfailed" in done.stdout
+    assert "test_its_gradients_are_as_they_were: assert_profile: 3 layers as they were" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "record"),
     [

@@ -55,7 +55,7 @@ def causality_error(found: Causality) -> str:
         raise ValueError("there is no leak to tell of")
     return plain_text(
         Group(
-            Text(f"the model {found}\n"),
+            Text(f"{'the model' if leak.feature is None else 'the function'} {found}\n"),
             Text(f"why: {leak.cause}"),
             Text(f"try: {leak.remedy}"),
             Text(
