@@ -607,3 +607,20 @@ def test_transformers_of_every_mask():
         torch.manual_seed(0)
         assert gradwatch.causal(Transformer(mask=masked), series(), training=True).causal is masked
         assert gradwatch.causal(Attention(square if masked else None, "sdpa"), series()).causal is masked
+
+
+def test_a_lightning_module_through_its_training_step():
+    import lightning.pytorch as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self, *, ahead):
+            super().__init__()
+            self.net = First(nn.GRU(FEATURES, WIDTH, batch_first=True, bidirectional=ahead))
+
+        def training_step(self, batch, _):
+            return (self.net(batch["x"]) - batch["y"]).square().mean()
+
+    torch.manual_seed(0)
+    batch = {"x": series(), "y": torch.randn(ROWS, STEPS, 1)}
+    assert gradwatch.causal(Module(ahead=False), batch).causal
+    assert gradwatch.causal(Module(ahead=True), batch).leak.module == "recurrent"
