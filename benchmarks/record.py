@@ -52,7 +52,7 @@ def written(folder: str, steps: int, every: int | None) -> tuple[int, float]:
     return count, time.process_time() - began
 
 
-def command(name: str, folder: str) -> tuple[float, float]:
+def command(name: str, folder: str, *options: str) -> tuple[float, float]:
     """Return the seconds of CPU and the peak of memory in MiB of a command on a record."""
     code = (
         "import sys, time; from gradwatch.cli import main\n"
@@ -61,7 +61,9 @@ def command(name: str, folder: str) -> tuple[float, float]:
         "peak = next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(time.process_time(), peak, file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, name, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, folder, *options], capture_output=True, text=True, check=True
+    )
     seconds, peak = map(float, done.stderr.splitlines()[-1].split())
     return seconds, peak / 2**10
 
@@ -96,9 +98,9 @@ def main() -> None:
             count, seconds = written(folder, steps, every)
             size = Path(folder, "record.jsonl").stat().st_size
             read = [
-                f"{name} {s:.2f} s, {peak:.0f} MiB"
-                for name in ("report", "check")
-                for s, peak in (command(name, folder),)
+                f"{' '.join(asked)} {s:.2f} s, {peak:.0f} MiB"
+                for asked in (("report",), ("check",), ("check", "--rejudge"))
+                for s, peak in (command(asked[0], folder, *asked[1:]),)
             ]
             print(
                 f"{steps} steps of {LAYERS} layers, {rhythm}: {count} measured, written in {seconds:.1f} s of CPU,"
