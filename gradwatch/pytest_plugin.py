@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -86,14 +88,12 @@ class _Package:
         return told
 
     def _with_settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        from gradwatch.values.thresholds import Thresholds
-
         settings = self._settings()
         ignore, thresholds = [*settings.ignore, *self._config.getini("gradwatch_ignore")], settings.thresholds
         for marker in reversed([*self._item.iter_markers("gradwatch")]):  # the nearest one last
-            ignore += marker.kwargs.get("ignore", ())
-            numbers = {**vars(thresholds), **marker.kwargs.get("thresholds", {})}
-            thresholds = Thresholds(**numbers)
+            its = _of_marker(marker)
+            ignore += its.get("ignore", ())
+            thresholds = replace(thresholds, **its.get("thresholds", {}))
         mine = given.get("ignore", ())
         return {"thresholds": thresholds, **given, "ignore": [*ignore, *mine]}
 
@@ -104,7 +104,7 @@ class _Package:
             return mine
         self._profiles += 1
         number = f"-{self._profiles}" if self._profiles > 1 else ""
-        return {"path": profiles_of(self._item.path) / f"{_file_name(self._item.name)}{number}.toml", **mine}
+        return {"path": profiles_of(self._item.path) / f"{_file_name(_name(self._item))}{number}.toml", **mine}
 
     def _settings(self) -> Configuration:
         from gradwatch.values import configuration
@@ -127,7 +127,15 @@ def profiles_of(test: Path) -> Path:
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.=-]+", "_", name)[-150:]
+    """Return a name for a file of its own: "TestModel::test_it[a]" is "TestModel.test_it_a"."""
+    plain = name.replace("::", ".").replace("[", "_").replace("]", "")
+    clean = re.sub(r"[^\w.=-]+", "_", plain)[-150:]
+    return clean if clean == plain else f"{clean}-{zlib.crc32(name.encode(errors='replace')):08x}"
+
+
+def _name(item: pytest.Item) -> str:
+    """Return the name of a test within its file, with its class."""
+    return item.nodeid.partition("::")[2] or item.name
 
 
 def _stale(config: pytest.Config) -> Iterator[Path]:
@@ -148,7 +156,29 @@ _COLLECTED = "_gradwatch_collected"
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Remember which tests there are, before any are left out."""
     by_file: dict[Path, set[str]] = vars(item.config).setdefault(_COLLECTED, {})
-    by_file.setdefault(item.path, set()).add(_file_name(item.name))
+    by_file.setdefault(item.path, set()).add(_file_name(_name(item)))
+
+
+def _of_marker(marker: pytest.Mark) -> Mapping[str, Any]:
+    """Return what a marker says.
+
+    Raises:
+        ValueError: it says what is not known.
+
+    """
+    ignore, thresholds = marker.kwargs.get("ignore", []), marker.kwargs.get("thresholds", {})
+    known = marker.kwargs.keys() <= {"ignore", "thresholds"} and not marker.args
+    if not known or not isinstance(ignore, list | tuple) or not isinstance(thresholds, dict):
+        raise ValueError(
+            "the marker must be gradwatch(ignore=[...], thresholds={...}), with a list of strings and fields of"
+            f" Thresholds, got {marker.args!r:.80} {marker.kwargs!r:.80}"
+        )
+    from gradwatch.values.thresholds import Thresholds
+
+    unknown = thresholds.keys() - vars(Thresholds()).keys()
+    if unknown:
+        raise ValueError(f"the marker gradwatch must name fields of Thresholds, got {', '.join(map(repr, unknown))}")
+    return marker.kwargs
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:  # noqa: ANN401  (pytest does not say what it is)

@@ -7,7 +7,7 @@ import math
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradwatch.sinks.terminal.errors import causality_error
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_POSITIONS = 12
+_ALL, _POSITIONS = 256, 64
+"""Rows up to which each is cut off at; of more, how many cuts there are."""
 _ROUNDING = 1e-9
 """Share of the largest value of a feature up to which a difference is rounding: sums over windows may be taken in
 another order."""
@@ -56,18 +57,26 @@ class _Table:
         return list(self.values.index) if self.kind == "pandas" else None
 
     def columns(self) -> dict[str, NDArray[Any]]:
-        """Return the columns by name."""
+        """Return the columns by name; of several that are called the same, each has a number."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, values in self._named():
+            several = sum(key == name or key.startswith(f"{name} (") for key in found)
+            found[f"{name} ({several + 1})" if several else name] = values
+        return found
+
+    def _named(self) -> Iterator[tuple[str, NDArray[Any]]]:
         import numpy as np
 
         if self.kind == "numpy":
             flat = self.values.reshape(len(self.values), -1)
             names = [""] if self.values.ndim == 1 else [f"column {i}" for i in range(flat.shape[1])]
-            return dict(zip(names, flat.T, strict=True))
-        if self.values.ndim == 1 if self.kind == "pandas" else not hasattr(self.values, "columns"):
-            return {str(self.values.name or ""): np.asarray(self.values.to_numpy())}
-        if self.kind == "polars":
-            return {name: np.asarray(self.values[name].to_numpy()) for name in self.values.columns}
-        return {str(name): np.asarray(self.values.iloc[:, at]) for at, name in enumerate(self.values.columns)}
+            yield from zip(names, flat.T, strict=True)
+        elif self.values.ndim == 1 if self.kind == "pandas" else not hasattr(self.values, "columns"):
+            yield str(self.values.name or ""), np.asarray(self.values.to_numpy())
+        elif self.kind == "polars":
+            yield from ((name, np.asarray(self.values[name].to_numpy())) for name in self.values.columns)
+        else:
+            yield from ((str(n), np.asarray(self.values.iloc[:, at])) for at, n in enumerate(self.values.columns))
 
 
 def assert_causal_features(
@@ -78,9 +87,9 @@ def assert_causal_features(
 ) -> Causality:
     """Raise if a feature of a row depends on later rows: with them gone, the features up to there must be the same.
 
-    The function is called with all rows twice, and with the first n of them for a dozen of n; each time with a copy. In
-    pandas rows are matched by their index (what lies between two of the frame's belongs to the row before it), else by
-    their place. A row of features that is there only while later rows are is a leak too.
+    The function is called with all rows twice, and with the first n of them: for each n up to 256 rows, for 64 of more;
+    each time with a copy. In pandas rows are matched by their index (what lies between two of the frame's belongs to
+    the row before it), else by their place. A row of features that is there only while later rows are is a leak too.
 
     Args:
         function: takes a frame, and returns features of its rows: a DataFrame or Series of pandas or polars, or an
@@ -112,6 +121,10 @@ def assert_causal_features(
     return found
 
 
+class _Refused(Exception):  # noqa: N818  (the function's own failure)
+    """The function fails with fewer rows."""
+
+
 class _Features:
     """One function, one frame."""
 
@@ -126,7 +139,7 @@ class _Features:
         numpy = sys.modules.get("numpy")
         state, other = random.getstate(), numpy.random.get_state() if numpy is not None else None
         try:
-            made = _Table(self._function(self._table.first(count)))
+            made = _Table(self._given(count))
         finally:
             random.setstate(state)
             if numpy is not None:
@@ -138,6 +151,15 @@ class _Features:
             )
         return made
 
+    def _given(self, count: int) -> Any:  # noqa: ANN401  (whatever the function gives)
+        rows = self._table.first(count)
+        if count == len(self._table):
+            return self._function(rows)
+        try:
+            return self._function(rows)
+        except Exception as error:
+            raise _Refused(error) from error
+
     def result(self) -> Causality:
         """Look for a row that changes when later ones are gone."""
         rows = len(self._table)
@@ -147,18 +169,18 @@ class _Features:
                 " draws numbers, or remembers what it was called with"
             )
         tried: list[int] = []
-        refused: Exception | None = None
+        refused: _Refused | None = None
         for count in _counts(rows, self._offset):
             try:
                 change = self._change(count)
-            except Exception as error:  # noqa: BLE001  (it may need more rows than these)
+            except _Refused as error:  # it may need more rows than these
                 refused = error
                 continue
             tried.append(count - 1)
             if change is not None:
                 return Causality(rows, (), tuple(sorted(tried)), self._offset, leak=self._leak(count, change))
         if not tried and refused is not None:
-            raise ValueError(f"{self._name} fails with fewer rows than {rows}: {refused}") from refused
+            raise ValueError(f"{self._name} fails with fewer rows than {rows}: {refused}") from refused.__cause__
         return Causality(rows, (), tuple(sorted(tried)), self._offset)
 
     def _change(self, count: int) -> _Change | None:
@@ -199,7 +221,7 @@ class _Features:
             middle = (low + high) // 2
             try:
                 other = self._change(middle)
-            except Exception:  # noqa: BLE001  (as above)
+            except _Refused:
                 other = None
             if other is not None and other.row <= change.row:
                 low = middle
@@ -229,6 +251,8 @@ class _Change(NamedTuple):
 
 def _counts(rows: int, offset: int) -> list[int]:
     """Choose how many rows to keep: nearly all, half, and others; always the same."""
+    if rows <= _ALL:
+        return list(range(rows - 1, max(offset, 0), -1))
     drawn = random.Random(0).sample(  # noqa: S311  (always the same)
         range(2, rows), min(_POSITIONS - 3, rows - 2)
     )
@@ -241,8 +265,8 @@ def _apart(mine: NDArray[Any], theirs: NDArray[Any], scale: float) -> NDArray[np
     import numpy as np
 
     try:
-        one, other = mine.astype(np.complex128), theirs.astype(np.complex128)
-    except (TypeError, ValueError):  # words, times
+        one, other = _inexact(mine), _inexact(theirs)
+    except (TypeError, ValueError):  # words, times, whole numbers
         return np.array([not _same(a, b) for a, b in zip(mine, theirs, strict=True)], dtype=np.float64)
     with np.errstate(invalid="ignore"):
         found = np.abs(one - other) / (scale or 1.0)
@@ -254,7 +278,24 @@ def _same(one: object, other: object) -> bool:
     """Tell whether two entries are the same; what is missing is not itself, be it NaN, NaT or NA."""
     if one is other or repr(one) == repr(other):
         return True
-    return bool(one == other)
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError):  # a missing value, or several in one: of these the texts differ
+        return False
+
+
+def _inexact(values: NDArray[Any]) -> NDArray[np.complexfloating]:
+    """Return numbers that may be rounded.
+
+    Raises:
+        TypeError, ValueError: they are whole, or none.
+
+    """
+    import numpy as np
+
+    if values.dtype.kind not in "fcO":
+        raise TypeError("whole numbers are compared exactly")
+    return values.astype(np.complex128)
 
 
 def _first(apart: NDArray[np.floating]) -> int | None:

@@ -121,13 +121,15 @@ class Futures:
         }
 
 
-def swapped(tensors: Mapping[int, Tensor], dtype: torch.dtype | None) -> Callable[[Tensor], Tensor]:
-    """Return what gives a model its own copy of a tensor: of another in its place, and in another format."""
+def swapped(tensors: Mapping[int, Tensor], dtype: torch.dtype | None, scale: float) -> Callable[[Tensor], Tensor]:
+    """Return what gives a model its own copy of a tensor: of another in its place, in another format, and scaled."""
 
     def own(tensor: Tensor) -> Tensor:
         mine = tensors.get(id(tensor), tensor).detach()
         if mine.layout is not torch.strided or mine.is_nested:
             return mine
+        if scale != 1 and mine.is_floating_point():
+            mine = mine * scale
         if dtype is not None and mine.is_floating_point():
             return mine.to(dtype, copy=True)
         return mine.clone()

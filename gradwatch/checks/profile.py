@@ -17,7 +17,7 @@ from gradwatch.values.profile import Profile, from_toml, profile_of, to_toml
 from gradwatch.values.report import GradientHealthError
 from gradwatch.values.sequences import SequenceStats
 
-_TOLD = ("gone", "new", "gradient", "sensitivity", "dead", "horizon")
+_TOLD = ("gone", "new", "kind", "gradient", "sensitivity", "dead", "horizon")
 """Changes that fail; a new name alone does not."""
 
 

@@ -61,8 +61,11 @@ class TimedPass:
         wanted: str | int | tuple[str | int, ...] | None,
         *,
         training: bool,
+        number: int = 0,
     ) -> None:
         """Run it once, and find out where everything lies in time.
+
+        Of several outputs that lie in time as the first does, `number` is the one that is meant.
 
         Raises:
             ValueError: nothing has timesteps, or it cannot be told which dimension they are.
@@ -82,7 +85,7 @@ class TimedPass:
         self._times: dict[int, TimeAxis] = {}
         every = self._timed_inputs(wanted, {size for leaf in leaves_of(returned, ()) for size in data_of(leaf).shape})
         self._lengths = {one.steps for one, _ in every if one.steps > 2}
-        self._leaf, self._graph, self.output = self._timed_output(returned, every)
+        self._leaf, self._graph, self.output, self.outputs = self._timed_output(returned, every, number)
         self.inputs = self._as_long([one for one, _ in every], wanted)
         self._long = [(one, its) for one, its in every if one in self.inputs]
         """Those whose future is changed."""
@@ -121,6 +124,10 @@ class TimedPass:
         if all(one.steps < 2 for one, _ in found):
             raise ValueError("the batch has 1 timestep, and none comes after it")
         self.notes += wrong
+        lengths = {one.steps for one, _ in found}
+        flat = [k for k, leaf in given.items() if isinstance(leaf, Tensor) and leaf.dim() == 1 and len(leaf) in lengths]
+        if flat:
+            self.notes.append(f"Not looked at, for it has no rows: {' and '.join(flat)}")
         return found
 
     def _timed_input(self, one: ModelInput, leaf: Tensor | PackedSequence, sizes: Collection[int]) -> Timed | None:
@@ -137,8 +144,8 @@ class TimedPass:
         time = self._tap.axes.time_of(one.number)
         if time.period is not None and leaf.shape[time.dim] in sizes:  # computed in chunks, and no flat window
             time = TimeAxis(time.dim, why=time.why)
-        if not time.why and leaf.dim() > 3:
-            self.notes.append(f"Dimension {time.dim} of {one.label} was taken for time, though nothing tells")
+        if not time.why:
+            self.notes.append(f"Dimension {time.dim} of {one.label} was taken for time, as nothing tells (timesteps=)")
         self._times[one.number] = time
         when = along(leaf, time.dim, period=time.period, step=time.step)
         return Timed(one.label, leaf, when, int(when.max()) + 1)
@@ -147,8 +154,9 @@ class TimedPass:
         self,
         returned: Any,  # noqa: ANN401  (whatever a model returns)
         inputs: Sequence[tuple[Timed, ModelInput]],
-    ) -> tuple[int, Tensor, Timed]:
-        """Return which tensor of what the model gave is meant, that itself, and where it lies in time."""
+        number: int,
+    ) -> tuple[int, Tensor, Timed, int]:
+        """Return which tensor of what the model gave is meant, that itself, where it lies in time, and how many do."""
         every = self._leaves(returned)
         found: list[tuple[bool, int, Tensor | PackedSequence, Tensor]] = []
         for at, leaf in enumerate(every):
@@ -162,11 +170,19 @@ class TimedPass:
             raise ValueError(
                 f"the output has no dimension of time: the model gave {shapes}, and of its inputs"
                 f" {', '.join(one.label for one, _ in inputs)} each row has {steps} timesteps. Whether a model looks"
-                " ahead can be told only of an output for each timestep (output= chooses one)"
+                " ahead can be told only of an output for each timestep (output= chooses one, timesteps= says which"
+                " dimension of an input is time)"
             )
-        _, at, leaf, when = min(found, key=lambda one: one[:2])
+        found.sort(key=lambda one: one[:2])
+        first, shape = data_of(found[0][2]), found[0][3].shape
+        alike = [
+            one
+            for one in found
+            if one[0] == found[0][0] and one[3].shape == shape and data_of(one[2]).shape[:2] == first.shape[:2]
+        ]
+        _, at, leaf, when = alike[number]
         data = data_of(leaf)
-        return at, data, Timed("", data.detach(), when, int(when.max()) + 1)
+        return at, data, Timed("", data.detach(), when, int(when.max()) + 1), len(alike)
 
     def _leaves(self, returned: Any) -> list[Tensor | PackedSequence]:  # noqa: ANN401
         """Return the tensors in what the model gave, or the one that is meant."""
@@ -228,19 +244,20 @@ class TimedPass:
                     stack.enter_context(torch.autocast(device, enabled=False))
             yield
 
-    def run(self, future: Mapping[int, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    def run(self, future: Mapping[int, Tensor], dtype: torch.dtype | None = None, *, scale: float = 1.0) -> Tensor:
         """Run the model, and return the entries of the output that is meant.
 
         Args:
             future: what takes the place of tensors in the batch, by their `id`.
             dtype: to compute in; None: as it is.
+            scale: a factor on all floating-point inputs.
 
         """
         with self._ready(dtype):
-            return self._run(future, dtype)
+            return self._run(future, dtype, scale)
 
-    def _run(self, future: Mapping[int, Tensor], dtype: torch.dtype | None) -> Tensor:
-        own = swapped(future, dtype)
+    def _run(self, future: Mapping[int, Tensor], dtype: torch.dtype | None, scale: float = 1.0) -> Tensor:
+        own = swapped(future, dtype, scale)
         returned = self._model(
             *(mapped(a, own) for a in self._args), **{k: mapped(a, own) for k, a in self._kwargs.items()}
         )

@@ -53,7 +53,7 @@ def chosen_of(
 
 
 def leaves_of(returned: Any, steps: Collection[int]) -> list[Tensor | PackedSequence]:  # noqa: ANN401  (as above)
-    """Return the tensors in what a model returned, of distributions the means.
+    """Return the tensors in what a model returned, of distributions the parameters.
 
     Args:
         returned: by the model.
@@ -64,7 +64,9 @@ def leaves_of(returned: Any, steps: Collection[int]) -> list[Tensor | PackedSequ
     def within(value: Any) -> Iterable[Any]:  # noqa: ANN401
         if isinstance(value, list | tuple) and len(value) in steps and _alike(value):
             return [torch.stack(list(value))]
-        return _newest_of_lists(None)(value)
+        if isinstance(value, Distribution):
+            return [v for name in value.arg_constraints if isinstance(v := getattr(value, name, None), Tensor)]
+        return parts(value)
 
     return list(leaves(returned, within))
 

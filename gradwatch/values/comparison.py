@@ -17,14 +17,14 @@ TOLERANCE = 0.5
 seeds differ by less, and what vanishes does so by several."""
 _SHARE = 0.2
 """By how much a share of dead units may change."""
-_FEW = 2
-"""Layers from which on the last quarter of them tells what is a change of scale, and none of theirs."""
 _SLACK = 0.1
 """Share of itself by which an end of a horizon's interval may lie elsewhere."""
 _COST = 1.5
 """Factor by which a step may take longer, or less long."""
 
-What = Literal["horizon", "gradient", "sensitivity", "dead", "gone", "new", "renamed", "alert", "cleared", "cost"]
+What = Literal[
+    "horizon", "gradient", "sensitivity", "dead", "gone", "new", "kind", "renamed", "alert", "cleared", "cost"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ def compare(
         changes += _ratio("gradient", name, old.norm, new.norm, scale, own)
         changes += _ratio("sensitivity", name, old.sensitivity, new.sensitivity, of_sensitivity, own)
         changes += _dead(name, old, new)
+        if old.kind != new.kind:
+            changes.append(Change("kind", name, Severity.INFO, f"is a {new.kind}, and was a {old.kind}"))
     return Comparison(_sorted(changes), scale, len(pairs))
 
 
@@ -153,7 +155,7 @@ def _names(before: Mapping[str, LayerProfile], after: Mapping[str, LayerProfile]
 def _scale(pairs: Sequence[tuple[float | None, float | None]]) -> float:
     """Return by how many orders of magnitude the last layers changed, to which a loss of another scale comes first."""
     known = [b - a for a, b in pairs if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)]
-    return statistics.median(known[-max(len(known) // 4, 1) :]) if len(known) >= _FEW else 0.0
+    return statistics.median(known[-max(len(known) // 4, 1) :]) if known else 0.0
 
 
 def _ratio(
@@ -170,7 +172,8 @@ def _ratio(
             grave = Severity.INFO if before is None else Severity.WARNING
             yield Change(what, name, grave, text, before, after)
         return
-    change = 0.0 if before == after else after - before - scale
+    same = before == after or (math.isnan(before) and math.isnan(after))
+    change = 0.0 if same else after - before - scale
     if not abs(change) <= tolerance:
         grave = Severity.INFO if change > 0 else Severity.WARNING
         yield Change(what, name, grave, f"{what} {_factor(change)} beside the last layers", before, after)

@@ -102,7 +102,7 @@ def _medians(snapshots: Iterable[Snapshot], column: Any) -> dict[str, float]:  #
         values: Column = column(snapshot)
         for name, value in norms(snapshot.model, values).items():
             if value is not None:
-                found.setdefault(name, []).append(math.log10(value) if value > 0 else -math.inf)
+                found.setdefault(name, []).append(-math.inf if value == 0 else math.log10(value))
     return {name: statistics.median(values) for name, values in found.items()}
 
 

@@ -545,6 +545,75 @@ def test_a_mask_that_is_the_same_everywhere_is_changed_too():
     assert leak.input == "there"
 
 
+class InFloat32(nn.Module):
+    """Casts to float32 within, whatever it is given, as state-space models do for their FFT."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        h = self.inner.inward(x).float()
+        n = h.shape[1] * (2 if self.inner.padded else 1)
+        product = torch.fft.rfft(h, n, dim=1) * torch.fft.rfft(self.inner.kernel.float(), n, dim=0)
+        return torch.fft.irfft(product, n, dim=1)[:, : h.shape[1]].to(x.dtype)
+
+
+def test_rounding_within_a_model_that_casts_to_float32_is_no_leak():
+    assert gradwatch.causal(InFloat32(built(CAUSAL, "convolution by fft")[0]), series()).causal
+    assert not gradwatch.causal(InFloat32(built(LEAKING, "circular fft")[0]), series()).causal
+
+
+class Heads(nn.Module):
+    """A mean that is causal, and a width that is not."""
+
+    def __init__(self, *, distribution):
+        super().__init__()
+        self.mean, self.width, self.distribution = nn.Linear(FEATURES, 1), nn.Linear(FEATURES, 1), distribution
+
+    def forward(self, x):
+        mean, width = self.mean(x), functional.softplus(self.width(x - x.mean(1, keepdim=True)))
+        return torch.distributions.Normal(mean, width) if self.distribution else (mean, width)
+
+
+@pytest.mark.parametrize("distribution", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_all_heads_are_looked_at(distribution, frozen):
+    torch.manual_seed(0)
+    model = Heads(distribution=distribution).requires_grad_(not frozen)
+    assert gradwatch.causal(model, series()).leak.before == "width"
+    first = lambda given: given.loc if distribution else given[0]
+    assert gradwatch.causal(model, series(), output=first).causal
+
+
+def test_a_leak_of_one_timestep_is_found_by_its_derivative():
+    torch.manual_seed(0)
+    one = Apply(lambda h: torch.cat([h[:, :13], h[:, 14:15], h[:, 14:]], 1))
+    leak = gradwatch.causal(one, torch.randn(ROWS, 60, FEATURES)).leak
+    assert (leak.output, leak.at) == (13, 14)
+
+
+def test_inference_mode_around_it():
+    torch.manual_seed(0)
+    model = First(nn.GRU(FEATURES, WIDTH, batch_first=True))
+    with torch.inference_mode():
+        assert gradwatch.causal(model, series()).causal
+
+
+def test_what_was_assumed_and_what_was_left_out_is_said():
+    class Rated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(FEATURES, 1)
+
+        def forward(self, x, rate):
+            return self.head(x) + rate[None, :, None]
+
+    said = str(gradwatch.causal(Rated(), (series(), torch.randn(STEPS))))
+    assert "Dimension 1 of x was taken for time, as nothing tells" in said
+    assert "Not looked at, for it has no rows: rate" in said
+
+
 def test_long_sequences_are_looked_at_in_places():
     torch.manual_seed(0)
     found = gradwatch.causal(Channels(CausalConv(FEATURES, 1, 3)), torch.randn(2, 250, FEATURES))
@@ -623,4 +692,17 @@ def test_a_lightning_module_through_its_training_step():
     torch.manual_seed(0)
     batch = {"x": series(), "y": torch.randn(ROWS, STEPS, 1)}
     assert gradwatch.causal(Module(ahead=False), batch).causal
-    assert gradwatch.causal(Module(ahead=True), batch).leak.module == "recurrent"
+    found = gradwatch.causal(Module(ahead=True), batch)
+    assert found.leak.module == "recurrent"
+    assert "Of the training step only the First that it calls was looked at" in str(found)
+
+    class Forward(Module):
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            x, y = batch
+            return (self(x) - y).square().mean()
+
+    assert gradwatch.causal(Forward(ahead=False), (batch["x"], batch["y"])).causal
+    assert not gradwatch.causal(Forward(ahead=True), (batch["x"], batch["y"])).causal

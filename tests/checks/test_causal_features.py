@@ -106,6 +106,49 @@ def test_a_row_that_all_depend_on_is_named():
         gradwatch.assert_causal_features(normalized, frame())
 
 
+KINDS = ["string", "object", "category", "boolean", "Int64", "str"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_values_of_every_kind_that_are_filled_from_later(kind):
+    draws = np.random.default_rng(1)
+    values = draws.integers(0, 2, 200).astype(bool) if kind == "boolean" else draws.integers(0, 3, 200)
+    words = pd.Series(values).astype(str) if kind in ("string", "category", "str") else pd.Series(values)
+    gaps = words.astype("object").where(pd.Series(draws.random(200) > 0.5), None).astype(kind)
+    table = pd.DataFrame({"s": gaps})
+    assert gradwatch.assert_causal_features(lambda f: f["s"].ffill(), table).causal
+    for leaking in (lambda f: f["s"].bfill(), lambda f: f["s"].shift(-1)):
+        with pytest.raises(gradwatch.GradientHealthError):
+            gradwatch.assert_causal_features(leaking, table)
+
+
+def test_lists_of_polars():
+    table = pl.DataFrame({"s": [[i, i + 1] for i in range(40)]})
+    assert gradwatch.assert_causal_features(lambda f: f["s"].shift(1), table).causal
+    with pytest.raises(gradwatch.GradientHealthError):
+        gradwatch.assert_causal_features(lambda f: f["s"].shift(-1), table)
+
+
+@pytest.mark.parametrize("names", [("c", "c"), (1, "1")])
+def test_columns_of_one_name_are_all_looked_at(names):
+    both = lambda f: pd.concat([f["close"].shift(-1), f["close"]], axis=1, keys=names)
+    with pytest.raises(gradwatch.GradientHealthError):
+        gradwatch.assert_causal_features(both, frame())
+
+
+def test_whole_numbers_are_compared_exactly():
+    big = lambda f: pd.Series(np.arange(len(f)) + 10**15, f.index) + f["volume"].shift(-1, fill_value=1)
+    with pytest.raises(gradwatch.GradientHealthError):
+        gradwatch.assert_causal_features(big, frame())
+
+
+def test_a_leak_of_a_few_rows_is_found():
+    monthly = lambda f: f["close"].where(~f.index.is_month_end, f["close"].shift(-1).ffill())
+    table = frame().set_axis(pd.date_range("2024-01-01", periods=ROWS, freq="D"))
+    with pytest.raises(gradwatch.GradientHealthError):
+        gradwatch.assert_causal_features(monthly, table)
+
+
 def test_offset_allows_what_is_known_by_then():
     late = lambda f: f["close"].shift(-2)
     assert gradwatch.assert_causal_features(late, frame(), offset=2).causal

@@ -282,7 +282,7 @@ def test_two(gradwatch):
 def test_golden_profiles_lie_beside_the_test(pytester):
     first, _ = run(pytester, PROFILED)
     first.assert_outcomes(failed=3)
-    first.stdout.fnmatch_lines(["E  *there was no profile *test_golden_a_b_.toml: it was written now*"])
+    first.stdout.fnmatch_lines(["E  *there was no profile *test_golden_a_b-*.toml: it was written now*"])
     (folder,) = [path.with_suffix("") for path in pytester.path.glob("test_*.py")]
     assert sorted(path.name for path in folder.iterdir()) == [
         "test_golden_a_b_.toml",
@@ -310,3 +310,38 @@ def test_a_profile_of_a_test_that_is_gone_is_told(pytester):
     result.stdout.fnmatch_lines(["*test_two-2.toml: no test of this name is there any more"])
     result.stdout.no_fnmatch_line("*test_golden*.toml: no test*")
     result.stdout.no_fnmatch_line("*other.toml*")
+
+
+def test_tests_of_one_name_have_profiles_of_their_own(pytester):
+    tests = (
+        MODELS
+        + """
+class TestOne:
+    def test_same(self, gradwatch):
+        gradwatch.assert_profile(deep(nn.Tanh), batch)
+
+class TestTwo:
+    def test_same(self, gradwatch):
+        gradwatch.assert_profile(deep(nn.ReLU), batch)
+
+@pytest.mark.parametrize(("name", "kind"), [("x/y", nn.Tanh), ("x y", nn.ReLU), ("x_y", nn.ELU)])
+def test_drawn(gradwatch, name, kind):
+    gradwatch.assert_profile(deep(kind), batch)
+"""
+    )
+    run(pytester, tests, "--gradwatch-update")
+    run(pytester, tests)[0].assert_outcomes(passed=5)
+    (folder,) = [path.with_suffix("") for path in pytester.path.glob("test_*.py")]
+    assert len(list(folder.iterdir())) == 5
+    assert (folder / "TestOne.test_same.toml").exists()
+
+
+@pytest.mark.parametrize(
+    "marker",
+    ["ignore='GW101'", "ignor=['GW101']", "['GW101']", "thresholds={'nonsense': 1}", "thresholds={'window': 0}"],
+)
+def test_a_marker_that_says_what_is_not_known_is_an_error(pytester, marker):
+    result, _ = run(pytester, SETTINGS.replace("def test_sick", f"@pytest.mark.gradwatch({marker})\ndef test_sick"))
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E  *Error: *"])
+    result.stdout.no_fnmatch_line("*GradientHealthError*")

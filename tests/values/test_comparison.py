@@ -52,9 +52,15 @@ def test_less_is_a_warning_and_more_an_information():
 
 
 def test_of_one_layer_no_scale_can_be_told():
-    assert [c[1] for c in changes(layers(0), layers(-2))] == ["a"]
+    assert [c[1] for c in changes(layers(0), layers(-2))] == []
     assert [c[1] for c in changes(layers(0, 0), layers(-2, -2))] == []
     assert [c[1] for c in changes(layers(0, 0), layers(-4, -2))] == ["a"]
+
+
+def test_a_layer_of_another_kind():
+    before = layers(-3, -2, -1, 0)
+    after = {**before, "b": dataclasses.replace(before["b"], kind="LSTM")}
+    assert changes(before, after) == [("kind", "b", "is a LSTM, and was a Linear")]
 
 
 def test_zero_and_missing_gradients():
@@ -63,6 +69,7 @@ def test_zero_and_missing_gradients():
     assert changes(before, zero)[0][2] == "gradient is 0 now beside the last layers"
     assert changes(zero, before)[0][2] == "gradient is not 0 any more beside the last layers"
     assert changes(zero, zero) == []
+    assert changes(layers(math.nan, -2, -1, 0), layers(math.nan, -2, -1, 0)) == []
     assert changes(before, gone)[0][2] == "gradient is not there any more"
     assert changes(gone, before)[0][2] == "gradient is there now"
     assert changes(before, layers(math.nan, -2, -1, 0))[0][2] == "gradient is not a number beside the last layers"

@@ -18,7 +18,7 @@ from gradwatch.values.report import Severity
 
 FORMAT = 1
 _LEVELS = {Severity.INFO: "notice", Severity.WARNING: "warning", Severity.ERROR: "error"}
-_CASES = ("horizon", "gradient", "sensitivity", "dead", "gone", "new", "renamed", "alert", "cleared", "cost")
+_CASES = ("horizon", "gradient", "sensitivity", "dead", "gone", "new", "kind", "renamed", "alert", "cleared", "cost")
 
 
 def fails(change: Change, fail_on: str) -> bool:
