@@ -84,15 +84,14 @@ def causal(
     """
     _refuse(model, offset, output)
     call = Call(model, *arguments(model, batch))
-    with torch.inference_mode(mode=False):
-        try:
-            return _measured(call, timesteps, output, input, offset, training=training)
-        except Exception:
-            # A LightningModule may have no forward, or one that takes a part of the batch.
-            of_step = call_in_training_step(model, batch)
-            if of_step is None:
-                raise
-        found = _measured(of_step, timesteps, output, input, offset, training=training)
+    try:
+        return _measured(call, timesteps, output, input, offset, training=training)
+    except Exception:
+        # A LightningModule may have no forward, or one that takes a part of the batch.
+        of_step = call_in_training_step(model, batch)
+        if of_step is None:
+            raise
+    found = _measured(of_step, timesteps, output, input, offset, training=training)
     what = "forward" if of_step.module is model else f"{type(of_step.module).__name__} that it calls"
     note = f"Of the training step only the {what} was looked at, and nothing that is computed around it"
     return dataclasses.replace(found, notes=(*found.notes, note))

@@ -588,9 +588,14 @@ def test_all_heads_are_looked_at(distribution, frozen):
 
 def test_a_leak_of_one_timestep_is_found_by_its_derivative():
     torch.manual_seed(0)
-    one = Apply(lambda h: torch.cat([h[:, :13], h[:, 14:15], h[:, 14:]], 1))
+    one = Apply(lambda h: torch.cat([h[:, :14], h[:, 15:16], h[:, 15:]], 1))
     leak = gradwatch.causal(one, torch.randn(ROWS, 60, FEATURES)).leak
-    assert (leak.output, leak.at) == (13, 14)
+    assert (leak.output, leak.at) == (14, 15)
+
+
+def test_states_beside_the_outputs_are_none_even_with_as_many_rows_as_timesteps():
+    torch.manual_seed(0)
+    assert gradwatch.causal(nn.LSTM(FEATURES, WIDTH, batch_first=True), torch.randn(STEPS, STEPS, FEATURES)).causal
 
 
 def test_inference_mode_around_it():
