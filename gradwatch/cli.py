@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradwatch import __version__
+from gradwatch.values.configuration import FAIL_ON
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--every", type=_positive, metavar="N", help="read the gradients at every n-th step")
     run.add_argument(
         "--fail-on",
-        choices=("info", "warning", "error", "never"),
+        choices=FAIL_ON,
         help="exit with 1 if there was an alert of this severity or higher, where the program exits with 0"
         " (default: fail-on of [tool.gradwatch] in pyproject.toml, else never)",
     )
@@ -131,7 +132,7 @@ def _formatted(parser: argparse.ArgumentParser, *, fails: str) -> None:
         default="text",
         help="github: annotations, and Markdown for the step's summary where there is one (default: %(default)s)",
     )
-    parser.add_argument("--fail-on", choices=("info", "warning", "error", "never"), help=fails)
+    parser.add_argument("--fail-on", choices=FAIL_ON, help=fails)
     parser.add_argument(
         "--ignore",
         action="append",

@@ -15,6 +15,21 @@ from gradwatch.model.layers import named_modules
 from gradwatch.model.rerun import as_it_was, without_hooks
 
 
+def refuse(model: object, output: object) -> None:
+    """Refuse what is no model, and what cannot choose an output.
+
+    Raises:
+        TypeError: it is one of these.
+
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if output is not None and not callable(output):
+        raise TypeError(
+            f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
+        )
+
+
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
     """Return the positional and the keyword arguments that a batch stands for.
 

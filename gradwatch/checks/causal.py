@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwatch.checks.batch import Call, arguments, call_in_training_step
+from gradwatch.checks.batch import Call, arguments, call_in_training_step, refuse
 from gradwatch.checks.causal_words import words
-from gradwatch.checks.futures import Futures, Timed, difference, first_difference
+from gradwatch.checks.futures import Futures, Timed, difference, first_difference, inexact
 from gradwatch.checks.horizon import Input
 from gradwatch.checks.timed_pass import TimedPass
 from gradwatch.sinks.terminal.errors import causality_error
@@ -140,14 +140,9 @@ def assert_causal(
 
 
 def _refuse(model: object, offset: object, output: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    refuse(model, output)
     if offset is not None and (isinstance(offset, bool) or not isinstance(offset, int)):
         raise TypeError(f"offset must be a whole number of timesteps, or None, got {offset!r}")
-    if output is not None and not callable(output):
-        raise TypeError(
-            f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
-        )
 
 
 class _Check:
@@ -231,7 +226,7 @@ class _Check:
     @property
     def _decides(self) -> bool:
         """Whether the output is whole numbers or booleans, which seldom change with what they are made of."""
-        return not (self._output.data.is_floating_point() or self._output.data.is_complex())
+        return not inexact(self._output.data)
 
     def _notes(self, positions: Sequence[int], wary: Sequence[int], may: int) -> tuple[str, ...]:
         """Return what is worth telling where no leak was found."""
@@ -317,9 +312,8 @@ class _Check:
         """Find the farthest pair of timesteps, and the place: in float64, where the model runs in that."""
         exact = self._in_other is not None or self._pass.dtype is torch.float64
         dtype = torch.float64 if exact else None
-        base = self._output
-        if self._in_other is not None:
-            base = dataclasses.replace(base, data=self._pass.run({}, dtype))
+        own = self._pass.dtype is torch.float64
+        base = self._output if own or self._in_other is None else self._in_other
         tolerance = _EXACT if exact else 0.0
 
         def first(after: int, only: str) -> int | None:

@@ -87,7 +87,7 @@ def _ways(given: Timed) -> Iterator[Tensor]:
     changes: Sequence[Change]
     if tensor.dtype is torch.bool:
         changes = (permuted, _negated)
-    elif tensor.is_floating_point() or tensor.is_complex():
+    elif inexact(tensor):
         changes = (permuted, _shifted(1), _shifted(-1))
     else:
         changes = (permuted, _next)
@@ -148,7 +148,7 @@ def difference(one: Timed, other: Tensor, until: int) -> float:
     mine, theirs = one.data[known], other[known]
     if torch.equal(mine, theirs):
         return 0.0
-    if not (mine.is_floating_point() or mine.is_complex()):
+    if not inexact(mine):
         return float((mine != theirs).any())
     same = (mine == theirs) | (mine.isnan() & theirs.isnan())
     apart = (mine.to(_wide(mine)) - theirs.to(_wide(mine))).abs()[~same]
@@ -158,9 +158,14 @@ def difference(one: Timed, other: Tensor, until: int) -> float:
     return largest / scale if scale else float("inf")
 
 
+def inexact(tensor: Tensor) -> bool:
+    """Tell whether the entries are numbers that may be rounded, and no whole ones or booleans."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _largest(tensor: Tensor) -> float:
     """Return the largest magnitude of the finite entries; of whole numbers 1."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not inexact(tensor):
         return 1.0
     finite = tensor[tensor.isfinite()].abs()
     return float(finite.max()) if finite.numel() else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gradwatch.checks.batch import Call, arguments, call_in_training_step
+from gradwatch.checks.batch import Call, arguments, call_in_training_step, refuse
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.misread_words import explain_padding
 from gradwatch.detectors.time_words import words_of_horizon
@@ -166,12 +166,7 @@ def _measured(
     wanted: Input,
 ) -> tuple[SequenceStats, str, Call]:
     """Return the horizon of a model, the name of its sequence module, and the call that was measured."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if output is not None and not callable(output):
-        raise TypeError(
-            f"output must be a function from what the model returned to a tensor, or None, got {output!r:.80}"
-        )
+    refuse(model, output)
     call = Call(model, *arguments(model, batch))
     try:
         gain = model_gain(*call, timesteps=timesteps, output=output)

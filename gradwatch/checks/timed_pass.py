@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.checks.batch import Call
-from gradwatch.checks.futures import Timed, along, first_difference, swapped, when_packed
+from gradwatch.checks.futures import Timed, along, first_difference, inexact, swapped, when_packed
 from gradwatch.model.arguments import is_called, labelled, positional_names
 from gradwatch.model.forward_hooks import listening
 from gradwatch.model.layers import named_modules
@@ -87,8 +87,8 @@ class TimedPass:
         self._lengths = {one.steps for one, _ in every if one.steps > 2}
         self._leaf, self._graph, self.output, self.outputs = self._timed_output(returned, every, number)
         self.inputs = self._as_long([one for one, _ in every], wanted)
-        self._long = [(one, its) for one, its in every if one in self.inputs]
         """Those whose future is changed."""
+        self._long = [(one, its) for one, its in every if one in self.inputs]
         floats = [p for p in (*self._model.parameters(), *(one.data for one in self.inputs)) if p.is_floating_point()]
         self.dtype = floats[0].dtype if floats else torch.float32
         self.whole = Place("", self._model, None)
@@ -162,8 +162,7 @@ class TimedPass:
         for at, leaf in enumerate(every):
             if (when := self._when(leaf, inputs)) is not None:
                 passed_on = storage_of(data_of(leaf)) in self._tap.inputs.storages
-                whole = not (data_of(leaf).is_floating_point() or data_of(leaf).is_complex())
-                found.append((passed_on or whole, at, leaf, when))
+                found.append((passed_on or not inexact(data_of(leaf)), at, leaf, when))
         if not found:
             shapes = ", ".join(str(tuple(data_of(leaf).shape)) for leaf in every) or "no tensor"
             steps = " or ".join(str(steps) for steps in dict.fromkeys(one.steps for one, _ in inputs))
@@ -193,9 +192,7 @@ class TimedPass:
             raise TypeError(f"output must give a tensor, got {type(chosen).__name__}")
         return [chosen]
 
-    def _when(
-        self, leaf: Tensor | PackedSequence, inputs: Sequence[tuple[Timed, ModelInput]], likely: int | None = None
-    ) -> Tensor | None:
+    def _when(self, leaf: Tensor | PackedSequence, inputs: Sequence[tuple[Timed, ModelInput]]) -> Tensor | None:
         """Return the timesteps of a tensor: along the dimension that an input's time has come to, or one as long."""
         if isinstance(leaf, PackedSequence):
             return when_packed(leaf)
@@ -206,7 +203,7 @@ class TimedPass:
                 return along(leaf, dim)
         for one, its in inputs:
             time = self._times.get(its.number)
-            first = [likely] if likely is not None else [] if time is None else [time.dim]
+            first = [] if time is None else [time.dim]
             order = [dim for dim in dict.fromkeys((*first, 1, *range(leaf.dim()))) if dim < leaf.dim()]
             dim = next((dim for dim in order if leaf.shape[dim] == one.steps > 1), None)
             if dim is not None:

@@ -13,7 +13,8 @@ from typing import Any
 from gradwatch.values.thresholds import Thresholds
 
 _KEYS = ("thresholds", "ignore", "fail-on")
-_SEVERITIES = ("info", "warning", "error", "never")
+FAIL_ON = ("info", "warning", "error", "never")
+"""From which severity on something fails."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def _configuration(content: Any) -> Configuration:  # noqa: ANN401  (what a file
     if not isinstance(ignore, list) or not all(isinstance(one, str) for one in ignore):
         raise TypeError(f'ignore must be a list of strings, such as "GW101:encoder.*", got {ignore!r:.80}')
     fail_on = content.get("fail-on")
-    if fail_on is not None and fail_on not in _SEVERITIES:
-        raise ValueError(f"fail-on must be one of {', '.join(_SEVERITIES)}, got {fail_on!r:.80}")
+    if fail_on is not None and fail_on not in FAIL_ON:
+        raise ValueError(f"fail-on must be one of {', '.join(FAIL_ON)}, got {fail_on!r:.80}")
     return Configuration(Thresholds(**{**plain, **given}), tuple(ignore), fail_on)
 
 

@@ -8,22 +8,21 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree as ET
 
+from gradwatch.sinks.formats import judged
 from gradwatch.sinks.formats.document import number
-from gradwatch.sinks.formats.github import command
+from gradwatch.sinks.formats.github import LEVELS, command
 from gradwatch.sinks.formats.junit import written
 from gradwatch.sinks.formats.markdown import escaped, table
 from gradwatch.sinks.log import one_line
 from gradwatch.values.comparison import Change, Comparison
-from gradwatch.values.report import Severity
 
 FORMAT = 1
-_LEVELS = {Severity.INFO: "notice", Severity.WARNING: "warning", Severity.ERROR: "error"}
 _CASES = ("horizon", "gradient", "sensitivity", "dead", "gone", "new", "kind", "renamed", "alert", "cleared", "cost")
 
 
 def fails(change: Change, fail_on: str) -> bool:
     """Tell whether a change is grave enough to fail."""
-    return fail_on != "never" and change.severity >= Severity(fail_on)
+    return judged.fails(change.severity, fail_on)
 
 
 def text(found: Mapping[str, Comparison]) -> str:
@@ -81,7 +80,7 @@ def markdown(found: Mapping[str, Comparison], fail_on: str) -> str:
 def commands(found: Mapping[str, Comparison]) -> str:
     """Return annotations of GitHub's workflows."""
     return "\n".join(
-        command(_LEVELS[change.severity], {"title": f"{change.what}: {change.place or 'the model'}"}, str(change))
+        command(LEVELS[change.severity], {"title": f"{change.what}: {change.place or 'the model'}"}, str(change))
         for one in found.values()
         for change in one.changes
     )

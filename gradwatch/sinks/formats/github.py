@@ -10,7 +10,7 @@ from gradwatch.sinks.formats.judged import Judged, gravest, lines, title
 from gradwatch.sinks.log import printable
 from gradwatch.values.report import Alert, Severity
 
-_LEVELS = {Severity.INFO: "notice", Severity.WARNING: "warning", Severity.ERROR: "error"}
+LEVELS = {Severity.INFO: "notice", Severity.WARNING: "warning", Severity.ERROR: "error"}
 SUMMARY = "GITHUB_STEP_SUMMARY"
 """The variable that names the file to which a step's summary is appended."""
 
@@ -23,7 +23,7 @@ def commands(found: Sequence[Judged]) -> list[str]:
 def _annotation(one: Judged, alert: Alert) -> str:
     properties = {**_location(one, alert), "title": title(alert)}
     said = "\n".join([*([f"run {one.name}"] if one.name else []), *lines(alert)])
-    return command(_LEVELS[gravest(alert)], properties, said)
+    return command(LEVELS[gravest(alert)], properties, said)
 
 
 def command(name: str, properties: Mapping[str, str], message: str) -> str:

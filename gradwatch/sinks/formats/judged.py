@@ -12,9 +12,6 @@ from gradwatch.values.report import Alert, Severity
 if TYPE_CHECKING:
     from gradwatch.sinks.record import Run
 
-FAIL_ON = ("info", "warning", "error", "never")
-"""From which severity on an alert fails a run."""
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -32,18 +29,22 @@ def judged(runs: Mapping[str, Run], fail_on: str, *, every: bool = False) -> lis
 
     Args:
         runs: by name.
-        fail_on: one of `FAIL_ON`.
+        fail_on: one of `gradwatch.values.configuration.FAIL_ON`.
         every: whether alerts for information are shown too.
 
     """
-    limit = None if fail_on == "never" else Severity(fail_on)
-    least = Severity.INFO if every or limit is Severity.INFO else Severity.WARNING
+    least = Severity.INFO if every or fail_on == "info" else Severity.WARNING
     found = []
     for name, run in runs.items():
-        failing = tuple(a for a in run.alerts if limit is not None and gravest(a) >= limit)
+        failing = tuple(a for a in run.alerts if fails(gravest(a), fail_on))
         shown = tuple(sorted((a for a in run.alerts if gravest(a) >= least), key=gravest, reverse=True))
         found.append(Judged(name if len(runs) > 1 else "", run, failing, shown))
     return found
+
+
+def fails(severity: Severity, fail_on: str) -> bool:
+    """Tell whether what has this severity fails."""
+    return fail_on != "never" and severity >= Severity(fail_on)
 
 
 def gravest(alert: Alert) -> Severity:
