@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gradwatch.checks.causal import assert_causal, causal
     from gradwatch.checks.causal_features import assert_causal_features
     from gradwatch.checks.check import assert_healthy, check
+    from gradwatch.checks.cures.cure import Cure, Cures, cure
+    from gradwatch.checks.cures.trial import Outcome
     from gradwatch.checks.horizon import assert_horizon, horizon
     from gradwatch.checks.profile import assert_profile, profile
     from gradwatch.checks.trains import assert_trains
@@ -45,6 +47,8 @@ _HOMES = {
     "checks.causal": ("assert_causal", "causal"),
     "checks.causal_features": ("assert_causal_features",),
     "checks.check": ("assert_healthy", "check"),
+    "checks.cures.cure": ("Cure", "Cures", "cure"),
+    "checks.cures.trial": ("Outcome",),
     "checks.horizon": ("assert_horizon", "horizon"),
     "checks.profile": ("assert_profile", "profile"),
     "checks.trains": ("assert_trains",),
@@ -80,6 +84,8 @@ __all__ = [
     "Causality",
     "Change",
     "Comparison",
+    "Cure",
+    "Cures",
     "Detector",
     "Explanation",
     "Finding",
@@ -92,6 +98,7 @@ __all__ = [
     "Leak",
     "ModelInfo",
     "OptimizerInfo",
+    "Outcome",
     "ParameterInfo",
     "Profile",
     "Record",
@@ -114,6 +121,7 @@ __all__ = [
     "causal",
     "check",
     "compare",
+    "cure",
     "horizon",
     "profile",
     "profile_of",

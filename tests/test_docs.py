@@ -16,8 +16,9 @@ from interpreters import warm
 import gradwatch as package
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+API = ROOT / "docs" / "api.md"
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page != API)]
+TEXTS = [*PAGES, API, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def snippets(page: Path) -> list[str]:
@@ -37,6 +38,11 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, tmp_path, monkeypa
             test(package)
 
 
+def test_the_page_of_public_names_is_what_their_docstrings_make():
+    made = runpy.run_path(str(API.with_suffix(".py")))["page"]()
+    assert API.read_text(encoding="utf-8") == made, "python docs/api.py writes it anew"
+
+
 def test_there_are_snippets():
     assert all(snippets(page) for page in PAGES)
 
@@ -52,6 +58,21 @@ def test_the_first_snippet_of_the_readme_alerts(tmp_path, monkeypatch, capsys):
     assert shown is not None
     assert _words(shown[1]) in _words(printed)
     assert [a.finding.code for a in package.read_run("runs/mine").alerts] == ["GW101"]
+
+
+def test_what_the_page_says_of_a_cure_is_what_is_printed(capsys):
+    code = next(s for s in snippets(ROOT / "docs" / "ci.md") if "gradwatch.cure(" in s)
+    exec(code, {"torch": torch, "gradwatch": package})
+    shown = (ROOT / "docs" / "ci.md").read_text(encoding="utf-8").split("```text\nGW101 vanishing-depth: 0 to 14")[1]
+    printed = capsys.readouterr().out
+    lines = [without_losses(line) for line in shown.split("```")[0].splitlines()[1:] if line.strip(" .")]
+    assert len(lines) > 5
+    assert [line for line in lines if line not in map(without_losses, printed.splitlines())] == []
+
+
+def without_losses(line: str) -> str:
+    """Leave out what another processor may compute a little differently."""
+    return re.sub(r"loss at the end .*", "", line)
 
 
 def test_a_detector_of_ones_own_takes_five_lines(tmp_path, monkeypatch):

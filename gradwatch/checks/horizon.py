@@ -12,7 +12,7 @@ from torch import nn
 from gradwatch.checks.batch import Call, arguments, call_in_training_step, refuse
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.misread_words import explain_padding
-from gradwatch.detectors.time_words import words_of_horizon
+from gradwatch.detectors.time_words import explain_short, too_short
 from gradwatch.model.arguments import is_called, positional_names
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
@@ -20,7 +20,7 @@ from gradwatch.timesteps.kinds import is_recurrent, recurrence_of
 from gradwatch.timesteps.model_gain import Timesteps
 from gradwatch.timesteps.model_pass import model_gain, recurrence_facts
 from gradwatch.values.chain import limiting, narrowed_before
-from gradwatch.values.report import Explanation, GradientHealthError
+from gradwatch.values.report import Finding, GradientHealthError
 from gradwatch.values.sequences import SequenceStats, sentence, whose
 from gradwatch.values.snapshot import Fact
 
@@ -75,7 +75,7 @@ def horizon(
             checkpointing).
 
     """
-    return _measured(model, batch, output, timesteps, input)[0]
+    return measured(model, batch, output, timesteps, input)[0]
 
 
 def assert_horizon(
@@ -107,7 +107,7 @@ def assert_horizon(
         raise TypeError(f"at_least must be a whole number of timesteps, got {at_least!r}")
     if at_least < 1:
         raise ValueError(f"at_least must be at least 1, got {at_least}")
-    found, place, call = _measured(model, batch, output, timesteps, input)
+    found, place, call = measured(model, batch, output, timesteps, input)
     stats = dataclasses.replace(found, need=at_least)
     reach = stats.reach
     if reach is None:
@@ -128,7 +128,9 @@ def assert_horizon(
         return stats
     if reach.censored:
         raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
-    raise GradientHealthError(horizon_error(stats, _words(stats, at_least, call, place, named_modules(model)[place])))
+    raise GradientHealthError(
+        horizon_error(stats, explain_short(shortfall(stats, at_least, call, place, named_modules(model)[place])))
+    )
 
 
 def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
@@ -144,26 +146,28 @@ def _refuse_to_guess(stats: SequenceStats, need: int) -> None:
         raise ValueError(f"which input needs {need} timesteps must be said with input=: {said}")
 
 
-def _words(stats: SequenceStats, need: int, call: Call, place: str, module: nn.Module) -> Explanation:
-    """Return why a horizon is too short, and what to do about it; `module` is the sequence module at a place."""
-    if (narrowed := narrowed_before(stats)) is not None:
-        return words_of_horizon(stats, need, place=narrowed.around or narrowed.before)
-    if not is_recurrent(module):
-        return words_of_horizon(
-            stats, need, place=limiting(stats) or ("" if isinstance(module, nn.Embedding) else place)
-        )
+def shortfall(stats: SequenceStats, need: int | None, call: Call, place: str, module: nn.Module) -> Finding:
+    """Return the finding that a horizon is too short, with its cause; `module` is the sequence module at a place."""
     facts: tuple[Fact, ...] = ()
-    with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
-        facts = recurrence_facts(*call, place, module)
-    return words_of_horizon(stats, need, facts, place=place, kind=recurrence_of(module))
+    kind, found = None, stats.reach
+    assert found is not None  # the callers have looked
+    if (narrowed := narrowed_before(stats)) is not None:
+        place = narrowed.around or narrowed.before
+    elif not is_recurrent(module):
+        place = limiting(stats) or ("" if isinstance(module, nn.Embedding) else place)
+    else:
+        kind = recurrence_of(module)
+        with contextlib.suppress(Exception):  # a cause that cannot be measured must not stand in the way of the verdict
+            facts = recurrence_facts(*call, place, module)
+    return too_short(stats, found, facts, place=place or stats.module, kind=kind, need=need)
 
 
-def _measured(
+def measured(
     model: nn.Module,
     batch: Any,  # noqa: ANN401  (whatever the model takes)
-    output: Callable[[Any], Any] | None,
-    timesteps: Timesteps,
-    wanted: Input,
+    output: Callable[[Any], Any] | None = None,
+    timesteps: Timesteps = "auto",
+    wanted: Input = None,
 ) -> tuple[SequenceStats, str, Call]:
     """Return the horizon of a model, the name of its sequence module, and the call that was measured."""
     refuse(model, output)

@@ -90,8 +90,21 @@ class Training(NamedTuple):
     loss: Loss
 
 
-def trained(training: Training, data: Iterable[Any], steps: int, options: Options) -> Run:
+def trained(
+    training: Training,
+    data: Iterable[Any],
+    steps: int,
+    options: Options,
+    before_step: Callable[[int, Watcher], None] = lambda *_: None,
+) -> Run:
     """Train so many steps under watch, put all back, and return what was measured.
+
+    Args:
+        training: what trains.
+        data: as for `assert_trains`.
+        steps: as for `assert_trains`.
+        options: of the watcher.
+        before_step: called with the number of each step when its gradients are complete.
 
     Raises:
         ValueError: the loss is not a scalar with a graph, or the data end early.
@@ -106,7 +119,7 @@ def trained(training: Training, data: Iterable[Any], steps: int, options: Option
         torch.enable_grad(),
         Watcher(model, optimizers, dataclasses.replace(options, sinks=[reports.append])) as watcher,
     ):
-        for batch in _batches(data, steps):
+        for step, batch in enumerate(batches(data, steps)):
             for optimizer in optimizers:
                 optimizer.zero_grad()
             value = loss(model, batch)
@@ -115,6 +128,7 @@ def trained(training: Training, data: Iterable[Any], steps: int, options: Option
                 raise ValueError(f"the loss must be a scalar tensor that depends on the parameters, got {given}")
             value.backward()  # type: ignore[no-untyped-call]  # torch's
             watcher.record(value)
+            before_step(step, watcher)
             for optimizer in optimizers:
                 optimizer.step()
     return _run_of(reports)
@@ -153,7 +167,7 @@ def _made(setup: Any) -> Training:  # noqa: ANN401  (whatever a user hands over)
             raise TypeError(
                 f"setup must hold an optimizer beside the model ({type(model).__name__}), or a LightningModule"
             )
-        return Training(model, _configured(model), lambda m, batch: _scalar(m.training_step(batch, 0)))  # type: ignore[operator]
+        return Training(model, _configured(model), _of_step)
     loss = parts[2] if len(parts) == 3 else _own_loss
     if not callable(loss):
         raise TypeError(f"loss must be a function of the model and a batch, got {type(loss).__name__}")
@@ -187,7 +201,7 @@ def _scalar(returned: Any) -> Tensor:  # noqa: ANN401  (a tensor, or what has on
     return loss
 
 
-def _batches(data: Iterable[Any], steps: int) -> Iterator[Any]:
+def batches(data: Iterable[Any], steps: int) -> Iterator[Any]:
     """Yield so many batches.
 
     Raises:

@@ -12,7 +12,6 @@ from gradwatch.values.sequences import (
     Horizon,
     RecurrenceName,
     SequenceStats,
-    reach_of,
     sentence,
     subject,
     whose,
@@ -99,30 +98,6 @@ def too_short(
     return Finding("GW301", "vanishing-time", severity, place, lag=found.timesteps, evidence=known, names=names)
 
 
-def words_of_horizon(
-    stats: SequenceStats, need: int, facts: Iterable[Fact] = (), *, place: str = "", kind: RecurrenceName | None = None
-) -> Explanation:
-    """Return what a horizon that was measured on one batch means, where the need is longer.
-
-    Args:
-        stats: what was measured; with a finite `lag_gain`.
-        need: how many of the newest timesteps matter.
-        facts: measured causes.
-        place: name of the sequence module, if it is known: only its facts count, and the remedy names it.
-        kind: what it is.
-
-    Raises:
-        ValueError: there is no horizon to tell of.
-
-    """
-    facts = list(facts)
-    found = reach_of(stats)
-    if found is None:
-        raise ValueError(f"stats must have a finite lag_gain, got {stats.lag_gain!r:.80}")
-    place = place or stats.module or next((f.place for f in facts), "")
-    return explain_short(too_short(stats, found, facts, place=place, kind=kind, need=need))
-
-
 def explain_short(finding: Finding) -> Explanation:
     """Say what a short horizon is, where it comes from, and the cures."""
     evidence, names = finding.evidence, finding.names
@@ -158,7 +133,7 @@ def explain_growth(finding: Finding) -> Explanation:
         f"scale the recurrent weights of {finding.place or 'the recurrent module'} down or initialize them as an"
         " orthogonal matrix (torch.nn.init.orthogonal_)"
     )
-    if _kind(finding) not in ("LSTM", "GRU"):
+    if kind_of(finding) not in ("LSTM", "GRU"):
         remedy += ", use an LSTM or GRU in its place"
     return Explanation(message, cause, f"{remedy}, clip the gradient norm, or feed it shorter windows")
 
@@ -221,7 +196,7 @@ def explain_unjudged(finding: Finding) -> Explanation:
     )
 
 
-def _kind(finding: Finding) -> str:
+def kind_of(finding: Finding) -> str:
     """Return LSTM, GRU, RNN or "": what the module is known to be, or what only one of them has a fact of."""
     marks = {"LSTM": "forget_gate", "GRU": "update_gate", "RNN": "saturation"}
     return finding.names.get("kind") or next((kind for kind, mark in marks.items() if mark in finding.evidence), "")
@@ -265,7 +240,7 @@ def _open(evidence: Mapping[str, float], gate: Literal["forget_gate", "update_ga
     return keeps(evidence.get(gate, 0.0), evidence["horizon"])
 
 
-def _gates_shut(evidence: Mapping[str, float]) -> bool:
+def gates_shut(evidence: Mapping[str, float]) -> bool:
     """Tell whether nearly all gates stand at an end, where their derivative is next to nothing."""
     return "saturation" not in evidence and evidence.get("saturated_gates", 0.0) >= MOSTLY_DEAD
 
@@ -276,7 +251,7 @@ def _adds_up(evidence: Mapping[str, float]) -> str:
 
 
 def _why_it_shrinks(evidence: Mapping[str, float]) -> str:
-    if _gates_shut(evidence):
+    if gates_shut(evidence):
         return f"{evidence['saturated_gates']:.0%} of its gates are saturated, at 0 or 1"
     if _open(evidence, "forget_gate"):
         kept, full = f"its forget gates keep {evidence['forget_gate']:.2f} of the cell", evidence.get("cell_saturation")
@@ -326,8 +301,8 @@ def _lengthen(finding: Finding) -> str:
 
 
 def _cure(finding: Finding, need: float | None) -> str:
-    name, kind = finding.place or "the recurrent module", _kind(finding)
-    if _gates_shut(finding.evidence):
+    name, kind = finding.place or "the recurrent module", kind_of(finding)
+    if gates_shut(finding.evidence):
         return f"standardize the input of {name}, feature by feature; where that is done, smaller weights of {name}"
     around = "a skip connection or attention from the timesteps that matter, or shorter windows"
     bias = (

@@ -42,7 +42,8 @@ def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimi
     states, defaults = getattr(optimizer, "state", None), getattr(optimizer, "defaults", None)
     first = next(iter(states.values()), None) if isinstance(states, Mapping) else None
     kept = set(first) if isinstance(first, Mapping) else set()
-    eps = defaults.get("eps") if isinstance(defaults, Mapping) else None
+    options = [*getattr(optimizer, "param_groups", ()), *([defaults] if isinstance(defaults, Mapping) else [])]
+    eps = next((group["eps"] for group in options if isinstance(group, Mapping) and "eps" in group), None)
     return OptimizerInfo(
         kind,
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),

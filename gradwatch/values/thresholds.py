@@ -76,6 +76,14 @@ GROWTH_LAGS = 10
 GROWTH_TO_INFINITY = 1e3
 """Growth before infinity that makes it an explosion: a derivative that does not exist comes without any."""
 
+# --- what has helped ---
+
+CURE_MARGIN = 0.05
+"""Share of all that the loss has fallen by which a treated copy must differ from its untouched twin, on the same
+batches, to be better or worse."""
+HORIZON_LONGER = 2.0
+"""How many times as long a horizon must be to be longer for a remedy: estimates differ by less."""
+
 # --- what accounts for a fault ---
 
 TANH_GAIN = 5 / 3

@@ -297,6 +297,13 @@ def test_fail_on(top, out, limit, status):
     assert "GW101" in out("check", top / "sick", "--fail-on", limit)[1]
 
 
+def test_a_pattern_that_fits_no_rule_is_told_of(top, capsys):
+    assert main(["check", str(top / "sick"), "--ignore", "GW1O1"]) == 1
+    assert capsys.readouterr().err == "gradwatch: 'GW1O1' mutes nothing: there is no such rule\n"
+    assert main(["check", str(top / "sick"), "--ignore", "GW1*:stack.*"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_ignore_mutes_what_is_recorded(top, out):
     assert out("check", top / "sick", "--ignore", "GW101")[0] == 0
     assert out("check", top / "sick", "--ignore", "GW101:stack.*")[0] == 0

@@ -14,7 +14,7 @@ from rich.console import Console
 from truth import gain
 
 from gradwatch import LayerInfo, ModelInfo, ParameterInfo, Record, Report, Snapshot
-from gradwatch.detectors.time_words import words_of_horizon
+from gradwatch.detectors.time_words import explain_short, too_short
 from gradwatch.sinks.terminal import page as terminal
 from gradwatch.sinks.terminal.depth_profile import DepthProfile
 from gradwatch.sinks.terminal.errors import horizon_error
@@ -25,8 +25,10 @@ from gradwatch.values.snapshot import Fact
 MODEL = ModelInfo((LayerInfo("rnn", "RNN", 0),), (ParameterInfo("rnn.w", "rnn", (2,), "float32", 0, "weight"),))
 
 
-def error(stats: SequenceStats, need: int, *facts, **place) -> str:
-    return horizon_error(replace(stats, need=need), words_of_horizon(stats, need, *facts, **place))
+def error(stats: SequenceStats, need: int, facts=(), *, place="", **kind) -> str:
+    place = place or stats.module or next((fact.place for fact in facts), "")
+    finding = too_short(stats, stats.reach, facts, place=place, need=need, **kind)
+    return horizon_error(replace(stats, need=need), explain_short(finding))
 
 
 RNN = SequenceStats("rnn", length=250, rows=8, lag_gain=gain(0.64, 250))
@@ -244,11 +246,6 @@ def test_the_error_without_facts_says_so_and_gives_a_remedy_all_the_same():
         error(SequenceStats("", "model", 250, lag_gain=gain(0.64, 250)), 200).split()
     )
     assert "set the update-gate bias of rnn to 5.3" in " ".join(error(RNN, 200, (), place="rnn", kind="GRU").split())
-
-
-def test_an_error_about_nothing_is_refused():
-    with pytest.raises(ValueError, match="stats must have a finite lag_gain, got None"):
-        words_of_horizon(SequenceStats("rnn"), 200)
 
 
 # --- the command ---

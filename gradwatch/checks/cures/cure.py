@@ -1,0 +1,384 @@
+"""The cure, tried: each remedy that an alert names, on a copy of the model, beside a twin that is left as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.checks.batch import Call, arguments, refuse
+from gradwatch.checks.cures.changes import NotTried
+from gradwatch.checks.cures.trial import OF_THE_MODEL, Outcome, Ward, copied
+from gradwatch.checks.horizon import shortfall
+from gradwatch.checks.trains import batches
+from gradwatch.detectors.remedies import NOT_TRIED, Remedy, remedies
+from gradwatch.detectors.time_words import explain_short
+from gradwatch.model.layers import named_modules
+from gradwatch.model.rerun import as_it_was
+from gradwatch.values.report import Alert, Severity
+from gradwatch.values.sequences import Horizon
+from gradwatch.values.thresholds import CURE_MARGIN, HORIZON_LONGER, Thresholds
+from gradwatch.watcher.options import Options
+from gradwatch.watcher.watch import its_optimizers
+
+_SHOWN = 4
+"""Lines of code that are shown of one remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cure:
+    """One remedy against one alert: what came of it."""
+
+    alert: Alert
+    remedy: Remedy
+    """What was to be tried: an action, places, a value; `str(remedy)` is that in a few words."""
+    lines: tuple[str, ...]
+    """What a user would change in the code, each line with + or - before it; `model` is the model."""
+    before: Outcome
+    """Of the untouched twin."""
+    after: Outcome | None
+    """None where it was not tried."""
+    why_not: str = ""
+    """Why it was not tried."""
+    change: Callable[[nn.Module], object] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """What `apply` does; None for what changes the training loop, and what was not tried."""
+
+    @property
+    def gone(self) -> bool:
+        """Whether the alert is not there any more."""
+        if self.after is None:
+            return False
+        if self.alert.finding.code == "GW301":
+            evidence = self.alert.finding.evidence
+            return _long_enough(self.after.horizon, evidence.get("need", evidence["length"]))
+        return all(alert.finding.code != self.alert.finding.code for alert in self.after.alerts)
+
+    @property
+    def helped(self) -> bool:
+        """Whether it helped: the alert is gone, or its horizon is much longer, and the loss is not worse for it.
+
+        Against an alert that is not about time it also helped if the loss is lower, though the alert stays.
+        """
+        if self.after is None:
+            return False
+        better, about_time = self._better(), self.alert.finding.code == "GW301"
+        return (self.eased and better >= 0) or (better > 0 and not about_time)
+
+    @property
+    def eased(self) -> bool:
+        """Whether the alert is gone, or its horizon is much longer; the loss may be worse for it."""
+        old, new = self.before.horizon, None if self.after is None else self.after.horizon
+        if self.alert.finding.code != "GW301" or old is None or new is None:
+            return self.gone
+        return self.gone or new.timesteps >= HORIZON_LONGER * old.timesteps
+
+    def _better(self) -> int:
+        """Tell whether the loss is lower than that of the twin (1), higher (-1), or much the same (0)."""
+        if self.after is None or self.before.loss is None or self.after.loss is None:
+            return 0
+        was, now = self.before.loss, self.after.loss
+        if not math.isfinite(now):
+            return 0 if not math.isfinite(was) else -1
+        if not math.isfinite(was):
+            return 1 if self.before.first is None or now <= self.before.first else 0
+        fell = max(abs((self.before.first or 0.0) - min(was, now)), 1e-12 * abs(was))
+        return 0 if abs(was - now) <= CURE_MARGIN * fell else 1 if now < was else -1
+
+    def apply(self, model: nn.Module) -> None:
+        """Do it to a model in place: one of the same modules and names as that which it was tried on.
+
+        An optimizer that was made before does not know of parameters that are new: make it after this.
+
+        Raises:
+            ValueError: it is a change of the training loop, or was not tried.
+
+        """
+        if self.change is None:
+            what = f"was not tried: {self.why_not}" if self.why_not else "is a change of the training, not of the model"
+            raise ValueError("\n".join([f"'{self.remedy}' {what}", *self.lines]))
+        refuse(model, None)
+        try:
+            self.change(model)
+        except NotTried as error:
+            raise ValueError(f"'{self.remedy}' cannot be done to this model: {error}") from error
+
+    def __str__(self) -> str:
+        """Return remedy, outcome and verdict in one line."""
+        if self.after is None:
+            return f"not tried: {self.remedy}: {self.why_not}"
+        verdict = "helped" if self.helped else "helped, but not the loss" if self.eased else "did not help"
+        return f"{verdict}: {self.remedy}: {', '.join(self._numbers(self.after))}"
+
+    def _numbers(self, after: Outcome) -> list[str]:
+        said = []
+        if self.alert.finding.code == "GW301" and self.before.horizon is not None and after.horizon is not None:
+            length = after.sequences.length if after.sequences is not None else 0
+            said.append(f"horizon {self.before.horizon.timesteps} -> {after.horizon.timesteps} of {length}")
+        else:
+            said.append(f"{self.alert.finding.code} {'is gone' if self.gone else 'stays'}")
+        if self.before.loss is not None and after.loss is not None:
+            said.append(f"loss at the end {self.before.loss:.3g} -> {after.loss:.3g}")
+        known = {alert.finding.code for alert in self.before.alerts} | {self.alert.finding.code}
+        new = sorted({a.finding.code for a in after.alerts} - known)
+        return [*said, f"new: {', '.join(new)}"] if new else said
+
+
+@dataclasses.dataclass(frozen=True)
+class Cures:
+    """What was found, what was tried against it, and what helped."""
+
+    alerts: tuple[Alert, ...]
+    cures: tuple[Cure, ...]
+    steps: int | None
+    """How many steps each copy was trained; None where nothing was."""
+
+    @property
+    def best(self) -> Cure | None:
+        """The remedy that helped most: of those that helped, that with the lowest loss; None where none did.
+
+        Where nothing was trained, that after which the alert is gone, or the horizon is longest.
+        """
+
+        def rank(cure: Cure) -> tuple[float, bool, float]:
+            after = cure.after
+            assert after is not None  # it was tried
+            reach = after.horizon.timesteps if after.horizon is not None else 0
+            return (math.inf if after.loss is None else after.loss, not cure.gone, -float(reach))
+
+        return min((cure for cure in self.cures if cure.helped), key=rank, default=None)
+
+    def __str__(self) -> str:
+        """Return a list of all alerts, each with its remedies and what came of them."""
+        if not self.alerts:
+            return "nothing to cure: no alert of severity warning or higher" + (
+                f" in {self.steps} steps" if self.steps is not None else ", measured on one batch"
+            )
+        trained = "measured again on copies of the model"
+        if self.steps is not None:
+            trained += f", each trained for {self.steps} steps beside an untouched twin, on the same batches"
+        lines = [trained]
+        for alert in self.alerts:
+            lines += ["", f"{alert.finding.code} {alert.finding.kind}: {alert.message}"]
+            mine = [cure for cure in self.cures if cure.alert is alert]
+            for cure in mine:
+                lines.append(f"  {cure}")
+                lines += [f"      {line}" for line in cure.lines[:_SHOWN]]
+                if len(cure.lines) > _SHOWN:
+                    lines.append(f"      ... and {len(cure.lines) - _SHOWN} lines more")
+            if not mine:
+                why = NOT_TRIED.get(alert.finding.cause, "no remedy of it is a change of the model")
+                lines.append(f"  nothing tried: {why}; {alert.remedy}")
+        best = self.best
+        lines += ["", f"best: {best.remedy} ({best.alert.finding.code})" if best else "best: none of these helped"]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def cure(  # noqa: PLR0913  (what trains, and how it is judged)
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401  (whatever the model takes)
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    optimizer: Any = None,  # noqa: ANN401  (or several, or what makes one)
+    data: Iterable[Any] | None = None,
+    steps: int = 60,
+    horizon: int | None = None,
+    thresholds: Thresholds | None = None,
+    ignore: Sequence[str] = (),
+) -> Cures:
+    """Try the remedies that alerts name: each on a copy of the model, which is measured again, and trained.
+
+    The model, its optimizer and all random states stay as they were. With `loss` the alerts are those of a short
+    training, and each copy is trained on the same batches as an untouched twin; without, they are those of
+    `gradwatch.check`, copies are only measured again, and remedies of the training loop are not tried. In both cases
+    the model's horizon is measured first, as `gradwatch.horizon` does, where it has sequences.
+
+    Args:
+        model: one that `copy.deepcopy` can copy.
+        batch: what the model takes, as for `gradwatch.check`; or, with a loss of two arguments, what that takes.
+        loss: a function of what the model returned, as for `gradwatch.check`, or of the model and a batch, as for
+            `gradwatch.assert_trains`.
+        optimizer: that of the model, or several; or a function of parameters that makes one, such as
+            `lambda parameters: torch.optim.SGD(parameters, 0.1)`. Default: Adam as torch makes it.
+        data: batches to train on, gone through again from the beginning where there are fewer than `steps`. Default:
+            `batch` alone.
+        steps: how many each copy is trained.
+        horizon: how many of the newest timesteps matter. Default: all of the batch, where the horizon is at most half
+            of it.
+        thresholds: as for `gradwatch.watch`.
+        ignore: as for `gradwatch.watch`.
+
+    Returns:
+        The alerts, and for each remedy what came of it: `print(cures)`, `cures.best`, `cures.best.apply(model)`.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be; or as `gradwatch.check` and
+            `gradwatch.assert_trains`.
+
+    """
+    refuse(model, None)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number from 1 on, got {steps!r}")
+    if horizon is not None and (isinstance(horizon, bool) or not isinstance(horizon, int) or horizon < 1):
+        raise ValueError(f"horizon must be a whole number of timesteps from 1 on, or None, got {horizon!r}")
+    if loss is None and (optimizer is not None or data is not None):
+        raise ValueError("loss must be given where optimizer or data are: without it nothing is trained")
+    of_both = loss is not None and _takes_the_model(loss)
+    ward = Ward(
+        model,
+        None if loss is None else loss if of_both else _of_output(loss),
+        _optimizers(model, optimizer) if loss is not None else (),
+        list(batches([batch] if data is None else data, steps)) if loss is not None else (),
+        Options(
+            every_n_steps=1,
+            thresholds=Thresholds() if thresholds is None else thresholds,
+            ignore=ignore,
+            on_alert=lambda _: None,
+        ),
+        _given(model, batch, loss) if of_both else batch,
+    )
+    with as_it_was(model):  # whatever a loss does that knows the model by another way
+        return _tried(ward, horizon, steps)
+
+
+def _tried(ward: Ward, need: int | None, steps: int) -> Cures:
+    before = ward.untouched()
+    wrong = [alert for alert in before.alerts if alert.finding.code != "GW301"]
+    if (short := _too_short(ward, before, need)) is not None:
+        wrong.insert(0, short)
+    alerts = list({alert.finding.code: alert for alert in reversed(wrong)}.values())[::-1]
+    results: dict[Remedy, _Result] = {}
+    cures = []
+    for alert in alerts:
+        for remedy in _named(wrong, alert.finding.code):
+            if remedy not in results:
+                results[remedy] = _result(ward, remedy)
+            cures.append(Cure(alert, remedy, before=before, **results[remedy]._asdict()))
+    return Cures(tuple(alerts), tuple(cures), steps if ward.loss is not None else None)
+
+
+def _named(wrong: Iterable[Alert], code: str) -> Iterable[Remedy]:
+    """Return the remedies that alerts of a code name; what is found at several layers is treated at all of them."""
+    known: dict[tuple[str, str], Remedy] = {}
+    for remedy in (r for alert in wrong if alert.finding.code == code for r in remedies(alert.finding)):
+        key = (remedy.action, remedy.until)
+        old = known.setdefault(key, remedy)
+        if old.places and remedy.places and not remedy.until:
+            known[key] = dataclasses.replace(old, places=tuple(dict.fromkeys(old.places + remedy.places)))
+    return known.values()
+
+
+class _Result(NamedTuple):
+    """What came of one remedy, as fields of a `Cure`."""
+
+    lines: tuple[str, ...]
+    after: Outcome | None = None
+    why_not: str = ""
+    change: Callable[[nn.Module], object] | None = None
+
+
+def _result(ward: Ward, remedy: Remedy) -> _Result:
+    try:
+        lines, outcome = ward.treated(remedy)
+    except NotTried as reason:
+        return _Result(tuple(reason.lines), why_not=str(reason))
+    of_the_model = remedy.action in OF_THE_MODEL
+    return _Result(tuple(lines), outcome, change=(lambda model: ward.change(model, remedy)) if of_the_model else None)
+
+
+def _too_short(ward: Ward, before: Outcome, need: int | None) -> Alert | None:
+    """Return the alert that the model's horizon is too short; None where it is long enough, or not known."""
+    stats, found = before.sequences, before.horizon
+    if stats is None or found is None or found.censored or not found.sure:
+        return None
+    if need is None:
+        if found.timesteps > ward.options.thresholds.horizon_share * stats.length:
+            return None
+    elif _long_enough(found, need):
+        return None
+    call, module = Call(ward.model, *arguments(ward.model, ward.given)), named_modules(ward.model)[before.place]
+    finding = shortfall(dataclasses.replace(stats, need=need), need, call, before.place, module)
+    if need is None and not remedies(finding):
+        return None
+    severity = Severity.WARNING if need is not None else Severity.INFO
+    words = explain_short(finding)
+    finding = dataclasses.replace(finding, severity=severity)
+    return Alert(finding, 0, 0, None, words.message, words.cause, words.remedy, severity)
+
+
+def _long_enough(found: Horizon | None, need: float) -> bool:
+    return found is not None and (found.censored or max(found.timesteps, found.high) >= need)
+
+
+def _takes_the_model(loss: Callable[..., Tensor]) -> bool:
+    """Tell whether a loss takes the model and a batch, or what the model returned."""
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be a function of what the model returned, or of the model and a batch, got {loss!r:.80}"
+        )
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError:
+        return True
+    except ValueError:  # it does not tell
+        return False
+    return False
+
+
+def _of_output(loss: Callable[..., Tensor]) -> Callable[[nn.Module, Any], Tensor]:
+    def of_both(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+        args, kwargs = arguments(model, batch)
+        return loss(model(*args, **kwargs))
+
+    return of_both
+
+
+def _given(model: nn.Module, batch: Any, loss: Any) -> Any:  # noqa: ANN401
+    """Return with what a loss calls the model for a batch; None where it calls parts of it alone.
+
+    Raises:
+        TypeError: it cannot be called with the model and a batch.
+        ValueError: it does not use the model that it is given.
+
+    """
+    model, calls = copied(model), list[tuple[tuple[Any, ...], dict[str, Any]]]()
+    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    try:
+        with as_it_was(model), torch.enable_grad():
+            value = loss(model, batch)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            found = torch.autograd.grad(value, parameters, allow_unused=True)
+    except (TypeError, AttributeError) as error:  # the usual outcome where it takes an output and a target
+        raise TypeError(
+            f"loss must be a function of what the model returned, or of the model and a batch: {error}"
+        ) from error
+    if all(gradient is None for gradient in found):
+        raise ValueError("loss must depend on the parameters of the model that it is given, and does not")
+    if not calls:
+        return None
+    args, kwargs = calls[0]
+    return {**_by_name(model, args), **kwargs} if kwargs else args
+
+
+def _by_name(model: nn.Module, args: Sequence[Any]) -> Mapping[str, Any]:
+    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+
+
+def _optimizers(model: nn.Module, optimizer: Any) -> Any:  # noqa: ANN401
+    """Return the optimizers of a model, or what makes one.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+
+    """
+    if optimizer is None:
+        return torch.optim.Adam
+    if callable(optimizer) and not hasattr(optimizer, "param_groups"):
+        return optimizer
+    return its_optimizers(model, optimizer)
