@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradwatch.detectors import DETECTORS
     from gradwatch.detectors.rule import Rule
     from gradwatch.sinks.record import Record, Run, read_run, read_runs
-    from gradwatch.sinks.tensorboard import TensorBoardSink
+    from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
     from gradwatch.values.causality import Causality, Leak
     from gradwatch.values.comparison import Change, Comparison, compare
     from gradwatch.values.history import Detector, History
@@ -55,7 +55,7 @@ _HOMES = {
     "detectors": ("DETECTORS",),
     "detectors.rule": ("Rule",),
     "sinks.record": ("Record", "Run", "read_run", "read_runs"),
-    "sinks.tensorboard": ("TensorBoardSink",),
+    "sinks.tensorboard": ("TensorBoardSink", "scalars"),
     "values.causality": ("Causality", "Leak"),
     "values.comparison": ("Change", "Comparison", "compare"),
     "values.history": ("Detector", "History"),
@@ -127,6 +127,7 @@ __all__ = [
     "profile_of",
     "read_run",
     "read_runs",
+    "scalars",
     "watch",
 ]
 

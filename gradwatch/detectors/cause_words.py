@@ -60,7 +60,7 @@ def _spectral(finding: Finding) -> str:
 def _dead(finding: Finding) -> tuple[str, str]:
     at = _at(finding)
     cause = f"{finding.evidence['dead']:.0%} of the units of {at} are dead: 0 for every input"
-    return cause, f"revive {at}: zero its bias, lower the learning rate, or use LeakyReLU after it"
+    return cause, f"revive {at}: zero its bias, or use LeakyReLU after it; a lower learning rate kills fewer"
 
 
 def _weak(finding: Finding) -> tuple[str, str]:
@@ -159,7 +159,7 @@ def _update(finding: Finding) -> tuple[str, str]:
         f"at step {evidence['when']:.0f} an update changed the weights of {_at(finding)} by {evidence['update']:.2g}"
         f" times their own size{now}"
     )
-    return cause, "lower the learning rate or warm it up, or clip the gradient norm"
+    return cause, "clip the gradient norm, or lower the learning rate or warm it up"
 
 
 def _ends(finding: Finding) -> str:

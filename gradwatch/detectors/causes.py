@@ -261,6 +261,7 @@ def _of_zero_weights(history: History, finding: Finding, zeros: Sequence[str]) -
     """Say whose weights are 0, and of a single layer what comes after it."""
     function = functions(history).get(zeros[0]) if len(zeros) == 1 else None
     names = {"at": " and ".join(zeros), **({} if function is None else {"activation": function})}
+    names |= {f"zero_{i}": name for i, name in enumerate(zeros)}
     return with_cause(finding, "zero_weights", {"zeros": float(len(zeros))}, names)
 
 

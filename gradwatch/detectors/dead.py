@@ -109,7 +109,7 @@ def _explain(finding: Finding) -> Explanation:
     units, count = evidence["units"], evidence["layers"]
     whose = place if count == 1 else names["worst"]
     more = f" (and most of {place} to {names['last']}, {count:.0f} layers)" if count > 1 else ""
-    otherwise = f"LeakyReLU after {place}, a bias of zero, a lower learning rate, or normalization before its ReLU"
+    otherwise = f"a bias of zero, LeakyReLU after {place}, normalization before its ReLU, or a lower learning rate"
     if has_both(finding):
         otherwise = WARM_UP
     cause, remedy = said(finding, otherwise)

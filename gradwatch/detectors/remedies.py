@@ -11,7 +11,17 @@ from gradwatch.detectors.cause_words import has_both
 from gradwatch.detectors.causes import Cause
 from gradwatch.detectors.time_words import gates_shut, keeps, kind_of
 from gradwatch.values.report import Finding
-from gradwatch.values.thresholds import SOUND_UPDATE
+from gradwatch.values.thresholds import (
+    CLIPPED_AT,
+    EPSILON_SHARE,
+    FASTER_RATE,
+    LARGER_LOSS,
+    LARGEST_LOSS,
+    NAMED,
+    REMEMBERED,
+    SLOWER_RATE,
+    SOUND_UPDATE,
+)
 
 Action = Literal[
     "forget_and_input_bias",
@@ -57,7 +67,8 @@ class Remedy:
 
     def __str__(self) -> str:
         """Return it in a few words."""
-        of = " and ".join(self.places[:3]) + (f" and {len(self.places) - 3} more" if len(self.places) > 3 else "")
+        more = len(self.places) - NAMED
+        of = " and ".join(self.places[:NAMED]) + (f" and {more} more" if more > 0 else "")
         at = f" of {of}{f' to {self.until}' if self.until else ''}" if of else ""
         return _WORDS[self.action].format(at=at, value=self.value or 0.0)
 
@@ -90,9 +101,9 @@ _WORDS: Mapping[Action, str] = {
     "scale_loss": "loss times {value:.2g}",
 }
 
-CLIP = Remedy("clip", value=1.0)
+CLIP = Remedy("clip", value=CLIPPED_AT)
 WARM_UP = Remedy("warm_up")
-SLOWER = Remedy("rate", value=0.1)
+SLOWER = Remedy("rate", value=SLOWER_RATE)
 PRE_NORM = Remedy("pre_norm")
 
 NOT_TRIED: Mapping[str, str] = {
@@ -130,7 +141,7 @@ def remedies(finding: Finding) -> tuple[Remedy, ...]:
 
 def _at(finding: Finding) -> tuple[str, ...]:
     at = finding.names.get("at", finding.place)
-    return tuple(at.split(" and ")) if at else ()
+    return (at,) if at else ()
 
 
 def _here(finding: Finding) -> tuple[str, ...]:
@@ -145,7 +156,7 @@ def _of_here(finding: Finding, action: Action) -> Remedy:
 
 def _dead(finding: Finding) -> Iterable[Remedy]:
     at = _at(finding)
-    return Remedy("zero_bias", at), SLOWER, Remedy("leaky_relu", at)
+    return Remedy("zero_bias", at), Remedy("leaky_relu", at), SLOWER
 
 
 def _weak(finding: Finding) -> Iterable[Remedy]:
@@ -191,6 +202,12 @@ def _saturated(finding: Finding) -> Iterable[Remedy]:
     yield Remedy("relu", at)
 
 
+def _zero_weights(finding: Finding) -> Iterable[Remedy]:
+    """Return what moves them: of several, one may stay at 0."""
+    count = int(finding.evidence["zeros"])
+    return (Remedy("begin_small", tuple(finding.names[f"zero_{i}"] for i in range(max(count - 1, 1)))),)
+
+
 def _around(finding: Finding) -> Iterable[Remedy]:
     """Return what keeps a gradient from fading through depth, of that which the network does not have there yet."""
     has = finding.evidence
@@ -203,8 +220,7 @@ def _around(finding: Finding) -> Iterable[Remedy]:
 def _silent(finding: Finding) -> Iterable[Remedy]:
     if has_both(finding):
         return (WARM_UP, SLOWER, PRE_NORM)
-    first, second, last = (_of_here(finding, action) for action in ("leaky_relu", "zero_bias", "normalize"))
-    return first, second, SLOWER, last
+    return *(_of_here(finding, action) for action in ("zero_bias", "leaky_relu", "normalize")), SLOWER
 
 
 def _exploding(_: Finding) -> Iterable[Remedy]:
@@ -252,19 +268,20 @@ def _growing(finding: Finding) -> Iterable[Remedy]:
 
 
 def _full(finding: Finding) -> Iterable[Remedy]:
-    need = finding.evidence.get("need", finding.evidence.get("length", 100.0))
+    need = finding.evidence.get("need", finding.evidence.get("length", REMEMBERED))
     return (Remedy("input_bias", _here(finding), value=-math.log(max(need, 2.0))),)
 
 
 def _half(finding: Finding) -> Iterable[Remedy]:
     if finding.names.get("format") == "float16":
         return Remedy("bfloat16"), Remedy("float32")
-    return (Remedy("scale_loss", value=1e6),)
+    return (Remedy("scale_loss", value=LARGEST_LOSS),)
 
 
 def _epsilon(finding: Finding) -> Iterable[Remedy]:
     rms, eps = finding.evidence["rms"], finding.evidence["eps"]
-    return (Remedy("scale_loss", value=1e3 * eps / rms), Remedy("epsilon", value=rms / 1e3)) if rms else ()
+    wanted = rms * EPSILON_SHARE
+    return (Remedy("scale_loss", value=eps / wanted), Remedy("epsilon", value=wanted)) if rms else ()
 
 
 _BY_CAUSE: Mapping[Cause | str, Callable[[Finding], Iterable[Remedy]]] = {
@@ -276,11 +293,11 @@ _BY_CAUSE: Mapping[Cause | str, Callable[[Finding], Iterable[Remedy]]] = {
     "format": _half,
     "bias": lambda finding: (_of_here(finding, "zero_bias"),),
     "offset": _offset,
-    "update": lambda _: (SLOWER, WARM_UP, CLIP),
+    "update": lambda _: (CLIP, SLOWER, WARM_UP),
     "saturated": _saturated,
-    "zero_weights": lambda finding: (Remedy("begin_small", _at(finding)),),
+    "zero_weights": _zero_weights,
     "stacked": lambda finding: (Remedy("fewer_layers", _at(finding), value=2.0),),
-    "small_rate": lambda _: (Remedy("rate", value=10.0), Remedy("scale_loss", value=1e3)),
+    "small_rate": lambda _: (Remedy("rate", value=FASTER_RATE), Remedy("scale_loss", value=LARGER_LOSS)),
     "narrow": lambda finding: (Remedy("drop_normalization", _at(finding)),),
 }
 _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
@@ -297,6 +314,6 @@ _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
     "GW402": lambda finding: (Remedy("drop_normalization", _at(finding)),),
     "GW601": _silent,
     "GW701": _half,
-    "GW702": lambda _: (Remedy("float32"), Remedy("rate", value=10.0)),
+    "GW702": lambda _: (Remedy("float32"), Remedy("rate", value=FASTER_RATE)),
     "GW703": _epsilon,
 }

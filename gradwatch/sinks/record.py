@@ -36,6 +36,12 @@ MOST = 100_000
 """Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
 is written. No record of the usual bound has so many."""
 
+_MOST_ALERTS = 100_000
+"""Alerts of a run that are read; a line with one more counts as one that could not be. A rule at each of 10,000 layers
+would have to begin ten times."""
+_MOST_MODELS = 10_000
+"""The same of descriptions of the model, which are written when it changes."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -300,13 +306,18 @@ def _take(draft: _Draft, content: dict[str, Any]) -> None:
     if not isinstance(content, dict):
         raise TypeError(f"expected an object, got {content!r:.80}")
     if "model" in content:
+        if len(draft.models) == _MOST_MODELS:
+            raise ValueError(f"more than {_MOST_MODELS} descriptions of a model")
         draft.models.append(model_from_plain(content["model"], draft.written))
     elif "snapshot" in content:
         plain = content["snapshot"]
         draft.snapshots.append(snapshot_from_plain(plain, draft.models, draft.written))
     elif "alert" in content:
         alert = alert_from_plain(content["alert"], draft.written)
-        draft.alerts[(*_key(alert), alert.began)] = alert
+        key = (*_key(alert), alert.began)
+        if len(draft.alerts) == _MOST_ALERTS and key not in draft.alerts:
+            raise ValueError(f"more than {_MOST_ALERTS} alerts")
+        draft.alerts[key] = alert
 
 
 def _key(alert: Alert) -> tuple[object, ...]:

@@ -768,6 +768,18 @@ def test_what_is_found_at_several_layers_is_treated_at_all_of_them():
     assert zero.lines == ("+ torch.nn.init.zeros_(model[0].bias)", "+ torch.nn.init.zeros_(model[2].bias)")
 
 
+def test_of_weights_that_are_all_0_one_may_stay_so():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False), nn.Linear(8, 1))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[2].weight)
+    (x, y) = rows()
+    small = of(gradwatch.cure(model, x, loss=lambda out: mse_loss(out, y)), "begin_small", "GW401")
+    assert small.remedy.places == ("1",)
+    assert small.gone
+    assert small.lines == ("+ torch.nn.init.normal_(model[1].weight, std=0.02)",)
+
+
 def test_weights_in_bfloat16_are_kept_in_float32():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 1)).bfloat16()

@@ -320,6 +320,35 @@ def test_what_is_not_a_record_is_refused_with_its_name(tmp_path):
             read_run(file)
 
 
+def test_what_is_read_is_bounded_in_depth_and_in_count(tmp_path, monkeypatch):
+    record = Record(tmp_path)
+    for step in range(6):
+        finding = Finding("GW101", "vanishing-depth", Severity.WARNING, f"layer{step}")
+        model = dataclasses.replace(MODEL, layers=(LayerInfo("body", f"Kind{step}"), LayerInfo("head", "Linear")))
+        alert = Alert(finding, step, step)
+        snapshot = Snapshot(step, 0.0, model, norm=(1.0, 1.0, 1.0))
+        record(Report(snapshot, began=(alert,), open=(alert,)))
+        record(Report(snapshot, open=(dataclasses.replace(alert, last=step + 1),)))
+    record.close()
+    whole = read_run(tmp_path)
+    assert (len(whole.alerts), len(whole.models), whole.broken) == (6, 6, 0)
+
+    monkeypatch.setattr("gradwatch.sinks.record._MOST_ALERTS", 4)
+    some = read_run(tmp_path)
+    assert [a.finding.place for a in some.alerts] == [f"layer{i}" for i in range(4)]
+    assert some.ruined  # and says so: a judgement of a part would be none
+    monkeypatch.setattr("gradwatch.sinks.record._MOST_ALERTS", 6)
+    assert not read_run(tmp_path).ruined  # the same alerts again are no more
+
+    monkeypatch.setattr("gradwatch.sinks.record._MOST_MODELS", 3)
+    assert (len(read_run(tmp_path).models), read_run(tmp_path).ruined) == (3, True)
+
+    with (tmp_path / "record.jsonl").open("a") as stream:
+        stream.write('{"alert":' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    monkeypatch.undo()
+    assert read_run(tmp_path).broken == 1
+
+
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "record.jsonl").touch()
     with pytest.raises(ValueError, match="is not a record of format 1 to 3: it is empty"):

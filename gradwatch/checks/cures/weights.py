@@ -100,10 +100,9 @@ def _options(bounded: nn.Module | None) -> str:
 
 
 def begin_small(patient: Patient, remedy: Remedy) -> list[str]:
-    """Begin weights that are all 0 at something small; of several, the last one stays at 0."""
-    places = remedy.places[:-1] if len(remedy.places) > 1 else remedy.places
+    """Begin weights that are all 0 at something small."""
     lines = []
-    for place in places:
+    for place in remedy.places:
         module = patient.at(place)
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() > 1:
@@ -111,7 +110,7 @@ def begin_small(patient: Patient, remedy: Remedy) -> list[str]:
                 lines.append(f"+ torch.nn.init.normal_({patient.code(module)}.{name}, std={_SMALL})")
                 patient.changed.append(weight)
     if not lines:
-        raise NotTried(f"there are no weights at {' and '.join(places)}")
+        raise NotTried(f"there are no weights at {' and '.join(remedy.places)}")
     return lines
 
 
