@@ -74,6 +74,8 @@ class Roots:
             again: whether this will be asked once more.
 
         """
+        if not keys:  # which torch refuses before 2.7
+            return {}
         edges = [self._edges[key][1] for key in keys]
         found = torch.autograd.grad([output], edges, [cotangent], allow_unused=True, retain_graph=again)
         with torch.no_grad():

@@ -418,8 +418,14 @@ def test_a_loss_of_two_tensors_is_told_what_it_should_take():
 
 def test_a_loss_that_uses_another_model_is_refused():
     model = sigmoids()
-    with pytest.raises(ValueError, match="loss must depend on the parameters of the model that it is given"):
+    says = "loss must give a scalar that depends on the parameters of the model that it is given"
+    with pytest.raises(ValueError, match=says):
         gradwatch.cure(model, rows(), loss=lambda _, batch: fit(model, batch))
+    for wrong in (lambda m, b: fit(m, b).detach(), lambda m, b: m(b[0]), lambda m, b: fit(m, b).item()):
+        with pytest.raises(ValueError, match=says):
+            gradwatch.cure(model, rows(), loss=wrong)
+    with pytest.raises(ValueError, match=says):
+        gradwatch.cure(copy.deepcopy(model).requires_grad_(requires_grad=False), rows(), loss=fit)
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -127,9 +129,9 @@ def test_update_writes_what_is_there_now(golden, batch):
 
 def test_a_file_of_another_torch_is_said_to_be_one(golden, batch):
     version = torch.__version__.partition("+")[0]
-    golden.write_text(golden.read_text().replace(version, "2.6.0"))
+    golden.write_text(golden.read_text().replace(f'"torch" = "{version}"', '"torch" = "2.5.9"'))
     gradwatch.assert_profile(Market(), batch, golden)
-    with pytest.raises(gradwatch.GradientHealthError, match=f"it was written with torch 2.6.0 \\(now {version}\\)"):
+    with pytest.raises(gradwatch.GradientHealthError, match=f"it was written with torch 2.5.9 \\(now {version}\\)"):
         gradwatch.assert_profile(Market(forget=0.0), batch, golden)
 
 
@@ -139,3 +141,63 @@ def test_bad_arguments(golden, batch):
     golden.write_text("x")
     with pytest.raises(ValueError, match=r"golden.toml: it is not TOML"):
         gradwatch.assert_profile(Market(), batch, golden)
+
+
+# --- another machine, another torch, another number of threads ---
+
+GOLDEN = Path(__file__).parent / "data"
+"""Written with torch 2.13.0 on one thread; `.ci/oldest` compares with them what torch 2.6.0 computes."""
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.norm = nn.LSTM(4, 32, 2, batch_first=True), nn.LayerNorm(32)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, x):
+        return self.mlp(self.norm(self.rnn(x)[0][:, -1]))
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv1d(4, 16, 5), nn.BatchNorm1d(16), nn.ReLU(), nn.Conv1d(16, 16, 5), nn.ReLU())
+        self.head = nn.Linear(16, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x.transpose(1, 2)).mean(2))
+
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0)
+        self.into, self.head = nn.Linear(4, 32), nn.Linear(32, 1)
+        self.blocks = nn.TransformerEncoder(block, 3, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.into(x))[:, -1])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [Recurrent, Convolutional, Attentive])
+def test_a_profile_holds_on_another_machine_torch_format_and_number_of_threads(kind, dtype, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(1)
+        x = torch.randn(16, 64, 4)
+        gradwatch.assert_profile(kind().to(dtype), x.to(dtype), GOLDEN / f"{kind.__name__.lower()}.toml")
+        other = kind().to(dtype)
+        with torch.no_grad():
+            first = next(p for name, p in other.named_parameters() if "weight" in name)
+            first.mul_(0.0 if kind is not Recurrent else 8.0)
+        with pytest.raises(gradwatch.GradientHealthError, match="the gradients are not those of"):
+            gradwatch.assert_profile(other, x.to(dtype), GOLDEN / f"{kind.__name__.lower()}.toml")
+    finally:
+        torch.set_num_threads(before)

@@ -353,13 +353,14 @@ def _given(model: nn.Module, batch: Any, loss: Any) -> Any:  # noqa: ANN401
         with as_it_was(model), torch.enable_grad():
             value = loss(model, batch)
             parameters = [p for p in model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(value, parameters, allow_unused=True)
+            one = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
+            found = torch.autograd.grad(value, parameters, allow_unused=True) if one and parameters else ()
     except (TypeError, AttributeError) as error:  # the usual outcome where it takes an output and a target
         raise TypeError(
             f"loss must be a function of what the model returned, or of the model and a batch: {error}"
         ) from error
     if all(gradient is None for gradient in found):
-        raise ValueError("loss must depend on the parameters of the model that it is given, and does not")
+        raise ValueError("loss must give a scalar that depends on the parameters of the model that it is given")
     if not calls:
         return None
     args, kwargs = calls[0]
