@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,28 @@ class Call(NamedTuple):
     kwargs: Mapping[str, Any]
 
 
+def outermost_calls(model: nn.Module, run: Callable[[], object]) -> list[Call]:
+    """Run something, and return the calls of modules of a model that have parameters and are in no other one's call.
+
+    The model is left as it was.
+    """
+    calls, depth = list[Call](), 0
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal depth
+        if not depth and next(module.parameters(), None) is not None:
+            calls.append(Call(module, args, kwargs))
+        depth += 1
+
+    def after(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    with as_it_was(model), without_hooks(model), listening(named_modules(model).values(), before, after):
+        run()
+    return calls
+
+
 def call_in_training_step(model: Any, batch: Any) -> Call | None:  # noqa: ANN401  (Lightning's, or another's that has it)
     """Run the `training_step` of a LightningModule on a batch, and return the call of a network that it makes.
 
@@ -69,21 +91,9 @@ def call_in_training_step(model: Any, batch: Any) -> Call | None:  # noqa: ANN40
     """
     if not callable(getattr(model, "training_step", None)):
         return None
-    modules, calls, depth = named_modules(model), list[Call](), 0
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal depth
-        if not depth and next(module.parameters(), None) is not None:
-            calls.append(Call(module, args, kwargs))
-        depth += 1
-
-    def after(*_: object) -> None:
-        nonlocal depth
-        depth -= 1
-
-    with as_it_was(model), without_hooks(model), listening(modules.values(), before, after), torch.enable_grad():
-        model.training_step(batch, 0)
-    names = {id(module): name for name, module in modules.items()}
+    with torch.enable_grad():
+        calls = outermost_calls(model, lambda: model.training_step(batch, 0))
+    names = {id(module): name for name, module in named_modules(model).items()}
     called = list(dict.fromkeys(names[id(call.module)] for call in calls))
     if len(called) > 1:
         raise ValueError(

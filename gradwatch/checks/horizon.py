@@ -165,9 +165,9 @@ def shortfall(stats: SequenceStats, need: int | None, call: Call, place: str, mo
 def measured(
     model: nn.Module,
     batch: Any,  # noqa: ANN401  (whatever the model takes)
-    output: Callable[[Any], Any] | None = None,
-    timesteps: Timesteps = "auto",
-    wanted: Input = None,
+    output: Callable[[Any], Any] | None,
+    timesteps: Timesteps,
+    wanted: Input,
 ) -> tuple[SequenceStats, str, Call]:
     """Return the horizon of a model, the name of its sequence module, and the call that was measured."""
     refuse(model, output)
@@ -182,6 +182,12 @@ def measured(
         call = of_step
         gain = model_gain(*call, timesteps=timesteps, output=output, watched=model)
     return _of_input(call.module, gain.stats(), wanted), gain.place, call
+
+
+def of_call(call: Call, model: nn.Module) -> tuple[SequenceStats, str]:
+    """Return the horizon of a call of a model, or of a network in it, and the name of the model's sequence module."""
+    gain = model_gain(*call, watched=model)
+    return gain.stats(), gain.place
 
 
 def _of_input(model: nn.Module, stats: SequenceStats, wanted: Input) -> SequenceStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -111,6 +112,11 @@ def trained(
 
     """
     model, optimizers, loss = training
+    optimizers = [_without_trainer(optimizer) for optimizer in optimizers]
+    for optimizer in optimizers:
+        needed = inspect.signature(optimizer.step).parameters.get("closure")
+        if needed is not None and needed.default is needed.empty:
+            raise TypeError(f"optimizer must step without a closure, which {type(optimizer).__name__} does not")
     reports: list[Report] = []
     with (
         as_it_was(model),
@@ -132,6 +138,11 @@ def trained(
             for optimizer in optimizers:
                 optimizer.step()
     return _run_of(reports)
+
+
+def _without_trainer(optimizer: Any) -> Any:  # noqa: ANN401
+    """Return what a LightningOptimizer wraps: its own `step` asks its Trainer's strategy, which is not there."""
+    return unwrap(optimizer) if type(optimizer).__name__ == "LightningOptimizer" else optimizer
 
 
 def _run_of(reports: Sequence[Report]) -> Run:
@@ -171,7 +182,7 @@ def _made(setup: Any) -> Training:  # noqa: ANN401  (whatever a user hands over)
     loss = parts[2] if len(parts) == 3 else _own_loss
     if not callable(loss):
         raise TypeError(f"loss must be a function of the model and a batch, got {type(loss).__name__}")
-    return Training(model, [unwrap(one) for one in its_optimizers(model, parts[1])], loss)
+    return Training(model, its_optimizers(model, parts[1]), loss)
 
 
 def _configured(model: Any) -> list[Any]:  # noqa: ANN401  (a LightningModule)

@@ -73,13 +73,16 @@ def _parser() -> argparse.ArgumentParser:
 
     says = "tell what happened in a run: where, since when, why, and what to do"
     report = commands.add_parser("report", help=says, description=_sentence(says))
-    report.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
+    report.add_argument("paths", nargs="+", metavar="RUN", help="a record, its folder, or a log directory")
+    report.add_argument(
+        "--html", metavar="FILE", help="write a page, one file by itself; several runs stand side by side on one scale"
+    )
     _judging(report, fails="exit with 1 if there was an alert of this severity or higher (default: never)")
     report.set_defaults(run=judge.report)
 
     says = "judge a run by its recorded alerts; exit status 0: none of --fail-on or higher, 1: some, 2: unreadable"
     check = commands.add_parser("check", help=says, description=_sentence(says))
-    check.add_argument("path", metavar="RUN", help="a record, its folder, or a log directory")
+    check.add_argument("paths", nargs=1, metavar="RUN", help="a record, its folder, or a log directory")
     _judging(check, fails="severity from which on an alert fails the run (default: that of pyproject.toml, or warning)")
     check.set_defaults(run=judge.check)
 

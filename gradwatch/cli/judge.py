@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gradwatch import __version__
-from gradwatch.cli.reading import muted, print_, settings
+from gradwatch.cli.reading import muted, print_, read, settings
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -33,18 +33,20 @@ def check(options: argparse.Namespace) -> int:
 def _told(options: argparse.Namespace, fail_on: str | None, *, report: bool) -> int:
     """Read runs, judge them, say it in the format that is wanted, and return the exit status."""
     from gradwatch.sinks.formats.judged import judged
-    from gradwatch.sinks.record import read_runs
 
     gc.disable()  # what is read stays until the process ends
     its = settings(options.thresholds)
     ignore = (*its.ignore, *options.ignore)
-    runs = read_runs(options.path)
+    runs = read(options.paths)
     if options.rejudge or options.thresholds:
         runs = {name: _rejudged(run, its, ignore) for name, run in runs.items()}
     runs = {name: muted(run, ignore) for name, run in runs.items()}
     limit = fail_on or its.fail_on or "warning"
     found = judged(runs, limit, every=report)
-    _say(found, options.format, limit, report=report)
+    if report and options.html is not None:
+        _write_page(runs, options.html)
+    else:
+        _say(found, options.format, limit, report=report)
     if any(run.ruined for run in runs.values()) and not report:
         return 2
     return int(any(one.failing for one in found))
@@ -54,6 +56,17 @@ def _rejudged(run: Run, settings: Configuration, ignore: Sequence[str]) -> Run:
     from gradwatch.detectors.rejudge import rejudged
 
     return replace(run, alerts=rejudged(run.snapshots, settings.thresholds, ignore))
+
+
+def _write_page(runs: dict[str, Run], file: str) -> None:
+    from pathlib import Path
+
+    from gradwatch.sinks.page.data import page_data
+    from gradwatch.sinks.page.render import page_html
+
+    page = page_html(page_data(runs, __version__), ", ".join(runs))
+    Path(file).write_text(page, encoding="utf-8")
+    print_(f"{file}: {len(runs)} run{'s' * (len(runs) > 1)}, {len(page) / 1024:,.0f} KiB")
 
 
 def _say(found: list[Judged], kind: str, fail_on: str, *, report: bool) -> None:

@@ -20,6 +20,23 @@ def settings(path: str | None) -> Configuration:
     return configuration.nearest() if path is None else configuration.read(path)
 
 
+def read(paths: Sequence[str]) -> dict[str, Run]:
+    """Read all runs in or below some paths, each under a name of its own.
+
+    Raises:
+        OSError, ValueError: as `read_runs`.
+
+    """
+    from gradwatch.sinks.record import read_runs
+
+    found = {path: read_runs(path) for path in paths}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {
+        path if len(runs) == 1 else f"{path}/{name}": run for path, runs in found.items() for name, run in runs.items()
+    }
+
+
 def muted(run: Run, ignore: Sequence[str]) -> Run:
     """Return a run without the alerts that `ignore` mutes; a pattern that fits no rule is told of."""
     from gradwatch.detectors import RULES, alerts

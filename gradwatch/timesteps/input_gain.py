@@ -102,6 +102,8 @@ def gains(
         RuntimeError: torch cannot.
 
     """
+    if not rows:
+        raise ValueError("the batch must have rows, and has none")
     left_out: set[Source] = set()
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)

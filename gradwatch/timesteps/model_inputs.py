@@ -33,7 +33,7 @@ def in_order(module: nn.Module, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
 def spread_of(value: Tensor | PackedSequence) -> Tensor:
     """Return the standard deviation of a tensor's entries, float64."""
     numbers = data_of(value).detach().double()
-    return numbers.std(correction=0)
+    return numbers.std(correction=0) if numbers.numel() else numbers.new_zeros(())
 
 
 class Embedded(NamedTuple):

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.checks.batch import Call, arguments, refuse
+from gradwatch.checks.batch import arguments, refuse
 from gradwatch.checks.cures.changes import NotTried
-from gradwatch.checks.cures.trial import OF_THE_MODEL, Outcome, Ward, copied
+from gradwatch.checks.cures.copies import copied, generators_of, own
+from gradwatch.checks.cures.trial import OF_THE_MODEL, Outcome, Ward
 from gradwatch.checks.horizon import shortfall
 from gradwatch.checks.trains import batches
 from gradwatch.detectors.remedies import NOT_TRIED, Remedy, remedies
 from gradwatch.detectors.time_words import explain_short
 from gradwatch.model.layers import named_modules
-from gradwatch.model.rerun import as_it_was
+from gradwatch.model.rerun import as_it_was, torch_generators
 from gradwatch.values.report import Alert, Severity
 from gradwatch.values.sequences import Horizon
 from gradwatch.values.thresholds import CURE_MARGIN, HORIZON_LONGER, Thresholds
@@ -83,7 +84,7 @@ class Cure:
             return 0
         was, now = self.before.loss, self.after.loss
         if not math.isfinite(now):
-            return 0 if not math.isfinite(was) else -1
+            return -1  # also than one that is not finite: it has not helped
         if not math.isfinite(was):
             return 1 if self.before.first is None or now <= self.before.first else 0
         fell = max(abs((self.before.first or 0.0) - min(was, now)), 1e-12 * abs(was))
@@ -229,26 +230,32 @@ def cure(  # noqa: PLR0913  (what trains, and how it is judged)
         raise ValueError(f"horizon must be a whole number of timesteps from 1 on, or None, got {horizon!r}")
     if loss is None and (optimizer is not None or data is not None):
         raise ValueError("loss must be given where optimizer or data are: without it nothing is trained")
-    of_both = loss is not None and _takes_the_model(loss)
-    ward = Ward(
-        model,
-        None if loss is None else loss if of_both else _of_output(loss),
-        _optimizers(model, optimizer) if loss is not None else (),
-        list(batches([batch] if data is None else data, steps)) if loss is not None else (),
-        Options(
-            every_n_steps=1,
-            thresholds=Thresholds() if thresholds is None else thresholds,
-            ignore=ignore,
-            on_alert=lambda _: None,
-        ),
-        _given(model, batch, loss) if of_both else batch,
+    if isinstance(data, Tensor | str | bytes | Mapping) or not isinstance(data, Iterable | None):
+        raise TypeError(f"data must be batches (a list of them, a DataLoader), got {type(data).__name__}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model must have parameters that need a gradient (requires_grad), and has none")
+    options = Options(
+        every_n_steps=1,
+        thresholds=Thresholds() if thresholds is None else thresholds,
+        ignore=ignore,
+        on_alert=lambda _: None,
     )
-    with as_it_was(model):  # whatever a loss does that knows the model by another way
-        return _tried(ward, horizon, steps)
+    trains = None if loss is None else loss if _takes_the_model(loss) else _of_output(loss)
+    optimizers = _optimizers(model, optimizer) if loss is not None else ()
+    generators = [*torch_generators(), *generators_of(data, loss)]
+    with torch.inference_mode(mode=False), torch.enable_grad(), as_it_was(model, generators):
+        batches_ = list(batches([batch] if data is None else data, steps)) if loss is not None else ()
+        ward = Ward(model, batch, trains, optimizers, batches_, options, generators)
+        with ward.at_rest():
+            if trains is not None:
+                _try_loss(ward)
+            return _tried(ward, horizon, steps)
 
 
 def _tried(ward: Ward, need: int | None, steps: int) -> Cures:
     before = ward.untouched()
+    if need is not None:
+        _judgeable(ward, before, need)
     wrong = [alert for alert in before.alerts if alert.finding.code != "GW301"]
     if (short := _too_short(ward, before, need)) is not None:
         wrong.insert(0, short)
@@ -261,6 +268,26 @@ def _tried(ward: Ward, need: int | None, steps: int) -> Cures:
                 results[remedy] = _result(ward, remedy)
             cures.append(Cure(alert, remedy, before=before, **results[remedy]._asdict()))
     return Cures(tuple(alerts), tuple(cures), steps if ward.loss is not None else None)
+
+
+def _judgeable(ward: Ward, before: Outcome, need: int) -> None:
+    """Refuse a need by which nothing can be judged.
+
+    Raises:
+        ValueError: with the reason.
+
+    """
+    stats, found = before.sequences, before.horizon
+    if stats is None:
+        try:
+            ward.measured(ward.model, ward.loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"horizon= is given, and how far back the model learns cannot be measured: {error}"
+            ) from error
+        raise ValueError("horizon= is given, and how far back the model learns cannot be measured")
+    if found is not None and found.censored and stats.length < need:
+        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {need}")
 
 
 def _named(wrong: Iterable[Alert], code: str) -> Iterable[Remedy]:
@@ -302,7 +329,8 @@ def _too_short(ward: Ward, before: Outcome, need: int | None) -> Alert | None:
             return None
     elif _long_enough(found, need):
         return None
-    call, module = Call(ward.model, *arguments(ward.model, ward.given)), named_modules(ward.model)[before.place]
+    call, module = ward.call(ward.model, ward.loss), named_modules(ward.model)[before.place]
+    assert call is not None  # its horizon was measured
     finding = shortfall(dataclasses.replace(stats, need=need), need, call, before.place, module)
     if need is None and not remedies(finding):
         return None
@@ -323,7 +351,7 @@ def _takes_the_model(loss: Callable[..., Tensor]) -> bool:
             f"loss must be a function of what the model returned, or of the model and a batch, got {loss!r:.80}"
         )
     try:
-        inspect.signature(loss).bind(None)
+        inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss).bind(None)
     except TypeError:
         return True
     except ValueError:  # it does not tell
@@ -339,36 +367,31 @@ def _of_output(loss: Callable[..., Tensor]) -> Callable[[nn.Module, Any], Tensor
     return of_both
 
 
-def _given(model: nn.Module, batch: Any, loss: Any) -> Any:  # noqa: ANN401
-    """Return with what a loss calls the model for a batch; None where it calls parts of it alone.
+def _try_loss(ward: Ward) -> None:
+    """Call the loss once, with a copy of the model.
 
     Raises:
         TypeError: it cannot be called with the model and a batch.
-        ValueError: it does not use the model that it is given.
+        ValueError: it gives no scalar, or does not use the model that it is given.
 
     """
-    model, calls = copied(model), list[tuple[tuple[Any, ...], dict[str, Any]]]()
-    model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    model, _, loss = copied(ward.model, (), ward.loss)
+    assert loss is not None  # the caller has looked
+    parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        with as_it_was(model), torch.enable_grad():
-            value = loss(model, batch)
-            parameters = [p for p in model.parameters() if p.requires_grad]
+        with as_it_was(model), ward.at_rest():
+            value = loss(model, own(ward.data[0]))
             one = isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad
-            found = torch.autograd.grad(value, parameters, allow_unused=True) if one and parameters else ()
+            found = torch.autograd.grad(value, parameters, allow_unused=True) if one else ()
     except (TypeError, AttributeError) as error:  # the usual outcome where it takes an output and a target
         raise TypeError(
             f"loss must be a function of what the model returned, or of the model and a batch: {error}"
         ) from error
     if all(gradient is None for gradient in found):
-        raise ValueError("loss must give a scalar that depends on the parameters of the model that it is given")
-    if not calls:
-        return None
-    args, kwargs = calls[0]
-    return {**_by_name(model, args), **kwargs} if kwargs else args
-
-
-def _by_name(model: nn.Module, args: Sequence[Any]) -> Mapping[str, Any]:
-    return dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"loss must give a scalar that depends on the parameters of the model that it is given, got {given}"
+        )
 
 
 def _optimizers(model: nn.Module, optimizer: Any) -> Any:  # noqa: ANN401

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 from typing import Any, cast
 
 import torch
@@ -16,10 +16,14 @@ from gradwatch.checks.cures.changes import (
     RECTIFIED,
     NotTried,
     Patient,
-    activations_after,
-    followed_by,
+    Place,
+    like,
+    may_begin_anew,
 )
 from gradwatch.detectors.remedies import Remedy
+
+_SHOWN = 6
+"""Features whose mean and spread are shown."""
 
 
 class Skip(nn.Sequential):
@@ -56,50 +60,53 @@ def activation(patient: Patient, remedy: Remedy) -> list[str]:
         "leaky_relu": (RECTIFIED, nn.LeakyReLU),
         "smooth_bound": ((nn.Hardtanh, nn.Hardsigmoid, nn.ReLU6), nn.Tanh),
     }[remedy.action]
-    lines, replaced = list[str](), list[nn.Module]()
+    lines, places = list[str](), list[Place]()
     # A clamp has no layer of its own, and may be named itself.
-    layers = patient.among(remedy, (*LINEAR, *NORMALIZATIONS, *old))
-    for layer in layers:
-        found = [layer] if isinstance(layer, old) else list(activations_after(patient.model, layer, old))
-        for module in found:
-            if not any(module is known for known in replaced):
-                lines += [
-                    f"- {patient.code(module)} = torch.nn.{module}",
-                    f"+ {patient.code(module)} = torch.nn.{new()}",
-                ]
-                replaced.append(module)
-        if found and remedy.action == "relu" and isinstance(layer, LINEAR):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for layer in patient.among(remedy, (*LINEAR, *NORMALIZATIONS, *old)):
+        place = patient.place_of(layer) if isinstance(layer, old) else patient.activation_of(layer, old)
+        if place is None:
+            continue
+        if place not in places:
+            spelt = patient.code_at(place)
+            lines += [f"- {spelt} = {type(place.module).__name__}()", f"+ {spelt} = torch.nn.{new()}"]
+            places.append(place)
+        if remedy.action == "relu" and isinstance(layer, LINEAR) and may_begin_anew(layer):
+            weight = cast(nn.Parameter, layer.weight)
+            nn.init.kaiming_normal_(weight, nonlinearity="relu")
             lines.append(f'+ torch.nn.init.kaiming_normal_({patient.code(layer)}.weight, nonlinearity="relu")')
-            patient.changed.append(cast(nn.Parameter, layer.weight))
-    if not replaced:
-        names = ", ".join(kind.__name__ for kind in old[:2])
+            patient.changed.append(weight)
+    if not places:
+        called = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Tanh: "tanh"}[new]
         raise NotTried(
-            f"its activation is none of the modules of the model ({names}): it is called in a forward",
-            [f"+ x = torch.nn.functional.{ {nn.ReLU: 'relu', nn.LeakyReLU: 'leaky_relu', nn.Tanh: 'tanh'}[new] }(x)"],
+            "which activation comes after it is code of a forward", [f"+ x = torch.nn.functional.{called}(x)"]
         )
-    for module in replaced:
-        patient.replace(module, new())
+    for place in places:
+        place.put(new())
     return lines
 
 
 def normalize(patient: Patient, remedy: Remedy) -> list[str]:
     """Put a LayerNorm (of a convolution: over channels and positions) between each layer and its activation."""
-    lines, seen = list[str](), list[nn.Module]()
+    lines, unknown = list[str](), list[nn.Module]()
     for layer in patient.among(remedy, LINEAR):
-        known = followed_by(patient.model, layer)
-        if known is None or not known[2] or not isinstance(known[2][0], ACTIVATIONS):
-            seen.append(layer)
+        following = patient.after(layer)
+        if not following or not isinstance(following[0].module, ACTIVATIONS):
+            unknown.append(layer)
             continue
-        own, after = _normalization(layer), known[2][0]
-        lines.append(f"+ {patient.code(after)} = torch.nn.Sequential(torch.nn.{own}, torch.nn.{after})")
-        patient.replace(after, nn.Sequential(own, after))
+        own, place = _normalization(layer), following[0]
+        spelt, after = patient.code_at(place), place.module
+        made = f"torch.nn.{own}{like(f'{patient.code(layer)}.weight', layer.weight)}"
+        lines.append(f"+ {spelt} = torch.nn.Sequential({made}, {spelt})")
+        patient.added.append((own, layer))
+        place.put(nn.Sequential(own, after))
     if not lines:
-        first = seen[0]
-        name = patient.name_of(first)
+        first = unknown[0]
         raise NotTried(
-            f"what happens between {name} and what comes after it is code of a forward",
-            [f"+ self.norm = torch.nn.{_normalization(first)}", f"+ x = self.norm(self.{name}(x))"],
+            f"what happens between {patient.name_of(first) or 'it'} and what comes after it is code of a forward",
+            [
+                f"+ self.norm = torch.nn.{_normalization(first)}  # in __init__",
+                f"+ x = self.norm(x)  # in the forward, after {patient.code(first)}",
+            ],
         )
     return lines
 
@@ -115,8 +122,10 @@ def drop_normalization(patient: Patient, remedy: Remedy) -> list[str]:
     """Take a normalization out."""
     lines = []
     for module in patient.among(remedy, NORMALIZATIONS):
-        lines += [f"- {patient.code(module)} = torch.nn.{module}", f"+ {patient.code(module)} = torch.nn.Identity()"]
-        patient.replace(module, nn.Identity())
+        place = patient.place_of(module)
+        spelt = patient.code_at(place)
+        lines += [f"- {spelt} = {type(module).__name__}(...)", f"+ {spelt} = torch.nn.Identity()"]
+        place.put(nn.Identity())
     return lines
 
 
@@ -124,28 +133,25 @@ def skip(patient: Patient, remedy: Remedy) -> list[str]:
     """Lead a way around each layer that gives as many features as it takes, together with its activation."""
     lines: list[str] = []
     for layer in patient.among(remedy, LINEAR):
-        known = followed_by(patient.model, layer)
-        if known is None or not _keeps_its_shape(layer):
+        following = patient.after(layer)
+        if following is None or not _keeps_its_shape(layer):
             continue
-        owner, at, after = known
-        inside: list[nn.Module] = [layer]
-        for module in after:
-            if not isinstance(module, (*ACTIVATIONS, *NORMALIZATIONS, nn.Dropout)):
-                break
-            inside.append(module)
-        if len(inside) == 1:
+        inside = list(
+            itertools.takewhile(lambda p: isinstance(p.module, (*ACTIVATIONS, *NORMALIZATIONS, nn.Dropout)), following)
+        )
+        if not inside:
             continue  # the last one: what it gives is the output
-        where = patient.code(owner)
-        mine = [f"{where}[{at + i}]" for i in range(len(inside))]
+        places = [patient.place_of(layer), *inside]
+        spelt = [patient.code_at(place) for place in places]
         lines = lines or [
             "+ class Skip(torch.nn.Sequential):",
             "+     def forward(self, x): return x + super().forward(x)",
         ]
-        lines.append(f"+ {mine[0]} = Skip({', '.join(mine)})")
-        lines += [f"+ {name} = torch.nn.Identity()" for name in mine[1:]]
-        for module in inside[1:]:
-            patient.replace(module, nn.Identity())
-        patient.replace(layer, Skip(*inside))
+        lines.append(f"+ {spelt[0]} = Skip({', '.join(spelt)})")
+        lines += [f"+ {name} = torch.nn.Identity()" for name in spelt[1:]]
+        places[0].put(Skip(*(place.module for place in places)))
+        for place in inside:
+            place.put(nn.Identity())
     if not lines:
         raise NotTried(
             "no layer in a Sequential gives as many features as it takes", ["+ x = x + layer(x)  # in the forward"]
@@ -198,11 +204,17 @@ def standardize(patient: Patient, remedy: Remedy) -> list[str]:
     spread = torch.where(spread > 0, spread, 1.0)
     shape = [-1] + [1] * (x.dim() - 2) if convolves else [-1]
     first = Standardize(*(n.to(seen[0].dtype).reshape(shape) for n in (x.mean(others), spread)))
-    name = patient.name_of(module)
-    if not name:
-        raise NotTried("it is the model itself", ["+ x = (x - mean) / spread  # of each feature, before the model"])
-    patient.replace(module, nn.Sequential(first, module))
-    return [f"+ x = (x - mean) / spread  # of each feature, over the training data, before {patient.code(module)}"]
+    mean, each = (", ".join(f"{n:.4g}" for n in t.flatten()[:_SHOWN].tolist()) for t in (first.mean, first.spread))
+    more = ", ..." if first.mean.numel() > _SHOWN else ""
+    line = (
+        f"+ x = (x - mean) / spread  # feature by feature; in this batch mean = [{mean}{more}], spread = [{each}{more}]"
+    )
+    if module is patient.model:
+        raise NotTried("it is the model itself", [line, "+ model(x)"])
+    place = patient.place_of(module)
+    lines = [line, f"+ {patient.code(module)}(x)  # in the forward"]
+    place.put(nn.Sequential(first, module))
+    return lines
 
 
 def gru(patient: Patient, remedy: Remedy) -> list[str]:
@@ -216,15 +228,17 @@ def gru(patient: Patient, remedy: Remedy) -> list[str]:
         }
         first = module.weight_ih_l0
         new = nn.GRU(module.input_size, module.hidden_size, **options).to(first.device, first.dtype)
-        spelt, size = patient.code(module), module.hidden_size
-        lines += [f"- {spelt} = torch.nn.{module}", f"+ {spelt} = torch.nn.{new}"]
+        place, size = patient.place_of(module), module.hidden_size
+        spelt = patient.code_at(place)
+        lines += [f"- {spelt} = torch.nn.{module}", f"+ {spelt} = torch.nn.{new}{like(f'{spelt}.weight_ih_l0', first)}"]
         if remedy.value is not None:
             for name, bias in new.named_parameters():
                 if name.startswith("bias_"):
                     set_to = remedy.value if name.startswith("bias_ih") else 0.0
                     bias.data[size : 2 * size] = set_to
                     lines.append(f"+ {spelt}.{name}.data[{size}:{2 * size}] = {set_to:.3g}  # update gate")
-        patient.replace(module, new)
+        patient.added.append((new, module))
+        place.put(new)
     return lines
 
 
@@ -247,9 +261,16 @@ def fewer_layers(patient: Patient, remedy: Remedy) -> list[str]:
         )
         weights = dict(module.named_parameters())
         for name, _ in list(new.named_parameters()):
-            setattr(new, name, copy.deepcopy(weights[name]))
-        lines += [f"- {patient.code(module)} = torch.nn.{module}", f"+ {patient.code(module)} = torch.nn.{new}"]
-        patient.replace(module, new)
+            setattr(new, name, weights[name])
+        place = patient.place_of(module)
+        spelt = patient.code_at(place)
+        lines += [
+            f"+ kept = {spelt}.state_dict()",
+            f"- {spelt} = torch.nn.{module}",
+            f"+ {spelt} = torch.nn.{new}{like(f'{spelt}.weight_ih_l0', module.weight_ih_l0)}",
+            f"+ {spelt}.load_state_dict({{name: kept[name] for name in {spelt}.state_dict()}})",
+        ]
+        place.put(new)
     if not lines:
         raise NotTried("there is no stack of layers in one module")
     return lines

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradwatch.checks.batch import arguments
+from gradwatch.checks.batch import Call, arguments, outermost_calls
 from gradwatch.checks.check import check
 from gradwatch.checks.cures import structure, weights
 from gradwatch.checks.cures.changes import NotTried, Patient
-from gradwatch.checks.horizon import measured
+from gradwatch.checks.cures.copies import copied, modules_of, own
+from gradwatch.checks.horizon import of_call
 from gradwatch.checks.trains import Training, trained
 from gradwatch.detectors.remedies import Action, Remedy
 from gradwatch.model.nested import mapped
@@ -26,9 +26,10 @@ from gradwatch.sinks.record import Run
 from gradwatch.values.report import Alert, Severity
 from gradwatch.values.sequences import Horizon, SequenceStats
 from gradwatch.watcher.options import Options
+from gradwatch.watcher.watch import its_optimizers
 from gradwatch.watcher.watcher import Watcher
 
-T = TypeVar("T")
+Loss = Callable[[nn.Module, Any], Tensor]
 Change = Callable[[Patient, Remedy], list[str]]
 
 OF_THE_MODEL: Mapping[Action, Change] = {
@@ -85,19 +86,20 @@ class Ward:
     """A model, what trains it, and on what."""
 
     model: nn.Module
-    loss: Callable[[nn.Module, Any], Tensor] | None
+    batch: Any
+    """What the model takes, or where there is a loss, what that takes beside the model."""
+    loss: Loss | None
     optimizers: Sequence[Any] | Callable[[Any], Any]
     """Of this model, or what makes one for parameters."""
     data: Sequence[Any]
     options: Options
-    given: Any
-    """What the model takes: a tuple is positional arguments, a mapping keyword arguments; None where it is not called,
-    but parts of it are."""
+    generators: Sequence[torch.Generator]
+    """That the data and the loss draw from: they are put back where they were."""
 
     def untouched(self) -> Outcome:
         """Measure the model as it is, and train its copy."""
-        model, optimizers = self._copy()
-        return self._outcome(model, optimizers, None)
+        with self.at_rest():
+            return self._outcome(*self._copy(), None)
 
     def treated(self, remedy: Remedy) -> tuple[list[str], Outcome]:
         """Do the same with a remedy; return the lines of code that do it beside that.
@@ -107,30 +109,32 @@ class Ward:
 
         """
         if self.loss is None and remedy.action not in OF_THE_MODEL:
-            raise NotTried("without loss= nothing is trained", lines_of_training(remedy))
-        model, optimizers = self._copy()
-        lines = lines_of_training(remedy)
+            raise NotTried("without loss= nothing is trained", self._lines(remedy))
+        model, optimizers, loss = self._copy()
+        lines = self._lines(remedy)
         if remedy.action in OF_THE_MODEL:
-            known = {id(p) for p in model.parameters()}
-            with as_it_was(nn.Identity()):  # the random states are: all copies are trained with the same numbers
-                lines, changed = self.change(model, remedy)
+            with as_it_was(nn.Identity()):
+                lines, patient = self.change(model, remedy)
             for optimizer in optimizers:
-                for parameter in changed:
-                    getattr(optimizer, "state", {}).pop(parameter, None)
-            new = [p for p in model.parameters() if id(p) not in known]
-            if optimizers and new:
-                last = optimizers[-1]
-                options = {k: v for k, v in last.param_groups[-1].items() if k != "params"}
-                last.add_param_group({**options, "params": new})
+                _tell(optimizer, patient)
         try:
-            return lines, self._outcome(model, optimizers, remedy)
+            with self.at_rest():
+                return lines, self._outcome(model, optimizers, loss, remedy)
         except Exception as error:
-            raise NotTried(
-                f"changed in this way the model does not run: {type(error).__name__}: {error}", lines
-            ) from error
+            why = f"changed in this way the model does not run: {type(error).__name__}: {error}"
+            raise NotTried(why, lines) from error
 
-    def change(self, model: nn.Module, remedy: Remedy) -> tuple[list[str], list[nn.Parameter]]:
-        """Change a model in place; return the lines of code that do the same, and the parameters that begin anew.
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Put back what is not copied: random states, and modules that the loss knows (a discriminator, a teacher)."""
+        with contextlib.ExitStack() as all_of_it:
+            for module in modules_of(self.loss, self.model):
+                all_of_it.enter_context(as_it_was(module))
+            all_of_it.enter_context(as_it_was(nn.Identity(), self.generators))
+            yield
+
+    def change(self, model: nn.Module, remedy: Remedy) -> tuple[list[str], Patient]:
+        """Change a model in place; return the lines of code that do the same, and what was changed.
 
         Raises:
             NotTried: it cannot be done.
@@ -138,53 +142,77 @@ class Ward:
         """
 
         def run() -> None:
+            call = self.call(model, self.loss)
             with as_it_was(model), torch.no_grad():
-                if self.loss is not None:
-                    self.loss(model, self.data[0])
-                else:
-                    args, kwargs = arguments(model, self.given)
-                    model(*args, **kwargs)
+                if call is not None:
+                    call.module(*call.args, **call.kwargs)
 
         patient = Patient(model, run)
-        return OF_THE_MODEL[remedy.action](patient, remedy), patient.changed
+        return OF_THE_MODEL[remedy.action](patient, remedy), patient
 
-    def _copy(self) -> tuple[nn.Module, Sequence[Any]]:
-        """Copy the model, together with its optimizers, where they are not made anew."""
-        return (copied(self.model), ()) if callable(self.optimizers) else copied((self.model, list(self.optimizers)))
+    def call(self, model: nn.Module, loss: Loss | None) -> Call | None:
+        """Return the call of a model, or of the one network in it, that is made for a batch; None where none is."""
+        if loss is None:
+            return Call(model, *arguments(model, own(self.batch)))
+        probe = own(loss, model)  # which may count its calls
+        calls = outermost_calls(model, lambda: probe(model, own(self.data[0])))
+        several = any(call.module is not calls[0].module for call in calls)
+        return None if not calls or (several and calls[0].module is not model) else calls[0]
 
-    def _outcome(self, model: nn.Module, optimizers: Sequence[Any], remedy: Remedy | None) -> Outcome:
+    def measured(self, model: nn.Module, loss: Loss | None) -> tuple[SequenceStats, str]:
+        """Return the horizon of a model, and its sequence module.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: it has none.
+
+        """
+        call = self.call(model, loss)
+        if call is None:
+            raise ValueError("several networks are called for a batch, or none")
+        return of_call(call, model)
+
+    def _copy(self) -> tuple[nn.Module, Sequence[Any], Loss | None]:
+        """Copy the model, its optimizers where they are not made anew, and a loss that is an object."""
+        return copied(self.model, () if callable(self.optimizers) else self.optimizers, self.loss)
+
+    def _outcome(
+        self, model: nn.Module, optimizers: Sequence[Any], loss: Loss | None, remedy: Remedy | None
+    ) -> Outcome:
         low = remedy is not None and remedy.action in ("float32", "bfloat16")
         to = next((p.dtype for p in model.parameters() if p.is_floating_point()), None) if low else None
-
-        def cast(value: Any) -> Any:  # noqa: ANN401  (a batch)
-            return value if to is None else mapped(value, lambda t: t.to(to) if t.is_floating_point() else t)
-
-        given, (sequences, place) = cast(self.given), (None, "")
+        ward = self if to is None else self._in_format(to)
+        sequences, place = None, ""
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # it has no sequences
-            if given is not None:
-                sequences, place, _ = measured(model, given)
-        if self.loss is None:
-            report = check(model, given, thresholds=self.options.thresholds, ignore=self.options.ignore)
+            sequences, place = ward.measured(model, loss)
+        if loss is None:
+            report = check(model, own(ward.batch), thresholds=self.options.thresholds, ignore=self.options.ignore)
             return Outcome(_wrong(report.open), sequences=sequences, place=place)
         if callable(self.optimizers):
-            optimizers = [self.optimizers(model.parameters())]
-        run, losses = self._trained(model, optimizers, remedy, [cast(batch) for batch in self.data])
+            optimizers = its_optimizers(model, self.optimizers(list(model.parameters())))
+            if not optimizers:
+                raise ValueError("optimizer must make an optimizer of parameters, and has made none")
+        run, losses = ward._trained(model, optimizers, loss, remedy)
         return Outcome(_wrong(run.alerts), losses[0], statistics.median(losses[-_EDGE:]), sequences, place)
 
+    def _in_format(self, to: torch.dtype) -> Ward:
+        """Return the same with all numbers of its batches in another format."""
+
+        def cast(value: Any) -> Any:  # noqa: ANN401  (a batch)
+            return mapped(value, lambda tensor: tensor.to(to) if tensor.is_floating_point() else tensor)
+
+        return dataclasses.replace(self, batch=cast(self.batch), data=[cast(batch) for batch in self.data])
+
     def _trained(
-        self, model: nn.Module, optimizers: Sequence[Any], remedy: Remedy | None, data: Sequence[Any]
+        self, model: nn.Module, optimizers: Sequence[Any], loss: Loss, remedy: Remedy | None
     ) -> tuple[Run, list[float]]:
         """Train, with what a remedy does to that; return the loss of each step too, before it is scaled."""
         action, value = (None, 0.0) if remedy is None else (remedy.action, remedy.value or 1.0)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         rates = [group.get("lr", 0.0) for group in groups]
-        loss = self.loss
-        assert loss is not None  # the caller has looked
         for group in groups:
-            if action == "rate":
-                group["lr"] = group["lr"] * value
-            if action == "epsilon" and "eps" in group:
-                group["eps"] = value
+            group.update(
+                {"rate": {"lr": group.get("lr", 0.0) * value}, "epsilon": {"eps": value}}.get(action or "", {})
+            )
 
         def before_step(step: int, watcher: Watcher) -> None:
             if action == "clip":
@@ -192,46 +220,56 @@ class Ward:
                 nn.utils.clip_grad_norm_([p for one in optimizers for p in parameters_of(one)], value)
             if action == "warm_up":
                 for group, rate in zip(groups, rates, strict=True):
-                    group["lr"] = rate * min(1.0, (step + 1) * _WARM / len(data))
+                    group["lr"] = rate * min(1.0, (step + 1) / self._warm)
 
         losses: list[Tensor] = []
 
         def noted(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
             found = loss(model, batch)
-            losses.append(found.detach())
+            if isinstance(found, Tensor):
+                losses.append(found.detach())
             return found * value if action == "scale_loss" else found
 
-        run = trained(Training(model, optimizers, noted), data, len(data), self.options, before_step)
+        batches = [own(batch) for batch in self.data]
+        run = trained(Training(model, optimizers, noted), batches, len(batches), self.options, before_step)
         return run, [float(found) for found in losses]
 
+    @property
+    def _warm(self) -> int:
+        """Steps over which a learning rate is warmed up."""
+        return max(len(self.data) // _WARM, 1)
 
-def copied(what: T) -> T:
-    """Copy a model, or a model and its optimizers.
+    def _lines(self, remedy: Remedy) -> list[str]:
+        """Return the lines that a training loop gets; none for what changes the model."""
+        value = remedy.value or 1.0
+        first, count = f"{1 / self._warm:.4g}", max(self._warm - 1, 1)
+        return {
+            "clip": [f"+ torch.nn.utils.clip_grad_norm_(model.parameters(), {value:g})  # before optimizer.step()"],
+            "warm_up": [
+                f"+ scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, {first}, total_iters={count})",
+                "+ scheduler.step()  # after optimizer.step()",
+            ],
+            "rate": [f"+ for group in optimizer.param_groups: group['lr'] *= {value:.2g}"],
+            "epsilon": [f"+ for group in optimizer.param_groups: group['eps'] = {value:.1g}"],
+            "scale_loss": [f"+ loss = loss * {value:.2g}"],
+        }.get(remedy.action, [])
 
-    Raises:
-        ValueError: it cannot be copied.
 
-    """
-    try:
-        return copy.deepcopy(what)
-    except Exception as error:
-        raise ValueError(f"model must be one that copy.deepcopy can copy, with its optimizer: {error}") from error
+def _tell(optimizer: Any, patient: Patient) -> None:  # noqa: ANN401
+    """Let an optimizer forget what begins anew, and step what is new as it steps what that stands beside."""
+    for parameter in patient.changed:
+        getattr(optimizer, "state", {}).pop(parameter, None)
+    for new, beside in patient.added:
+        mine = {id(p) for p in beside.parameters()}
+        for group in list(optimizer.param_groups):
+            if any(id(p) in mine for p in group["params"]):
+                options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                named: list[Any] = list(new.parameters())
+                if "param_names" in group:  # then all of them have names
+                    named = [(f"{id(new)}.{name}", p) for name, p in new.named_parameters()]
+                optimizer.add_param_group({**options, "params": named})
+                break
 
 
 def _wrong(alerts: Sequence[Alert]) -> tuple[Alert, ...]:
     return tuple(alert for alert in alerts if max(alert.worst, alert.severity) >= Severity.WARNING)
-
-
-def lines_of_training(remedy: Remedy) -> list[str]:
-    """Return the lines that a training loop gets; none for what changes the model."""
-    value = remedy.value or 1.0
-    return {
-        "clip": [f"+ torch.nn.utils.clip_grad_norm_(model.parameters(), {value:g})  # before optimizer.step()"],
-        "warm_up": [
-            "+ scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.05, total_iters=20)",
-            "+ scheduler.step()  # after optimizer.step()",
-        ],
-        "rate": [f"+ for group in optimizer.param_groups: group['lr'] *= {value:.2g}"],
-        "epsilon": [f"+ for group in optimizer.param_groups: group['eps'] = {value:.1g}"],
-        "scale_loss": [f"+ loss = loss * {value:.2g}"],
-    }.get(remedy.action, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradwatch.checks.cures.changes import BOUNDED, LINEAR, NORMALIZATIONS, NotTried, Patient, activations_after
+from gradwatch.checks.cures.changes import BOUNDED, LINEAR, NORMALIZATIONS, NotTried, Patient, may_begin_anew
 from gradwatch.detectors.remedies import Remedy
 
 _TANH_GAIN = 5 / 3
@@ -52,7 +52,7 @@ def recurrent_matrix(patient: Patient, remedy: Remedy) -> list[str]:
         spelt = patient.code(module)
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith("weight_hh"):
-                parts = list(parameter.data.split(parameter.shape[1]))
+                parts = list(parameter.data.split(module.hidden_size))  # one of each gate
                 set_by = nn.init.orthogonal_ if remedy.action == "orthogonal" else nn.init.eye_
                 for part in parts:
                     set_by(part)
@@ -60,7 +60,7 @@ def recurrent_matrix(patient: Patient, remedy: Remedy) -> list[str]:
                 if len(parts) == 1:
                     lines.append(f"+ {init}({spelt}.{name})")
                 else:
-                    lines.append(f"+ for part in {spelt}.{name}.data.split({parameter.shape[1]}): {init}(part)")
+                    lines.append(f"+ for part in {spelt}.{name}.data.split({module.hidden_size}): {init}(part)")
             elif name.startswith("bias_") and remedy.action == "identity":
                 nn.init.zeros_(parameter)
                 lines.append(f"+ torch.nn.init.zeros_({spelt}.{name})")
@@ -74,14 +74,19 @@ def initialize(patient: Patient, remedy: Remedy) -> list[str]:
     """Begin weights at the size that their activation needs: Glorot's where it is bounded, else He's."""
     lines = []
     for module in patient.among(remedy, (*LINEAR, nn.RNNBase, nn.RNNCellBase)):
-        spelt = patient.code(module)
-        recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
-        bounded = next(activations_after(patient.model, module, BOUNDED), None) if not recurrent else module
+        if not may_begin_anew(module):
+            continue
+        spelt, bounded = patient.code(module), module
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            place = patient.activation_of(module, BOUNDED)
+            bounded = None if place is None else place.module
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() < 2:
                 continue
             lines.append(f"+ {_begin(weight, bounded)}({spelt}.{name}{_options(bounded)})")
             patient.changed.append(weight)
+    if not lines:
+        raise NotTried("its weights are frozen, or computed (weight_norm, spectral_norm)")
     return lines
 
 
