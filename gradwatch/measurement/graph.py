@@ -318,10 +318,10 @@ def before(node: Any) -> list[Any]:  # noqa: ANN401
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401
     """Return the mean of the largest weights of a softmax, from what it has saved; None where that was put away.
 
-    What hooks of the user's have packed, as a checkpoint does, is not unpacked.
+    What hooks of the user's have packed, as a checkpoint does, is not unpacked; before torch 2.7 nobody can tell
+    whether it is.
     """
-    raw = node._raw_saved_result
-    result = raw.data
+    result = getattr(node._raw_saved_result, "data", None)
     shape = tuple(node._input_metadata[0].shape)
     if type(result) is not Tensor or tuple(result.shape) != shape or not shape or not result.numel():
         return None
