@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from gradwatch.checks.causal import assert_causal, causal
     from gradwatch.checks.causal_features import assert_causal_features
     from gradwatch.checks.check import assert_healthy, check
-    from gradwatch.checks.cures.cure import Cure, Cures, cure
+    from gradwatch.checks.cures.cure import cure
+    from gradwatch.checks.cures.outcome import Cure, Cures
     from gradwatch.checks.cures.trial import Outcome
     from gradwatch.checks.horizon import assert_horizon, horizon
     from gradwatch.checks.profile import assert_profile, profile
     from gradwatch.checks.trains import assert_trains
     from gradwatch.detectors import DETECTORS
     from gradwatch.detectors.rule import Rule
-    from gradwatch.sinks.record import Record, Run, read_run, read_runs
+    from gradwatch.sinks.reading import Run, read_run, read_runs
+    from gradwatch.sinks.record import Record
     from gradwatch.sinks.tensorboard import TensorBoardSink, scalars
     from gradwatch.values.causality import Causality, Leak
     from gradwatch.values.comparison import Change, Comparison, compare
@@ -47,14 +49,16 @@ _HOMES = {
     "checks.causal": ("assert_causal", "causal"),
     "checks.causal_features": ("assert_causal_features",),
     "checks.check": ("assert_healthy", "check"),
-    "checks.cures.cure": ("Cure", "Cures", "cure"),
+    "checks.cures.cure": ("cure",),
+    "checks.cures.outcome": ("Cure", "Cures"),
     "checks.cures.trial": ("Outcome",),
     "checks.horizon": ("assert_horizon", "horizon"),
     "checks.profile": ("assert_profile", "profile"),
     "checks.trains": ("assert_trains",),
     "detectors": ("DETECTORS",),
     "detectors.rule": ("Rule",),
-    "sinks.record": ("Record", "Run", "read_run", "read_runs"),
+    "sinks.reading": ("Run", "read_run", "read_runs"),
+    "sinks.record": ("Record",),
     "sinks.tensorboard": ("TensorBoardSink", "scalars"),
     "values.causality": ("Causality", "Leak"),
     "values.comparison": ("Change", "Comparison", "compare"),

@@ -202,7 +202,7 @@ def _lines(report: Any) -> Iterator[str]:  # noqa: ANN401
 
 def _said(found: Any) -> str:  # noqa: ANN401  (what a check returns)
     """Return what a check has found, in a line."""
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
     from gradwatch.values.profile import Profile
     from gradwatch.values.report import Report
     from gradwatch.values.sequences import SequenceStats, sentences

@@ -19,7 +19,17 @@ HANDS = {"model"}  # on the user's model; it makes values
 PARTS = {"measurement", "timesteps", "detectors", "sinks"}
 ENGINE = {"watcher"}
 CHECKS = {"checks"}
-FACES = {"__init__", "__main__", "lightning", "huggingface", "pytest_plugin", "cli", "run", "demo"}
+FACES = {
+    "__init__",
+    "__main__",
+    "lightning",
+    "huggingface",
+    "pytest_plugin",
+    "tensorboard_plugin",
+    "cli",
+    "run",
+    "demo",
+}
 FLOORS = [GROUND, HANDS, PARTS, ENGINE, CHECKS, FACES]
 
 TORCH_AT_THE_TOP = {"model", "measurement", "timesteps", "watcher", "checks", "lightning", "huggingface"}
@@ -32,6 +42,8 @@ HOMES = {
     "pytest": "pytest_plugin",
     "tensorboard": "sinks.tensorboard",
 }
+SECOND_HOMES = {"tensorboard": "tensorboard_plugin"}
+"""Where TensorBoard itself loads us."""
 
 
 class Import:
@@ -101,6 +113,8 @@ def violations(found: list[Import]) -> list[str]:
         if package == "torch" and not i.typing_only and i.wing not in allowed:
             wrong.append(f"{i} brings torch into the world of numbers")
         home = HOMES.get(package)
+        if i.module == SECOND_HOMES.get(package):
+            continue
         if home is not None and not i.typing_only and not f"{i.module}.".startswith(f"{home}."):
             wrong.append(f"{i} belongs into {home}")
     return wrong

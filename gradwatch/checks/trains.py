@@ -16,7 +16,7 @@ from gradwatch.checks.batch import arguments
 from gradwatch.detectors import DETECTORS
 from gradwatch.model.optimizers import unwrap
 from gradwatch.model.rerun import as_it_was
-from gradwatch.sinks.record import Run
+from gradwatch.sinks.reading import Run
 from gradwatch.sinks.terminal.errors import training_error
 from gradwatch.timesteps.sequences import Need
 from gradwatch.values.history import Detector

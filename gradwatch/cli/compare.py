@@ -11,7 +11,7 @@ from gradwatch import __version__
 from gradwatch.cli.reading import muted, print_, settings
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
     from gradwatch.values.comparison import Comparison
     from gradwatch.values.profile import Profile
 
@@ -53,7 +53,7 @@ def _sides(path: str, ignore: Sequence[str]) -> dict[str, Run | Profile]:
     """Read runs, or a profile."""
     from pathlib import Path
 
-    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.reading import read_runs
     from gradwatch.values.profile import from_toml
 
     if path.endswith(".toml"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from gradwatch.sinks.formats.judged import Judged
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
     from gradwatch.values.configuration import Configuration
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
     from gradwatch.values.configuration import Configuration
 
 
@@ -27,7 +27,7 @@ def read(paths: Sequence[str]) -> dict[str, Run]:
         OSError, ValueError: as `read_runs`.
 
     """
-    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.reading import read_runs
 
     found = {path: read_runs(path) for path in paths}
     if len(found) == 1:

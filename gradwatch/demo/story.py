@@ -18,7 +18,7 @@ from rich.text import Text
 from gradwatch.demo import market
 from gradwatch.demo.networks import DEEP, FLOW, STOCK, Subject
 from gradwatch.demo.tasks import AHEAD, LENGTH, NEED, SEQUENCES, UNSEEN, Task, flow_task, volatility_task
-from gradwatch.sinks.record import Run, read_run
+from gradwatch.sinks.reading import Run, read_run
 from gradwatch.sinks.terminal.alert_text import alert_lines
 from gradwatch.sinks.terminal.lag_profile import LagProfile, reach_lines
 from gradwatch.sinks.terminal.page import run_summary

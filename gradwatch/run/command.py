@@ -99,7 +99,7 @@ def _tell(training: Training, fail_on: str | None) -> bool:
         return False
     from rich.text import Text
 
-    from gradwatch.sinks.record import read_runs
+    from gradwatch.sinks.reading import read_runs
     from gradwatch.sinks.terminal.page import run_summary, verdict
     from gradwatch.sinks.terminal.show import show
     from gradwatch.values.report import Severity

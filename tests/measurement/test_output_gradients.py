@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch.measurement import norms
-from gradwatch.sinks.record import read_run
+from gradwatch.sinks.reading import read_run
 
 
 def watched(model, optimizer=None, **options):

@@ -26,7 +26,7 @@ from gradwatch.sinks.formats.judged import judged
 from gradwatch.sinks.formats.junit import junit
 from gradwatch.sinks.formats.markdown import escaped, markdown
 from gradwatch.sinks.log import one_line, printable
-from gradwatch.sinks.record import Run
+from gradwatch.sinks.reading import Run
 from gradwatch.values import configuration
 from gradwatch.values.report import Alert, Finding, Severity
 

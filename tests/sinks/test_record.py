@@ -333,14 +333,14 @@ def test_what_is_read_is_bounded_in_depth_and_in_count(tmp_path, monkeypatch):
     whole = read_run(tmp_path)
     assert (len(whole.alerts), len(whole.models), whole.broken) == (6, 6, 0)
 
-    monkeypatch.setattr("gradwatch.sinks.record._MOST_ALERTS", 4)
+    monkeypatch.setattr("gradwatch.sinks.reading._MOST_ALERTS", 4)
     some = read_run(tmp_path)
     assert [a.finding.place for a in some.alerts] == [f"layer{i}" for i in range(4)]
     assert some.ruined  # and says so: a judgement of a part would be none
-    monkeypatch.setattr("gradwatch.sinks.record._MOST_ALERTS", 6)
+    monkeypatch.setattr("gradwatch.sinks.reading._MOST_ALERTS", 6)
     assert not read_run(tmp_path).ruined  # the same alerts again are no more
 
-    monkeypatch.setattr("gradwatch.sinks.record._MOST_MODELS", 3)
+    monkeypatch.setattr("gradwatch.sinks.reading._MOST_MODELS", 3)
     assert (len(read_run(tmp_path).models), read_run(tmp_path).ruined) == (3, True)
 
     with (tmp_path / "record.jsonl").open("a") as stream:

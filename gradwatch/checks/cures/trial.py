@@ -22,7 +22,7 @@ from gradwatch.detectors.remedies import Action, Remedy
 from gradwatch.model.nested import mapped
 from gradwatch.model.optimizers import parameters_of
 from gradwatch.model.rerun import as_it_was
-from gradwatch.sinks.record import Run
+from gradwatch.sinks.reading import Run
 from gradwatch.values.report import Alert, Severity
 from gradwatch.values.sequences import Horizon, SequenceStats
 from gradwatch.watcher.options import Options

@@ -10,7 +10,7 @@ from gradwatch.sinks.log import one_line
 from gradwatch.values.report import Alert, Severity
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from gradwatch.sinks.log import one_line, printable
 from gradwatch.sinks.terminal.page import notes, verdict
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
 
 
 def junit(found: Sequence[Judged], rules: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from gradwatch.values.sequences import SequenceStats
 from gradwatch.values.thresholds import HORIZON_GAIN
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
 
 
 def health_error(report: Report, wrong: Sequence[Alert], most: int) -> str:

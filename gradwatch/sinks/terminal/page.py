@@ -21,7 +21,7 @@ from gradwatch.values.report import Report, Severity
 from gradwatch.values.sequences import SequenceStats, sentences
 
 if TYPE_CHECKING:
-    from gradwatch.sinks.record import Run
+    from gradwatch.sinks.reading import Run
 
 WIDTH = 100
 _PROFILES = 3

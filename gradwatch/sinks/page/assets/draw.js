@@ -1,0 +1,203 @@
+// Elements, axes, heatmaps and lines. Text goes in as text and never as markup.
+const LEFT = 150, RIGHT = 14;
+
+function element(kind, attributes = {}, ...content) {
+  const made = document.createElement(kind);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...content.filter((part) => part !== undefined && part !== null));
+  return made;
+}
+
+function shape(kind, attributes = {}, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+/** Room for names at the left of a picture of some width. */
+function margin(width) {
+  return width < 520 ? 78 : LEFT;
+}
+
+/** A step -> where it stands; one step alone has all the width. */
+function axis(run, width) {
+  const left = margin(width), inside = width - left - RIGHT, span = Math.max(run.last - run.first, 0);
+  const gap = span ? inside / (span + 1) : inside;
+  return {
+    left, inside,
+    x: (step) => left + (step - run.first) * gap,
+    step: (x) => Math.min(Math.max(Math.floor(run.first + (x - left) / gap), run.first), run.last),
+  };
+}
+
+function fitted(name, width) {
+  const most = Math.max(Math.floor(width / 6.6), 4);
+  return name.length <= most ? name : `…${name.slice(name.length - most + 1)}`;
+}
+
+const tip = element("div", { class: "tip", hidden: true });
+
+function point(event, text) {
+  tip.hidden = !text;
+  if (!text) return;
+  tip.textContent = text;
+  tip.style.left = `${Math.min(event.clientX + 14, window.innerWidth - tip.offsetWidth - 8)}px`;
+  tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)}px`;
+}
+
+/** The rows of a heatmap of so many pixels that have room for a name. */
+function evenly(rows) {
+  return (tall, line) => {
+    const apart = Math.max(Math.ceil(13 / line), 1);
+    return Array.from({ length: Math.ceil(rows / apart) }, (_, i) => i * apart);
+  };
+}
+
+/**
+ * A heatmap: rows by steps. `cell(row, column)` gives a level, or NaN for nothing; `lines` are drawn over it, each with
+ * a value by column in rows. It is redrawn by `.redraw()`, and says what is pointed at through `told` and `chosen`.
+ */
+function heatmap({ run, steps, rows, height, cell, bounds, names, labelled = evenly(rows), marks = [], lines = [], told, chosen, selected, label }) {
+  const canvas = element("canvas", { tabindex: 0, role: "img", "aria-label": label });
+  const figure = element("figure", {}, canvas);
+  const tall = Math.round(height), axes = 24;
+  let at = null;
+
+  function redraw() {
+    const width = figure.clientWidth || 600, ratio = window.devicePixelRatio || 1, { left, inside, x } = axis(run, width);
+    canvas.width = width * ratio;
+    canvas.height = (tall + axes) * ratio;
+    canvas.style.height = `${tall + axes}px`;
+    const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
+    const css = (name) => style.getPropertyValue(name).trim();
+    pen.scale(ratio, ratio);
+    const line = tall / rows;
+    for (let column = 0; column < steps.length; column++) {
+      const from = x(steps[column]), to = column + 1 < steps.length ? x(steps[column + 1]) : left + inside;
+      for (let row = 0; row < rows; row++) {
+        const level = cell(row, column);
+        if (Number.isNaN(level)) continue;
+        const [r, g, b] = level === Infinity ? BROKEN : level === -Infinity ? NAUGHT : colour((level - bounds[0]) / (bounds[1] - bounds[0]));
+        pen.fillStyle = `rgb(${r},${g},${b})`;
+        pen.fillRect(Math.floor(from), Math.floor(row * line), Math.max(Math.ceil(to) - Math.floor(from), 1), Math.ceil((row + 1) * line) - Math.floor(row * line));
+      }
+    }
+    pen.font = "12px system-ui, sans-serif";
+    pen.textBaseline = "middle";
+    pen.textAlign = "right";
+    for (const row of labelled(tall, line)) {
+      const name = names(row);
+      pen.fillStyle = css(marks[row] ? `--${marks[row]}` : "--soft");
+      pen.fillText((marks[row] === "error" || marks[row] === "warning" ? "▲ " : "") + fitted(name, left - 24), left - 6, Math.min(Math.max((row + 0.5) * line, 6), tall - 6));
+    }
+    marks.forEach((mark, row) => {
+      if (!mark || mark === "info") return;
+      pen.fillStyle = css(`--${mark}`);
+      pen.fillRect(left - 4, Math.floor(row * line), 3, Math.max(Math.ceil(line), 2));
+    });
+    for (const { values, dashed, text } of lines) {
+      pen.beginPath();
+      let open = false;
+      values.forEach((value, column) => {
+        if (value === null || value === undefined) { open = false; return; }
+        const y = Math.min(Math.max(value * line, 1), tall - 1), from = x(steps[column]), to = column + 1 < steps.length ? x(steps[column + 1]) : left + inside;
+        if (open) pen.lineTo(from, y); else pen.moveTo(from, y);
+        pen.lineTo(to, y);
+        open = true;
+      });
+      for (const [stroke, thick] of [["#000000", 4], ["#ffffff", 2]]) {
+        pen.setLineDash(dashed ? [7, 5] : []);
+        pen.lineWidth = thick;
+        pen.strokeStyle = stroke;
+        pen.stroke();
+      }
+      pen.setLineDash([]);
+      const last = values.findLast((value) => value !== null && value !== undefined);
+      if (text && last !== undefined) {
+        const y = Math.min(Math.max(last * line - 9, 9), tall - 8), wide = pen.measureText(text).width + 8;
+        pen.fillStyle = "#000000";
+        pen.fillRect(left + inside - wide - 4, y - 8, wide, 16);
+        pen.fillStyle = "#ffffff";
+        pen.fillText(text, left + inside - 8, y);
+      }
+    }
+    pen.fillStyle = css("--soft");
+    pen.textAlign = "center";
+    for (const step of ticks(run.first, run.last, inside / 90)) {
+      if (Number.isInteger(step)) pen.fillText(step.toLocaleString("en"), Math.min(Math.max(x(step), left + 10), left + inside - 14), tall + 13);
+    }
+    const { step, row } = selected();
+    pen.strokeStyle = css("--cursor");
+    pen.lineWidth = 1.5;
+    if (step !== null) pen.strokeRect(x(step), 0, 0.01, tall);
+    if (row !== undefined && row !== null) pen.strokeRect(left, row * line, inside, line);
+  }
+
+  function found(event) {
+    const box = canvas.getBoundingClientRect(), place = axis(run, box.width), px = event.clientX - box.left, py = event.clientY - box.top;
+    if (px < 0 || py < 0 || py >= tall || !steps.length) return null;
+    return { column: lastUpTo(steps, place.step(px)), row: Math.min(Math.floor(py / (tall / rows)), rows - 1) };
+  }
+
+  canvas.addEventListener("pointermove", (event) => { const hit = found(event); point(event, hit && told(hit.row, hit.column)); });
+  canvas.addEventListener("pointerleave", (event) => point(event, ""));
+  canvas.addEventListener("click", (event) => { const hit = found(event); if (hit) { at = hit; chosen(hit.row, hit.column); } });
+  canvas.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] }[event.key];
+    if (!move || !steps.length) return;
+    event.preventDefault();
+    const now = selected();
+    at = at || { row: now.row ?? 0, column: now.step === null ? steps.length - 1 : lastUpTo(steps, now.step) };
+    at = { row: Math.min(Math.max(at.row + move[0], 0), rows - 1), column: Math.min(Math.max(at.column + move[1], 0), steps.length - 1) };
+    chosen(at.row, at.column);
+  });
+  return Object.assign(figure, { redraw });
+}
+
+/** Lines over steps or lags in one frame: each with a name, a colour, points [x, y] and perhaps a band [x, low, high]. */
+function lines({ series, height, left, xs, ys, xticks, yticks, xwords, ywords, cursor, told, chosen, verticals = [], label }) {
+  const svg = shape("svg", { role: "img", "aria-label": label });
+  const figure = element("figure", {}, svg);
+  function redraw() {
+    const width = figure.clientWidth || 600, start = left(width), inside = width - start - RIGHT, tall = height;
+    svg.setAttribute("viewBox", `0 0 ${width} ${tall + 22}`);
+    svg.style.height = `${tall + 22}px`;
+    const x = (value) => start + (inside * (value - xs[0])) / Math.max(xs[1] - xs[0], 1e-9), y = (value) => tall - ((tall - 6) * (Math.min(Math.max(value, ys[0]), ys[1]) - ys[0])) / Math.max(ys[1] - ys[0], 1e-9);
+    svg.replaceChildren();
+    for (const value of yticks(tall)) {
+      svg.append(shape("line", { class: "axis", x1: start, x2: start + inside, y1: y(value), y2: y(value) }), shape("text", { x: start - 6, y: y(value) + 4, "text-anchor": "end" }, ywords(value)));
+    }
+    for (const value of xticks(inside)) svg.append(shape("text", { x: Math.min(Math.max(x(value), start + 8), start + inside - 12), y: tall + 17, "text-anchor": "middle" }, xwords(value)));
+    for (const { at, name, dashed } of verticals) {
+      svg.append(shape("line", { x1: x(at), x2: x(at), y1: 0, y2: tall, stroke: "currentColor", "stroke-dasharray": dashed ? "6 4" : "none" }), shape("text", { class: "strong", x: Math.min(x(at) + 4, start + inside - 70), y: dashed ? 24 : 11 }, name));
+    }
+    for (const { colour: stroke, points, band = [], dashed } of series) {
+      if (band.length) svg.append(shape("path", { class: "band", fill: stroke, d: `M${[...band.map(([at, , high]) => `${x(at)},${y(high)}`), ...band.toReversed().map(([at, low]) => `${x(at)},${y(low)}`)].join("L")}Z` }));
+      if (points.length) svg.append(shape("path", { class: "series", stroke, "stroke-dasharray": dashed ? "5 3" : "none", d: `M${points.map(([at, value]) => `${x(at)},${y(value)}`).join("L")}` }));
+      if (points.length === 1) svg.append(shape("circle", { cx: x(points[0][0]), cy: y(points[0][1]), r: 3, fill: stroke }));
+    }
+    const now = cursor && cursor();
+    if (now !== null && now !== undefined) svg.append(shape("line", { x1: x(now), x2: x(now), y1: 0, y2: tall, stroke: "currentColor", "stroke-width": 1.3 }));
+    svg.onpointermove = (event) => {
+      const box = svg.getBoundingClientRect(), value = xs[0] + ((event.clientX - box.left - start) / inside) * (xs[1] - xs[0]);
+      point(event, value >= xs[0] && value <= xs[1] ? told(value) : "");
+    };
+    svg.onpointerleave = (event) => point(event, "");
+    svg.onclick = (event) => {
+      const box = svg.getBoundingClientRect();
+      if (chosen) chosen(xs[0] + ((event.clientX - box.left - start) / inside) * (xs[1] - xs[0]));
+    };
+  }
+  return Object.assign(figure, { redraw });
+}
+
+function scaleLegend(bounds, unit, extras = []) {
+  const strip = element("canvas", { width: 150, height: 11, "aria-hidden": "true" }), pen = strip.getContext("2d");
+  for (let i = 0; i < 150; i++) { pen.fillStyle = `rgb(${colour(i / 149)})`; pen.fillRect(i, 0, 1, 11); }
+  const swatch = ([name, rgb]) => { const mark = element("i"); mark.style.background = `rgb(${rgb})`; return element("span", {}, mark, name); };
+  return element("div", { class: "legend" }, element("span", {}, `${size(bounds[0])} `), strip, element("span", {}, ` ${size(bounds[1])} ${unit}`), ...extras.map(swatch));
+}
