@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--html", metavar="FILE", help="write a page, one file by itself; several runs stand side by side on one scale"
     )
+    report.add_argument("--follow", action="store_true", help="show a run live while it goes on; Ctrl-C ends it")
     _judging(report, fails="exit with 1 if there was an alert of this severity or higher (default: never)")
     report.set_defaults(run=judge.report)
 

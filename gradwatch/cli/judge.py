@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 def report(options: argparse.Namespace) -> int:
     """Tell all of a run."""
+    if options.follow:
+        return _followed(options)
     return _told(options, options.fail_on or "never", report=True)
 
 
@@ -50,6 +53,17 @@ def _told(options: argparse.Namespace, fail_on: str | None, *, report: bool) -> 
     if any(run.ruined for run in runs.values()) and not report:
         return 2
     return int(any(one.failing for one in found))
+
+
+def _followed(options: argparse.Namespace) -> int:
+    """Show a run while it goes on."""
+    from gradwatch.sinks.terminal.follow import follow
+
+    if len(options.paths) > 1:
+        raise ValueError(f"--follow shows one run, got {len(options.paths)}")
+    with contextlib.suppress(KeyboardInterrupt):  # it is how it ends
+        follow(options.paths[0], sys.stdout)
+    return 0
 
 
 def _rejudged(run: Run, settings: Configuration, ignore: Sequence[str]) -> Run:

@@ -279,7 +279,7 @@ def stands_before(model):
         (stands_before, ("body.2", "head")),
         (stands_before, ("body.0",)),  # as prompts and norms are tuned
     ],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_what_may_be_meant_is_information(meant, stepped):
     torch.manual_seed(0)

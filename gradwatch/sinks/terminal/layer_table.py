@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -16,6 +16,8 @@ from gradwatch.values.layer_columns import norms
 from gradwatch.values.report import Alert
 from gradwatch.values.snapshot import Snapshot
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
 
 def layer_table(
     snapshot: Snapshot,
@@ -23,6 +25,7 @@ def layer_table(
     *,
     sensitivity: dict[str, float] | None = None,
     most: int | None = None,
+    past: Mapping[str, Sequence[float | None]] | None = None,
 ) -> RenderableType:
     """Return the layers in the order of the forward pass, with their gradient norms and the codes of their alerts.
 
@@ -34,6 +37,7 @@ def layer_table(
         alerts: those whose codes are shown at their layers.
         sensitivity: share of the largest sensitivity of later layers, by layer.
         most: show no more rows than this, those with alerts and then those with the smallest norms.
+        past: norms of each layer at earlier steps, drawn as a line in place of the bar.
 
     """
     codes: dict[str, list[Alert]] = {}
@@ -65,7 +69,7 @@ def layer_table(
         if shares:
             made.add_column("of later layers", justify="right", no_wrap=True)
         if bars:
-            made.add_column("log10", no_wrap=True)
+            made.add_column("log10" if past is None else "log10, by step", no_wrap=True)
         made.add_column("", overflow="fold")
         for layer in shown:
             norm, wrong = norm_of[layer.name], [a for name in {layer.name, layer.module} for a in codes.get(name, ())]
@@ -76,7 +80,7 @@ def layer_table(
                 Text(one_line(layer.kind)) if kinds else None,
                 Text("in no optimizer" if norm is None and layer.name in unstepped else _number(norm)),
                 Text(_number((sensitivity or {}).get(layer.name))) if shares else None,
-                _bar(norm, low, high) if bars else None,
+                (_bar(norm, low, high) if past is None else _line(past.get(layer.name, ()))) if bars else None,
                 Text(" ".join(sorted({a.finding.code for a in wrong})), style=style),
             ]
             made.add_row(*(cell for cell in cells if cell is not None))
@@ -114,6 +118,21 @@ def _rank(norm: float | None) -> float:
 
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.2e}"
+
+
+def _line(norms: Sequence[float | None]) -> Text:
+    """Draw sizes as a line of blocks, from the smallest of them to the largest; ! is not finite, 0 is exactly 0."""
+    known = [math.log10(n) for n in norms if n is not None and 0 < n < math.inf]
+    low, span = (min(known), max(max(known) - min(known), 1.0)) if known else (0.0, 1.0)
+
+    def mark(norm: float | None) -> str:
+        if norm is None:
+            return " "
+        if not 0 < norm < math.inf:
+            return "0" if norm == 0 else "!"
+        return _BLOCKS[min(int((math.log10(norm) - low) / span * len(_BLOCKS)), len(_BLOCKS) - 1)]
+
+    return Text("".join(map(mark, norms)))
 
 
 def _bar(norm: float | None, low: float, high: float, width: int = 12) -> Text:
