@@ -15,6 +15,11 @@ from torch.nn.modules import module as torch_modules
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # without which sums on a CUDA device have no one order
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the browser be named."""
+    parser.addoption("--browser", default=None, help="a Chromium for the tests of the page")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a device that is not there."""
     if not torch.cuda.is_available():

@@ -20,6 +20,7 @@ LIGHT = [
     "gradwatch",
     "gradwatch.pytest_plugin",
     "gradwatch.cli",
+    "gradwatch.tensorboard_plugin",
     *(
         f"gradwatch.values.{name}"
         for name in ("snapshot", "sequences", "plain", "layer_columns", "history", "thresholds", "report")
@@ -28,7 +29,10 @@ LIGHT = [
     "gradwatch.detectors.alerts",
     *(
         f"gradwatch.sinks.{name}"
-        for name in ("log", "record", "run_directory", "tensorboard", "terminal.page", "terminal.errors")
+        for name in (
+            *("log", "record", "reading", "run_directory", "tensorboard", "terminal.page", "terminal.errors"),
+            *("terminal.follow", "page.data", "page.render", "page.notebook"),
+        )
     ),
     *(f"gradwatch.demo.{name}" for name in ("market", "tasks", "networks", "story")),
 ]

@@ -193,6 +193,11 @@ class History:
         return newest(self.track.snapshots, count)
 
     @property
+    def remembered(self) -> list[Snapshot]:
+        """All snapshots that are kept, of all optimizers, oldest first."""
+        return sorted((s for track in self._tracks.values() for s in track.snapshots), key=lambda s: s.step)
+
+    @property
     def probed(self) -> Sequence[Snapshot]:
         """Those of the window that hold more than the norms of their step, as probes do, oldest first."""
         return self.track.probed

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gradwatch.detectors.alerts import judge
 from gradwatch.detectors.suspects import suspects
 from gradwatch.sinks.log import log_end, log_report
+from gradwatch.sinks.reading import Run, read_run
 from gradwatch.values.history import Detector, History
 from gradwatch.values.plain import alert_from_plain, to_plain
 from gradwatch.values.report import GradientHealthError, Report, Severity, Sink
@@ -61,6 +63,14 @@ class Judge:
     def suspects(self) -> frozenset[str]:
         """Return the layers of which the next probe is to measure more."""
         return suspects(self.history, self.report.snapshot.model, self.report.open)
+
+    def run(self, directory: Path | None) -> Run:
+        """Return the run up to now: all that is recorded, or without a record what verdicts remember."""
+        if directory is not None:
+            return read_run(directory)
+        snapshots = self.history.remembered
+        models = {id(s.model): s.model for s in snapshots}
+        return Run(tuple(models.values()), tuple(snapshots), self.report.open)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and the open alerts as plain values."""

@@ -9,7 +9,7 @@ import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Self, TypeVarTuple
 
 from torch import Tensor, nn
 
@@ -29,9 +29,13 @@ from gradwatch.watcher.losses import Losses
 from gradwatch.watcher.optimizer_steps import OptimizerSteps
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.probes import Probes
+from gradwatch.watcher.resuming import state_of, take_up
 from gradwatch.watcher.training import Training
 from gradwatch.watcher.unheard import Unheard
 from gradwatch.watcher.warn_once import WarnOnce, said
+
+if TYPE_CHECKING:
+    from gradwatch.sinks.page.notebook import Page
 
 _log = logging.getLogger("gradwatch")
 A = TypeVarTuple("A")
@@ -111,6 +115,8 @@ class Watcher:
         )
         self._steps = [OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(inner or [None])]
         self._close_sinks = closing_with(self, directory, options.sinks)
+        self._directory = None if directory is None else directory.path
+        self._name = type(model).__name__ if directory is None else directory.path.parent.name or "run"
         for steps, optimizer in zip(self._steps, optimizers, strict=False):  # none where the loop has none
             steps.attach(optimizer, self._guarded, self._emit)
         if strict:
@@ -291,9 +297,19 @@ class Watcher:
         return text(self.report, sequences=self._judge.history.last_sequences)
 
     def _repr_html_(self) -> str:
-        from gradwatch.sinks.terminal.page import html
+        from gradwatch.sinks.page.notebook import still
 
-        return html(self.report, sequences=self._judge.history.last_sequences)
+        return still(self._name, self._judge.run(self._directory))
+
+    def page(self) -> Page:
+        """Return the run up to now as a page: it shows itself in a notebook, and `save(path)` writes it into a file.
+
+        With `logdir` it shows the whole run, without it the newest steps, as many as verdicts remember.
+        """
+        from gradwatch import __version__
+        from gradwatch.sinks.page.notebook import Page
+
+        return Page(self._name, self._judge.run(self._directory), __version__)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy as the last report: hooks and files are of this process, and of these objects."""
@@ -301,14 +317,7 @@ class Watcher:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history, the open alerts and the step as dicts, lists, numbers and strings."""
-        names = [parameter.name for parameter in self._model_map.info.parameters]
-        return {
-            "format": 1,
-            "counts": [steps.count for steps in self._steps],
-            "slots": [steps.state_dict(names) for steps in self._steps],
-            "order": dict(self._model_map.order),
-            **self._judge.state_dict(),
-        }
+        return state_of(self._steps, self._model_map, self._judge)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -319,26 +328,7 @@ class Watcher:
                 watcher is then as it was.
 
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be what state_dict() gave, got {state!r:.80}")
-        counts = state.get("counts")
-        if state.get("format") != 1 or not isinstance(counts, list | tuple) or len(counts) != len(self._steps):
-            given = f"format {state.get('format')!r} for {counts!r:.80}"
-            raise ValueError(
-                f"state must be of format 1 with a count of steps for each of {len(self._steps)} optimizers,"
-                f" got {given}"
-            )
-        names = [parameter.name for parameter in self._model_map.info.parameters]
-        try:
-            order = {str(name): int(position) for name, position in state["order"].items()}
-            kept = zip(self._steps, counts, state["slots"], strict=True)
-            take = [steps.reading_state(count, its, names) for steps, count, its in kept]
-            self._judge.load_state_dict(state)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(f"state must be what state_dict() gave, and could not be read: {said(error)}") from error
-        self._model_map.resume(order)
-        for apply in take:
-            apply()
+        take_up(state, self._steps, self._model_map, self._judge)
         self._guarded(self._take_up)
 
     def _take_up(self) -> None:

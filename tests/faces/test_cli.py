@@ -156,7 +156,7 @@ def test_check_is_2_where_the_record_tells_nothing_or_is_ruined_and_not_for_the_
 
 @pytest.mark.parametrize(
     "arguments",
-    [(), ("nonsense",), ("check",), ("report", "a", "b"), ("check", "--nonsense", "a"), ("demo", "--steps", "0")],
+    [(), ("nonsense",), ("check",), ("check", "a", "b"), ("check", "--nonsense", "a"), ("demo", "--steps", "0")],
 )
 def test_wrong_usage_is_2_with_the_usage(arguments):
     done = gradwatch_(*arguments)

@@ -125,7 +125,6 @@ def test_the_repr_begins_with_it_between_probes_too():
     ):
         assert text.splitlines()[:2] == [LINE, "1 of 1 parameters with a gradient at step 1"]
     assert terminal.text(Report(snapshot())).splitlines()[0] == "1 of 1 parameters with a gradient at step 1"
-    assert "rnn learns from the last 16 of 250 timesteps" in terminal.html(Report(snapshot(RNN)), width=200)
 
 
 def test_a_model_of_many_sequence_modules_is_told_shortly():

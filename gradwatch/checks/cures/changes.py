@@ -166,6 +166,11 @@ class Patient:
         return seen
 
 
+def shown(module: nn.Module) -> str:
+    """Return how a module is made, as far as its repr tells."""
+    return f"{'torch.nn.' if type(module).__module__.startswith('torch.nn.') else ''}{module!r}"
+
+
 def may_begin_anew(module: Any) -> bool:  # noqa: ANN401  (a layer)
     """Tell whether the weights of a layer are its own, and are trained."""
     computed = parametrize.is_parametrized(module) or hasattr(module, "weight_g") or hasattr(module, "weight_orig")

@@ -19,6 +19,7 @@ from gradwatch.checks.cures.changes import (
     Place,
     like,
     may_begin_anew,
+    shown,
 )
 from gradwatch.detectors.remedies import Remedy
 
@@ -68,7 +69,7 @@ def activation(patient: Patient, remedy: Remedy) -> list[str]:
             continue
         if place not in places:
             spelt = patient.code_at(place)
-            lines += [f"- {spelt} = {type(place.module).__name__}()", f"+ {spelt} = torch.nn.{new()}"]
+            lines += [f"- {spelt} = {shown(place.module)}", f"+ {spelt} = torch.nn.{new()}"]
             places.append(place)
         if remedy.action == "relu" and isinstance(layer, LINEAR) and may_begin_anew(layer):
             weight = cast(nn.Parameter, layer.weight)
@@ -124,7 +125,7 @@ def drop_normalization(patient: Patient, remedy: Remedy) -> list[str]:
     for module in patient.among(remedy, NORMALIZATIONS):
         place = patient.place_of(module)
         spelt = patient.code_at(place)
-        lines += [f"- {spelt} = {type(module).__name__}(...)", f"+ {spelt} = torch.nn.Identity()"]
+        lines += [f"- {spelt} = {shown(module)}", f"+ {spelt} = torch.nn.Identity()"]
         place.put(nn.Identity())
     return lines
 

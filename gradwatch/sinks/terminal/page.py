@@ -62,13 +62,6 @@ def plain_text(content: RenderableType, width: int) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def html(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int = WIDTH) -> str:
-    """Return the same as HTML, for notebooks."""
-    console = Console(file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="truecolor")
-    console.print(Harmless(_report(report, sequences)))
-    return console.export_html(inline_styles=True, code_format='<pre style="line-height:normal">{code}</pre>')
-
-
 def _report(report: Report, sequences: Sequence[SequenceStats]) -> RenderableType:
     snapshot = report.snapshot
     count = sum(n is not None for n in snapshot.norm)
