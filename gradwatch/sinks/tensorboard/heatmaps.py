@@ -36,6 +36,8 @@ _SHALLOW = -6.0
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 480, 8, 74, 56, 32
 """Pixels of a heatmap and of its margins: above is the title, to the right the bar of colours, below are the steps."""
 _INSIDE = _WIDTH - _LEFT - _RIGHT
+_ROOM = 22
+"""Pixels that the name of a row takes; lower rows have none."""
 
 Content = TypeVar("Content")
 
@@ -102,7 +104,7 @@ class LayerPicture:
 
         place = {name: i for i, name in enumerate(self._names)}
         values = np.array([column for _, column in self.columns.kept]).T[[place[row] for row in self._rows]]
-        return heatmap(values, self._rows, self.columns.steps, title="log10 of the gradient norm")
+        return heatmap(values, self._rows, self.columns.steps, title="log10 of the gradient norm", named=True)
 
 
 class LagPicture:
@@ -187,6 +189,7 @@ def heatmap(
     line: Sequence[float] | None = None,
     deepest: float = -math.inf,
     columns: str = "step",
+    named: bool = False,
 ) -> tuple[int, int, bytes]:
     """Draw a matrix of log10 values, one row per layer from the input (top) to the output, or per lag.
 
@@ -199,6 +202,7 @@ def heatmap(
         line: drawn in white over each column, so many rows from the top; NaN where there is none.
         deepest: what is below it has its colour.
         columns: what they are: "step", or "lag".
+        named: whether each row has its name written over it, where there is room.
 
     Returns:
         Width and height in pixels, and the PNG.
@@ -227,9 +231,11 @@ def heatmap(
         (_LEFT, below + 24, ", ".join(legend), "ls"),
     ):
         pen.text((x, y), text, fill="black", font=font, anchor=anchor)
-    for number, name in enumerate(rows if columns == "lag" else ()):
-        at = _LEFT + _INSIDE - 6, _TOP + (number + 0.5) * body / len(rows)
-        pen.text(at, name, fill="white", font=font, anchor="rm", stroke_width=2, stroke_fill="black")
+    side = (_LEFT + _INSIDE - 6, "rm") if columns == "lag" else (_LEFT + 5, "lm")
+    for number in range(len(rows) if columns == "lag" or (named and body / len(rows) >= _ROOM) else 0):
+        at = side[0], _TOP + (number + 0.5) * body / len(rows)
+        name = _short(rows[number])
+        pen.text(at, name, fill="white", font=font, anchor=side[1], stroke_width=2, stroke_fill="black")
     return picture.width, picture.height, _png(picture)
 
 

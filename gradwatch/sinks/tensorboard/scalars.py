@@ -161,20 +161,29 @@ def _through_time(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
 
 
 def _in_timesteps(name: str, stats: SequenceStats) -> Iterator[tuple[str, float]]:
-    """Return how far back it learns, with the ends of the interval, and how much of that it uses."""
+    """Return how far back it learns, with the ends of the interval, and how much of that it uses.
+
+    What is of the model stands with the summary, what is of modules has groups of its own. A half-life is at most the
+    length of the sequences: beyond that it says no more, and would tear the axis.
+    """
+    whole = stats.part == "model" and not stats.module
+
+    def tag(what: str) -> str:
+        return f"gradwatch/{what}" if whole else f"gradwatch_{what}/{name}"
+
     reach = stats.reach
     if reach is not None:
-        yield f"gradwatch/horizon/{name}", float(reach.timesteps)
+        yield tag("horizon"), float(reach.timesteps)
         if reach.low < reach.high:
-            yield f"gradwatch/horizon_low/{name}", float(reach.low)
-            yield f"gradwatch/horizon_high/{name}", float(reach.high)
+            yield tag("horizon_low"), float(reach.low)
+            yield tag("horizon_high"), float(reach.high)
         if reach.half_life is not None:
-            yield f"gradwatch/half_life/{name}", reach.half_life
+            yield tag("half_life"), min(reach.half_life, float(stats.length))
     if stats.used is not None:
-        yield f"gradwatch/used/{name}", float(stats.used)
+        yield tag("used"), float(stats.used)
     for other in stats.beside:
         if other.input and other.horizon is not None:
-            yield f"gradwatch/horizon/{name}/{tag_safe(other.input)}", float(other.horizon)
+            yield f"gradwatch_horizon/{name}/{tag_safe(other.input)}", float(other.horizon)
 
 
 def _few(length: int) -> Iterator[int]:
