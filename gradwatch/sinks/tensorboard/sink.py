@@ -34,7 +34,7 @@ class TensorBoardSink:
     `clip_factor`, `loss`, and `gradwatch_norm/<layer>`; `gradwatch/alerts` when one begins or clears.
     At probes: `gradwatch_sensitivity/<layer>`, `gradwatch_update/<layer>`, `gradwatch_profile/layers`.
     Through time, at probes, in timesteps: of the model `gradwatch/horizon`, and where it is not exact `horizon_low` and
-    `horizon_high`, `gradwatch/half_life` (at most the length of the sequences), `gradwatch/used`; of modules the same in
+    `horizon_high`, `gradwatch/half_life` (at most the length of the sequences), `gradwatch/used`; of modules in
     `gradwatch_horizon/<module>` and `gradwatch_half_life/<module>`, and `gradwatch_horizon/model/<input>` of the
     model's other inputs;
     `gradwatch_time/<module>/lag_00064`, the gain by lag over its maximum; `gradwatch_profile/lags/<module>`;
