@@ -195,8 +195,8 @@ def test_how_far_back_is_that_of_each_probe():
             true = max(math.log10(max(s.lag_gain[row * 3 : row * 3 + 3])), -12)
             assert level == pytest.approx(true, abs=0.026)
     first = data["headline"][0]
-    assert first["text"].startswith("the model learns from the last 33 of 400 timesteps of x")
-    assert first["text"].endswith(", and the need is 300, since step 1")
+    assert first["text"].startswith("since step 1 the model learns from the last 33 of 400 timesteps of x")
+    assert first["text"].endswith(", and the declared need is 300")
     assert (first["severity"], first["remedy"]) == ("warning", "do")
 
 

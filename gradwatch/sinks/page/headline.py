@@ -67,9 +67,10 @@ def _of_time(run: Run) -> list[dict[str, str]]:
     short = bool(alerts)
     said: list[dict[str, str]] = []
     for stats, words in whole[:2]:
-        need = f", and the need is {stats.need}, since step {_since(alerts)}" if short and stats.need else ""
+        since = f"since step {_since(alerts)} " if short else ""
+        need = f", and the declared need is {stats.need}" if short and stats.need else ""
         remedy = _remedy(alerts) if not said else ""
-        said.append({"severity": "warning" if short else "info", "text": f"{words}{need}", "remedy": remedy})
+        said.append({"severity": "warning" if short else "info", "text": f"{since}{words}{need}", "remedy": remedy})
     return said
 
 

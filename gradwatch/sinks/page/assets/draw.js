@@ -126,9 +126,11 @@ function heatmap({ run, steps, rows, height, cell, bounds, names, labelled = eve
       }
     }
     pen.fillStyle = css("--soft");
-    pen.textAlign = "center";
     for (const step of ticks(run.first, run.last, inside / 90)) {
-      if (Number.isInteger(step)) pen.fillText(step.toLocaleString("en"), Math.min(Math.max(x(step), left + 10), left + inside - 14), tall + 13);
+      if (!Number.isInteger(step)) continue;
+      const at = x(step);
+      pen.textAlign = at < left + 16 ? "left" : at > left + inside - 16 ? "right" : "center";
+      pen.fillText(step.toLocaleString("en"), Math.min(at, left + inside), tall + 13);
     }
     const { step, row } = selected();
     pen.strokeStyle = css("--cursor");
@@ -171,7 +173,7 @@ function lines({ series, height, left, xs, ys, xticks, yticks, xwords, ywords, c
     for (const value of yticks(tall)) {
       svg.append(shape("line", { class: "axis", x1: start, x2: start + inside, y1: y(value), y2: y(value) }), shape("text", { x: start - 6, y: y(value) + 4, "text-anchor": "end" }, ywords(value)));
     }
-    for (const value of xticks(inside)) svg.append(shape("text", { x: Math.min(Math.max(x(value), start + 8), start + inside - 12), y: tall + 17, "text-anchor": "middle" }, xwords(value)));
+    for (const value of xticks(inside)) svg.append(shape("text", { x: x(value), y: tall + 17, "text-anchor": x(value) < start + 16 ? "start" : x(value) > start + inside - 16 ? "end" : "middle" }, xwords(value)));
     for (const { at, name, dashed } of verticals) {
       svg.append(shape("line", { x1: x(at), x2: x(at), y1: 0, y2: tall, stroke: "currentColor", "stroke-dasharray": dashed ? "6 4" : "none" }), shape("text", { class: "strong", x: Math.min(x(at) + 4, start + inside - 70), y: dashed ? 24 : 11 }, name));
     }
@@ -199,5 +201,5 @@ function scaleLegend(bounds, unit, extras = []) {
   const strip = element("canvas", { width: 150, height: 11, "aria-hidden": "true" }), pen = strip.getContext("2d");
   for (let i = 0; i < 150; i++) { pen.fillStyle = `rgb(${colour(i / 149)})`; pen.fillRect(i, 0, 1, 11); }
   const swatch = ([name, rgb]) => { const mark = element("i"); mark.style.background = `rgb(${rgb})`; return element("span", {}, mark, name); };
-  return element("div", { class: "legend" }, element("span", {}, `${size(bounds[0])} `), strip, element("span", {}, ` ${size(bounds[1])} ${unit}`), ...extras.map(swatch));
+  return element("div", { class: "legend" }, element("span", {}, `${unit}, on a log scale: ${size(bounds[0])} `), strip, element("span", {}, ` ${size(bounds[1])}`), ...extras.map(swatch));
 }

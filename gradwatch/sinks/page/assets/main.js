@@ -37,7 +37,7 @@ function show(root, data) {
     const rows = run.columns.norm, height = Math.min(Math.max(run.layers.length * 17, 90), 460);
     if (run.layers.length) {
       const map = add(heatmap({
-        run, steps: run.steps, rows: run.layers.length, height, bounds, names: (row) => run.layers[row].name || "(the model)", marks: run.gravest, selected,
+        run, steps: run.steps, rows: run.layers.length, height, bounds, names: (row) => run.layers[row].name || "(the model)", marks: run.marks, selected,
         cell: (row, column) => rows[row][column], label: `Gradient norm of ${run.layers.length} layers by step; arrow keys move`,
         told: (row, column) => `${run.layers[row].name}\nstep ${run.steps[column]}: gradient ${size(rows[row][column])}\nsensitivity ${size(known(run, "sensitivity", row, column))}`,
         chosen: (row, column) => state.choose(run, run.steps[column], row),
@@ -56,7 +56,7 @@ function show(root, data) {
         told: (row, column) => `${row * one.width} timesteps back, step ${one.steps[column]}\n${size(one.gain[column][row])} of the largest gain\nhorizon ${number(one.horizon[column])}${one.need === null ? "" : `, need ${one.need}`}`,
         chosen: (row, column) => state.choose(run, one.steps[column], null),
       }));
-      parts.push(element("h2", {}, "How far back it learns, by step ", element("small", {}, one.module || "the model", one.of ? `, ${one.of}` : "")), choice && element("div", { class: "controls" }, choice), map, scaleLegend([-6, 0], "of the largest gain"));
+      parts.push(element("h2", {}, "How far back it learns, by step ", element("small", {}, one.module || "the model", one.of ? `, ${one.of}` : "")), choice && element("div", { class: "controls" }, choice), map, scaleLegend([-6, 0], "share of the largest gain"));
     }
     parts.push(...losses(run, add, selected));
     const notes = [run.thinned ? `${run.thinned.toLocaleString("en")} older snapshots were dropped to keep the record's bound` : "", run.broken ? `${run.broken} lines of the record could not be read` : ""].filter(Boolean);

@@ -84,6 +84,8 @@ function readRun(raw) {
   return {
     ...raw, columns, norm: raw.norm.map(levels),
     sequences: raw.sequences.map((one) => ({ ...one, gain: one.gain.map(gains) })),
+    // What is wrong through time is not seen in a layer's gradient, and is marked in its own picture.
+    marks: raw.layers.map((_, row) => ["error", "warning"].find((severity) => raw.alerts.some((a) => !a.code.startsWith("GW3") && a.severity === severity && a.rows.includes(row)))),
     gravest: raw.layers.map((_, row) => ["error", "warning", "info"].find((severity) => raw.alerts.some((a) => a.severity === severity && a.rows.includes(row)))),
   };
 }
