@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import importlib
+import inspect
 import logging
 import math
 import pickle
@@ -628,7 +629,8 @@ def test_a_checkpoint_that_a_test_has_loaded_is_not_where_the_next_fit_goes_on(p
     module = make(pl, test_step=lambda self, batch, _: self.loss(batch))
     run = trainer(pl, tmp_path, callback, saver, enable_checkpointing=True)
     run.fit(module, loader())
-    run.test(module, loader(1), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
+    safely = {"weights_only": True} if "weights_only" in inspect.signature(run.test).parameters else {}  # from 2.6 on
+    run.test(module, loader(1), ckpt_path=tmp_path / "last.ckpt", verbose=False, **safely)
     trainer(pl, tmp_path, callback).fit(make(pl), loader(2))
 
     assert callback.state_dict()["counts"] == [2]
