@@ -85,11 +85,11 @@ def _directories(context: Any) -> dict[str, Path]:  # noqa: ANN401
     """Return the log directories by the names that `--logdir_spec` gives them; that of `--logdir` has none."""
     spec = getattr(context.flags, "logdir_spec", "") or ""
     if not spec:
-        return {"": Path(context.logdir)} if context.logdir else {}
+        return {"": Path(context.logdir).expanduser()} if context.logdir else {}
     found = {}
     for number, part in enumerate(spec.split(",")):
         name, separator, path = part.partition(":")
-        found[name if separator else str(number)] = Path(path if separator else name)
+        found[name if separator else str(number)] = Path(path if separator else name).expanduser()
     return found
 
 
@@ -105,7 +105,10 @@ class _Runs:
         self._asked: dict[str, float] = {}
         self._read: dict[str, Any] = {}
         """Runs by name, as `Following` gave them last."""
-        self._made: dict[tuple[str, int], tuple[int, Any]] = {}
+        self._made: dict[str, tuple[Any, int, Any]] = {}
+        """The newest answer of each: the run, the number of columns, the data."""
+        self._versions: dict[str, int] = {}
+        """How often each has been another one."""
         self._thread: threading.Thread | None = None
 
     def names(self) -> list[str]:
@@ -113,14 +116,17 @@ class _Runs:
         from gradwatch.sinks.reading import records
 
         with self._lock:
-            if time.monotonic() - self._looked > _PAUSE:
-                self._known = {
-                    "/".join(part for part in (of, name) if part): file
-                    for of, top in self._directories.items()
-                    for name, file in records(top).items()
-                }
-                self._looked = time.monotonic()
-            return list(self._known)
+            if time.monotonic() - self._looked <= _PAUSE:
+                return list(self._known)
+            self._looked = time.monotonic()
+        known = {  # not under the lock: a slow disk would hold up every answer
+            "/".join(part for part in (of, name) if part): file
+            for of, top in self._directories.items()
+            for name, file in records(top).items()
+        }
+        with self._lock:
+            self._known = known
+        return list(known)
 
     def data(self, names: list[str]) -> dict[str, Any]:
         """Return what the page shows of some runs: of those that have been read, and the names of the others."""
@@ -134,7 +140,7 @@ class _Runs:
         most = max((len(run.models[-1].layers) for run in ready.values() if run.models), default=1)
         columns = min(max(_CELLS // (5 * most * max(len(names), 1)), _FEWEST), _MOST)
         made = [self._made_of(name, run, columns) for name, run in ready.items()]
-        stamp = f"{names}{[(name, len(run.snapshots), len(run.alerts)) for name, run in ready.items()]}"
+        stamp = f"{names}{[(name, self._versions[name]) for name in ready]}"
         return {
             "format": FORMAT,
             "gradwatch": __version__,
@@ -144,12 +150,13 @@ class _Runs:
         }
 
     def _made_of(self, name: str, run: Any, columns: int) -> Any:  # noqa: ANN401
+        from gradwatch.sinks.log import printable
         from gradwatch.sinks.page.data import run_data
 
-        key = name, columns
-        if key not in self._made or self._made[key][0] is not run:
-            self._made[key] = run, {**run_data(name, run, columns=columns), "name": name}
-        return self._made[key][1]
+        known = self._made.get(name)
+        if known is None or known[0] is not run or known[1] != columns:
+            known = self._made[name] = run, columns, {**run_data(name, run, columns=columns), "name": printable(name)}
+        return known[2]
 
     def _start(self) -> None:
         with self._lock:
@@ -167,8 +174,11 @@ class _Runs:
                 now = time.monotonic()
                 self._asked = {name: at for name, at in self._asked.items() if now - at < _LONG_AGO}
                 wanted = {name: self._known[name] for name in self._asked if name in self._known}
+                for kept in (readers, self._read, self._made):
+                    for name in [name for name in kept if name not in wanted]:
+                        del kept[name]
                 if not wanted:
-                    self._thread, self._read, self._made = None, {}, {}
+                    self._thread = None
                     return
             for name, file in wanted.items():
                 reader = readers.setdefault(name, Following(file))
@@ -177,5 +187,6 @@ class _Runs:
                 except (OSError, ValueError):  # it is being made, or was deleted, or is none
                     continue
                 with self._lock:
-                    self._read[name] = run
+                    if self._read.get(name) is not run:
+                        self._read[name], self._versions[name] = run, self._versions.get(name, 0) + 1
             time.sleep(_PAUSE)

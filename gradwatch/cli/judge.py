@@ -61,6 +61,10 @@ def _followed(options: argparse.Namespace) -> int:
 
     if len(options.paths) > 1:
         raise ValueError(f"--follow shows one run, got {len(options.paths)}")
+    others = {"--html": options.html, "--rejudge": options.rejudge, "--thresholds": options.thresholds}
+    others |= {"--fail-on": options.fail_on, "--ignore": options.ignore, "--format": options.format != "text"}
+    if given := [name for name, value in others.items() if value]:
+        raise ValueError(f"--follow shows a run as it is recorded, and takes no {' or '.join(given)}")
     with contextlib.suppress(KeyboardInterrupt):  # it is how it ends
         follow(options.paths[0], sys.stdout)
     return 0

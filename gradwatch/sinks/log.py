@@ -9,7 +9,8 @@ from gradwatch.values.report import Alert, Report, Severity
 from gradwatch.values.snapshot import ModelInfo
 
 _log = logging.getLogger("gradwatch")
-_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Control characters, and those that end a line or turn the direction of a whole sentence around."""
 _LEVELS = {Severity.INFO: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 
 

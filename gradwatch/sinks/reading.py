@@ -108,7 +108,9 @@ def records(top: Path) -> dict[str, Path]:
     """Return every record in or below a folder by its folder as seen from there; of a file, that by its own name."""
     if top.is_file():
         return {top.name: top}
-    files = sorted(p for p in top.rglob(NAME) if p.is_file())  # to open a pipe would wait for ever
+    # os.walk passes over what vanishes meanwhile; to open a pipe would wait for ever.
+    found = (Path(folder, NAME) for folder, _, names in os.walk(top) if NAME in names)
+    files = sorted(file for file in found if file.is_file())
     return {file.parent.relative_to(top).as_posix(): file for file in files}
 
 

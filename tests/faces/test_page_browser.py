@@ -93,9 +93,12 @@ def test_it_opens_and_fits(browser, tmp_path, count, width, scheme):
             page.locator(".headline li")
             .nth(0)
             .inner_text()
-            .startswith(f"▲ 3 of {count} layers get next to no gradient since step 40")
+            .startswith(
+                f"▲ 3 of {count} layers (blocks.0.part0 to blocks.0.part2) get next to no gradient since step 40"
+            )
         )
-        assert "learns from the last 30 of 100" in page.locator(".headline").inner_text()
+        assert "since step 1 too short" in page.locator(".headline").inner_text()
+        assert "learns from the last 30 of 100" in page.locator(".details").inner_text()
         wide = page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
         assert wide[0] <= wide[1]
         assert page.locator("tbody tr").count() == count
@@ -228,6 +231,67 @@ def test_several_runs_stand_side_by_side_on_one_scale(browser, tmp_path):
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&`${alert(3)}`"
 
 
+def test_the_focus_and_the_table_stay_where_they_are(browser, tmp_path):
+    with browsers.page_of(browser, written(tmp_path, mine=run_of(blocks(64), ill=3))) as page:
+        table = page.locator(".scroll")
+        table.evaluate("(e) => { e.scrollTop = 700; }")
+        page.locator("tbody tr").nth(30).focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.getAttribute('data-key')") == "row-30"
+        assert table.evaluate("(e) => e.scrollTop") == 700
+        page.get_by_role("searchbox").click()
+        page.keyboard.type("blocks.1")
+        assert page.evaluate("document.activeElement.getAttribute('data-key')") == "search"
+        page.locator("figure canvas").first.focus()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert page.evaluate("document.activeElement.tagName") == "CANVAS"
+        assert page.locator("[aria-live]").inner_text().startswith("blocks.7.part2, step 117")
+
+
+def test_lags_can_be_read_by_the_keyboard(browser, tmp_path):
+    with browsers.page_of(browser, written(tmp_path, mine=run_of(blocks(4), need=80))) as page:
+        page.locator("figure canvas").nth(1).focus()
+        for key in ("End", "ArrowDown", "ArrowDown", "ArrowDown"):
+            page.keyboard.press(key)
+        told = page.locator("[aria-live]").inner_text()
+        assert told.startswith("3 timesteps back, step 111")
+        assert "horizon 30, need 80" in told
+
+
+def test_gaps_and_what_is_no_size_break_a_line(browser, tmp_path):
+    model = model_of(["a", "b", "c", "d"])
+    snapshots = tuple(
+        Snapshot(s, 0.0, model, loss=math.nan if 5 <= s < 15 else 1.0 + s, norm=(1.0, 0.0, math.nan, 2.0))
+        for s in range(20)
+    )
+    with browsers.page_of(browser, written(tmp_path, mine=Run((model,), snapshots, ()))) as page:
+        path = page.locator("svg[aria-label='Loss by step'] path.series").get_attribute("d")
+        assert path.count("M") == 2
+        assert "NaN" not in path
+        profile = page.locator("svg[aria-label^='Gradient and sensitivity']")
+        assert profile.locator("path.series").first.get_attribute("d").count("M") == 2
+        assert profile.locator("rect.naught").count() == 1  # b; c is not finite
+        assert profile.locator("rect").count() == 2
+
+
+def test_a_layer_that_stopped_getting_gradients_has_none(browser, tmp_path):
+    model = model_of(["a", "b"])
+    snapshots = tuple(Snapshot(s, 0.0, model, norm=(1.0 if s < 10 else None, 1.0)) for s in range(40))
+    with browsers.page_of(browser, written(tmp_path, mine=Run((model,), snapshots, ()))) as page:
+        assert page.locator("tbody tr").first.locator("td").nth(2).inner_text() == "none"
+
+
+def test_a_column_of_many_steps_says_so(browser, tmp_path):
+    model = model_of(["a", "b"])
+    snapshots = tuple(Snapshot(s, 0.0, model, norm=(1.0, 1.0)) for s in range(3000))
+    with browsers.page_of(browser, written(tmp_path, mine=Run((model,), snapshots, ()))) as page:
+        x, y, _, height = canvas(page)
+        page.mouse.move(x + 152, y + height / 4)
+        assert "steps 0 to 9, median: gradient 1" in page.locator(".tip").inner_text()
+        assert page.get_by_text("Layers at steps 2,990 to 2,999, median").count() == 1
+
+
 def test_hostile_names_are_shown_as_they_are(browser, tmp_path):
     model = model_of([HOSTILE, "b"])
     snapshots = tuple(Snapshot(s, 0.0, model, norm=(1.0, 1.0)) for s in range(5))
@@ -260,5 +324,5 @@ def test_everything_that_can_be_used_has_a_name(browser, tmp_path):
 def test_an_empty_run_and_one_step_alone_are_shown(browser, tmp_path):
     with browsers.page_of(browser, written(tmp_path, empty=Run((), (), ()), one=run_of(["a"], steps=1))) as page:
         assert "nothing was recorded" in page.locator(".headline").first.inner_text()
-        page.get_by_role("button", name="one").click()
+        page.get_by_role("button", name="one", exact=True).click()
         assert page.locator("tbody tr").count() == 1

@@ -183,3 +183,53 @@ def test_the_tab_shows_the_page_and_what_comes_while_it_is_open(runs, request, p
         frame.locator(".run").nth(2).wait_for(state="detached", timeout=20_000)
         assert wrong == []
         page.close()
+
+
+def test_runs_that_come_and_that_are_replaced_are_shown(tmp_path, request):
+    path = browsers.found(request.config)
+    (tmp_path / "logs").mkdir()
+    with served(tmp_path / "logs") as ask, browsers.opened(path) as browser:
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.goto(f"{ask.top}/data/plugin_entry.html?name=gradwatch")
+        page.get_by_text("No run of gradwatch below this log directory yet").wait_for(timeout=20_000)
+        record = Record(tmp_path / "logs" / "one")
+        write(record, range(40))
+        record.close()
+        page.get_by_text("one: 40 measured steps, 0 to 39").wait_for(timeout=20_000)
+        page.get_by_role("searchbox").fill("a")
+        page.locator("tbody tr").first.click()
+        again = Record(tmp_path / "logs" / "one")  # as many steps, of another training
+        write(again, range(100, 140))
+        again.close()
+        page.get_by_text("one: 40 measured steps, 100 to 139").wait_for(timeout=20_000)
+        assert page.get_by_role("searchbox").input_value() == "a"
+        assert page.locator("tr[aria-selected=true]").count() == 1
+        page.close()
+
+
+def test_what_vanishes_while_runs_are_looked_for_is_passed_over(tmp_path):
+    import shutil
+    import threading
+
+    from gradwatch.sinks.reading import records
+
+    done = threading.Event()
+
+    def churn():
+        while not done.is_set():
+            for i in range(20):
+                (tmp_path / f"d{i}" / "deep").mkdir(parents=True, exist_ok=True)
+            for i in range(20):
+                shutil.rmtree(tmp_path / f"d{i}", ignore_errors=True)
+
+    record = Record(tmp_path / "kept")
+    write(record, range(3))
+    record.close()
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        for _ in range(300):
+            assert "kept" in records(tmp_path)
+    finally:
+        done.set()
+        thread.join()

@@ -18,6 +18,7 @@ from interpreters import warm
 
 import gradwatch
 from gradwatch import Alert, Finding, LayerInfo, ModelInfo, ParameterInfo, Record, Report, Severity, Snapshot, read_run
+from gradwatch.cli import main
 from gradwatch.sinks.reading import Following, records
 from gradwatch.sinks.terminal.follow import follow
 
@@ -132,6 +133,12 @@ def test_what_is_no_terminal_gets_a_line_for_what_is_new(tmp_path, opened):
     ]
 
 
+@pytest.mark.parametrize("options", [["--html", "x.html"], ["--ignore", "GW101"], ["--format", "json"], ["--rejudge"]])
+def test_what_does_not_go_with_following_is_refused(tmp_path, capsys, options):
+    assert main(["report", str(tmp_path), "--follow", *options]) == 2
+    assert f"--follow shows a run as it is recorded, and takes no {options[0]}" in capsys.readouterr().err
+
+
 def test_several_runs_are_refused(tmp_path, opened):
     for name in "ab":
         opened(tmp_path / name)(report(0))
@@ -184,7 +191,7 @@ def test_a_training_in_another_process_is_shown_live(tmp_path, columns):
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     assert "waiting for the first step" in " ".join(plain.split())
     assert "steps/s" in plain
-    assert "layers get next to no gradient since step 0" in " ".join(plain.split())
+    assert "get next to no gradient since step 0" in " ".join(plain.split())
     assert ("by step" in plain) == (columns == 100)  # the lines behind the layers, where there is room
     assert gradwatch.read_run(tmp_path / "run").alerts
 

@@ -68,7 +68,7 @@ def test_a_watcher_shows_the_sentence_the_picture_and_the_remedy_without_script(
         assert tags.tags <= KEPT
         assert tags.styles <= STYLES
         assert tags.others == set()
-        assert "of 15 layers get next to no gradient since step 0" in tags.text
+        assert "of 15 layers (0 to 18) get next to no gradient since step 0" in tags.text
         assert "Try: ReLU in place of the sigmoids" in tags.text
         first = watcher.report.snapshot.step - 49 if not recorded else 0
         assert f"Gradient of each layer, step {first} to {watcher.report.snapshot.step}: dark is little" in tags.text

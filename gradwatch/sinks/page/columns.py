@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -27,21 +28,13 @@ NONE, NOT_FINITE, ZERO, MOST = 65535, 65534, 0, 65000
 
 
 def grouped(snapshots: Sequence[Snapshot], most: int = COLUMNS) -> Iterator[list[Snapshot]]:
-    """Yield the snapshots of each column: those of one step, or where there are too many, of steps of equal width."""
+    """Yield the snapshots of each column: those of one step, or where there are too many, of equally many steps."""
     steps = sorted({s.step for s in snapshots})
-    if not steps:
-        return
-    width = max((steps[-1] - steps[0] + 1) / most, 1.0) if len(steps) > most else 0.0
-    now: list[Snapshot] = []
-    begun: float = 0
-    for snapshot in sorted(snapshots, key=lambda s: s.step):
-        place = math.floor((snapshot.step - steps[0]) / width) if width else snapshot.step
-        if now and place != begun:
-            yield now
-            now = []
-        now.append(snapshot)
-        begun = place
-    yield now
+    apart = math.ceil(len(steps) / most) if steps else 1
+    column_of = {step: number // apart for number, step in enumerate(steps)}
+    ordered = sorted(snapshots, key=lambda s: s.step)
+    for _, group in itertools.groupby(ordered, key=lambda s: column_of[s.step]):
+        yield list(group)
 
 
 def looked_at(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.sinks.log import printable
 from gradwatch.sinks.page.columns import COLUMNS, grouped, looked_at, packed, typical
 from gradwatch.sinks.page.headline import headline
 from gradwatch.sinks.page.lags import series
@@ -58,22 +59,44 @@ def run_data(name: str, run: Run, *, columns: int = COLUMNS) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for parameter in model.parameters:
         counts[parameter.layer] = counts.get(parameter.layer, 0) + parameter.elements
-    return {
-        "name": name,
-        "headline": headline(run, len(rows)),
-        "layers": [
-            {"name": layer.name, "kind": layer.kind, "parameters": counts.get(layer.name, 0), "at": layer.location}
-            for layer in rows
-        ],
-        "measured": len(run.snapshots),
-        "first": run.snapshots[0].step if run.snapshots else None,
-        "last": run.snapshots[-1].step if run.snapshots else None,
-        "thinned": run.thinned,
-        "broken": run.broken,
-        **_of_layers(run.snapshots, place, columns),
-        "sequences": series(run.snapshots, columns),
-        "alerts": [alert_data(alert, model, place) for alert in run.alerts],
-    }
+    rows_by_alert = {id(alert): list(rows_of(alert, model, place)) for alert in run.alerts}
+    steps = {s.step for s in run.snapshots}
+    shown: dict[str, Any] = _shown(
+        {
+            "name": name,
+            "headline": headline(run, [layer.name for layer in rows], rows_by_alert),
+            "layers": [
+                {"name": layer.name, "kind": layer.kind, "parameters": counts.get(layer.name, 0), "at": layer.location}
+                for layer in rows
+            ],
+            "measured": len(steps),
+            "first": min(steps, default=None),
+            "last": max(steps, default=None),
+            "thinned": run.thinned,
+            "broken": run.broken,
+            **_of_layers(run.snapshots, place, columns),
+            "sequences": series(run.snapshots, columns),
+            "alerts": [alert_data(alert, rows_by_alert[id(alert)]) for alert in run.alerts],
+        }
+    )
+    return shown
+
+
+def headline_of(run: Run) -> list[dict[str, str]]:
+    """Return the sentences on top of the page of a run."""
+    model = _whole(run.models)
+    names = [model.layers[i].name for i in model.forward_order]
+    place = {name: number for number, name in enumerate(names)}
+    return headline(run, names, {id(alert): list(rows_of(alert, model, place)) for alert in run.alerts})
+
+
+def _shown(value: Any) -> Any:  # noqa: ANN401
+    """Make visible, in all texts, what would turn a line around, end it, or be obeyed."""
+    if isinstance(value, str):
+        return printable(value).replace("\n", "\N{REPLACEMENT CHARACTER}")
+    if isinstance(value, dict):
+        return {key: _shown(part) for key, part in value.items()}
+    return [_shown(part) for part in value] if isinstance(value, list) else value
 
 
 def _whole(models: Sequence[ModelInfo]) -> ModelInfo:
@@ -95,29 +118,39 @@ def _of_layers(snapshots: Sequence[Snapshot], place: Mapping[str, int], most: in
     import numpy as np
 
     table = _Tables(place)
-    steps: list[int] = []
+    steps, ends = list[int](), list[int]()
     found: dict[str, list[Floats]] = {name: [] for name in COLUMN_NAMES}
     losses: list[list[float]] = [[], [], []]
     norms: list[list[float]] = [[], [], []]
     for group in grouped(snapshots, most):
         chosen = looked_at(group)
         steps.append(group[0].step)
+        ends.append(group[-1].step)
         rows = [table.row(s) for s in group if s.weight_norm is not None or s in chosen]
         for name in COLUMN_NAMES:
             known = [row[name] for row in rows if name in row]
             found[name].append(typical(np.stack(known)) if known else np.full(len(place), np.nan))
-        for kept, of in ((losses, [s.loss for s in group]), (norms, [s.norm_global for s in chosen])):
-            numbers = [n for n in of if n is not None]
+        for kept, numbers in ((losses, [s.loss for s in group if s.loss is not None]), (norms, _global(chosen))):
             for band, value in zip(kept, _band(numbers), strict=True):
                 band.append(value)
     return {
         "steps": steps,
+        "ends": ends,
         "columns": {
             name: [packed(row) for row in np.stack(columns).T] if columns else [] for name, columns in found.items()
         },
         "loss": [[_plain(value) for value in band] for band in losses],
         "norm": [packed(band) for band in norms],
     }
+
+
+def _global(snapshots: Sequence[Snapshot]) -> list[float]:
+    """Return the norm of the whole gradient at each step, over all optimizers that stepped then."""
+    found: dict[int, list[float]] = {}
+    for snapshot in snapshots:
+        if (norm := snapshot.norm_global) is not None:
+            found.setdefault(snapshot.step, []).append(norm)
+    return [math.hypot(*norms) for norms in found.values()]
 
 
 def _band(numbers: Sequence[float]) -> tuple[float, float, float]:
@@ -214,7 +247,7 @@ def _floats(column: Sequence[float | None]) -> Floats:
     return np.array([np.nan if value is None else np.inf if math.isnan(value) else value for value in column])
 
 
-def alert_data(alert: Alert, model: ModelInfo, place: Mapping[str, int]) -> dict[str, Any]:
+def alert_data(alert: Alert, rows: Sequence[int]) -> dict[str, Any]:
     """Return what a page shows of an alert; `rows` are the layers that it is about."""
     finding = alert.finding
     return {
@@ -230,19 +263,31 @@ def alert_data(alert: Alert, model: ModelInfo, place: Mapping[str, int]) -> dict
         "message": alert.message,
         "cause": alert.cause,
         "remedy": alert.remedy,
-        "rows": list(rows_of(alert, model, place)),
+        "rows": list(rows),
     }
+
+
+_OF_ALL, _BY_PARAMETERS = ("GW102",), ("GW901",)
+"""Codes of what is found of the whole model (no layer learns), and of a range that two names end."""
 
 
 def rows_of(alert: Alert, model: ModelInfo, place: Mapping[str, int]) -> Iterator[int]:
     """Yield the rows of the layers that an alert is about: those of its place, or from there to the last it names."""
     finding = alert.finding
+    if finding.code in _OF_ALL:
+        yield from range(len(place))
+        return
+    parameters_too = finding.code in _BY_PARAMETERS
+    begins = finding.names.get("first", finding.place) if parameters_too else finding.place
+    if not begins:
+        return
     mine = [
         place[layer.name]
         for layer in model.layers
-        if finding.place in (layer.name, layer.module) or layer.name.startswith(f"{finding.place}.")
+        if begins in (layer.name, layer.module) or layer.name.startswith(f"{begins}.")
     ]
-    if not mine or not finding.place:
+    if not mine:
         return
-    last = place.get(finding.names.get("last", ""), mine[-1]) if finding.evidence.get("layers", 1.0) > 1 else mine[-1]
+    several = finding.evidence.get("layers", 1.0) > 1 or parameters_too
+    last = place.get(finding.names.get("last", ""), mine[-1]) if several else mine[-1]
     yield from range(min(*mine, last), max(*mine, last) + 1)

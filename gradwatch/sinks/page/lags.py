@@ -17,7 +17,7 @@ _MOST = 12
 """Modules that have one."""
 _FLOOR, _STEPS = -12.0, 20
 """log10 of the share of the maximum that the lowest code stands for, and codes from one power of ten to the next."""
-_NOT_FINITE, _NONE = 254, 255
+_ZERO, _NOT_FINITE, _NONE = 253, 254, 255
 
 
 def series(snapshots: Sequence[Snapshot], most: int) -> list[dict[str, Any]]:
@@ -74,12 +74,11 @@ def _packed(gain: Sequence[float], width: int, rows: int) -> str:
             codes.append(_NOT_FINITE)
         else:
             share = max(part) / top if top > 0 else 0.0
-            level = max(math.log10(share), _FLOOR) if share > 0 else _FLOOR
-            codes.append(round((level - _FLOOR) * _STEPS))
+            codes.append(round((max(math.log10(share), _FLOOR) - _FLOOR) * _STEPS) if share > 0 else _ZERO)
     return base64.b64encode(bytes(codes)).decode("ascii")
 
 
 def unpacked(text: str) -> list[float | None]:
-    """Return what was packed, each to a twentieth of a power of ten: for those who test it."""
-    special: dict[int, float | None] = {_NONE: None, _NOT_FINITE: math.inf}
+    """Return what was packed, each to a twentieth of a power of ten, -inf for exactly 0: for those who test it."""
+    special: dict[int, float | None] = {_NONE: None, _NOT_FINITE: math.inf, _ZERO: -math.inf}
     return [special[code] if code in special else code / _STEPS + _FLOOR for code in base64.b64decode(text)]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _COLUMNS, _ROWS = 48, 24
 """Cells of the picture in a still; of more layers, those with alerts and then those with the smallest gradients."""
+_ALERTS = 12
+"""Open alerts that a still tells in words."""
 _HEIGHT = 900
 """Pixels of the frame."""
 _LOW, _HIGH = (0, 32, 76), (255, 233, 69)
@@ -59,8 +61,7 @@ def still(name: str, run: Run) -> str:
         + (f"<br>Why: {_text(alert['cause'])}" if alert["cause"] else "")
         + (f"<br>Try: {_text(alert['remedy'])}" if alert["remedy"] else "")
         + "</p>"
-        for alert in data["alerts"]
-        if alert["cleared"] is None
+        for alert in [one for one in data["alerts"] if one["cleared"] is None][:_ALERTS]
     ]
     return f"<div>{''.join(parts)}</div>"
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gradwatch.sinks.log import one_line
-from gradwatch.sinks.page.headline import headline
+from gradwatch.sinks.page.data import headline_of
 from gradwatch.sinks.reading import Following, records
 from gradwatch.sinks.terminal.alert_text import COLOURS
 from gradwatch.sinks.terminal.layer_table import layer_table
@@ -29,6 +29,8 @@ _RATE_OVER = 60.0
 """Seconds of the run over which its speed is told."""
 _SILENT = 10.0
 """Seconds without a step from which on it is said."""
+_SENTENCES = 4
+"""Sentences on top: the gravest."""
 _EDGE = 4
 """Lines of a terminal that the table leaves free beside all else."""
 
@@ -73,7 +75,7 @@ def _looks(path: str, every: float, going: Callable[[], bool]) -> Iterator[Run |
     following: Following | None = None
     while True:
         if following is None:
-            found = records(Path(path)) if Path(path).exists() else {}
+            found = records(Path(path))
             if len(found) > 1:
                 raise ValueError(f"{path} holds {len(found)} runs, and one is wanted: {', '.join(found)}")
             following = Following(next(iter(found.values()))) if found else None
@@ -91,8 +93,8 @@ def _speed(run: Run) -> float | None:
     """Return steps a second of the last minute of a run."""
     newest = run.snapshots[-1]
     first = next(s for s in run.snapshots if newest.wall_time - s.wall_time <= _RATE_OVER)
-    seconds = newest.wall_time - first.wall_time
-    return (newest.step - first.step) / seconds if seconds > 0 else None
+    seconds, steps = newest.wall_time - first.wall_time, newest.step - first.step
+    return steps / seconds if seconds > 0 and steps > 0 else None  # a run that went on from a checkpoint steps back
 
 
 def _head(run: Run, path: str) -> str:
@@ -118,7 +120,7 @@ def _view(run: Run | None, path: str, height: int, now: float) -> RenderableType
     newest = run.snapshots[-1]
     silent = now - newest.wall_time
     parts: list[RenderableType] = [Text(_head(run, path) + (f", last {silent:,.0f} s ago" if silent > _SILENT else ""))]
-    for one in headline(run, len(newest.model.layers)):
+    for one in headline_of(run)[:_SENTENCES]:
         colour = COLOURS.get(Severity(one["severity"]), "") if one["severity"] != "ok" else "green"
         parts.append(Text(one["text"], style=colour))
         if one["remedy"]:

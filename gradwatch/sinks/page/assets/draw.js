@@ -35,7 +35,7 @@ function axis(run, width) {
 }
 
 function fitted(name, width) {
-  const most = Math.max(Math.floor(width / 6.6), 4);
+  const most = Math.max(Math.floor(width / 7.2), 4);
   return name.length <= most ? name : `…${name.slice(name.length - most + 1)}`;
 }
 
@@ -49,94 +49,124 @@ function point(event, text) {
   tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - tip.offsetHeight - 8)}px`;
 }
 
-/** The rows of a heatmap of so many pixels that have room for a name. */
-function evenly(rows) {
+/** The rows of a heatmap that have their names written: those in `first` before others, so far apart as a name is high. */
+function evenly(rows, first = []) {
   return (tall, line) => {
-    const apart = Math.max(Math.ceil(13 / line), 1);
-    return Array.from({ length: Math.ceil(rows / apart) }, (_, i) => i * apart);
+    const places = [], at = (row) => Math.min(Math.max((row + 0.5) * line, 7), tall - 7);
+    const free = (row) => places.every((other) => Math.abs(at(row) - at(other)) >= 13);
+    for (const row of [...first, ...Array.from({ length: rows }, (_, i) => i)]) if (free(row)) places.push(row);
+    return places;
   };
+}
+
+/** Where columns end: where the next begins, but for a gap in which nothing was measured. */
+function columnEnds(steps, ends, last) {
+  const apart = steps.slice(1).map((step, i) => step - steps[i]).sort((a, b) => a - b), usual = apart.length ? apart[Math.floor(apart.length * 0.9)] : 1;
+  return steps.map((step, i) => Math.min(i + 1 < steps.length ? steps[i + 1] : last + 1, Math.max((ends ? ends[i] : step) + 1, step + 3 * usual)));
 }
 
 /**
  * A heatmap: rows by steps. `cell(row, column)` gives a level, or NaN for nothing; `lines` are drawn over it, each with
- * a value by column in rows. It is redrawn by `.redraw()`, and says what is pointed at through `told` and `chosen`.
+ * a value by column in rows. `.redraw()` draws what is chosen; the cells are drawn once for each size and colour scheme.
  */
-function heatmap({ run, steps, rows, height, cell, bounds, names, labelled = evenly(rows), marks = [], lines = [], told, chosen, selected, label }) {
-  const canvas = element("canvas", { tabindex: 0, role: "img", "aria-label": label });
-  const figure = element("figure", {}, canvas);
-  const tall = Math.round(height), axes = 24;
-  let at = null;
+function heatmap({ run, steps, ends, rows, height, cell, bounds, names, labelled = evenly(rows), marks = [], lines = [], told, chosen, selected, label, key }) {
+  const canvas = element("canvas", { tabindex: 0, role: "img", "aria-label": label, "data-key": key });
+  const figure = element("figure", {}, canvas), still = document.createElement("canvas");
+  const tall = Math.round(height), axes = 24, until = columnEnds(steps, ends, run.last);
+  let drawn = "", row = null;
 
-  function redraw() {
-    const width = figure.clientWidth || 600, ratio = window.devicePixelRatio || 1, { left, inside, x } = axis(run, width);
-    canvas.width = width * ratio;
-    canvas.height = (tall + axes) * ratio;
-    canvas.style.height = `${tall + axes}px`;
-    const pen = canvas.getContext("2d"), style = getComputedStyle(canvas);
-    const css = (name) => style.getPropertyValue(name).trim();
+  function cells(width, ratio, css) {
+    const { left, inside, x } = axis(run, width), pen = still.getContext("2d"), line = tall / rows;
+    still.width = width * ratio;
+    still.height = (tall + axes) * ratio;
     pen.scale(ratio, ratio);
-    const line = tall / rows;
     for (let column = 0; column < steps.length; column++) {
-      const from = x(steps[column]), to = column + 1 < steps.length ? x(steps[column + 1]) : left + inside;
-      for (let row = 0; row < rows; row++) {
-        const level = cell(row, column);
+      const from = Math.floor(x(steps[column])), wide = Math.max(Math.ceil(Math.min(x(until[column]), left + inside)) - from, 1);
+      for (let at = 0; at < rows; at++) {
+        const level = cell(at, column);
         if (Number.isNaN(level)) continue;
         const [r, g, b] = level === Infinity ? BROKEN : level === -Infinity ? NAUGHT : colour((level - bounds[0]) / (bounds[1] - bounds[0]));
         pen.fillStyle = `rgb(${r},${g},${b})`;
-        pen.fillRect(Math.floor(from), Math.floor(row * line), Math.max(Math.ceil(to) - Math.floor(from), 1), Math.ceil((row + 1) * line) - Math.floor(row * line));
+        pen.fillRect(from, Math.floor(at * line), wide, Math.ceil((at + 1) * line) - Math.floor(at * line));
       }
     }
     pen.font = "12px system-ui, sans-serif";
     pen.textBaseline = "middle";
     pen.textAlign = "right";
-    for (const row of labelled(tall, line)) {
-      const name = names(row);
-      pen.fillStyle = css(marks[row] ? `--${marks[row]}` : "--soft");
-      pen.fillText((marks[row] === "error" || marks[row] === "warning" ? "▲ " : "") + fitted(name, left - 24), left - 6, Math.min(Math.max((row + 0.5) * line, 6), tall - 6));
+    for (const at of labelled(tall, line)) {
+      const grave = marks[at] === "error" || marks[at] === "warning";
+      pen.fillStyle = css(grave ? `--${marks[at]}` : "--soft");
+      pen.fillText((grave ? "▲ " : "") + fitted(names(at), left - 26), left - 6, Math.min(Math.max((at + 0.5) * line, 7), tall - 7));
     }
-    marks.forEach((mark, row) => {
+    marks.forEach((mark, at) => {
       if (!mark || mark === "info") return;
       pen.fillStyle = css(`--${mark}`);
-      pen.fillRect(left - 4, Math.floor(row * line), 3, Math.max(Math.ceil(line), 2));
+      pen.fillRect(left - 4, Math.floor(at * line), 3, Math.max(Math.ceil(line), 2));
     });
-    for (const { values, dashed, text } of lines) {
-      pen.beginPath();
-      let open = false;
-      values.forEach((value, column) => {
-        if (value === null || value === undefined) { open = false; return; }
-        const y = Math.min(Math.max(value * line, 1), tall - 1), from = x(steps[column]), to = column + 1 < steps.length ? x(steps[column + 1]) : left + inside;
-        if (open) pen.lineTo(from, y); else pen.moveTo(from, y);
-        pen.lineTo(to, y);
-        open = true;
-      });
-      for (const [stroke, thick] of [["#000000", 4], ["#ffffff", 2]]) {
-        pen.setLineDash(dashed ? [7, 5] : []);
-        pen.lineWidth = thick;
-        pen.strokeStyle = stroke;
-        pen.stroke();
-      }
-      pen.setLineDash([]);
-      const last = values.findLast((value) => value !== null && value !== undefined);
-      if (text && last !== undefined) {
-        const y = Math.min(Math.max(last * line - 9, 9), tall - 8), wide = pen.measureText(text).width + 8;
-        pen.fillStyle = "#000000";
-        pen.fillRect(left + inside - wide - 4, y - 8, wide, 16);
-        pen.fillStyle = "#ffffff";
-        pen.fillText(text, left + inside - 8, y);
-      }
-    }
+    for (const { values, dashed, text } of lines) drawLine(pen, values, dashed, text, line, left, inside, x);
     pen.fillStyle = css("--soft");
     for (const step of ticks(run.first, run.last, inside / 90)) {
       if (!Number.isInteger(step)) continue;
-      const at = x(step);
-      pen.textAlign = at < left + 16 ? "left" : at > left + inside - 16 ? "right" : "center";
-      pen.fillText(step.toLocaleString("en"), Math.min(at, left + inside), tall + 13);
+      const words = step.toLocaleString("en"), half = pen.measureText(words).width / 2;
+      pen.textAlign = "center";
+      pen.fillText(words, Math.min(Math.max(x(step), left + half), left + inside - half), tall + 13);
     }
-    const { step, row } = selected();
-    pen.strokeStyle = css("--cursor");
-    pen.lineWidth = 1.5;
-    if (step !== null) pen.strokeRect(x(step), 0, 0.01, tall);
-    if (row !== undefined && row !== null) pen.strokeRect(left, row * line, inside, line);
+  }
+
+  function drawLine(pen, values, dashed, text, line, left, inside, x) {
+    pen.beginPath();
+    let open = false;
+    values.forEach((value, column) => {
+      if (value === null || value === undefined) { open = false; return; }
+      const y = Math.min(Math.max(value * line, 1), tall - 1), from = x(steps[column]), to = Math.min(x(until[column]), left + inside);
+      if (open) pen.lineTo(from, y); else pen.moveTo(from, y);
+      pen.lineTo(to, y);
+      open = true;
+    });
+    for (const [stroke, thick] of [["#000000", 4], ["#ffffff", 2]]) {
+      pen.setLineDash(dashed ? [7, 5] : []);
+      pen.lineWidth = thick;
+      pen.strokeStyle = stroke;
+      pen.stroke();
+    }
+    pen.setLineDash([]);
+    const last = values.findLast((value) => value !== null && value !== undefined);
+    if (!text || last === undefined) return;
+    const y = Math.min(Math.max(last * line - 9, 9), tall - 8), wide = pen.measureText(text).width + 8;
+    pen.textAlign = "right";
+    pen.fillStyle = "#000000";
+    pen.fillRect(left + inside - wide - 4, y - 8, wide, 16);
+    pen.fillStyle = "#ffffff";
+    pen.fillText(text, left + inside - 8, y);
+  }
+
+  function redraw() {
+    const width = figure.clientWidth || 600, ratio = window.devicePixelRatio || 1, { left, inside, x } = axis(run, width);
+    const style = getComputedStyle(canvas), css = (name) => style.getPropertyValue(name).trim(), look = `${width} ${ratio} ${css("--ink")}`;
+    if (drawn !== look) { cells(width, ratio, css); drawn = look; }
+    canvas.width = width * ratio;
+    canvas.height = (tall + axes) * ratio;
+    canvas.style.height = `${tall + axes}px`;
+    const pen = canvas.getContext("2d"), now = selected(), line = tall / rows;
+    pen.drawImage(still, 0, 0);
+    pen.scale(ratio, ratio);
+    const at = now.row ?? row;
+    for (const [stroke, thick] of [["#000000", 3], ["#ffffff", 1]]) {
+      pen.strokeStyle = stroke;
+      pen.lineWidth = thick;
+      if (now.step !== null) { pen.beginPath(); pen.moveTo(x(now.step), 0); pen.lineTo(x(now.step), tall); pen.stroke(); }
+      if (at !== null && line >= 8) pen.strokeRect(left, at * line, inside, line);
+    }
+    if (at !== null) {  // a row may be too low for a frame: it is pointed at from both sides
+      pen.fillStyle = css("--mark");
+      for (const [tip, base] of [[left, left - 9], [left + inside, left + inside + 9]]) {
+        pen.beginPath();
+        pen.moveTo(tip, (at + 0.5) * line);
+        pen.lineTo(base, (at + 0.5) * line - 6);
+        pen.lineTo(base, (at + 0.5) * line + 6);
+        pen.fill();
+      }
+    }
   }
 
   function found(event) {
@@ -147,15 +177,14 @@ function heatmap({ run, steps, rows, height, cell, bounds, names, labelled = eve
 
   canvas.addEventListener("pointermove", (event) => { const hit = found(event); point(event, hit && told(hit.row, hit.column)); });
   canvas.addEventListener("pointerleave", (event) => point(event, ""));
-  canvas.addEventListener("click", (event) => { const hit = found(event); if (hit) { at = hit; chosen(hit.row, hit.column); } });
+  canvas.addEventListener("click", (event) => { const hit = found(event); if (hit) { row = hit.row; chosen(hit.row, hit.column); } });
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -Infinity], End: [0, Infinity] }[event.key];
     if (!move || !steps.length) return;
     event.preventDefault();
-    const now = selected();
-    at = at || { row: now.row ?? 0, column: now.step === null ? steps.length - 1 : lastUpTo(steps, now.step) };
-    at = { row: Math.min(Math.max(at.row + move[0], 0), rows - 1), column: Math.min(Math.max(at.column + move[1], 0), steps.length - 1) };
-    chosen(at.row, at.column);
+    const now = selected(), from = now.step === null ? steps.length - 1 : lastUpTo(steps, now.step);
+    row = Math.min(Math.max((now.row ?? row ?? 0) + move[0], 0), rows - 1);
+    chosen(row, Math.min(Math.max(from + move[1], 0), steps.length - 1));
   });
   return Object.assign(figure, { redraw });
 }
@@ -173,13 +202,27 @@ function lines({ series, height, left, xs, ys, xticks, yticks, xwords, ywords, c
     for (const value of yticks(tall)) {
       svg.append(shape("line", { class: "axis", x1: start, x2: start + inside, y1: y(value), y2: y(value) }), shape("text", { x: start - 6, y: y(value) + 4, "text-anchor": "end" }, ywords(value)));
     }
-    for (const value of xticks(inside)) svg.append(shape("text", { x: x(value), y: tall + 17, "text-anchor": x(value) < start + 16 ? "start" : x(value) > start + inside - 16 ? "end" : "middle" }, xwords(value)));
+    for (const value of xticks(inside)) {
+      const words = xwords(value), half = words.length * 3.4;
+      svg.append(shape("text", { x: Math.min(Math.max(x(value), start + half), start + inside - half), y: tall + 17, "text-anchor": "middle" }, words));
+    }
     for (const { at, name, dashed } of verticals) {
       svg.append(shape("line", { x1: x(at), x2: x(at), y1: 0, y2: tall, stroke: "currentColor", "stroke-dasharray": dashed ? "6 4" : "none" }), shape("text", { class: "strong", x: Math.min(x(at) + 4, start + inside - 70), y: dashed ? 24 : 11 }, name));
     }
-    for (const { colour: stroke, points, band = [], dashed } of series) {
+    for (const { colour: stroke, points: all, band = [], dashed } of series) {
+      const points = all.filter(([, value]) => Number.isFinite(value)), gap = ([, value]) => !Number.isFinite(value);
       if (band.length) svg.append(shape("path", { class: "band", fill: stroke, d: `M${[...band.map(([at, , high]) => `${x(at)},${y(high)}`), ...band.toReversed().map(([at, low]) => `${x(at)},${y(low)}`)].join("L")}Z` }));
-      if (points.length) svg.append(shape("path", { class: "series", stroke, "stroke-dasharray": dashed ? "5 3" : "none", d: `M${points.map(([at, value]) => `${x(at)},${y(value)}`).join("L")}` }));
+      let path = "", open = false;
+      for (const one of all) {  // what is no size breaks the line, and has a mark of its own
+        if (gap(one)) { open = false; continue; }
+        path += `${open ? "L" : "M"}${x(one[0])},${y(one[1])}`;
+        open = true;
+      }
+      if (path) svg.append(shape("path", { class: "series", stroke, "stroke-dasharray": dashed ? "5 3" : "none", d: path }));
+      for (const [at, value] of dashed ? [] : all) {
+        if (value === -Infinity) svg.append(shape("rect", { class: "naught", x: x(at) - 3, y: tall - 6, width: 6, height: 6 }));
+        if (value === Infinity) svg.append(shape("rect", { x: x(at) - 3, y: 0, width: 6, height: 6, fill: `rgb(${BROKEN})` }));
+      }
       if (points.length === 1) svg.append(shape("circle", { cx: x(points[0][0]), cy: y(points[0][1]), r: 3, fill: stroke }));
     }
     const now = cursor && cursor();

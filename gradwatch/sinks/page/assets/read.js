@@ -1,6 +1,6 @@
 // What the data say: codes to numbers, numbers to words, numbers to colours. Nothing here draws.
 const LOWEST = -46, STEPS_A_DECADE = 700, NONE = 65535, NOT_FINITE = 65534;
-const GAIN_FLOOR = -12, GAIN_STEPS = 20, GAIN_NOT_FINITE = 254, GAIN_NONE = 255;
+const GAIN_FLOOR = -12, GAIN_STEPS = 20, GAIN_ZERO = 253, GAIN_NOT_FINITE = 254, GAIN_NONE = 255;
 
 function bytes(text) {
   return Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -18,7 +18,7 @@ function levels(text) {
 
 /** Codes of a gain by lag -> log10 of its share of the maximum. */
 function gains(text) {
-  return Array.from(bytes(text), (code) => code === GAIN_NONE ? NaN : code === GAIN_NOT_FINITE ? Infinity : code / GAIN_STEPS + GAIN_FLOOR);
+  return Array.from(bytes(text), (code) => code === GAIN_NONE ? NaN : code === GAIN_NOT_FINITE ? Infinity : code === GAIN_ZERO ? -Infinity : code / GAIN_STEPS + GAIN_FLOOR);
 }
 
 /** A size, from its log10, in words. */
@@ -28,6 +28,17 @@ function size(level) {
   if (level === Infinity) return "not finite";
   const exponent = Math.floor(level), value = 10 ** (level - exponent);
   return exponent >= -2 && exponent < 4 ? String(Number((10 ** level).toPrecision(3))) : `${value.toFixed(2)}e${exponent}`;
+}
+
+/** A share of the largest gain, from its log10, in words. */
+function share(level) {
+  return level === GAIN_FLOOR ? "less than 1e-12" : size(level);
+}
+
+/** Which steps a column stands for. */
+function when(run, column) {
+  const from = run.steps[column], to = run.ends[column];
+  return from === to ? `step ${from.toLocaleString("en")}` : `steps ${from.toLocaleString("en")} to ${to.toLocaleString("en")}, median`;
 }
 
 function number(value) {

@@ -1,13 +1,13 @@
 // The same page within TensorBoard: its runs, read again while they grow. Follows read.js, draw.js, panels.js, main.js.
 
-const EVERY = 5000, SOON = 700;
+const EVERY = 5000, SOON = 700, MOST = 4;
 
 /** TensorBoard calls this in the frame that it makes for the plugin. */
 export async function render() {
   const here = (name) => new URL(name, import.meta.url);
   document.head.append(element("link", { rel: "stylesheet", href: here("page.css").href }), element("meta", { name: "viewport", content: "width=device-width, initial-scale=1" }));
   document.documentElement.lang = "en";
-  const chosen = new Set(), box = element("div", { class: "controls", role: "group", "aria-label": "Runs" }), root = element("div"), status = element("p", { class: "notes", role: "status" });
+  const chosen = new Set(), offered = new Set(), box = element("div", { class: "controls", role: "group", "aria-label": "Runs" }), root = element("div"), status = element("p", { class: "notes", role: "status" });
   document.body.replaceChildren(element("main", { id: "gradwatch" }, box, status, root));
   let update = null, shown = "", stamp = "", waiting = 0;
 
@@ -28,14 +28,18 @@ export async function render() {
     try {
       const { runs } = await asked("runs");
       if (JSON.stringify(runs) !== shown) {
-        if (!shown) for (const name of runs.slice(0, 4)) chosen.add(name);
+        for (const name of runs) {  // the first few are shown, also those that come later; what was unticked stays so
+          if (!offered.has(name) && chosen.size < MOST) chosen.add(name);
+          offered.add(name);
+        }
         shown = JSON.stringify(runs);
         boxes(runs);
       }
       if (!runs.length) { status.textContent = "No run of gradwatch below this log directory yet: gradwatch.watch(model, optimizer, logdir=...) writes one."; return EVERY; }
       const names = runs.filter((name) => chosen.has(name)), data = await asked("data", `?${names.map((name) => `run=${encodeURIComponent(name)}`).join("&")}`);
       if (data.format !== FORMAT) { status.textContent = "TensorBoard runs another version of gradwatch: reload this page."; return EVERY; }
-      status.textContent = data.reading.length ? `reading ${data.reading.join(", ")} …` : "";
+      if (!names.length) status.textContent = "Tick a run to see it.";
+      else status.textContent = data.reading.length ? `reading ${data.reading.join(", ")} …` : "";
       if (data.stamp !== stamp) {
         stamp = data.stamp;
         if (update) update(data); else if (data.runs.length) update = show(root, data);
