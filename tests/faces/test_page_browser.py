@@ -275,6 +275,30 @@ def test_gaps_and_what_is_no_size_break_a_line(browser, tmp_path):
         assert profile.locator("rect").count() == 2
 
 
+def painted(page, shares):
+    """Tell at which shares of its width the first picture is painted."""
+    return page.evaluate(
+        """(shares) => {
+            const canvas = document.querySelector('figure canvas'), wide = canvas.clientWidth - 150 - 14;
+            const pen = canvas.getContext('2d'), ratio = devicePixelRatio;
+            return shares.map((share) => pen.getImageData((150 + share * wide) * ratio, 20 * ratio, 1, 1).data[3] > 0);
+        }""",
+        shares,
+    )
+
+
+def test_a_sparser_cadence_is_no_gap_and_a_gap_is_one(browser, tmp_path):
+    model = model_of(["a", "b"])
+
+    def run(steps):
+        return Run((model,), tuple(Snapshot(s, 0.0, model, norm=(1.0, 1.0)) for s in steps), ())
+
+    with browsers.page_of(browser, written(tmp_path, mine=run([*range(200), *range(200, 260, 10)]))) as page:
+        assert painted(page, [0.1, 0.5, 0.79, 0.81, 0.85, 0.9, 0.95]) == [True] * 7
+    with browsers.page_of(browser, written(tmp_path, mine=run([*range(200), *range(10_000, 10_200)]))) as page:
+        assert painted(page, [0.005, 0.3, 0.5, 0.9, 0.995]) == [True, False, False, False, True]
+
+
 def test_a_layer_that_stopped_getting_gradients_has_none(browser, tmp_path):
     model = model_of(["a", "b"])
     snapshots = tuple(Snapshot(s, 0.0, model, norm=(1.0 if s < 10 else None, 1.0)) for s in range(40))

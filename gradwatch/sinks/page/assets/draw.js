@@ -59,10 +59,14 @@ function evenly(rows, first = []) {
   };
 }
 
-/** Where columns end: where the next begins, but for a gap in which nothing was measured. */
+/** Where columns end: where the next begins, but for a gap, far longer than is usual, in which nothing was measured. */
 function columnEnds(steps, ends, last) {
-  const apart = steps.slice(1).map((step, i) => step - steps[i]).sort((a, b) => a - b), usual = apart.length ? apart[Math.floor(apart.length * 0.9)] : 1;
-  return steps.map((step, i) => Math.min(i + 1 < steps.length ? steps[i + 1] : last + 1, Math.max((ends ? ends[i] : step) + 1, step + 3 * usual)));
+  const apart = steps.slice(1).map((step, i) => step - steps[i]).sort((a, b) => a - b), usual = apart.length ? apart[apart.length >> 1] : 1;
+  const longest = Math.max(50 * usual, (last - steps[0]) / 10);
+  return steps.map((step, i) => {
+    const next = i + 1 < steps.length ? steps[i + 1] : last + 1, own = (ends ? ends[i] : step) + 1;
+    return next - own > longest ? own + 3 * usual : next;
+  });
 }
 
 /**
