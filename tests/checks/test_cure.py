@@ -902,7 +902,7 @@ def program(tmp_path, monkeypatch):
 
 def test_the_command_tells_what_helped(program):
     done = subprocess.run(
-        [sys.executable, "-m", "gradwatch", "cure", "my_setup:setup"], capture_output=True, text=True, check=False
+        [*warm(), "-m", "gradwatch", "cure", "my_setup:setup"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("measured again on copies of the model\n\nGW101 vanishing-depth: ")

@@ -163,6 +163,7 @@ with gradwatch.watch(model, optimizer, logdir=sys.argv[1], on_alert=lambda _: No
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [100, 40])
 def test_a_training_in_another_process_is_shown_live(tmp_path, columns):
     """In a terminal of its own, wide and narrow, until Ctrl-C."""

@@ -335,6 +335,7 @@ def test_a_page_needs_nothing_but_itself(run):
     assert "import " not in page.replace("important", "")
 
 
+@pytest.mark.slow
 def test_64_layers_of_100000_steps_are_less_than_a_megabyte():
     rng = np.random.default_rng(0)
     model = model_of(*(f"blocks.{i // 4}.part{i % 4}.linear" for i in range(64)))
