@@ -133,6 +133,14 @@ def test_what_is_no_terminal_gets_a_line_for_what_is_new(tmp_path, opened):
     ]
 
 
+def test_a_run_that_went_on_from_a_checkpoint_has_no_negative_speed(tmp_path, opened):
+    record, out = opened(tmp_path), io.StringIO()
+    for number, step in enumerate((100, 101, 50, 51)):
+        record(report(step, at=1e9 + number - step))
+    follow(str(tmp_path), out, every=0.0, going=lambda: False)
+    assert out.getvalue() == f"{tmp_path}: step 51, loss 0.01923; no open alert\n"
+
+
 @pytest.mark.parametrize("options", [["--html", "x.html"], ["--ignore", "GW101"], ["--format", "json"], ["--rejudge"]])
 def test_what_does_not_go_with_following_is_refused(tmp_path, capsys, options):
     assert main(["report", str(tmp_path), "--follow", *options]) == 2

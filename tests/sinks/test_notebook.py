@@ -96,6 +96,13 @@ def test_the_page_of_a_watcher_shows_the_whole_run_and_can_be_saved(tmp_path):
         assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == text
 
 
+def test_what_verdicts_remember_is_in_the_order_of_the_steps():
+    with watched(steps=80) as watcher:
+        steps = [s.step for s in watcher._judge.history.remembered]
+        assert steps == sorted(steps)
+        assert steps[-1] == watcher.report.snapshot.step
+
+
 def test_without_a_record_the_page_shows_what_verdicts_remember():
     with watched(steps=80) as watcher:
         text = watcher.page()._html

@@ -76,6 +76,14 @@ def test_what_is_not_finite_once_is_not_lost_among_many():
     assert columns.unpacked(data["norm"][2])[column] == math.inf
 
 
+def test_of_many_snapshots_some_are_looked_at_and_all_that_are_not_finite():
+    snapshots = [Snapshot(step, 0.0, model_of("a"), norm=(math.nan if step == 53 else 1.0, 1.0)) for step in range(100)]
+    chosen = [s.step for s in columns.looked_at(snapshots)]
+    assert len(chosen) == 25
+    assert {0, 53, 99} <= set(chosen)
+    assert chosen == sorted(chosen)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Return a run that was really trained, with an alert, and the folder of its record."""

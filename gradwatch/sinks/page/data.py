@@ -207,15 +207,8 @@ class _Tables:
 
     def _folded(self, snapshot: Snapshot, column: Sequence[float | None]) -> Floats:
         """Return the norm of each layer."""
-        import numpy as np
-
         _, columns, _ = self._of(snapshot.model)
-        numbers = _floats(column)
-        norms = columns.norms(tuple(numbers))
-        broken = {p.layer for p, n in zip(snapshot.model.parameters, column, strict=True) if _is_broken(n)}
-        for layer in broken:  # NaN is what is not there, to whoever folds
-            norms[columns.numbers[layer]] = np.inf
-        return self._placed(snapshot.model, norms)
+        return self._placed(snapshot.model, columns.norms(tuple(_floats(column))))
 
     def _largest(self, snapshot: Snapshot, column: Sequence[float | None]) -> Floats:
         """Return the largest entry of each layer."""
