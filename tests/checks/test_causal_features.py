@@ -106,9 +106,11 @@ def test_a_row_that_all_depend_on_is_named():
         gradwatch.assert_causal_features(normalized, frame())
 
 
-KINDS = ["string", "object", "category", "boolean", "Int64", "str"]
+KINDS = ["string", "object", "category", "boolean", "Int64"]
+KINDS += ["str"] * (int(pd.__version__.split(".")[0]) >= 3)  # before, that makes words of what is missing
 
 
+@pytest.mark.filterwarnings("ignore:Downcasting:FutureWarning")  # pandas 2.2, of this function's bfill
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_values_of_every_kind_that_are_filled_from_later(kind):
     draws = np.random.default_rng(1)
