@@ -108,7 +108,7 @@ def test_the_readme_has_exactly_two_commands_for_a_fresh_machine():
 
     assert len(commands) == 2
     assert commands[0].endswith("gradwatch demo")
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n 2")
     assert all("-c constraints.txt" in c for c in commands)
     assert (ROOT / "constraints.txt").read_text(encoding="utf-8").strip() == "torch==2.13.0"
 
