@@ -186,7 +186,7 @@ def test_a_training_in_another_process_is_shown_live(tmp_path, columns):
         [sys.executable, "-c", code, str(tmp_path / "run")],
         stdout=theirs,
         stdin=theirs,
-        env={**os.environ, "TERM": "xterm-256color"},
+        env={k: v for k, v in os.environ.items() if k != "COLUMNS"} | {"TERM": "xterm-256color"},  # xdist sets it
     )
     os.close(theirs)
     text, deadline = "", time.monotonic() + 60
