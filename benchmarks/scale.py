@@ -28,7 +28,8 @@ from benchmarks.overhead import shown
 from benchmarks.scale_processes import schedule
 from benchmarks.workloads import Clock, Step, mlp
 from gradwatch import History, Report, watch
-from gradwatch.sinks.record import NAME, Record, read_run
+from gradwatch.sinks.reading import NAME, read_run
+from gradwatch.sinks.record import Record
 from gradwatch.sinks.tensorboard.sink import TensorBoardSink
 from gradwatch.values.column import rounded
 from gradwatch.values.plain import compact, from_json
