@@ -75,8 +75,7 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
     @_route
     def _data(self, request: wrappers.Request) -> Any:  # noqa: ANN401
         asked = request.args.getlist("run")
-        unknown = [name for name in asked if name not in self._runs.names()]
-        if unknown:
+        if not set(asked) <= set(self._runs.names()):
             return http_util.Respond(request, json.dumps({"error": "no such run"}), "application/json", code=404)
         return http_util.Respond(request, json.dumps(self._runs.data(asked)), "application/json")
 

@@ -114,6 +114,11 @@ def records(top: Path) -> dict[str, Path]:
     return {file.parent.relative_to(top).as_posix(): file for file in files}
 
 
+def dropped(count: int) -> slice:
+    """Return which of so many snapshots are dropped where there are too many: every second of the older 3/4."""
+    return slice(1, max(count * 3 // 4, 2), 2)
+
+
 @dataclass
 class _Draft:
     """What has been read so far."""
@@ -148,7 +153,7 @@ class _Draft:
             self.broken, self.truncated = self.broken + 1, not line.endswith("\n")  # which only the last one can lack
         self.lines += 1
         if len(self.snapshots) > self.most:
-            older = slice(1, max(self.most * 3 // 4, 2), 2)
+            older = dropped(self.most)
             self.thinned += len(self.snapshots[older])
             del self.snapshots[older]
 

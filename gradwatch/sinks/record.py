@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from gradwatch.sinks.deletion import refuse_deleted
-from gradwatch.sinks.reading import NAME, read_file
+from gradwatch.sinks.reading import NAME, dropped, read_file
 from gradwatch.values.plain import (
     FORMAT,
     alert_from_plain,
@@ -128,7 +128,7 @@ class Record:
         lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         written = from_json(lines[0])["format"]
         snapshots = [i for i, line in enumerate(lines) if line.startswith('{"snapshot"')]
-        drop = set(snapshots[1 : max(len(snapshots) * 3 // 4, 2) : 2])
+        drop = set(snapshots[dropped(len(snapshots))])
         self._thinned += len(drop)
         drop |= _fold_alerts(lines, written)
         kept = [line for i, line in enumerate(lines) if i not in drop and not line.startswith('{"format"')]

@@ -86,6 +86,11 @@ class Alert:
         """Severity of the newest finding."""
         return self.finding.severity
 
+    @property
+    def since(self) -> int:
+        """Step at which it set in: the onset, where the finding knows one, or the step at which the alert began."""
+        return self.began if self.finding.onset is None else self.finding.onset
+
     def __str__(self) -> str:
         """Return the alert as a colleague would say it, in one line."""
         parts = [f"{self.finding.code} {self.finding.kind}: {self.message}."]

@@ -63,15 +63,12 @@ def own(value: L, *shared: object) -> L:
 
 def modules_of(loss: Any, model: nn.Module) -> list[nn.Module]:  # noqa: ANN401
     """Return the modules that a function knows by its closure, but for the model."""
-    cells = (cell for cell in getattr(loss, "__closure__", None) or ())
     found = []
-    for cell in cells:
-        with contextlib.suppress(ValueError):  # it is empty
-            held = cell.cell_contents
-            if isinstance(held, nn.Module) and held is not model:
-                found.append(held)
-            elif callable(held):
-                found += modules_of(held, model)
+    for held in _enclosed(loss):
+        if isinstance(held, nn.Module) and held is not model:
+            found.append(held)
+        elif callable(held):
+            found += modules_of(held, model)
     return found
 
 
@@ -92,6 +89,11 @@ def _held(source: Any) -> Iterable[Any]:  # noqa: ANN401
             yield inner
         elif inner is not None and name != "generator":
             yield from _held(inner)
-    for cell in getattr(source, "__closure__", None) or ():
+    yield from _enclosed(source)
+
+
+def _enclosed(function: Any) -> Iterable[Any]:  # noqa: ANN401
+    """Yield what a function knows by its closure; nothing of what is no function."""
+    for cell in getattr(function, "__closure__", None) or ():
         with contextlib.suppress(ValueError):  # it is empty
             yield cell.cell_contents

@@ -76,7 +76,7 @@ def packed(values: Iterable[float]) -> str:
 
 
 def unpacked(text: str) -> list[float | None]:
-    """Return what was packed, each to 0.3 %: for those who test it."""
+    """Return what was packed, each to 0.3 %."""
     import numpy as np
 
     codes = np.frombuffer(base64.b64decode(text), dtype="<u2").tolist()

@@ -53,21 +53,18 @@ def _named(name: str, run: Run) -> str:
 
 def run_data(name: str, run: Run, *, columns: int = COLUMNS) -> dict[str, Any]:
     """Return what a page shows of one run."""
-    model = _whole(run.models)
-    rows = [model.layers[i] for i in model.forward_order]
-    place = {layer.name: number for number, layer in enumerate(rows)}
+    model, place, rows_by_alert = _placed(run)
     counts: dict[str, int] = {}
     for parameter in model.parameters:
         counts[parameter.layer] = counts.get(parameter.layer, 0) + parameter.elements
-    rows_by_alert = {id(alert): list(rows_of(alert, model, place)) for alert in run.alerts}
     steps = {s.step for s in run.snapshots}
     shown: dict[str, Any] = _shown(
         {
             "name": name,
-            "headline": headline(run, [layer.name for layer in rows], rows_by_alert),
+            "headline": headline(run, list(place), rows_by_alert),
             "layers": [
                 {"name": layer.name, "kind": layer.kind, "parameters": counts.get(layer.name, 0), "at": layer.location}
-                for layer in rows
+                for layer in (model.layers[i] for i in model.forward_order)
             ],
             "measured": len(steps),
             "first": min(steps, default=None),
@@ -84,10 +81,15 @@ def run_data(name: str, run: Run, *, columns: int = COLUMNS) -> dict[str, Any]:
 
 def headline_of(run: Run) -> list[dict[str, str]]:
     """Return the sentences on top of the page of a run."""
+    _, place, rows_by_alert = _placed(run)
+    return headline(run, list(place), rows_by_alert)
+
+
+def _placed(run: Run) -> tuple[ModelInfo, dict[str, int], dict[int, list[int]]]:
+    """Return the model, the row of each of its layers, in order, and by the id of each alert the rows it is about."""
     model = _whole(run.models)
-    names = [model.layers[i].name for i in model.forward_order]
-    place = {name: number for number, name in enumerate(names)}
-    return headline(run, names, {id(alert): list(rows_of(alert, model, place)) for alert in run.alerts})
+    place = {model.layers[i].name: row for row, i in enumerate(model.forward_order)}
+    return model, place, {id(alert): list(rows_of(alert, model, place)) for alert in run.alerts}
 
 
 def _shown(value: Any) -> Any:  # noqa: ANN401
@@ -219,7 +221,7 @@ class _Tables:
         for parameter, value in zip(snapshot.model.parameters, column, strict=True):
             if value is not None:
                 number = columns.numbers[parameter.layer]
-                found[number] = np.fmax(found[number], np.inf if _is_broken(value) else value)
+                found[number] = np.fmax(found[number], value if math.isfinite(value) else np.inf)
         return self._placed(snapshot.model, found)
 
     def _placed(self, model: ModelInfo, values: Floats) -> Floats:
@@ -228,10 +230,6 @@ class _Tables:
         found = np.full(len(self._place), np.nan)
         found[self._of(model)[2]] = values
         return found
-
-
-def _is_broken(value: float | None) -> bool:
-    return value is not None and not math.isfinite(value)
 
 
 def _floats(column: Sequence[float | None]) -> Floats:
@@ -249,7 +247,7 @@ def alert_data(alert: Alert, rows: Sequence[int]) -> dict[str, Any]:
         "severity": alert.worst.value,
         "place": finding.place,
         "parameter": finding.parameter,
-        "since": finding.onset if finding.onset is not None else alert.began,
+        "since": alert.since,
         "began": alert.began,
         "last": alert.last,
         "cleared": alert.cleared,

@@ -55,7 +55,7 @@ def _nothing_found(run: Run) -> Sentence:
 
 
 def _since(alerts: Sequence[Alert]) -> int:
-    return min(a.finding.onset if a.finding.onset is not None else a.began for a in alerts)
+    return min(a.since for a in alerts)
 
 
 def _grave(run: Run) -> list[Alert]:

@@ -63,7 +63,7 @@ def text(report: Report) -> Any:  # noqa: ANN401
 def _told(event: str, alert: Alert) -> str:
     """Return an alert as Markdown: a list, because the page makes the columns of a table too narrow to read."""
     finding = alert.finding
-    since = f"since step {finding.onset if finding.onset is not None else alert.began}"
+    since = f"since step {alert.since}"
     when = "" if since in alert.message else f", {since}"
     place = f"`{finding.place}`" if finding.place else "the whole model"
     cause = ("likely cause", alert.cause)
