@@ -74,7 +74,7 @@ class Record:
             self._write({"alert": to_plain(alert)})
         for alert in report.open:
             known = self._open.get(alert.finding.key)
-            if known is None or known.severity is not alert.severity:
+            if known is None or known.severity is not alert.severity or _doubled(known, alert):
                 self._write({"alert": to_plain(alert)})
             self._open[alert.finding.key] = alert
         file.flush()
@@ -145,6 +145,11 @@ class Record:
         # Where alerts alone fill the bound, the record outgrows it: better than to write it anew at every step.
         self._limit = max(self._bound, self._size * 4 // 3)
         self._file = self._path.open("a", encoding="utf-8")
+
+
+def _doubled(known: Alert, now: Alert) -> bool:
+    """Tell whether an alert is twice as old as when it was written, for who follows the run or finds it killed."""
+    return (now.last - now.began).bit_length() != (known.last - known.began).bit_length()
 
 
 def _fold_alerts(lines: list[str], written: int) -> set[int]:

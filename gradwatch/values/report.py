@@ -105,7 +105,7 @@ class Alert:
         return " ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """What one measured step says: its numbers, and the alerts that began, worsened, are open, or cleared with it."""
 
@@ -115,6 +115,14 @@ class Report:
     cleared: tuple[Alert, ...] = ()
     worsened: tuple[Alert, ...] = ()
     """Those that were open before, with a lower severity than ever until now."""
+
+    def __repr__(self) -> str:
+        """Return the step, how many parameters have a gradient, and the open alerts: what a notebook shows of it."""
+        norm = self.snapshot.norm
+        count = sum(one is not None for one in norm)
+        title = f"Report of step {self.snapshot.step}: {count} of {len(norm)} parameters with a gradient"
+        alerts = f"{len(self.open) or 'no'} open alert{'s' * (len(self.open) != 1)}"
+        return "\n".join([f"{title}, {alerts}", *map(str, self.open)])
 
 
 class GradientHealthError(AssertionError):

@@ -67,7 +67,9 @@ class Judge:
     def run(self, directory: Path | None) -> Run:
         """Return the run up to now: all that is recorded, or without a record what verdicts remember."""
         if directory is not None:
-            return read_run(directory)
+            run = read_run(directory)
+            newest = {(*alert.finding.key, alert.began): alert for alert in (*run.alerts, *self.report.open)}
+            return dataclasses.replace(run, alerts=tuple(newest.values()))
         snapshots = self.history.remembered
         models = {id(s.model): s.model for s in snapshots}
         return Run(tuple(models.values()), tuple(snapshots), self.report.open)

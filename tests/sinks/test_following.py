@@ -133,6 +133,31 @@ def test_what_is_no_terminal_gets_a_line_for_what_is_new(tmp_path, opened):
     ]
 
 
+def test_a_share_that_is_away_for_a_while_ends_nothing(tmp_path, opened):
+    record, out, looks, file = opened(tmp_path), io.StringIO(), iter(range(5)), tmp_path / "record.jsonl"
+    for step in range(20):
+        record(report(step))
+
+    def going():
+        look = next(looks)
+        if look == 1:
+            file.rename(tmp_path / "away")
+            file.symlink_to(file)  # as a share that lost its connection: there, and cannot be read
+            with pytest.raises(OSError, match="Too many levels"):
+                file.open()
+        if look == 3:
+            file.unlink()
+            (tmp_path / "away").rename(file)
+            record(report(20))
+        return look < 4
+
+    follow(str(tmp_path), out, every=0.0, going=going)
+    assert out.getvalue().splitlines() == [
+        f"{tmp_path}: step 19, loss 0.05, 1 steps/s; no open alert",
+        f"{tmp_path}: step 20, loss 0.04762, 1 steps/s; no open alert",
+    ]
+
+
 def test_a_run_that_went_on_from_a_checkpoint_has_no_negative_speed(tmp_path, opened):
     record, out = opened(tmp_path), io.StringIO()
     for number, step in enumerate((100, 101, 50, 51)):

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from jupyter_client.manager import start_new_kernel
 from models import deep
 from torch import nn
 
@@ -94,6 +95,93 @@ def test_the_page_of_a_watcher_shows_the_whole_run_and_can_be_saved(tmp_path):
         assert tags.tags == {"iframe", "p"}
         assert 'sandbox="allow-scripts"' in frame
         assert html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == text
+
+
+def test_the_still_of_a_run_that_goes_on_tells_alerts_as_they_are_now(tmp_path):
+    with watched(tmp_path / "mine") as watcher:
+        (now,) = [a for a in watcher.report.open if a.finding.code == "GW101"]
+        (read,) = [a for a in gradwatch.read_run(tmp_path / "mine").alerts if a.finding.code == "GW101"]
+        assert now.message in parsed(watcher._repr_html_()).text
+        assert now.last > read.last  # or this test shows nothing
+
+
+CELL = """
+import gradwatch, torch
+from torch import nn
+torch.manual_seed(0)
+layers = [part for _ in range(14) for part in (nn.Linear(6, 6), nn.Sigmoid())]
+model = nn.Sequential(*layers, nn.Linear(6, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+watcher = gradwatch.watch(model, optimizer, on_alert=lambda _: None)
+for _ in range(30):
+    optimizer.zero_grad()
+    (model(torch.randn(16, 6)) - 1).square().mean().backward()
+    optimizer.step()
+text = repr(watcher)
+"""
+
+
+def run_in(kernel, cell):
+    """Run a cell in a kernel; return what it shows, the last value among it."""
+    shown = []
+
+    def take(message):
+        kind, content = message["header"]["msg_type"], message["content"]
+        assert kind != "error", content["traceback"]
+        if kind in ("display_data", "execute_result"):
+            shown.append(content["data"])
+        elif kind == "stream":
+            shown.append({content["name"]: content["text"]})
+
+    kernel.execute_interactive(cell, timeout=120, output_hook=take)
+    return shown
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    manager, client = start_new_kernel(kernel_name="python3")
+    yield client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def test_a_notebook_shows_the_still_once_and_text_is_text(kernel):
+    assert run_in(kernel, CELL) == []
+    ((still,),) = [run_in(kernel, "watcher")]
+    assert set(still) == {"text/plain", "text/html"}
+    assert "get next to no gradient since step 0" in still["text/html"]
+    assert "GW101 vanishing-depth (warning)" in still["text/plain"]
+    ((printed,),) = [run_in(kernel, "print(text)")]
+    assert printed["stdout"].strip() == still["text/plain"].strip()
+    ((page,),) = [run_in(kernel, "watcher.page()")]
+    assert page["text/html"].startswith("<iframe srcdoc=")
+
+
+def test_a_notebook_shows_of_a_report_what_is_wrong(kernel):
+    run_in(kernel, CELL)
+    ((report,),) = [run_in(kernel, "watcher.close()")]
+    first, *alerts = report["text/plain"].splitlines()
+    assert first == "Report of step 29: 30 of 30 parameters with a gradient, 1 open alert"
+    assert [one.split(":")[0] for one in alerts] == ["GW101 vanishing-depth"]
+
+
+def test_errors_in_a_notebook_hold_their_pictures(kernel):
+    shown = run_in(
+        kernel,
+        """
+import torch, gradwatch
+from torch import nn
+torch.manual_seed(0)
+model = nn.RNN(2, 8, batch_first=True)
+try:
+    gradwatch.assert_horizon(model, torch.randn(4, 60, 2), at_least=55, output=lambda y: y[0][:, -1])
+except gradwatch.GradientHealthError as error:
+    print(error)
+""",
+    )
+    (stream,) = shown
+    assert "gain" in stream["stdout"]
+    assert "\u2588" in stream["stdout"]
 
 
 def test_what_verdicts_remember_is_in_the_order_of_the_steps():

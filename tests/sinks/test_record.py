@@ -165,6 +165,18 @@ def test_an_alert_comes_back_as_it_was_last(tmp_path):
         assert same(run.alerts, (last,)), name
 
 
+def test_who_reads_while_it_is_written_finds_an_open_alert_at_least_half_as_old_as_it_is(tmp_path):
+    record = Record(tmp_path)
+    for step in range(3, 400):
+        record(Report(snapshot(step), open=(alert(began=3, last=step, message=f"at {step}"),)))
+        (read,) = read_run(tmp_path).alerts if step % 20 == 0 or step < 20 else (alert(last=step),)
+        assert 2 * (read.last - 3) >= step - 3
+    lines = (tmp_path / "record.jsonl").read_text(encoding="utf-8").count('{"alert"')
+    assert lines == 1 + (399 - 3).bit_length()
+    record.close()
+    assert read_run(tmp_path).alerts[0].message == "at 399"
+
+
 def test_an_alert_that_comes_again_is_a_second_one(tmp_path):
     first, second = alert(began=3, cleared=9), alert(began=20)
     run = written(

@@ -56,7 +56,7 @@ def follow(
         ValueError: there are several runs, or what is there is no record.
 
     """
-    console = Console(file=to, highlight=False)
+    console = Console(file=to, force_jupyter=False, highlight=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, screen=False, vertical_overflow="crop") as live:
             for run in _looks(path, every, going):
@@ -73,6 +73,7 @@ def follow(
 def _looks(path: str, every: float, going: Callable[[], bool]) -> Iterator[Run | None]:
     """Yield the run as it is at each look; None while there is none."""
     following: Following | None = None
+    run: Run | None = None
     while True:
         if following is None:
             found = records(Path(path))
@@ -83,6 +84,10 @@ def _looks(path: str, every: float, going: Callable[[], bool]) -> Iterator[Run |
             run = following.run() if following is not None else None
         except FileNotFoundError:  # a new run is about to take its place
             following, run = None, None
+        except OSError:
+            if run is None:
+                raise
+            # A share that is away for a while: what was read stands, and says how old it is.
         yield run
         if not going():
             return

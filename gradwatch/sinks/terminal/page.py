@@ -56,9 +56,10 @@ def text(report: Report, *, sequences: Sequence[SequenceStats] = (), width: int 
 def plain_text(content: RenderableType, width: int) -> str:
     """Return what would be printed, without colours."""
     out = io.StringIO()
-    Console(file=out, width=width, color_system=None, force_terminal=False, legacy_windows=False).print(
-        Harmless(content)
-    )
+    console = Console(
+        file=out, width=width, color_system=None, force_terminal=False, force_jupyter=False, legacy_windows=False
+    )  # in a notebook rich shows what it prints, and the file stays empty
+    console.print(Harmless(content))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -15,7 +15,7 @@ def show(*parts: RenderableType, to: TextIO) -> None:
     """Print; a reader that has seen enough (`| head`) and a terminal that lacks a character are no failures."""
     if isinstance(to, io.TextIOWrapper):
         to.reconfigure(errors="replace")
-    console = Console(file=to)
+    console = Console(file=to, force_jupyter=False)
     with console.capture() as page:
         for part in parts:
             console.print(Harmless(part))
