@@ -223,9 +223,34 @@ def test_several_runs_stand_side_by_side_on_one_scale(browser, tmp_path):
         assert len(set(legends)) == 1
         boxes = [one.bounding_box() for one in page.locator(".run").all()[:2]]
         assert boxes[0]["y"] == boxes[1]["y"]
-        page.get_by_role("button", name="run3").click()
+        page.get_by_label("Run", exact=True).get_by_role("button", name="run3").click()
         assert page.locator("button[aria-current=true]").inner_text() == "run3"
         assert page.get_by_text("No alert in the whole run.").count() == 1
+
+
+def test_of_many_runs_the_details_open_below_the_run_that_was_clicked(browser, tmp_path):
+    runs = {f"run{i}": run_of(blocks(64), ill=4 * (i % 2), need=200 if i == 5 else None) for i in range(8)}
+    with browsers.page_of(browser, written(tmp_path, **runs)) as page:
+        told = page.locator(".index li").all_inner_texts()
+        assert [one.split("\n")[0].split(" ")[0] for one in told] == [f"run{i}" for i in range(8)]
+        assert ["4 of 64 layers" in one for one in told] == [i % 2 == 1 for i in range(8)]
+        details = page.get_by_label("Details", exact=True)
+        for number in (5, 2, 7):
+            picture = page.locator(".run").nth(number).locator("canvas").first
+            picture.scroll_into_view_if_needed()
+            before = picture.bounding_box()["y"]
+            picture.click(position={"x": 300, "y": 20})
+            assert abs(picture.bounding_box()["y"] - before) < 2  # what was clicked stays where it is
+            row = [page.locator(".run").nth(i).bounding_box() for i in (number - number % 2, number - number % 2 + 1)]
+            ends = max(box["y"] + box["height"] for box in row)
+            assert 0 < details.bounding_box()["y"] - ends < 40
+            assert page.locator("button[aria-current=true]").inner_text() == f"run{number}"
+        page.get_by_label("Run", exact=True).scroll_into_view_if_needed()
+        before = details.bounding_box()["y"]
+        page.get_by_label("Run", exact=True).get_by_role("button", name="run0").click()
+        assert abs(details.bounding_box()["y"] - before) < 2
+        page.locator(".index button").nth(6).click()
+        assert abs(page.locator(".run").nth(6).bounding_box()["y"]) < 2
 
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&`${alert(3)}`"

@@ -34,9 +34,11 @@ function axis(run, width) {
   };
 }
 
-function fitted(name, width) {
-  const most = Math.max(Math.floor(width / 7.2), 4);
-  return name.length <= most ? name : `…${name.slice(name.length - most + 1)}`;
+/** A name, or as much of its end as there is room for. */
+function fitted(name, width, wide = (text) => text.length * 7.2) {
+  let shown = name;
+  while (wide(shown) > width && shown.length > 4) shown = `…${shown.slice(2)}`;
+  return shown;
 }
 
 const tip = element("div", { class: "tip", hidden: true });
@@ -100,7 +102,7 @@ function heatmap({ run, steps, ends, rows, height, cell, bounds, names, labelled
     for (const at of labelled(tall, line)) {
       const grave = marks[at] === "error" || marks[at] === "warning";
       pen.fillStyle = css(grave ? `--${marks[at]}` : "--soft");
-      pen.fillText((grave ? "▲ " : "") + fitted(names(at), left - 26), left - 6, Math.min(Math.max((at + 0.5) * line, 7), tall - 7));
+      pen.fillText((grave ? "▲ " : "") + fitted(names(at), left - (grave ? 28 : 14), (text) => pen.measureText(text).width), left - 12, Math.min(Math.max((at + 0.5) * line, 7), tall - 7));
     }
     marks.forEach((mark, at) => {
       if (!mark || mark === "info") return;

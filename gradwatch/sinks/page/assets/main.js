@@ -17,19 +17,19 @@ function show(root, data) {
       state.name = run.name;
       state.step = step ?? run.last;
       if (row !== undefined && row !== null) state.layer = run.layers[row].name;
-      refresh();
+      staying(sectionOf(run), refresh);
       const at = state.rowOf(run);
       said.textContent = words || (at === null ? `step ${state.step}` : `${state.layer}, step ${state.step}: gradient ${size(known(run, "norm", at, state.column(run)))}`);
     },
   };
   let figures = [], live = [];
-  const overview = element("div"), details = element("section", { "aria-label": "Details" });
+  const overview = element("div"), details = element("section", { "aria-label": "Details", class: "below" });
   root.replaceChildren(overview, details, said, tip);
 
   function openAlert(run, alert) {
     if (run.sequences.some((one) => one.module === alert.place) && alert.code.startsWith("GW3")) { state.module = alert.place; build(); }
     state.choose(run, alert.since, alert.rows.length ? alert.rows[0] : null);
-    overview.querySelectorAll(".run")[runs.indexOf(run)]?.querySelector(".layers")?.scrollIntoView({ block: "nearest" });
+    sectionOf(run)?.querySelector(".layers")?.scrollIntoView({ block: "nearest" });
   }
 
   function overviewOf(run, bounds) {
@@ -111,7 +111,31 @@ function show(root, data) {
 
   function picker() {
     if (runs.length < 2) return [];
-    return [element("div", { class: "controls", role: "group", "aria-label": "Run" }, "Details of: ", ...runs.map((run) => element("button", { type: "button", "data-key": `run-${run.name}`, "aria-current": String(run === state.run), onclick: () => { state.name = run.name; refresh(); } }, run.name)))];
+    return [element("div", { class: "controls", role: "group", "aria-label": "Run" }, "Details of: ", ...runs.map((run) => element("button", { type: "button", "data-key": `run-${run.name}`, "aria-current": String(run === state.run), onclick: () => { state.name = run.name; staying(details, refresh); } }, run.name)))];
+  }
+
+  /** What is wrong with each of many runs, on top of them all. */
+  function index() {
+    if (runs.length < 3) return "";
+    const link = (run, at) => element("button", { type: "button", onclick: () => overview.querySelectorAll(".run")[at].scrollIntoView() }, run.name);
+    return element("ol", { class: "index", "aria-label": "Runs" }, ...runs.map((run, at) => element("li", {}, link(run, at), ...run.headline.map(({ severity, text }) => element("span", {}, element("span", { class: `severity ${severity}`, "aria-label": WORDS[severity] }, ` ${ICONS[severity]} `), text)))));
+  }
+
+  function sectionOf(run) {
+    return overview.querySelectorAll(".run")[runs.indexOf(run)];
+  }
+
+  /** Puts the details below the run they are of, as soon as something was chosen in it. */
+  function place() {
+    const home = state.step === null || runs.length < 2 ? null : sectionOf(state.run);
+    (home || overview).after(details);
+  }
+
+  /** Does something that moves what is on the page, but for an element, which stays where it is on the screen. */
+  function staying(one, work) {
+    const from = one?.getBoundingClientRect().top;
+    work();
+    if (one) scrollBy(0, one.getBoundingClientRect().top - from);
   }
 
   /** Does something that makes elements anew, and puts the focus, the caret and the table back where they were. */
@@ -129,6 +153,7 @@ function show(root, data) {
   function refresh() {
     keeping(() => {
       details.replaceChildren(...picker(), ...detailsOf(state.run));
+      place();
       for (const figure of [...figures, ...live]) figure.redraw();
     });
   }
@@ -137,8 +162,9 @@ function show(root, data) {
     keeping(() => {
       const bounds = range(runs.flatMap((run) => run.columns.norm)), made = runs.map((run) => overviewOf(run, bounds));
       figures = made.flatMap(({ mine }) => mine);
-      overview.replaceChildren(element("div", { class: `runs${runs.length > 1 ? " several" : ""}` }, ...made.map(({ section }) => section)));
+      overview.replaceChildren(index(), element("div", { class: `runs${runs.length > 1 ? " several" : ""}` }, ...made.map(({ section }) => section)));
       details.replaceChildren(...picker(), ...detailsOf(state.run));
+      place();
       for (const figure of [...figures, ...live]) figure.redraw();
     });
     if (!runs.length) said.textContent = "no run is chosen";

@@ -22,7 +22,7 @@ function timeline(run, open) {
       const bar = shape("g", { tabindex: 0, role: "button", "data-key": `bar-${run.name}-${row}` });
       bar.append(shape("title", {}, `${alert.code} ${alert.kind}: since step ${alert.since}${alert.cleared === null ? ", still open" : ` until step ${alert.cleared}`}`));
       bar.append(shape("rect", { x: from, y: y + 4, width: Math.min(to, left + inside) - from, height: 12, rx: 3, fill: `var(--${alert.severity})` }));
-      bar.append(shape("text", { class: "strong", x: left - 6, y: y + 14, "text-anchor": "end" }, fitted(left < LEFT ? alert.code : `${ICONS[alert.severity]} ${alert.code} ${alert.place}`, left - 8)));
+      bar.append(shape("text", { class: "strong", x: left - 6, y: y + 14, "text-anchor": "end" }, left < LEFT ? alert.code : `${ICONS[alert.severity]} ${alert.code} ${fitted(alert.place, left - 74)}`));
       bar.addEventListener("click", () => open(alert));
       bar.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); open(alert); } });
       svg.append(bar);
