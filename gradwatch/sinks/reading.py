@@ -39,7 +39,7 @@ _TAIL, _AT_ONCE = 256, 512 * 2**20
 """Bytes before the place up to which a record was read, by which it is known again, and that are read at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """What a record holds."""
 
@@ -54,6 +54,12 @@ class Run:
     """How many lines could not be read."""
     truncated: bool = False
     """Whether one of them is the last, and only half there, as a process leaves it that was killed."""
+
+    def __repr__(self) -> str:
+        """Return how much it holds, in a line."""
+        steps = f", steps {self.snapshots[0].step} to {self.snapshots[-1].step}" if self.snapshots else ""
+        still = sum(alert.cleared is None for alert in self.alerts)
+        return f"Run {self.path}: snapshots {len(self.snapshots)}{steps}; alerts {len(self.alerts)}, open {still}"
 
     @property
     def ruined(self) -> bool:

@@ -119,7 +119,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float | None:
     return math.fsum((a - x) * (b - y) for a, b in points) / math.fsum((a - x) ** 2 for a, _ in points)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SequenceStats:
     """Gradients through the time of one sequence module, or of one layer and direction of it, or of the whole model.
 
@@ -223,6 +223,11 @@ class SequenceStats:
     def misread(self) -> bool:
         """Whether the module reads something else than its data: padding, or the batch as time."""
         return self.over_batch or self.reads_padding
+
+    def __repr__(self) -> str:
+        """Return what is said of it in a report; the series are a wall of numbers."""
+        said = "\n".join(text for _, text in sentences((self,)))
+        return said or f"gradients of {subject(self)} through {self.length} timesteps"
 
     @property
     def why_unknown(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import os
@@ -120,7 +121,10 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path):
         demo(tmp_path / name, seed=seed, steps=2, data="synthetic", out=Console(file=io.StringIO()))
         runs = [gradwatch.read_run(tmp_path / name / subject) for subject in ALL]
         seen.append(
-            [repr([(s.loss, s.norm, s.sequences) for s in run.snapshots]) for run in runs]
+            [
+                repr([(s.loss, s.norm, [*map(dataclasses.astuple, s.sequences or ())]) for s in run.snapshots])
+                for run in runs
+            ]
         )  # repr, because NaN is not equal to itself
 
     assert seen[0] == seen[1]

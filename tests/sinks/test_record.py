@@ -147,6 +147,11 @@ def test_none_stays_none_and_zero_stays_zero(tmp_path):
     assert same(back.loss, 0.0)
 
 
+def test_a_run_shows_how_much_it_holds(tmp_path):
+    run = written(tmp_path, Report(snapshot(3), open=(alert(),)), Report(snapshot(7), cleared=(alert(cleared=7),)))
+    assert repr(run) == f"Run {tmp_path / 'record.jsonl'}: snapshots 2, steps 3 to 7; alerts 1, open 0"
+
+
 def test_an_alert_comes_back_as_it_was_last(tmp_path):
     first = alert(last=3, message="m", cause="c", remedy="r")
     later = dataclasses.replace(first, last=7, message="worse")

@@ -141,7 +141,14 @@ def test_stats_survive_json_to_the_last_bit():
     )
     back = from_plain(SequenceStats, from_json(to_json(to_plain(stats))))
 
-    assert repr(back) == repr(stats)  # NaN is not equal to itself
+    assert repr(dataclasses.astuple(back)) == repr(dataclasses.astuple(stats))  # NaN is not equal to itself
+
+
+def test_what_a_notebook_shows_is_what_a_report_says():
+    whole = SequenceStats("", "model", 6, 8, lag_gain=(1.0, 0.5, 0.1, 1e-4, 1e-5, 1e-6), input="x", time=1)
+    assert repr(whole) == "\n".join(text for _, text in sentences((whole,)))
+    assert repr(whole).startswith("the model learns from the last 3 ")
+    assert repr(SequenceStats("lstm", "l0", 60, 8, grad_hidden=(0.1,) * 60)) == "gradients of lstm through 60 timesteps"
 
 
 # --- the history remembers the probes ---
