@@ -23,6 +23,13 @@ from gradwatch.timesteps.series import traces
 from gradwatch.values.snapshot import Fact
 
 
+_WRITES_TO_A_PIECE = (
+    "the model cannot run on an input of which a derivative is taken: it writes to a piece of it that split, chunk or"
+    " unbind gave, which no training notices, because inputs have no gradient there; write the result to a tensor of"
+    " its own (x = x + 1 in place of x += 1), or give gradwatch.horizon the module after that"
+)
+
+
 def model_gain(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -60,8 +67,13 @@ def model_gain(
     with left_alone(model, on_cudnn) as notes:
         mine, keywords = tap.arguments(model, args, kwargs)
         with listening(tap.modules, tap.before, tap.after):
-            with tap.axes:
-                returned = model(*mine, **keywords)
+            try:
+                with tap.axes:
+                    returned = model(*mine, **keywords)
+            except RuntimeError as error:
+                if "is a view and is being modified inplace" in str(error):
+                    raise RuntimeError(_WRITES_TO_A_PIECE) from error
+                raise
             gain = tap.gain(returned, output)
     return dataclasses.replace(gain, note="; ".join([*filter(None, [gain.note]), *notes]) or None)
 

@@ -1043,3 +1043,37 @@ def test_sequences_that_are_too_short_to_judge_are_no_verdict():
 def test_a_need_that_is_none_is_refused(given, kind, text):
     with pytest.raises(kind, match=text):
         gradwatch.assert_horizon(Recurrent(batch_first=True), torch.randn(4, 9, 3).double(), at_least=given)
+
+
+class Writes(Recurrent):
+    """A recurrent network that writes to its input."""
+
+    def __init__(self, where):
+        super().__init__(batch_first=True)
+        self.where = where
+
+    def forward(self, x):
+        if self.where == "a piece":
+            x, *_ = x.split(3, dim=2)
+            x += 1
+        else:
+            squared = x * x
+            x /= 2
+            x = squared + x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("a piece", r"writes to a piece of it that split, chunk or unbind gave.*\(x = x \+ 1 in place of x \+= 1\)"),
+        ("all of it", "writes to its input, or to what it made of that.*give gradwatch.horizon the module after that"),
+    ],
+)
+def test_a_model_that_writes_to_its_input_is_refused_with_the_reason(where, reason):
+    model, x = Writes(where), torch.randn(2, 20, 3, dtype=torch.float64)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=reason):
+        gradwatch.horizon(model, x)
+    assert torch.equal(x, before)
+    gradwatch.horizon(model.memory, x, output=lambda y: y[0][:, -1])  # as it says
