@@ -89,7 +89,8 @@ def gains(
 
     With a cotangent v for each row, whose entries are 1 / sqrt(R) or -1 / sqrt(R) by chance, R the width of the output:
     the root mean square of `||J^T v||` over the rows estimates the Frobenius norm of the Jacobian over sqrt(R)
-    (Hutchinson, "A stochastic estimator of the trace", 1989). Where the horizon is not sure then, up to two more.
+    (Hutchinson, "A stochastic estimator of the trace", 1989). Where the horizon is not sure then, up to two more, each
+    orthogonal to those before: R of them give that norm exactly.
 
     Args:
         roots: the tensors to differentiate by.
@@ -107,11 +108,13 @@ def gains(
     left_out: set[Source] = set()
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
-    exact = width == 1  # then the row of the Jacobian is all there is
     private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
     found: list[InputGain] = []
-    for left in range(COTANGENTS)[::-1]:
-        drawn = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
+    signs = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
+    for number in range(COTANGENTS):
+        drawn = signs * _wave(number, newest.shape, rows, width)
+        exact = number + 1 == width  # then all of the Jacobian was seen
+        left = COTANGENTS - 1 - number
         cotangent = drawn.to(newest.device, newest.dtype) / math.sqrt(width)
         gradients = roots.gradients(newest, cotangent, keys, again=bool(left) and not exact)
         with torch.no_grad():
@@ -127,3 +130,15 @@ def gains(
         if exact or not left or all(gain.on_the_way or gain.is_sure() for gain in found):
             break
     return found
+
+
+def _wave(number: int, shape: torch.Size, rows: int, width: int) -> Tensor:
+    """Return a cosine over the output of a row, of mean square 1; those of two numbers below R are orthogonal."""
+    if not number:
+        return torch.ones(shape, device="cpu")
+    places = (torch.arange(width, device="cpu") + 0.5) / width
+    wave = math.sqrt(2) * torch.cos(math.pi * number * places)
+    if width * rows != math.prod(shape) or rows not in shape:
+        return wave.view(shape)
+    at = shape.index(rows)
+    return wave.view(1, *shape[:at], *shape[at + 1 :]).expand(rows, *shape[:at], *shape[at + 1 :]).movedim(0, at)

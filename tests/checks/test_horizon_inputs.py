@@ -545,6 +545,24 @@ def test_the_interval_holds_the_exact_horizon(kind, rows):
         assert stats.interval[1] - stats.interval[0] <= (8 if rows == 1 else 3)
 
 
+@pytest.mark.parametrize("outputs", [2, 3, 5])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_of_one_row_with_few_outputs_the_interval_holds_the_exact_horizon_too(kind, outputs):
+    missed = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = built(
+            lambda n, x: n.head(n.rnn(x)[0][:, -1]), rnn=kind(F, 16, batch_first=True), head=nn.Linear(16, outputs)
+        )
+        x = random(1, 60, F)
+        stats, truth = gradwatch.horizon(model, x), exact(model, x, 1)
+        low, high = stats.interval
+        missed += not low <= truth <= high
+        if outputs < 4:  # as many directions as outputs are all of the Jacobian
+            assert stats.interval == (truth, truth)
+    assert missed <= 1  # of 20
+
+
 def test_of_a_single_number_there_is_nothing_to_draw():
     torch.manual_seed(0)
     model = built(lambda n, x: n.head(n.rnn(x)[0][:, -1]), rnn=nn.GRU(F, 16, batch_first=True), head=nn.Linear(16, 1))
