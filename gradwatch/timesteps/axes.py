@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -37,8 +38,10 @@ Labels = tuple[tuple[Axis | int, ...], ...]
 
 
 _LIKE_VIEWS = frozenset({"reshape", "view", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "_unsafe_view"})
-_CONVOLUTIONS = frozenset({"conv1d", "conv_transpose1d"})
-_POOLS = frozenset({"max_pool1d", "avg_pool1d", "lp_pool1d"})
+_SIDES = {f"{name}{n}d": n for n in (1, 2, 3) for name in ("conv", "conv_transpose", "max_pool", "avg_pool", "lp_pool")}
+"""Along how many dimensions, the last ones, convolutions and pools go."""
+_CONVOLUTIONS = frozenset(name for name in _SIDES if name.startswith("conv"))
+_POOLS = frozenset(_SIDES) - _CONVOLUTIONS
 _IN_ORDER = frozenset({"cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "diff", "flip", "roll"})
 _AFTER_A_NUMBER = frozenset({"diff", "roll"})
 """Those whose dimension comes after how many times, or how far."""
@@ -86,10 +89,8 @@ class Operation:
         """Yield the dimensions along which order matters to it, each with what it does."""
         if not self._first:
             return
-        if self.name in _CONVOLUTIONS and self._argument(1, "weight").shape[-1] > 1:
-            yield -1, "a convolution slides"
-        elif self.name in _POOLS and _number(self._argument(1, "kernel_size", 1)) > 1:
-            yield -1, "a window slides"
+        if _SIDES.get(self.name) == 1 and self._kernel()[0] > 1:
+            yield -1, f"a {'convolution' if self.name in _CONVOLUTIONS else 'window'} slides"
         elif self.name in _IN_ORDER:
             at = 2 if self.name in _AFTER_A_NUMBER else 1
             dims = self._argument(at, "dim", self._argument(at, "dims", () if self.name == "roll" else -1))
@@ -100,14 +101,37 @@ class Operation:
         elif self.name == "_pack_padded_sequence":
             yield int(self._argument(2, "batch_first", False)), "rows are packed"
 
+    def slides(self, result: Tensor) -> Iterator[tuple[int, bool]]:
+        """Yield the dimensions along which it slides, of several, each with whether one entry is left.
+
+        A picture's convolution slides along all of its sides, so that this tells less than `ordered`.
+        """
+        sides = _SIDES.get(self.name, 1)
+        if sides > 1 and self._first and result.dim() == self.tensor.dim():
+            for side, size in zip(range(-sides, 0), self._kernel(), strict=True):
+                if size > 1 and self.tensor.shape[side] > 1:
+                    yield side, result.shape[side] == 1
+
+    def _kernel(self) -> tuple[int, ...]:
+        """Return the sizes of a convolution's or a pool's kernel."""
+        sides = _SIDES[self.name]
+        if self.name in _CONVOLUTIONS:
+            return tuple(self._argument(1, "weight").shape[-sides:])
+        return _numbers(self._argument(1, "kernel_size", 1), sides)
+
     def rows(self) -> Iterator[int]:
         """Yield the dimensions that it takes for the batch."""
         if self.name == "multi_head_attention_forward" and self.tensor.dim() == 3:
             yield 1
-        elif self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == 3:
+        elif self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == _SIDES[self.name] + 2:
             yield 0
         elif self._first and self.name == "_pack_padded_sequence":
             yield 1 - int(self._argument(2, "batch_first", False))
+
+    def channels(self) -> Iterator[int]:
+        """Yield the dimension that it takes for features: order along it does not matter."""
+        if self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == _SIDES[self.name] + 2:
+            yield 1
 
     def taken(self, result: Tensor) -> tuple[Axis, int] | None:
         """Return the axis of which it has taken a single entry, and where that lies in storage; None: of none."""
@@ -137,7 +161,7 @@ class Operation:
         """Return the labels of what it gave; None where they are not known."""
         if self.name in _LIKE_VIEWS:
             return _regrouped(self.given, result.shape)
-        if self.name in _CONVOLUTIONS:
+        if self.name in _SIDES:
             return self._convolved(result)
         if self.name == "embedding":
             return (*self.given, (result.shape[-1],))
@@ -165,8 +189,15 @@ class Operation:
     def _convolved(self, result: Tensor) -> Labels | None:
         if not self._first or result.dim() != self.tensor.dim():
             return None
-        stride = _number(self._argument(3, "stride", 1)) if self.name == "conv1d" else 1
-        return (*self.given[:-2], (result.shape[-2],), _resized(self.given[-1], result.shape[-1], stride))
+        sides = _SIDES[self.name]
+        if self.name in _POOLS:
+            strides = _numbers(self._argument(2, "stride") or self._argument(1, "kernel_size", 1), sides)
+            before: Labels = self.given[:-sides]
+        else:
+            strides = (1,) * sides if "transpose" in self.name else _numbers(self._argument(3, "stride", 1), sides)
+            before = (*self.given[: -sides - 1], (result.shape[-sides - 1],))
+        along = zip(self.given[-sides:], result.shape[-sides:], strides, strict=True)
+        return (*before, *(_resized(group, size, stride) for group, size, stride in along))
 
     def _multiplied(self, result: Tensor) -> Labels | None:
         if self._first and result.dim() == self.tensor.dim():
@@ -211,8 +242,9 @@ class Operation:
         )
 
 
-def _number(value: Any) -> int:  # noqa: ANN401  (an int, or a sequence of one)
-    return int(value[0] if isinstance(value, tuple | list) else value)
+def _numbers(value: Any, count: int) -> tuple[int, ...]:  # noqa: ANN401  (an int, or a sequence of one or of so many)
+    given = tuple(value) if isinstance(value, tuple | list | torch.Size) else (value,)
+    return tuple(int(one) for one in (given * count if len(given) == 1 else given))
 
 
 def _source(tensor: Tensor, size: int, stride: int) -> int | None:

@@ -49,8 +49,14 @@ class _Evidence:
     """Axes along which order matters, and what was done along them."""
     declared: list[tuple[Axis, str]] = field(default_factory=list)
     """The same, as the user said."""
+    slid: set[int] = field(default_factory=set)
+    """Dimensions along which a convolution or a pool of several sides slides."""
+    folded: set[int] = field(default_factory=set)
+    """Those of which it left one entry, as a filter over all electrodes does."""
     rows: set[int] = field(default_factory=set)
     """Dimensions that something took for the batch."""
+    channels: set[int] = field(default_factory=set)
+    """Dimensions that a convolution took for features."""
     linked: dict[Axis, set[int]] = field(default_factory=dict)
     """Axes of which single entries were taken, and where those lie that met what was made of an earlier one."""
     features: dict[int, int] = field(default_factory=dict)
@@ -185,11 +191,14 @@ class Axes(TorchFunctionMode):
             evidence.refuse_odd(votes)
             return _finest(evidence, votes)
         first = axis_along(evidence.given, 0)
-        rows = evidence.rows or ({0} if first is None else {first.dim})
-        candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in rows and size > 1]
+        no_time = (evidence.rows or ({0} if first is None else {first.dim})) | evidence.channels
+        candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in no_time and size > 1]
         whole = {axis.dim for axis in axes_of(evidence.given) if axis is not None}
         if len(ends := evidence.tails & set(candidates) - whole) == 1:  # of what the output has too, nothing was taken
             return TimeAxis(ends.pop(), why="the last entries are taken")
+        slid = [dim for dim in candidates if dim in evidence.slid - evidence.folded]
+        if len(slid) == 1:  # of several sides of a picture, that along which it slides: likely, and no more
+            candidates = slid
         return TimeAxis(candidates[0] if candidates else min(1, len(evidence.shape) - 1))
 
     def time_in(self, tensor: Tensor, number: int, time: TimeAxis) -> int | None:
@@ -243,8 +252,8 @@ class Axes(TorchFunctionMode):
         for tensor, its in known:
             for number, labels in its.labels.items():
                 operation = Operation(name, args, kwargs, tensor, labels)
-                if name in TELLING:
-                    self._note(self._inputs[number], operation)
+                if name in TELLING and given:
+                    self._note(self._inputs[number], operation, given[0])
                 for result, mine in zip(given, made, strict=True):
                     found = operation.labels(result)
                     if found is not None and number not in mine.labels:
@@ -271,14 +280,17 @@ class Axes(TorchFunctionMode):
         return found
 
     @staticmethod
-    def _note(evidence: _Evidence, operation: Operation) -> None:
+    def _note(evidence: _Evidence, operation: Operation, result: Tensor) -> None:
         """Take note of what an operation tells of the dimensions of an input."""
         for dim, what in operation.ordered():
             if (axis := axis_along(operation.given, dim)) is not None:
                 evidence.ordered.append((axis, what))
-        for dim in operation.rows():
+        for dims, noted in ((operation.rows(), evidence.rows), (operation.channels(), evidence.channels)):
+            noted |= {axis.dim for dim in dims if (axis := axis_along(operation.given, dim)) is not None}
+        for dim, folds in operation.slides(result):
             if (axis := axis_along(operation.given, dim)) is not None:
-                evidence.rows.add(axis.dim)
+                evidence.slid.add(axis.dim)
+                evidence.folded |= {axis.dim} if folds else set()
         evidence.windows |= operation.name == "unfold"
 
 

@@ -98,7 +98,50 @@ def conv_rnn(stride, kernel):
     )
 
 
+def spectra(n, x):
+    """Go over (B, 1, F, T) with a picture's convolution and pool, and then through time."""
+    h = nn.functional.max_pool2d(n.conv(x), (2, 1))
+    return n.rnn(h.flatten(1, 2).transpose(1, 2))[0][:, -1]
+
+
+def picture(**layers):
+    return {"conv": nn.Conv2d(1, 3, 3, padding=1), "rnn": nn.GRU(3 * F // 2, 8, batch_first=True), **layers}
+
+
 SHAPES = {
+    "pictures before a GRU": (lambda: built(spectra, **picture()), (B, 1, F, T), 3, False),
+    "features by time as a picture": (
+        lambda: built(lambda n, x: spectra(n, x.unsqueeze(1)), **picture()),
+        (B, F, T),
+        2,
+        False,
+    ),
+    "levels by convolutions, time by an LSTM": (
+        lambda: built(
+            lambda n, x: n.rnn(n.conv(x.unsqueeze(1)).squeeze(3).transpose(1, 2))[0][:, -1],
+            conv=nn.Sequential(nn.Conv2d(1, 4, (1, 2), stride=(1, 2)), nn.Tanh(), nn.Conv2d(4, 4, (3, 2))),
+            rnn=nn.LSTM(4, 8, batch_first=True),
+        ),
+        (B, T, F),
+        1,
+        False,
+    ),
+    "a graph's nodes, each convolved": (
+        lambda: built(lambda n, x: n.conv(x.permute(0, 3, 1, 2))[..., -1], conv=nn.Conv2d(2, 4, (1, 9))),
+        (B, 7, T, 2),
+        2,
+        True,
+    ),
+    "electrodes, folded into one": (
+        lambda: built(
+            lambda n, x: n.fold(n.conv(x)).squeeze(2)[..., -1],
+            conv=nn.Conv2d(1, 4, (1, 9)),
+            fold=nn.Conv2d(4, 4, (7, 1), groups=4),
+        ),
+        (B, 1, 7, T),
+        3,
+        True,
+    ),
     "attention before an LSTM": (Encoder, (B, T, F), 1, False),
     "a convolution before an RNN": (lambda: conv_rnn(1, 21), (B, T, F), 1, False),
     "strides before an RNN": (lambda: conv_rnn(5, 5), (B, T, F), 1, False),
