@@ -127,7 +127,7 @@ def assert_horizon(
     if reach.high >= at_least:
         return stats
     if reach.censored:
-        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {at_least}")
+        raise ValueError(f"the sequences have {stats.length} timesteps{whose(stats)}, the need is {at_least}")
     raise GradientHealthError(
         horizon_error(stats, explain_short(shortfall(stats, at_least, call, place, named_modules(model)[place])))
     )

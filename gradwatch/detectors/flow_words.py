@@ -11,6 +11,7 @@ from gradwatch.values.report import Finding
 def _cut(finding: Finding) -> tuple[str, str]:
     place = finding.place or "the model's own parameters"
     unreached, reached = finding.names["unreached"] or place, finding.names.get("reached")
+    reached = "the model" if reached == "" else reached
     if reached is None:
         return (
             f"the gradient reaches nothing after {unreached}: the loss does not use its output",

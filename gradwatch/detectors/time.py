@@ -32,6 +32,7 @@ from gradwatch.values.sequences import (
     shortest,
     slope,
     subject,
+    whose,
 )
 from gradwatch.values.snapshot import Fact, Snapshot
 from gradwatch.values.thresholds import GROWTH_LAGS, GROWTH_TO_INFINITY, LARGEST_EXPONENT
@@ -179,6 +180,8 @@ def _unjudged(claim: _Claim, seen: Sequence[_Verdict], newest: Snapshot) -> Iter
     evidence, names = {"need": float(claim.need or 0)}, {"who": "the model" if claim.part else claim.module}
     if seen:
         evidence["length"] = float(max(v.stats.length for v in seen))
+        evidence["assumed"] = float(seen[-1].stats.time_assumed)
+        names |= {"of": of} if (of := whose(seen[-1].stats)) else {}
         if not seen[-1].horizon.sure:
             evidence |= {"low": float(seen[-1].horizon.low), "high": float(seen[-1].horizon.high)}
     else:

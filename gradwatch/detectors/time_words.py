@@ -183,10 +183,16 @@ def explain_unjudged(finding: Finding) -> Explanation:
             "feed it more rows at once, or longer sequences",
         )
     if length is not None:
+        of = finding.names.get("of", "")
+        other = (
+            "say by timesteps= which dimension is time, if it is another; or "
+            if finding.evidence.get("assumed")
+            else ""
+        )
         return Explanation(
-            f"the sequences have {length:.0f} timesteps, the need is {need:.0f}",
+            f"the sequences have {length:.0f} timesteps{of}, the need is {need:.0f}",
             "the gradient does not fade within them, and what lies beyond them cannot be told",
-            f"feed {who} sequences of {need:.0f} timesteps or more, or lower the need",
+            f"{other}feed {who} sequences of {need:.0f} timesteps or more, or lower the need",
         )
     return Explanation(
         f"whether {who} learns from {need:.0f} timesteps is not measured: {finding.names['reason']}",

@@ -22,7 +22,6 @@ from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import traces
 from gradwatch.values.snapshot import Fact
 
-
 _WRITES_TO_A_PIECE = (
     "the model cannot run on an input of which a derivative is taken: it writes to a piece of it that split, chunk or"
     " unbind gave, which no training notices, because inputs have no gradient there; write the result to a tensor of"

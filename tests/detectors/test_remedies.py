@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch import Severity
+from gradwatch.detectors import explain
 
 
 def batch(step, rows=32, shift=0.0):
@@ -350,6 +352,8 @@ def test_a_graph_that_is_cut_inside_of_a_module():
     alert = of(alerts(Inside("kept")), "GW401")
 
     assert alert.cause == "the gradient comes back to head and ends there: the output of encoder has no graph"
+    of_the_root = dataclasses.replace(alert.finding, names={**alert.finding.names, "reached": ""})
+    assert explain(of_the_root).cause.startswith("the gradient comes back to the model and ends there")
     assert "look inside encoder for torch.no_grad() or detach()" in alert.remedy
 
 

@@ -218,6 +218,16 @@ def test_sequences_that_end_before_the_need_cannot_be_judged_and_say_so_at_once(
     assert explain(finding).message == "the sequences have 100 timesteps, the need is 200"
 
 
+@pytest.mark.parametrize(("assumed", "said"), [(True, ", assumed"), (False, "")])
+def test_sequences_that_seem_too_short_say_which_dimension_was_taken_for_time(assumed, said):
+    seen = {"length": 20, "input": "spect", "time": 2, "time_assumed": assumed}
+    (finding,) = found((own(LONG, length=80), whole(LONG, **seen)))
+    told = explain(finding)
+    assert told.message == f"the sequences have 20 timesteps of spect (time: dimension 2{said}), the need is 200"
+    assert told.remedy.startswith("say by timesteps= which dimension is time") == assumed
+    assert told.remedy.endswith("sequences of 200 timesteps or more, or lower the need")
+
+
 def test_a_horizon_that_ends_within_short_sequences_is_judged():
     assert codes(found(*[(own(SHORT, length=100), whole(SHORT, length=100))] * 4)) == WARNED
 

@@ -22,6 +22,7 @@ from gradwatch.detectors.time_words import explain_short
 from gradwatch.model.layers import named_modules
 from gradwatch.model.rerun import as_it_was, torch_generators
 from gradwatch.values.report import Alert, Severity
+from gradwatch.values.sequences import whose
 from gradwatch.values.thresholds import Thresholds
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.watch import its_optimizers
@@ -133,7 +134,7 @@ def _judgeable(ward: Ward, before: Outcome, need: int) -> None:
             ) from error
         raise ValueError("horizon= is given, and how far back the model learns cannot be measured")
     if found is not None and found.censored and stats.length < need:
-        raise ValueError(f"the sequences have {stats.length} timesteps, the need is {need}")
+        raise ValueError(f"the sequences have {stats.length} timesteps{whose(stats)}, the need is {need}")
 
 
 def _named(wrong: Iterable[Alert], code: str) -> Iterable[Remedy]:
