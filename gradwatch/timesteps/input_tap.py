@@ -18,7 +18,7 @@ from gradwatch.timesteps.input_gain import Source, gains
 from gradwatch.timesteps.kinds import is_recurrent, may_mix, time_of
 from gradwatch.timesteps.model_gain import ModelGain, Timesteps
 from gradwatch.timesteps.model_inputs import InputSeries, ModelInputs, in_order
-from gradwatch.timesteps.output import chosen_of, newest_of, over_batch
+from gradwatch.timesteps.output import OverBatch, chosen_of, newest_of, over_batch
 from gradwatch.timesteps.time_axis import RECURRENT, Axes, Contradiction
 
 
@@ -57,6 +57,8 @@ class InputTap:
         ]
         """Those to listen to."""
         self._module: nn.Module | None = None
+        self._attention = ""
+        """Name of the first module that attends."""
         self._calls: list[InputCall] = []
         self._waiting: list[int | None] = []
         """The dimension of time of a sequence module that takes no floating-point tensor: its embedding is meant."""
@@ -93,9 +95,8 @@ class InputTap:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         found = _input(module, args, kwargs)
-        if found is not None and not self._closed and may_mix(module):
-            with contextlib.suppress(Exception):  # it is told besides
-                self._chain.entered(module, self._names[id(module)], found[1])
+        if may_mix(module):
+            self._note_mixing(module, found)
         recurrent = is_recurrent(module)
         if not (recurrent or id(module) in self._named):
             return None
@@ -136,6 +137,13 @@ class InputTap:
             and (call.packed is not None or (call.layout.steps > 1 and _anew(args, kwargs)))
         )
         self._calls.append(call)
+
+    def _note_mixing(self, module: nn.Module, found: tuple[int | str, Tensor | PackedSequence] | None) -> None:
+        if isinstance(module, nn.MultiheadAttention) and not self._attention:
+            self._attention = self._names[id(module)]
+        if found is not None and not self._closed:
+            with contextlib.suppress(Exception):  # it is told besides
+                self._chain.entered(module, self._names[id(module)], found[1])
 
     def _note_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         for state in tensors(args[1] if len(args) > 1 else kwargs.get("hx")):
@@ -221,6 +229,9 @@ class InputTap:
             )
         place = self._place(series)
         self._refuse_batch(chosen, entered, place)
+        for given in series:
+            if (taken := self.axes.attends_over_rows(given.number)) is not None:
+                raise OverBatch(self._attention, data_of(chosen).shape, *taken)
         newest, lengths, reference = self._newest(chosen, series, entered)
         sources = [Source("", s.label, s.time, s.assumed, s.sequences, joined=True, spread=s.spread) for s in series]
         if entered and not _are_inputs(entered, series):
@@ -267,11 +278,7 @@ class InputTap:
             return
         first = entered[-1].calls[0].layout
         if over_batch(chosen.shape, first):
-            raise ValueError(
-                f"{place or 'the model'} runs over the batch: the output of shape {tuple(chosen.shape)} has a row for"
-                f" each of its {first.steps} timesteps and none for its {first.count} rows; set batch_first=True, or"
-                " transpose what goes in"
-            )
+            raise OverBatch(place, chosen.shape, first.steps, first.count)
 
     def _newest(
         self, chosen: Tensor | PackedSequence, series: Sequence[InputSeries], entered: Sequence[InputSequence]

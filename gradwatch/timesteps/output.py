@@ -89,6 +89,18 @@ def time_in(shape: torch.Size, steps: set[int], rows: int | None, likely: int) -
     return None
 
 
+class OverBatch(ValueError):  # noqa: N818  (it is about the model)
+    """A module goes over the batch, and not over time."""
+
+    def __init__(self, place: str, shape: torch.Size, steps: int, rows: int) -> None:
+        """Say so, of an output of this shape."""
+        super().__init__(
+            f"{place or 'the model'} runs over the batch: the output of shape {tuple(shape)} has a row for each of its"
+            f" {steps} timesteps and none for its {rows} rows; set batch_first=True, or transpose what goes in"
+        )
+        self.place, self.steps, self.rows = place, steps, rows
+
+
 def over_batch(shape: torch.Size | None, layout: Layout) -> bool:
     """Tell whether a recurrent module runs over the batch.
 

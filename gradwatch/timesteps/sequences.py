@@ -17,6 +17,7 @@ from gradwatch.timesteps.model_calls import ModelCalls
 from gradwatch.timesteps.model_gain import ModelGain
 from gradwatch.timesteps.model_gain import Timesteps as Declared
 from gradwatch.timesteps.model_pass import model_gain
+from gradwatch.timesteps.output import OverBatch
 from gradwatch.timesteps.recorder import Recorder
 from gradwatch.timesteps.series import Trace, traces
 from gradwatch.values.sequences import SequenceStats
@@ -114,7 +115,7 @@ class Sequences:
         if not found and not gains:
             return ProbeValues
         walks = [trace.collect(step, transfer, self._share) for trace in found]
-        horizons = [(n, g if isinstance(g, str) else g.collect(transfer, self._share)) for n, g in gains]
+        horizons = [(n, g.collect(transfer, self._share) if isinstance(g, ModelGain) else g) for n, g in gains]
 
         def part() -> ProbeValues:
             stats: list[SequenceStats] = []
@@ -124,7 +125,9 @@ class Sequences:
                 stats += mine
                 facts += measured
             for name, own in horizons:
-                gain = SequenceStats("", "model", note=own) if isinstance(own, str) else own()
+                gain = own() if callable(own) else SequenceStats("", "model", note=str(own))
+                if isinstance(own, OverBatch):
+                    stats = _over_batch(stats, own)
                 gain = dataclasses.replace(gain, module="" if name else part_of)
                 if name:
                     stats = _joined(stats, name, gain)
@@ -148,7 +151,7 @@ class Sequences:
         module = call.module() if call is not None else None
         return next((name for name, other in modules.items() if other is module), "")
 
-    def _gain(self, model: nn.Module, name: str) -> ModelGain | str:
+    def _gain(self, model: nn.Module, name: str) -> ModelGain | OverBatch | str:
         call = self._calls.of(name) if self._calls is not None else None
         if call is None and self._compiled:
             return "torch.compile is in use, and compiled code calls no hooks"
@@ -168,9 +171,18 @@ class Sequences:
         try:
             with call.autocast():
                 return model_gain(module, call.args, call.kwargs, timesteps=timesteps, watched=None if name else model)
+        except OverBatch as error:
+            return error
         except Exception as error:  # noqa: BLE001  (whatever a model does when it is run once more)
             _log.debug("the horizon of %s", name or "the model", exc_info=error)
             return f"the extra pass failed: {type(error).__name__}: {error}"
+
+
+def _over_batch(stats: Sequence[SequenceStats], found: OverBatch) -> list[SequenceStats]:
+    """Say of a module that it runs over the batch."""
+    its = next((s for s in stats if (s.module, s.part) == (found.place, "")), None)
+    its = its or SequenceStats(found.place, length=found.steps, rows=found.rows)
+    return [*(s for s in stats if s is not its), dataclasses.replace(its, over_batch=True)]
 
 
 def _needed(stats: Sequence[SequenceStats], need: Need) -> Iterator[SequenceStats]:

@@ -55,6 +55,8 @@ class _Evidence:
     """Those of which it left one entry, as a filter over all electrodes does."""
     rows: set[int] = field(default_factory=set)
     """Dimensions that something took for the batch."""
+    attended: set[int] = field(default_factory=set)
+    """Those that attention took for it."""
     channels: set[int] = field(default_factory=set)
     """Dimensions that a convolution took for features."""
     linked: dict[Axis, set[int]] = field(default_factory=dict)
@@ -191,7 +193,7 @@ class Axes(TorchFunctionMode):
             evidence.refuse_odd(votes)
             return _finest(evidence, votes)
         first = axis_along(evidence.given, 0)
-        no_time = (evidence.rows or ({0} if first is None else {first.dim})) | evidence.channels
+        no_time = (evidence.rows | evidence.attended or ({0} if first is None else {first.dim})) | evidence.channels
         candidates = [dim for dim, size in enumerate(evidence.shape) if dim not in no_time and size > 1]
         whole = {axis.dim for axis in axes_of(evidence.given) if axis is not None}
         if len(ends := evidence.tails & set(candidates) - whole) == 1:  # of what the output has too, nothing was taken
@@ -200,6 +202,18 @@ class Axes(TorchFunctionMode):
         if len(slid) == 1:  # of several sides of a picture, that along which it slides: likely, and no more
             candidates = slid
         return TimeAxis(candidates[0] if candidates else min(1, len(evidence.shape) - 1))
+
+    def attends_over_rows(self, number: int) -> tuple[int, int] | None:
+        """Return how many timesteps and rows attention takes an input to have, where the rows are its timesteps.
+
+        So it is where the output begins with an entry for each of those timesteps, and has no dimension for the rows.
+        """
+        evidence = self._inputs[number]
+        first, left = axis_along(evidence.given, 0), {axis.dim for axis in axes_of(evidence.given) if axis is not None}
+        if evidence.declared or evidence.ordered or first is None or len(evidence.attended) != 1:
+            return None
+        steps, rows = evidence.shape[first.dim], evidence.shape[(row := next(iter(evidence.attended)))]
+        return (steps, rows) if row not in left and rows > 1 and first.size == steps > 1 else None
 
     def time_in(self, tensor: Tensor, number: int, time: TimeAxis) -> int | None:
         """Return the dimension of a tensor along which the timesteps of an input lie; None where none does.
@@ -285,7 +299,8 @@ class Axes(TorchFunctionMode):
         for dim, what in operation.ordered():
             if (axis := axis_along(operation.given, dim)) is not None:
                 evidence.ordered.append((axis, what))
-        for dims, noted in ((operation.rows(), evidence.rows), (operation.channels(), evidence.channels)):
+        rows = evidence.attended if operation.name == "multi_head_attention_forward" else evidence.rows
+        for dims, noted in ((operation.rows(), rows), (operation.channels(), evidence.channels)):
             noted |= {axis.dim for dim in dims if (axis := axis_along(operation.given, dim)) is not None}
         for dim, folds in operation.slides(result):
             if (axis := axis_along(operation.given, dim)) is not None:
