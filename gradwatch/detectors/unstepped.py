@@ -51,19 +51,23 @@ def _in_vain(history: History) -> Iterator[Finding]:
     if silence is None or not silence.steps:
         return
     absent = snapshot.absent or (None,) * len(snapshot.model.parameters)
-    trained = [
+    own = [
         (p, reason)
         for p, reason in zip(snapshot.model.parameters, absent, strict=True)
-        if reason != "frozen" and (snapshot.optimizer is None or p.optimizer == snapshot.optimizer)
+        if snapshot.optimizer is None or p.optimizer == snapshot.optimizer
     ]
-    if not trained:
+    trained = [(p, reason) for p, reason in own if reason != "frozen"] or own
+    frozen = bool(own) and all(reason == "frozen" for _, reason in own)
+    if not own or (frozen and not history.had_gradients()):
         return
     mine, numbers = {p.layer for p, _ in trained}, history.numbers
     layers = [name for i in history.order if (name := history.model.layers[i].name) in mine]
     ran = any(reason == "disconnected" for _, reason in trained)
     whole = mine == numbers.keys()
     severity = Severity.ERROR
-    if history.had_gradients():  # a phase in which others train, or an expert that stands idle
+    if frozen:  # for a turn of another network's that never ended, or on purpose
+        severity = Severity.INFO if history.improved else Severity.WARNING
+    elif history.had_gradients():  # a phase in which others train, or an expert that stands idle
         severity = Severity.INFO
     elif silence.moved:  # something else trains them
         severity = Severity.WARNING
@@ -81,6 +85,7 @@ def _in_vain(history: History) -> Iterator[Finding]:
             "ran": float(ran),
             "moved": float(bool(silence.moved)),
             "before": float(history.had_gradients()),
+            "frozen": float(frozen),
         },
         names={"optimizer": _kind(snapshot), "first": layers[0], "last": layers[-1], "whole": "yes" if whole else ""},
     )
@@ -196,6 +201,13 @@ def _explain_in_vain(finding: Finding) -> Explanation:
     what = "no parameter" if names["whole"] else f"none of the {count:.0f} parameters {where}"
     stepped = f"{optimizer} has stepped" if optimizer else "gradients were read"
     message = f"{what} has had a gradient since step {finding.onset}: {stepped} {evidence['steps']:.0f} times in vain"
+    if evidence["frozen"]:
+        return Explanation(
+            message,
+            "they had one before, and requires_grad is False for all of them since",
+            "call requires_grad_(True) on them once the other network has had its turn; where they are to stay frozen,"
+            " do not step their optimizer",
+        )
     if evidence["moved"]:
         return Explanation(
             message,

@@ -445,3 +445,30 @@ def test_micro_batches_of_the_explicit_form_without_an_optimizer_are_not_accused
     watched.watcher.close()
 
     assert alerts(watched) == {}
+
+
+@pytest.mark.parametrize("thawed", [True, False])
+def test_a_network_that_was_frozen_for_a_turn_and_never_thawed_is_told(thawed):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"generator": tower(4, 4), "critic": tower(4, 1)})
+    g, c = sgd(model["generator"]), sgd(model["critic"])
+    watched = Watched(model, [g, c], on_alert=quiet)
+    for step in range(40):
+        model["critic"].requires_grad_(thawed or step < 5)
+        fake = model["generator"](torch.randn(6, 4))
+        c.zero_grad()
+        loss = model["critic"](fake.detach().requires_grad_()).mean() - model["critic"](torch.randn(6, 4)).mean()
+        loss.backward()  # reaches no weight of a frozen critic, and says nothing
+        c.step()
+        model["critic"].requires_grad_(False)
+        g.zero_grad()
+        (-model["critic"](fake).mean()).backward()
+        g.step()
+
+    found = {key: alert for key, alert in alerts(watched).items() if alert.severity > Severity.INFO}
+    assert list(found) == [("GW901", "critic")] * (not thawed)
+    if not thawed:
+        alert = found["GW901", "critic"]
+        assert (alert.severity, alert.finding.onset, alert.finding.optimizer) == (Severity.WARNING, 5, 1)
+        assert alert.cause == "they had one before, and requires_grad is False for all of them since"
+        assert alert.remedy.startswith("call requires_grad_(True) on them")
