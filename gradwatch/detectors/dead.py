@@ -11,7 +11,7 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ActivationStats, Snapshot
-from gradwatch.values.thresholds import BETWEEN_PROBES
+from gradwatch.values.thresholds import BETWEEN_PROBES, FEW_DEAD
 
 
 def dead_units(history: History) -> Iterator[Finding]:
@@ -41,7 +41,7 @@ def dead_units(history: History) -> Iterator[Finding]:
         yield Finding(
             "GW601",
             "dead-units",
-            Severity.WARNING,
+            Severity.INFO if all(_few(measured[i]) for i in run) else Severity.WARNING,
             place,
             onset=min(onsets[i] for i in run),
             evidence={
@@ -52,6 +52,11 @@ def dead_units(history: History) -> Iterator[Finding]:
             },
             names={"worst": history.model.layers[worst].name, "last": history.model.layers[run[-1]].name},
         )
+
+
+def _few(stats: ActivationStats) -> bool:
+    """Tell whether the dead units are a handful, and not all that there are."""
+    return stats.dead != 1 and (stats.dead or 0.0) * (stats.units or 0) < FEW_DEAD
 
 
 def _units(history: History) -> dict[int, ActivationStats]:

@@ -123,6 +123,8 @@ ACCOUNTED_FOR = 0.5
 EXPANDING = 1.05
 """Spectral radius of a recurrent matrix that accounts for an explosion: over 100 timesteps it makes a factor of 130,
 and an identity matrix that has been trained for a step is not yet there."""
+FEW_DEAD = 4
+"""Dead units below which most of a layer is but a handful: of the four units of a squeeze, two or three often rest."""
 MOSTLY_DEAD = 0.95
 """Share of dead units, or of saturated entries, that accounts for a gradient of nothing."""
 MOSTLY_FLAT = 0.4

@@ -553,6 +553,21 @@ def _one_of_each():
     yield (one, [(1.0,)] * 12), {"sequences": cells, "facts": [facts] * 12, "losses": [1.0] * 12}
 
 
+@pytest.mark.parametrize(
+    ("dead", "units", "severity"),
+    [
+        (0.75, 4, Severity.INFO),  # a squeeze rests with three of its four units
+        (1.0, 4, Severity.WARNING),
+        (0.75, 64, Severity.WARNING),
+        (0.625, 8, Severity.WARNING),
+    ],
+)
+def test_a_handful_of_dead_units_is_information_unless_there_are_no_others(dead, units, severity):
+    looks = [(ActivationStats("l0", 1.0, dead=dead, units=units), ActivationStats("l1", 1.0))] * 3
+    found = fold(model(2), [(1.0, 1.0)] * 3, activations=looks)[1]
+    assert [(f.code, f.severity) for f in found if f.code == "GW601"] == [("GW601", severity)]
+
+
 def test_zeros_beside_entries_of_full_size_are_not_flushed():
     assert fold(model(2), [(1e-9, 1e-9)] * 2, zeros=[(0.9, 0.9)] * 2, subnormal=[(0.1, 0.1)] * 2)[1] == []
 
