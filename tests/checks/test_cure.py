@@ -1051,7 +1051,9 @@ def test_a_need_is_judged_however_the_model_is_called(make, loss):
 def test_a_need_that_cannot_be_judged_is_an_error():
     with pytest.raises(ValueError, match="horizon= is given, and how far back the model learns cannot be measured: "):
         gradwatch.cure(nn.Embedding(5, 3), torch.tensor([1, 2]), loss=torch.sum, steps=3, horizon=50)
-    with pytest.raises(ValueError, match=r"the sequences have 60 timesteps of x \(time: dimension 1\), the need is 200"):
+    with pytest.raises(
+        ValueError, match=r"the sequences have 60 timesteps of x \(time: dimension 1\), the need is 200"
+    ):
         gradwatch.cure(remembering(), bars(), horizon=200)
 
 

@@ -1028,7 +1028,7 @@ def test_a_model_that_forgets_fails_with_horizon_definition_cause_and_remedy():
 
 
 def test_sequences_that_are_too_short_to_judge_are_no_verdict():
-    with pytest.raises(ValueError, match="the sequences have 30 timesteps of .*, the need is 200"):
+    with pytest.raises(ValueError, match=r"the sequences have 30 timesteps of .*, the need is 200"):
         gradwatch.assert_horizon(remembering(200), torch.randn(4, 30, 3).double(), at_least=200)
 
 
