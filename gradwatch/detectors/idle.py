@@ -14,16 +14,20 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import LEFT_OVER_PROBES, SAME_NORM, STANDING_PROBES
+from gradwatch.values.thresholds import LEFT_OVER_PROBES, SAME_NORM, STANDING_PROBES, UNDONE, UNDONE_PROBES
 
 
 def idle(history: History) -> Iterator[Finding]:
-    """GW903: no weight moves. GW904: clipping takes nearly everything. GW905: gradients are not zeroed."""
+    """GW903: no weight moves. GW904: clipping takes nearly everything. GW905: gradients are not zeroed.
+
+    GW907: what the steps do is undone.
+    """
     if history.snapshot.skipped:
         return
     found = list(_unmoved(history))
     yield from found or _clipped(history)
     yield from _left_over(history)
+    yield from _undone(history)
 
 
 # --- no weight moves ---
@@ -188,6 +192,24 @@ def _left_over(history: History) -> Iterator[Finding]:
         yield Finding("GW905", "unstepped", Severity.WARNING, "", onset=run[-1].step, evidence=evidence)
 
 
+# --- steps that are undone ---
+
+
+def _undone(history: History) -> Iterator[Finding]:
+    """Find that at probe after probe the weights are where they were at the one before, although steps move them."""
+    run = list(
+        itertools.takewhile(
+            lambda s: (s.came or 0.0) < UNDONE, (s for s in reversed(history.probed) if s.came is not None)
+        )
+    )
+    update = history.track.update
+    if history.improved or len(run) < UNDONE_PROBES or update is None or update < history.thresholds.slow_update:
+        return
+    severity = Severity.INFO if history.improved is None else Severity.WARNING
+    evidence = {"came": max(s.came or 0.0 for s in run), "update": update}
+    yield Finding("GW907", "unstepped", severity, "", onset=run[-1].step, evidence=evidence)
+
+
 # --- in words ---
 
 
@@ -224,8 +246,22 @@ def _explain_left_over(finding: Finding) -> Explanation:
     )
 
 
+def _explain_undone(finding: Finding) -> Explanation:
+    evidence = finding.evidence
+    return Explanation(
+        f"what the steps do is undone since step {finding.onset}: each moves the weights by {evidence['update']:.1g} of"
+        f" themselves, and from probe to probe they come no farther than {evidence['came']:.2g} of one such step",
+        "something writes the weights between the steps (averages that are copied into the model and not taken out"
+        " again, rounding to a coarser format, a clamp, weights that are loaded or tied anew), or the steps go to and"
+        " fro",
+        "write averages and rounded weights into a copy of the model, or put back what was there; if nothing writes,"
+        " lower the learning rate",
+    )
+
+
 RULES = (
     Rule("GW903", "unstepped", _explain_unmoved, _of_the_rate),
     Rule("GW904", "unstepped", _explain_clipped),
+    Rule("GW907", "unstepped", _explain_undone),
     Rule("GW905", "unstepped", _explain_left_over),
 )

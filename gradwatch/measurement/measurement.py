@@ -66,6 +66,7 @@ class Measurement:
         self._late_scale: Pending | None = None
         self._loss_scale: Pending | None = None
         self._rates: list[Pending] = []
+        self._came: Pending | None = None
         self._found_inf: list[Pending] = []
         self.told: Sequence[float | Tensor] = ()
         """The losses of the step, where the loop has told them."""
@@ -97,6 +98,10 @@ class Measurement:
         """Measure those of a further part of the same step."""
         self.empty = self.empty and not gradients
         self.parameters.gradients(columns, gradients, self._factor, half=self._half)
+
+    def came(self, far: Tensor | None) -> None:
+        """Take how far weights have come since the probe before; None: nobody knows."""
+        self._came = self._transfer.add(far) if far is not None else None
 
     def explain(self, absent: Sequence[Absent | None]) -> None:
         """Say of every column why it has no gradient; what `outside` has said stays."""
@@ -213,6 +218,7 @@ class Measurement:
             loss_scale=self._loss_scale.value if self._loss_scale is not None else scale,
             rate=max((rate.value for rate in self._rates), default=None),
             left_over=seen.left_over if self.first_of_step else None,
+            came=self._came.value if self._came is not None and math.isfinite(self._came.value) else None,
         )
 
     def _loss(self, scale: float | None) -> float | None:

@@ -362,6 +362,9 @@ class Snapshot:
     left_over: float | None = None
     """Share of a gradient at this step that stood there before the forward pass, and that nobody zeroed: 0 where it was
     zeroed. None where nothing could be compared."""
+    came: float | None = None
+    """How far weights had come since the probe before, over what one step moves them (the smaller of the two probes'):
+    1 or more, unless the steps are undone. The median over some of the weight matrices; None where nobody knows."""
     flows: tuple[Flow, ...] | None = None
     """Of layers in question, how the gradient comes to them."""
     strays: tuple[Stray, ...] | None = None

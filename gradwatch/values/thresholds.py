@@ -123,6 +123,10 @@ ACCOUNTED_FOR = 0.5
 EXPANDING = 1.05
 """Spectral radius of a recurrent matrix that accounts for an explosion: over 100 timesteps it makes a factor of 130,
 and an identity matrix that has been trained for a step is not yet there."""
+UNDONE, UNDONE_PROBES = 0.5, 3
+"""How far weights must have come since the probe before, in steps, and at how many probes in a row. In 140 trainings,
+sound and faulty, no probe was below 0.9 but of one that had converged to the last digit; where averages were copied
+over the weights, or these were rounded to 4 bits, they were below 0.06."""
 FEW_DEAD = 4
 """Dead units below which most of a layer is but a handful: of the four units of a squeeze, two or three often rest."""
 MOSTLY_DEAD = 0.95

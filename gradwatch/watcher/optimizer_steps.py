@@ -178,7 +178,7 @@ class OptimizerSteps:
             if self._in_parts:
                 read = self._measurement.parameters.read
                 self._stepped.explain(self._measurement, self.optimizer, read, self._ran)
-            self._copies.end(self._measurement)
+            self._copies.end(self._measurement, self.optimizer)
             self._end(State.DONE, emit)
             if self._accumulates and not self._count.probed:
                 self._training.forward_pass.release(self.index)  # no further micro-batch has come

@@ -6,6 +6,7 @@ from typing import Any
 
 from gradwatch.measurement.measurement import Measurement
 from gradwatch.measurement.parameters import undisturbed
+from gradwatch.measurement.travel import Travel
 from gradwatch.measurement.updates import Updates
 from gradwatch.watcher.stepped_parameters import SteppedParameters
 
@@ -20,7 +21,7 @@ class WeightCopies:
     def __init__(self, stepped: SteppedParameters) -> None:
         """Begin without copies of what is `stepped`."""
         self._stepped = stepped
-        self.updates = Updates()
+        self.updates, self._travel = Updates(), Travel()
         self._early = False
         """Whether it was copied before the gradients were looked at."""
         self._has_moved = False
@@ -49,10 +50,14 @@ class WeightCopies:
         parameters = self._stepped.now(optimizer)
         with undisturbed():
             self.updates.copy(self._stepped.columns, parameters, complete=complete)
+            self._travel.begin(self._stepped.columns, parameters)
 
-    def end(self, measurement: Measurement) -> None:
+    def end(self, measurement: Measurement, optimizer: Any) -> None:  # noqa: ANN401
         """Measure how far the weights with a gradient have moved."""
         with undisturbed():
+            if measurement.probe:
+                parameters = self._stepped.now(optimizer)
+                measurement.came(self._travel.end(measurement.step, self._stepped.columns, parameters))
             if self._early and self._moves_first is None:
                 self._has_moved = self._has_moved or self.updates.moved()
             self._early = False

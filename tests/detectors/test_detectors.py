@@ -529,6 +529,7 @@ def _one_of_each():
     yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "rate": [0.0] * 25, **still}
     yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "clip_factor": [1e-5 + 1e-6 * i for i in range(25)], **still}
     yield (two, [(1.0, 1.0)] * 2), {"left_over": [0.5] * 2}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "came": [0.02] * 25, "update_ratio": [(1e-2, 1e-2)] * 25}
     yield (one, [(1.0,)] * 50), {"skipped": [i % 3 == 0 for i in range(50)]}
     yield (two, [(1.0, 1.0)] * 200), {"losses": STILL}
     yield (two, [(None, None)]), {"silence": [Silence(0, 0, told=10, by="AdamW")]}

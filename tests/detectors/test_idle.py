@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -486,3 +487,98 @@ def test_an_optimizer_that_waits_for_its_turn_accumulates_on_purpose(every):
                 slow.zero_grad()
 
     assert known == []
+
+
+# --- steps that are undone ---
+
+
+class Averaged:
+    """Copies averages of the weights into the model every so many steps, and puts the weights back, or forgets to."""
+
+    def __init__(self, model, every=5, *, restores=False):
+        self.model, self.every, self.restores, self.steps = model, every, restores, 0
+        self.means = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def __call__(self):
+        self.steps += 1
+        own = [p.clone() for p in self.model.parameters()]
+        for mean, p in zip(self.means, own, strict=True):
+            mean.lerp_(p, 0.001)
+        if self.steps % self.every == 0:
+            for p, mean in zip(self.model.parameters(), self.means, strict=True):
+                p.copy_(mean)
+            if self.restores:
+                for p, mine in zip(self.model.parameters(), own, strict=True):
+                    p.copy_(mine)
+
+
+class Rounded(Averaged):
+    """Rounds the weights to a grid after each step."""
+
+    @torch.no_grad()
+    def __call__(self):
+        for p in self.model.parameters():
+            if p.dim() > 1:
+                p.copy_((p * 16).round() / 16)
+
+
+def after_each_step(does, steps=80, *, rate=1e-3, told=True):
+    """Train with something that is done after each step; return the alerts, and what was measured at probes."""
+    model, known, came = net(), {}, []
+    optimizer, do = torch.optim.Adam(model.parameters(), rate), does(model)
+
+    def hear(report):
+        known.update({a.finding.code: a for a in report.open})
+        came.append(report.snapshot.came)
+
+    with gradwatch.watch(model, optimizer, sinks=[hear], on_alert=lambda _: None) as watcher:
+        for step in range(steps):
+            x, y = batch(step)
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if told:
+                watcher.record(loss)
+            optimizer.step()
+            do()
+    return known, [one for one in came if one is not None]
+
+
+@pytest.mark.parametrize("does", [Averaged, lambda model: Averaged(model, every=10), Rounded])
+def test_steps_that_are_undone_between_them_are_found(does):
+    known, came = after_each_step(does)
+    assert max(came[1:]) < 0.1  # the first probes lie before the first copy
+    alert = known["GW907"]
+    assert (alert.severity, alert.finding.place) == (Severity.WARNING, "")
+    assert alert.began <= 40
+    assert "averages that are copied into the model and not taken out again" in alert.cause
+    assert after_each_step(does, told=False)[0]["GW907"].severity == Severity.INFO
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-3, 0.03])
+def test_steps_that_stay_are_not(rate):
+    known, came = after_each_step(lambda model: Averaged(model, restores=True), rate=rate)
+    assert min(came) > 0.9
+    assert "GW907" not in known
+
+
+def test_how_far_the_weights_came_is_the_median_over_the_matrices():
+    model, reports = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), []
+    optimizer, weights = torch.optim.SGD(model.parameters(), 0.1), []
+    with gradwatch.watch(model, optimizer, sinks=[reports.append], on_alert=lambda _: None):
+        for _ in range(32):
+            optimizer.zero_grad()
+            (model(torch.randn(16, 8)) - 1).square().mean().backward()
+            weights.append([p.detach().double().clone() for p in model.parameters() if p.dim() > 1])
+            optimizer.step()
+        weights.append([p.detach().double().clone() for p in model.parameters() if p.dim() > 1])
+    probes = [r.snapshot.step for r in reports if r.snapshot.came is not None or r.snapshot.step == 1]
+    assert len(probes) > 2
+    for earlier, now in itertools.pairwise(probes):
+        shares = []
+        for at in range(3):
+            steps = [(weights[s + 1][at] - weights[s][at]).norm() for s in (earlier, now)]
+            shares.append(((weights[now][at] - weights[earlier][at]).norm() / min(steps)).item())
+        (came,) = (r.snapshot.came for r in reports if r.snapshot.step == now)
+        assert came == pytest.approx(sorted(shares)[1], rel=1e-4)
