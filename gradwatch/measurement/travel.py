@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradwatch.measurement.norms import CLASSES, PLAIN
 
-_TENSORS, _ENTRIES = 16, 64
+_TENSORS, _ENTRIES = 8, 64
 """How many weights are followed, and of each how many entries."""
 _APART = 5
 """Steps from one probe to the next, at least: what is undone at every few steps stands in between."""
