@@ -213,7 +213,8 @@ function lines({ series, height, left, xs, ys, xticks, yticks, xwords, ywords, c
       svg.append(shape("text", { x: Math.min(Math.max(x(value), start + half), start + inside - half), y: tall + 17, "text-anchor": "middle" }, words));
     }
     for (const { at, name, dashed } of verticals) {
-      svg.append(shape("line", { x1: x(at), x2: x(at), y1: 0, y2: tall, stroke: "currentColor", "stroke-dasharray": dashed ? "6 4" : "none" }), shape("text", { class: "strong", x: Math.min(x(at) + 4, start + inside - 70), y: dashed ? 24 : 11 }, name));
+      const turned = x(at) + 4 + name.length * 7 > start + inside;  // the name stands where there is room for it
+      svg.append(shape("line", { x1: x(at), x2: x(at), y1: 0, y2: tall, stroke: "currentColor", "stroke-dasharray": dashed ? "6 4" : "none" }), shape("text", { class: "strong", x: x(at) + (turned ? -4 : 4), y: dashed ? 24 : 11, "text-anchor": turned ? "end" : "start" }, name));
     }
     for (const { colour: stroke, points: all, band = [], dashed } of series) {
       const points = all.filter(([, value]) => Number.isFinite(value)), gap = ([, value]) => !Number.isFinite(value);
