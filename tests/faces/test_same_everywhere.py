@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from interpreters import warm
 from torch import nn
 from truth import norms
@@ -17,6 +18,13 @@ import gradwatch
 from gradwatch import read_runs
 
 STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def no_format_of_others(monkeypatch):
+    """Forget the number format that another test asked for: Accelerate keeps it, and transformers 4 in a variable."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
 
 
 def network():
