@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 
 import pytest
 
@@ -17,6 +18,13 @@ def found(config):
     if not path:
         pytest.skip("needs a Chromium: --browser PATH")
     return path
+
+
+def free_port():
+    """Return a port that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 from gradwatch.checks.batch import Call, arguments, call_in_training_step, refuse
 from gradwatch.detectors.memory import padding_read
 from gradwatch.detectors.misread_words import explain_padding
-from gradwatch.detectors.time_words import explain_short, too_short
+from gradwatch.detectors.time_words import explain_short, too_short, too_short_to_judge
 from gradwatch.model.arguments import is_called, positional_names
 from gradwatch.model.layers import named_modules
 from gradwatch.sinks.terminal.errors import horizon_error
@@ -127,7 +127,7 @@ def assert_horizon(
     if reach.high >= at_least:
         return stats
     if reach.censored:
-        raise ValueError(f"the sequences have {stats.length} timesteps{whose(stats)}, the need is {at_least}")
+        raise ValueError(too_short_to_judge(stats.length, whose(stats), at_least))
     raise GradientHealthError(
         horizon_error(stats, explain_short(shortfall(stats, at_least, call, place, named_modules(model)[place])))
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import with_cause
@@ -180,13 +180,19 @@ def _clipped(history: History) -> Iterator[Finding]:
     yield Finding("GW904", "unstepped", severity, "", onset=onset, evidence=evidence)
 
 
+def _newest(
+    history: History, number: Callable[[Snapshot], float | None], holds: Callable[[float], bool]
+) -> list[Snapshot]:
+    """Return the probes that know a number, the newest first, as far back as something holds of it."""
+    known = ((s, value) for s in reversed(history.probed) if (value := number(s)) is not None)
+    return [s for s, _ in itertools.takewhile(lambda pair: holds(pair[1]), known)]
+
+
 # --- gradients that are not zeroed ---
 
 
 def _left_over(history: History) -> Iterator[Finding]:
-    run = list(
-        itertools.takewhile(lambda s: s.left_over, (s for s in reversed(history.probed) if s.left_over is not None))
-    )
+    run = _newest(history, lambda s: s.left_over, bool)
     if len(run) >= LEFT_OVER_PROBES:
         evidence = {"share": run[0].left_over or 0.0}
         yield Finding("GW905", "unstepped", Severity.WARNING, "", onset=run[-1].step, evidence=evidence)
@@ -197,11 +203,7 @@ def _left_over(history: History) -> Iterator[Finding]:
 
 def _undone(history: History) -> Iterator[Finding]:
     """Find that at probe after probe the weights are where they were at the one before, although steps move them."""
-    run = list(
-        itertools.takewhile(
-            lambda s: (s.came or 0.0) < UNDONE, (s for s in reversed(history.probed) if s.came is not None)
-        )
-    )
+    run = _newest(history, lambda s: s.came, lambda came: came < UNDONE)
     update = history.track.update
     if history.improved or len(run) < UNDONE_PROBES or update is None or update < history.thresholds.slow_update:
         return

@@ -170,6 +170,11 @@ def explain_full(finding: Finding) -> Explanation:
     )
 
 
+def too_short_to_judge(length: float, of: str, need: float) -> str:
+    """Say that the sequences end before the need does; `of` is what `whose` says of them."""
+    return f"the sequences have {length:.0f} timesteps{of}, the need is {need:.0f}"
+
+
 def explain_unjudged(finding: Finding) -> Explanation:
     """Say why nothing can be said about a need."""
     who = finding.names.get("who") or finding.place or "the model"
@@ -190,7 +195,7 @@ def explain_unjudged(finding: Finding) -> Explanation:
             else ""
         )
         return Explanation(
-            f"the sequences have {length:.0f} timesteps{of}, the need is {need:.0f}",
+            too_short_to_judge(length, of, need),
             "the gradient does not fade within them, and what lies beyond them cannot be told",
             f"{other}feed {who} sequences of {need:.0f} timesteps or more, or lower the need",
         )

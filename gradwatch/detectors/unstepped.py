@@ -56,10 +56,11 @@ def _in_vain(history: History) -> Iterator[Finding]:
         for p, reason in zip(snapshot.model.parameters, absent, strict=True)
         if snapshot.optimizer is None or p.optimizer == snapshot.optimizer
     ]
-    trained = [(p, reason) for p, reason in own if reason != "frozen"] or own
-    frozen = bool(own) and all(reason == "frozen" for _, reason in own)
+    alive = [(p, reason) for p, reason in own if reason != "frozen"]
+    frozen = not alive
     if not own or (frozen and not history.had_gradients()):
         return
+    trained = alive or own
     mine, numbers = {p.layer for p, _ in trained}, history.numbers
     layers = [name for i in history.order if (name := history.model.layers[i].name) in mine]
     ran = any(reason == "disconnected" for _, reason in trained)

@@ -119,18 +119,23 @@ class Operation:
             return tuple(self._argument(1, "weight").shape[-sides:])
         return _numbers(self._argument(1, "kernel_size", 1), sides)
 
+    @property
+    def _convolves_rows(self) -> bool:
+        """Whether it is a convolution of rows, features and sides, in that order."""
+        return self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == _SIDES[self.name] + 2
+
     def rows(self) -> Iterator[int]:
         """Yield the dimensions that it takes for the batch."""
         if self.name == "multi_head_attention_forward" and self.tensor.dim() == 3:
             yield 1
-        elif self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == _SIDES[self.name] + 2:
+        elif self._convolves_rows:
             yield 0
         elif self._first and self.name == "_pack_padded_sequence":
             yield 1 - int(self._argument(2, "batch_first", False))
 
     def channels(self) -> Iterator[int]:
         """Yield the dimension that it takes for features: order along it does not matter."""
-        if self._first and self.name in _CONVOLUTIONS and self.tensor.dim() == _SIDES[self.name] + 2:
+        if self._convolves_rows:
             yield 1
 
     def taken(self, result: Tensor) -> tuple[Axis, int] | None:

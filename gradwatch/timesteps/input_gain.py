@@ -138,7 +138,7 @@ def _wave(number: int, shape: torch.Size, rows: int, width: int) -> Tensor:
         return torch.ones(shape, device="cpu")
     places = (torch.arange(width, device="cpu") + 0.5) / width
     wave = math.sqrt(2) * torch.cos(math.pi * number * places)
-    if width * rows != math.prod(shape) or rows not in shape:
+    if rows not in shape:
         return wave.view(shape)
     at = shape.index(rows)
     return wave.view(1, *shape[:at], *shape[at + 1 :]).expand(rows, *shape[:at], *shape[at + 1 :]).movedim(0, at)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -37,12 +36,6 @@ watcher
 SENTENCE = "get next to no gradient since step 0"
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def notebook(*cells):
     """Return a notebook with these cells."""
     nbformat = pytest.importorskip("nbformat", reason="needs jupyterlab (pip install jupyterlab)")
@@ -57,7 +50,7 @@ def lab(folder):
     programs = str(Path(sys.executable).parent)
     if shutil.which("jupyter-lab", path=programs) is None:
         pytest.skip("needs jupyterlab (pip install jupyterlab)")
-    port = free_port()
+    port = browsers.free_port()
     options = ["--no-browser", "--allow-root", f"--port={port}", f"--notebook-dir={folder}", "--LabApp.news_url="]
     own = f"{folder}/.jupyter"
     process = subprocess.Popen(
@@ -88,7 +81,7 @@ def lab(folder):
 
 
 def test_jupyterlab_shows_the_still_the_page_and_the_tab(tmp_path, request):
-    path, port = browsers.found(request.config), free_port()
+    path, port = browsers.found(request.config), browsers.free_port()
     board = f"%load_ext tensorboard\n%tensorboard --logdir runs --port {port}"
     (tmp_path / "a.ipynb").write_text(notebook(TRAIN, "watcher.page()", board), encoding="utf-8")
     with lab(tmp_path) as top, browsers.opened(path) as browser:

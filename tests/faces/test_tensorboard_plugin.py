@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -40,9 +39,7 @@ def write(record, steps, names=("a", "b"), alerts=()):
 @contextlib.contextmanager
 def served(logdir, *options, prefix=""):
     """Run TensorBoard; return a function that asks it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = browsers.free_port()
     where = [] if any("logdir" in option for option in options) else ["--logdir", str(logdir)]
     command = [sys.executable, "-m", "tensorboard.main", *where, "--port", str(port), *options]
     if prefix:

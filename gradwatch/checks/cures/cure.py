@@ -18,7 +18,7 @@ from gradwatch.checks.cures.trial import OF_THE_MODEL, Outcome, Ward
 from gradwatch.checks.horizon import shortfall
 from gradwatch.checks.trains import batches
 from gradwatch.detectors.remedies import Remedy, remedies
-from gradwatch.detectors.time_words import explain_short
+from gradwatch.detectors.time_words import explain_short, too_short_to_judge
 from gradwatch.model.layers import named_modules
 from gradwatch.model.rerun import as_it_was, torch_generators
 from gradwatch.values.report import Alert, Severity
@@ -134,7 +134,7 @@ def _judgeable(ward: Ward, before: Outcome, need: int) -> None:
             ) from error
         raise ValueError("horizon= is given, and how far back the model learns cannot be measured")
     if found is not None and found.censored and stats.length < need:
-        raise ValueError(f"the sequences have {stats.length} timesteps{whose(stats)}, the need is {need}")
+        raise ValueError(too_short_to_judge(stats.length, whose(stats), need))
 
 
 def _named(wrong: Iterable[Alert], code: str) -> Iterable[Remedy]:

@@ -117,8 +117,8 @@ function show(root, data) {
   /** What is wrong with each of many runs, on top of them all. */
   function index() {
     if (runs.length < 3) return "";
-    const link = (run, at) => element("button", { type: "button", onclick: () => overview.querySelectorAll(".run")[at].scrollIntoView() }, run.name);
-    return element("ol", { class: "index", "aria-label": "Runs" }, ...runs.map((run, at) => element("li", {}, link(run, at), ...run.headline.map(({ severity, text }) => element("span", {}, element("span", { class: `severity ${severity}`, "aria-label": WORDS[severity] }, ` ${ICONS[severity]} `), text)))));
+    const link = (run) => element("button", { type: "button", onclick: () => sectionOf(run).scrollIntoView() }, run.name);
+    return element("ol", { class: "index", "aria-label": "Runs" }, ...runs.map((run) => element("li", {}, link(run), ...run.headline.map(({ severity, text }) => element("span", {}, " ", icon(severity), text)))));
   }
 
   function sectionOf(run) {

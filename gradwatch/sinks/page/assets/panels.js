@@ -3,9 +3,13 @@
 const WORDS = { ok: "fine", info: "for information", warning: "warning", error: "error" };
 const ICONS = { ok: "✓", info: "i", warning: "▲", error: "✕" };
 
+function icon(severity) {
+  return element("span", { class: `severity ${severity}`, "aria-label": WORDS[severity] }, `${ICONS[severity]} `);
+}
+
 function headline(run) {
   return element("ul", { class: "headline" }, ...run.headline.map(({ severity, text, remedy }) => element("li", { class: severity },
-    element("span", { class: `severity ${severity}`, "aria-label": WORDS[severity] }, `${ICONS[severity]} `), text, remedy && element("small", {}, `Try: ${remedy}`))));
+    icon(severity), text, remedy && element("small", {}, `Try: ${remedy}`))));
 }
 
 /** The bars of all alerts on the axis of the steps. */
