@@ -160,7 +160,7 @@ def train(
         if scaler:
             for optimizer in chosen:
                 scaler.unscale_(optimizer)
-        tell(total)
+        tell(total if parts > 1 else loss)
         if clip:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         _move(chosen, scaler)

@@ -243,6 +243,7 @@ class GradientCallback(TrainerCallback, ExportableState):
         """Add the loss of a micro-batch, of which backward takes one of so many parts; no scaler has scaled it yet."""
         if self._watcher is not None:
             with self._harmless():
+                self._watcher.look_at(loss)
                 part = loss.detach() / parts
                 self._loss = part if self._loss is None else self._loss + part
 

@@ -163,6 +163,7 @@ class GradientMonitor(_Callback):
         """Note the loss, without the factors that the Trainer has put in."""
         if self._watcher is None:
             return
+        self._watcher.look_at(loss)
         loss = loss.detach()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:

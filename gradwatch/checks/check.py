@@ -89,6 +89,7 @@ def check(
             value.backward()  # type: ignore[no-untyped-call]  # torch's
         if all(parameter.grad is None for parameter in model.parameters()):
             raise ValueError("loss must depend on the model's parameters, and none of them got a gradient")
+        watcher.look_at(value)
         watcher.step(loss=value.detach() if loss is not None else _size(output))
     snapshot = watcher.report.snapshot
     if not snapshot.finite:

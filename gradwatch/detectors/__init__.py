@@ -13,6 +13,7 @@ from gradwatch.detectors import (
     idle,
     nonfinite,
     skipped,
+    squashed,
     stalled,
     time,
     underflow,
@@ -28,6 +29,7 @@ DETECTORS: tuple[Detector, ...] = (
     unstepped.unstepped,
     dead.dead_units,
     depth.vanishing_depth,
+    squashed.squashed,
     exploding.exploding,
     exploded.exploded,
     underflow.underflow,
@@ -42,6 +44,7 @@ RULES: Mapping[str, Rule] = {
     rule.code: rule
     for family in (
         depth,
+        squashed,
         exploding,
         exploded,
         time,

@@ -24,9 +24,9 @@ from gradwatch.detectors.measured import (
     spectral_radius,
     zero_weights,
 )
+from gradwatch.values.autograd import Flow
 from gradwatch.values.history import History
 from gradwatch.values.report import Finding
-from gradwatch.values.snapshot import Flow
 from gradwatch.values.thresholds import (
     ACCOUNTED_FOR,
     BY_BIAS,

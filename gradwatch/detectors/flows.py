@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gradwatch.detectors.measured import facts
+from gradwatch.values.autograd import Cut, Flow
 from gradwatch.values.history import History
 from gradwatch.values.sequences import reach_of
-from gradwatch.values.snapshot import Cut, Flow
 from gradwatch.values.thresholds import JUNCTION, MOSTLY_DEAD, PASSED_BY
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.rule import Rule
+from gradwatch.values.autograd import Stray
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import Snapshot, Stray
+from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
 
 

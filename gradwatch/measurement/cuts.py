@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradwatch.measurement.graph import Graph
 from gradwatch.measurement.output_gradients import Output
 from gradwatch.model.forward_hooks import StepView
-from gradwatch.values.snapshot import Cut, CutKind
+from gradwatch.values.autograd import Cut, CutKind
 
 
 @dataclass

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradwatch.measurement import norms
 from gradwatch.measurement.cuts import Call, Outputs, Seen, Token, cuts, holds_layers, trainable
 from gradwatch.measurement.graph import Graph
+from gradwatch.measurement.heads import squashed
 from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats, storage_of, tensors
-from gradwatch.values.snapshot import Flow
+from gradwatch.values.autograd import Flow, Squashed
 
 _CHECKPOINT = CheckpointFunction.forward.__code__
 
@@ -98,6 +99,7 @@ class FlowProbe:
         self._met: dict[str, _Met] = {}
         self._whole: dict[str, Output] = {}
         """By layer, the gradient at what its output was put side by side with something else in."""
+        self._squashed: Squashed | None = None
         self._tick = 0
 
     @property
@@ -230,6 +232,12 @@ class FlowProbe:
                 self._seen.weak.append(storage)
                 mine.storages.add(storage.cdata)
 
+    def made(self, loss: Tensor) -> None:
+        """Take note of how a loss is made of what the model gave."""
+        node = loss.grad_fn
+        if self._names and node is not None and self._squashed is None:
+            self._squashed = squashed(node, lambda scores: self.graph.nearest(scores)[0])
+
     # --- the step ---
 
     def collect(self, step: StepView, transfer: Transfer) -> Part:
@@ -242,8 +250,11 @@ class FlowProbe:
         uncalled = {call.source for call in calls.values() if call.source is not None} - calls.keys() - met.keys()
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]
         self.applied = self.graph.applied
+        twice = self._squashed
         self._begin()
-        return lambda: ProbeValues(cuts=found, flows=(*(f for flow in flows if (f := flow()) is not None), *beside))
+        return lambda: ProbeValues(
+            cuts=found, flows=(*(f for flow in flows if (f := flow()) is not None), *beside), squashed=twice
+        )
 
     def _flow(
         self, name: str, module: nn.Module | None, broken: Collection[int], transfer: Transfer

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.values.snapshot import Barrier, BarrierKind
+from gradwatch.values.autograd import Barrier, BarrierKind
 
 _MOST = 30_000
 """Nodes that are looked at in one step."""
@@ -22,7 +22,7 @@ _NARROW = 2
 _WIDE = 8
 """Nodes that are followed at once."""
 _SIDE_BY_SIDE = frozenset({"CatBackward0", "StackBackward0"})
-_REARRANGED = frozenset(
+REARRANGED = frozenset(
     f"{kind}Backward{number}"
     for kind in (
         *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze"),
@@ -33,7 +33,7 @@ _REARRANGED = frozenset(
 """Operations that give what they take, or a part of it, in another shape."""
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
-_SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
+SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
 _MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
 _PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
 _SCORES = (0, 1)
@@ -203,7 +203,7 @@ class Graph:
             if name in self._layers:
                 way = way._replace(meets=None)
         if first:
-            if node.name() in _SOFTMAX and (top := _top(node)) is not None:
+            if node.name() in SOFTMAX and (top := _top(node)) is not None:
                 way = way._replace(peak=len(self._tops))
                 self._tops.append(top)
             self._note_join(node, way.within)
@@ -272,7 +272,7 @@ class Graph:
             return None
         one = node.next_functions[place][0]
         while one is not None and self.name_of(one) != name:
-            one = before(one)[0] if one.name() in _REARRANGED else None
+            one = before(one)[0] if one.name() in REARRANGED else None
         return node if one is not None else None
 
     def meeting(self, name: str) -> Meeting | None:
@@ -297,7 +297,7 @@ class Graph:
     @staticmethod
     def _is_weight(node: Any) -> bool:  # noqa: ANN401
         """Tell whether a node gives a leaf, as it is."""
-        while node.name() in _REARRANGED and (behind := before(node)):
+        while node.name() in REARRANGED and (behind := before(node)):
             node = behind[0]
         return hasattr(node, "variable")
 
@@ -329,8 +329,12 @@ def _top(node: Any) -> Tensor | None:  # noqa: ANN401
 
 
 def saved_dim(node: Any) -> int:  # noqa: ANN401
-    """Return the dimension that a node works along, as it was given: of the negative ones autograd gives the bits."""
-    dim: int = node._saved_dim
+    """Return the dimension that a node works along, as it was given."""
+    return signed(node._saved_dim)
+
+
+def signed(dim: int) -> int:
+    """Return a dimension as it was given: of the negative ones autograd gives the bits."""
     return dim - 2**64 if dim >= 2**63 else dim
 
 
@@ -346,7 +350,7 @@ class _Block(NamedTuple):
 
 def _blocks(node: Any, kind: str) -> _Block | None:  # noqa: ANN401
     """Return what kind of barrier a node of this kind is; None where it is none."""
-    if kind in _SOFTMAX:
+    if kind in SOFTMAX:
         shape = node._input_metadata[0].shape
         width = shape[saved_dim(node)] if len(shape) else 1
         return _Block("softmax", 1) if width == 1 else None

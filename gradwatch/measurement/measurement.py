@@ -211,6 +211,7 @@ class Measurement:
             cuts=seen.cuts or None,
             flows=seen.flows or None,
             strays=seen.strays or None,
+            squashed=seen.squashed,
             computed_in="float16" if self._half else None,
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
@@ -268,5 +269,6 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
             found.left_over if part.left_over is None else part.left_over,
             (*found.flows, *part.flows),
             (*found.strays, *part.strays),
+            found.squashed or part.squashed,
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

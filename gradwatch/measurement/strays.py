@@ -16,7 +16,7 @@ from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import batched, transformed
 from gradwatch.model.nested import floats, tensors
-from gradwatch.values.snapshot import Stray
+from gradwatch.values.autograd import Stray
 from gradwatch.values.thresholds import UPDATE_PROBES
 
 _LEAF = "torch::autograd::AccumulateGrad"

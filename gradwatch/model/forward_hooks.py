@@ -23,8 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.compiled import graphs
 from gradwatch.model.gradient_hooks import has_unknown_scale, of_others
+from gradwatch.values.autograd import Cut, Flow, Squashed, Stray
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact, Flow, Origin, Stray
+from gradwatch.values.snapshot import ActivationStats, Fact, Origin
 
 
 class Pending(Protocol):
@@ -112,6 +113,7 @@ class ProbeValues:
     left_over: float | None = None
     flows: tuple[Flow, ...] = ()
     strays: tuple[Stray, ...] = ()
+    squashed: Squashed | None = None
 
 
 Part = Callable[[], ProbeValues]

@@ -127,6 +127,9 @@ class Training:
         losses = self._told()
         if self._thrown_away():
             losses.clear()
+        for watcher, thread in self._watching:
+            for loss in given if thread == here else ():
+                watcher.look_at(loss)
         for loss, weight in zip(given, [*weights, *[None] * (len(given) - len(weights))], strict=True):
             value = loss.detach().reshape(())
             losses.record(value if weight is None else value * weight.detach().reshape(()))

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from gradwatch.values.autograd import Cut, Flow, Squashed, Stray
 from gradwatch.values.sequences import SequenceStats
 
 Role = Literal["weight", "bias", "normalization", "embedding", "gain"]
@@ -23,18 +24,6 @@ mode, and no optimizer that is watched steps it."""
 
 Function = Literal["relu", "tanh", "sigmoid", "hardtanh", "softmax", "softsign", "clamp"]
 """An activation; "relu" is any whose output is exactly 0 where its derivative is."""
-
-CutKind = Literal["between", "inside", "own", "unused", "outside", "checkpoint"]
-"""How a layer that ran is without a gradient.
-
-between: it ends between two modules. inside: what the layer gave has one, and its weights, which are all that it holds,
-have none. own: the same of a module that also holds layers, and does without its own weights, or gave what it took.
-unused: nothing was seen to take what it gave. outside: what it gave left the model, and does not come into the loss.
-checkpoint: a reentrant checkpoint ran it over inputs that need no gradient.
-"""
-
-BarrierKind = Literal["softmax", "layer_norm", "group_norm"]
-"""An operation that gives the same whatever it takes: softmax of one value, a normalization of one or two."""
 
 FactName = Literal[
     "silent_by_bias",
@@ -192,77 +181,6 @@ class Fact:
     """"" is the module as a whole; "l0", "l0_reverse", ... a layer and direction of a recurrent one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Where the gradient ended on its way back to a layer that ran and that it did not reach."""
-
-    layer: str
-    """The layer in question."""
-    unreached: str
-    """The last module that ran and that the gradient did not reach; perhaps the layer itself."""
-    reached: str | None
-    """The first module after that which it did reach; None where it reached none."""
-    graph: bool
-    """Whether the output of `unreached` has a graph."""
-    kind: CutKind | None = None
-    """None: of a record that does not tell."""
-
-
-@dataclass(frozen=True, slots=True)
-class Barrier:
-    """An operation that lets next to no gradient through, because it works over too few values."""
-
-    at: str
-    """The module that gave what it computes, or was made of it."""
-    operation: BarrierKind
-    values: int
-    """Over how many values it works."""
-
-
-@dataclass(frozen=True, slots=True)
-class Flow:
-    """How the gradient comes to a layer in question, and past it."""
-
-    layer: str
-    source: str | None = None
-    """The layer whose output it takes; None where that was not found."""
-    fed: bool = True
-    """Whether anything of the batch, or of a layer before it, goes into it."""
-    joined: bool = False
-    """Whether it takes the sum of that and of something else, or both side by side."""
-    added: bool = False
-    """Whether its weights are added to that output, or put beside it, as embeddings of positions are."""
-    whole: float | None = None
-    """Norm of the gradient at what its output is a part of, where it is put side by side with something else."""
-    through: float | None = None
-    """The largest share of the gradient at that output that can have come through this layer: the rest passes by it."""
-    state_of: str | None = None
-    """A recurrent layer, if it feeds nothing but the initial state of that."""
-    barrier: Barrier | None = None
-    """One that lies on every way from the layer to what the model gave."""
-    peak: float | None = None
-    """The mean of the largest weights of the softmax that it leads to; None where it leads to none that can be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stray:
-    """A tensor that got a gradient within the model, and that is none of its parameters and nobody's input."""
-
-    number: int
-    """The same at several probes where it is the same tensor."""
-    shape: tuple[int, ...]
-    parameter: bool
-    """Whether it is an `nn.Parameter`."""
-    kind: str = ""
-    """Class of the module that holds it; "" where none that ran does."""
-    training: bool = True
-    """Whether that is in training mode."""
-    weight_norm: float | None = None
-    """Its L2 norm before the update; None where it was gone by then."""
-    version: int = 0
-    """How often it has been written to."""
-
-
 Phase = Literal["data", "weights", "forward", "backward"]
 """When a number came to be not finite: before the model took it; in an earlier step, which left it in the weights or
 buffers; in the forward pass; on the way back."""
@@ -369,6 +287,8 @@ class Snapshot:
     """Of layers in question, how the gradient comes to them."""
     strays: tuple[Stray, ...] | None = None
     """Tensors that the model uses as weights and does not own; None where none was seen, or nobody looked."""
+    squashed: Squashed | None = None
+    """What the loss takes between 0 and 1 and squashes once more; None where that is not so, or nobody looked."""
 
     @property
     def finite(self) -> bool:

@@ -57,6 +57,8 @@ micro-batches than any published training accumulates (256)."""
 UNMOVED = 2.0**-24
 """An update over the weights that leaves them where they are: half a unit in the last place of a float32, to which most
 entries are rounded back. A rule of thumb for what trains is 1e-3."""
+LOOKS_AT_LOSS = 3
+"""Probes, the newest, in which a loss function is looked for: several losses may take turns."""
 STANDING_PROBES = 3
 """Probes in a row at which no weight must have moved: steps 1, 10 and 20, which outlasts a warm-up's first rates."""
 LEFT_OVER = 1e-2

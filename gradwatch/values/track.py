@@ -291,6 +291,7 @@ def _holds_more(s: Snapshot) -> bool:
         or s.flows is not None
         or s.cuts is not None
         or s.strays is not None
+        or s.squashed is not None
         or s.left_over is not None
         or s.came is not None
         or s.rate is not None

@@ -62,6 +62,11 @@ class ForwardPass:
     def _suspect(self) -> None:
         self._probes.suspect({*self._suspects(), *(name for names in self._closely.values() for name in names)})
 
+    def made(self, loss: Tensor) -> None:
+        """If anybody looks at this step, look at how its loss is made of what the model gave."""
+        if self._waiting and not self._trace.compiled:
+            self._probes.made(loss)
+
     def awaited_by(self, optimizer: int) -> bool:
         """Tell whether the next step of this optimizer waits for what the probes see."""
         return optimizer in self._waiting

@@ -57,6 +57,15 @@ class Probes:
         """By weight, by `id`, when something was made of it in the step that was collected last, if that is known."""
         return self._flow.applied
 
+    def made(self, loss: Tensor) -> None:
+        """Look at how a loss is made of what the model gave."""
+        try:
+            self._flow.made(loss)
+        except Exception as error:  # a node that torch has changed
+            if self._strict:
+                raise
+            self.failed(error)
+
     def suspect(self, layers: Collection[str]) -> None:
         """Look more closely at these layers, in the forward pass to come."""
         self._units.suspects = self._flow.suspects = layers

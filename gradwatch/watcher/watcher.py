@@ -200,8 +200,17 @@ class Watcher:
             self._losses.record(loss)
         except Exception:  # noqa: BLE001  (whatever it is that somebody takes for a loss)
             self._warn("loss", f"the loss must be a number or a tensor, got {loss!r:.80}, and is left out")
+        self.look_at(loss)
         if self._unheard.listening:
             self._guarded(self._unheard.told)
+
+    def look_at(self, loss: float | Tensor) -> None:
+        """At a probe, look at how a loss is made of what the model gave: of a tensor with its graph, and of no other.
+
+        `record` does it; this is for who records a loss that he has changed.
+        """
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self._guarded(self._forward_pass.made, loss)
 
     def close(self) -> Report:
         """Take everything off, finish the files, and return the last report; a second call does nothing.

@@ -825,7 +825,7 @@ def test_rules_without_a_remedy_that_can_be_tried_are_these():
     """A new rule has to be thought of here."""
     without = set(RULES) - set(remedies._BY_CODE)
     assert without == {
-        *("GW102", "GW103"),  # of the loss; a limit of one's own
+        *("GW102", "GW103", "GW104"),  # of the loss; a limit of one's own; how the loss is made
         "GW204",  # a limit of one's own
         *("GW303", "GW304", "GW306", "GW307"),  # how a loop feeds a model
         "GW401",  # by its cause alone

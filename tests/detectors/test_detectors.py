@@ -27,8 +27,9 @@ from gradwatch import (
 from gradwatch.detectors import RULES, explain
 from gradwatch.detectors.alerts import findings
 from gradwatch.detectors.suspects import suspects
+from gradwatch.values.autograd import Barrier, Flow, Squashed, Stray
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Barrier, Fact, Flow, Silence, Stray
+from gradwatch.values.snapshot import ActivationStats, Fact, Silence
 
 
 def model(count, *, adaptive=False, order=None):
@@ -538,7 +539,9 @@ def _one_of_each():
     left_out = dataclasses.replace(two, parameters=parameters)
     yield (left_out, [(1.0, None)] * 20), {}
     strays = (Stray(0, (4, 4), parameter=True, kind="Linear", weight_norm=1.0),)
-    yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": [(ActivationStats("l1", 1.0),)] * 3}
+    seen = [(ActivationStats("l1", 1.0),)] * 3
+    yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": seen}
+    yield (two, [(1.0, 1.0)] * 3), {"squashed": [Squashed("l1", "softmax", "softmax", 5)] * 3, "activations": seen}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (
         SequenceStats("l0", length=60, lag_gain=fades),

@@ -9,12 +9,10 @@ import pytest
 from gradwatch import History
 from gradwatch.detectors.alerts import findings
 from gradwatch.values import plain
+from gradwatch.values.autograd import Barrier, Cut, Flow
 from gradwatch.values.snapshot import (
     ActivationStats,
-    Barrier,
-    Cut,
     Fact,
-    Flow,
     LayerInfo,
     ModelInfo,
     OptimizerInfo,

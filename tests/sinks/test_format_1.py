@@ -11,8 +11,9 @@ import pytest
 
 from gradwatch import History, Record, Report, Severity, Thresholds, read_run
 from gradwatch.detectors.alerts import judge
+from gradwatch.values.autograd import Cut
 from gradwatch.values.format_1 import alert_from_1, snapshot_from_1
-from gradwatch.values.snapshot import Cut, Fact
+from gradwatch.values.snapshot import Fact
 
 RECORD = Path(__file__).parent / "data" / "format_1.jsonl"
 """Five steps of an LSTM with closed forget gates and of layers under autocast to float16, one of them detached."""

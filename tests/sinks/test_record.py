@@ -41,9 +41,10 @@ from gradwatch import (
 from gradwatch.detectors.alerts import judge
 from gradwatch.sinks.record import FORMAT
 from gradwatch.sinks.run_directory import RunDirectory, held
+from gradwatch.values.autograd import Cut
 from gradwatch.values.plain import from_json, from_plain, to_json, to_plain
 from gradwatch.values.sequences import SequenceStats
-from gradwatch.values.snapshot import ActivationStats, Cut, Fact
+from gradwatch.values.snapshot import ActivationStats, Fact
 
 MODEL = ModelInfo(
     layers=(LayerInfo("body", "Linear", 0, "net.py:3"), LayerInfo("head", "Linear")),
