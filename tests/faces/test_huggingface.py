@@ -678,3 +678,18 @@ def test_a_loop_that_is_no_trainer_gives_what_the_optimizer_gets(tmp_path):
 def test_an_option_that_cannot_be_is_refused_with_what_is_allowed(options, error, text):
     with pytest.raises(error, match=text):
         GradientCallback(**options)
+
+
+class SquashedTwice(Net):
+    """Gives the loss of probabilities in place of scores."""
+
+    def forward(self, x, labels=None):
+        out = self.net(x)
+        return {"loss": functional.cross_entropy(out.softmax(-1), labels.argmax(-1)), "logits": out}
+
+
+def test_scores_that_the_loss_squashes_once_more_are_seen(tmp_path):
+    alerts = []
+    callback, _ = watched(on_alert=alerts.append)
+    trainer(tmp_path, callback, model=SquashedTwice(small().net), gradient_accumulation_steps=2).train()
+    assert [(a.finding.code, a.finding.place) for a in alerts] == [("GW104", "net.2")]

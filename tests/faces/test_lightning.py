@@ -899,3 +899,13 @@ def test_a_fit_takes_the_directory_of_a_watcher_whose_model_is_gone(pl, tmp_path
 
     assert [path.name for path in (tmp_path / "v").glob("gradwatch*")] == ["gradwatch"]
     assert left_behind(module, [optimizer], tmp_path) == []
+
+
+def test_scores_that_the_loss_squashes_once_more_are_seen(pl, tmp_path):
+    def loss(self, batch):
+        return functional.cross_entropy(self.net(batch[0]).softmax(-1), batch[1].argmax(-1))
+
+    alerts = []
+    monitor = GradientMonitor(on_alert=alerts.append)
+    trainer(pl, tmp_path, monitor, accumulate_grad_batches=2).fit(make(pl, loss=loss), loader(8))
+    assert [(a.finding.code, a.finding.place) for a in alerts] == [("GW104", "net.2")]

@@ -548,3 +548,19 @@ def test_where_each_round_makes_an_optimizer_the_old_ones_can_go(tmp_path):
     )
     assert int(ended.out) <= 8
     assert sum(len(run.snapshots) for run in runs.values()) == 20
+
+
+def test_scores_that_the_loss_squashes_once_more_are_seen(tmp_path):
+    source = """
+        import torch
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(-1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
+            optimizer.step()
+    """
+    _, runs = recorded(tmp_path, source)
+    (run,) = runs.values()
+    assert [(a.finding.code, a.finding.place) for a in run.alerts] == [("GW104", "1")]
