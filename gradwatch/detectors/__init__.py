@@ -15,6 +15,7 @@ from gradwatch.detectors import (
     skipped,
     squashed,
     stalled,
+    standstill,
     time,
     underflow,
     unstepped,
@@ -30,6 +31,7 @@ DETECTORS: tuple[Detector, ...] = (
     dead.dead_units,
     depth.vanishing_depth,
     squashed.squashed,
+    standstill.standstill,
     exploding.exploding,
     exploded.exploded,
     underflow.underflow,
@@ -45,6 +47,7 @@ RULES: Mapping[str, Rule] = {
     for family in (
         depth,
         squashed,
+        standstill,
         exploding,
         exploded,
         time,

@@ -69,6 +69,7 @@ Cause = Literal[
     "format",
     "in_data",
     "in_weights",
+    "by_step",
     "born_forward",
     "born_backward",
     "origin_gone",
@@ -254,7 +255,8 @@ def _of_other_zeros(history: History, finding: Finding, last: str) -> Finding:
         return finding
     losses = history.losses(KEPT)
     same = sum(1 for _ in itertools.takewhile(lambda loss: loss == losses[-1], reversed(losses)))
-    return with_cause(finding, "flat_loss", {"same": float(same), "loss": losses[-1]} if same > 1 else {})
+    told = {"same": float(same), "loss": losses[-1]} if same > 1 and math.isfinite(losses[-1]) else {}
+    return with_cause(finding, "flat_loss", told)
 
 
 def _of_zero_weights(history: History, finding: Finding, zeros: Sequence[str]) -> Finding:

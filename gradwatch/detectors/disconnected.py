@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
-from gradwatch.detectors.flows import before_one_value, idle, rounding, without_effect
+from gradwatch.detectors.flows import before_one_value, idle, of_parts, rounding, without_effect
 from gradwatch.detectors.measured import flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
-from gradwatch.values.thresholds import KEPT
+from gradwatch.values.thresholds import CONSTANT_LOSS, KEPT
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -41,11 +42,14 @@ def disconnected(history: History) -> Iterator[Finding]:
     stuck = set(zero_weights(history))  # they take zeros because others are stuck too
     spare = {i for i in (without | zero) & idle(history) if history.model.layers[i].name not in stuck}
     spare |= zero & before_one_value(history)
+    # A part of a tensor that the rest does without, as rows that nobody reads: not while that is all that is read.
+    unread = history.lasting(of_parts) if history.improved is False else set()
     for norm, cut, its in (
         ({}, without - spare, severity),
         ({"norm": 0.0}, zero - spare, severity),
         ({}, without & spare, Severity.INFO),
-        ({"norm": 0.0}, zero & spare, Severity.INFO),
+        ({"norm": 0.0}, zero & spare - unread, Severity.INFO),
+        ({"norm": 0.0}, zero & spare & unread, Severity.WARNING),
     ):
         for run in history.runs(cut, trained):
             names = [history.model.layers[i].name for i in run]
@@ -63,6 +67,7 @@ def disconnected(history: History) -> Iterator[Finding]:
 
 def _worthless(history: History) -> Iterator[Finding]:
     """GW402: all that layers lead to is a normalization of one value, so that their gradient is the rounding of a 0."""
+    yield from _constant(history)
     flows = without_effect(history)
     if not flows:
         return
@@ -81,6 +86,27 @@ def _worthless(history: History) -> Iterator[Finding]:
             evidence={"layers": float(len(run))},
             names={"last": names[-1], "at": barrier.at if barrier is not None else "", "operation": "normalization"},
         )
+
+
+def _constant(history: History) -> Iterator[Finding]:
+    """Find that the loss is the same for all batches and weights, to rounding, and that something arrives all the same.
+
+    Where exactly nothing arrives, it is another finding.
+    """
+    import numpy as np
+
+    t = history.thresholds
+    losses = history.losses(t.window)
+    if history.improved is not False or len(losses) < t.window or not any(history.snapshot.norm):
+        return
+    low, high = min(losses), max(losses)
+    if not low or not math.isfinite(high - low) or high - low > CONSTANT_LOSS * abs(low):
+        return
+    if np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0) >= t.flat_sensitivity * abs(low):
+        return
+    evidence = {"loss": losses[-1], "layers": float(len(history.model.layers))}
+    onset = history.window(t.window)[0].step
+    yield Finding("GW402", "disconnected", Severity.ERROR, "", onset=onset, evidence=evidence)
 
 
 def _trained(history: History) -> dict[int, list[int]]:
@@ -200,6 +226,15 @@ def _explain(finding: Finding) -> Explanation:
 
 
 def _explain_worthless(finding: Finding) -> Explanation:
+    if "loss" in finding.evidence:
+        return Explanation(
+            f"the loss has been {finding.evidence['loss']:.6g} at every batch since step {finding.onset}, whatever the"
+            " weights do: the true gradient is 0, and what arrives is rounding noise, of which an Adam-like optimizer"
+            " makes steps of ordinary size",
+            "it compares things that are always the same: two equal inputs, positions that are alike in every row, a"
+            " normalization whose sum or mean is fixed",
+            "print what the loss takes for two different batches: it must differ; look at indices and masks",
+        )
     what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
     through, do = (f" to {last} ({count:.0f} layers)", "do") if count > 1 else ("", "does")
     at = finding.names["at"] or "the last module"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.detectors.cause_words import CLIP, said
 from gradwatch.detectors.causes import of_explosion
+from gradwatch.detectors.origins import broken_by, epsilon_lost
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -21,6 +22,7 @@ from gradwatch.values.thresholds import (
     LOSS_SCATTER,
     ORDINARY_GAIN,
     ORDINARY_SENSITIVITY,
+    RUN_AWAY,
     UPDATE_PROBES,
 )
 
@@ -66,7 +68,7 @@ def _growth(history: History) -> Iterator[Finding]:
         yield Finding(
             "GW201",
             "exploding",
-            _unless_unknown(history),
+            Severity.WARNING if _runs_away(history) else _unless_unknown(history),
             "",
             onset=window[0][0].step,
             evidence={"growth": growth, "norm": total[-1], "limit": limit},
@@ -84,6 +86,14 @@ def _wakes(history: History) -> bool:
     return float(np.nanmax(rows)) <= ORDINARY_SENSITIVITY * abs(first)
 
 
+def _runs_away(history: History) -> bool:
+    """Tell whether a loss below 0 goes on and on: that it falls is no progress then."""
+    losses, first = history.losses(EDGE), history.track.first_losses
+    if not losses or not first or not all(map(math.isfinite, (*losses, *first))):
+        return False
+    return statistics.median(losses) < -RUN_AWAY * max(map(abs, first))
+
+
 def _runaway(history: History) -> Iterator[Finding]:
     """Find that what is not finite now had grown before: it exploded, and the NaN is the end of it."""
     now, total = history.snapshot, history.totals[-1]
@@ -92,6 +102,9 @@ def _runaway(history: History) -> Iterator[Finding]:
     both = zip(history.window(), history.totals, strict=True)
     before = [(s.step, n) for s, n in both if not s.skipped and n is not None and math.isfinite(n)]
     if not before:
+        return
+    first = next((s for s in history.window() if s.step > before[-1][0]), now)
+    if epsilon_lost(first) and broken_by(history, first) is not None:  # it has not grown
         return
     base = statistics.median_low([n for _, n in before[: max(len(before) // 2, 1)]])
     step, last = before[-1]

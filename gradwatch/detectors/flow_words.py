@@ -88,7 +88,7 @@ def _left_out(finding: Finding) -> tuple[str, str]:
     at = finding.names["at"] or "the model"
     return (
         f"what {at} gives is put side by side with something else, and of the whole the loss takes other parts alone",
-        (f"{_leave(finding)} let the loss take its part too"),
+        (f"{_leave(finding)} let the loss take its part too (behind a causal mask, read the last position)"),
     )
 
 

@@ -89,6 +89,11 @@ def _left_out(history: History) -> dict[str, str]:
     return found
 
 
+def of_parts(history: History) -> set[int]:
+    """Return the layers that are one part of such a tensor, by their numbers."""
+    return _numbers(history, history.lasting(_left_out))
+
+
 def added(history: History, layers: Collection[int]) -> set[int]:
     """Return those of these layers that are only added to what a layer that is none of these gives, or put beside it.
 

@@ -7,16 +7,18 @@ import math
 from collections.abc import Iterator
 
 from gradwatch.detectors.cause_words import said
-from gradwatch.detectors.origins import entered, of_skips, origin_of, with_origin
+from gradwatch.detectors.origins import broken_by, entered, of_skips, origin_of, with_origin, with_step
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ParameterInfo, Snapshot
+from gradwatch.values.thresholds import EDGE
 
 
 def nonfinite(history: History) -> Iterator[Finding]:
-    """GW501: a gradient holds NaN or infinity. GW502: a GradScaler has skipped every step for long."""
+    """GW501: a gradient holds NaN or infinity. GW502: a GradScaler has skipped every step for long. GW504: the loss."""
     snapshot = history.snapshot
+    yield from _of_the_loss(history)
     limit = history.thresholds.skipped_steps
     if history.skipped >= limit:
         yield Finding(
@@ -61,6 +63,17 @@ def nonfinite(history: History) -> Iterator[Finding]:
     )
 
 
+def _of_the_loss(history: History) -> Iterator[Finding]:
+    """Find that the loss that is told has not been finite for some steps, and that every gradient is."""
+    last = history.window(EDGE)
+    bad = [s for s in last if s.loss is not None and not math.isfinite(s.loss) and s.finite and not s.skipped]
+    if len(bad) < EDGE or any(code in ("GW501", "GW205") for code, *_ in history.open):
+        return
+    loss = history.snapshot.loss or math.nan
+    onset = history.since(s.loss is not None and not math.isfinite(s.loss) for s in history.window())
+    yield Finding("GW504", "non-finite", Severity.WARNING, "", onset=onset, evidence={"loss": loss})
+
+
 def _with_place(history: History, first: Snapshot, finding: Finding) -> Finding:
     """Return the finding at the origin, where that was seen; else with what the loss and the gradients tell of it."""
     if first is history.window()[0]:  # what came before it is forgotten
@@ -71,6 +84,8 @@ def _with_place(history: History, first: Snapshot, finding: Finding) -> Finding:
     if origin is not None:
         if origin.module is not None:
             finding = dataclasses.replace(finding, place=origin.module, parameter=None)
+        if origin.phase == "weights" and (step := broken_by(history, first)) is not None:
+            return with_step(finding, step)
         return with_origin(finding, first, origin)
     layer = entered(history, first)
     if layer is not None:
@@ -125,7 +140,20 @@ def _explain_skipped(finding: Finding) -> Explanation:
     )
 
 
+def _explain_loss(finding: Finding) -> Explanation:
+    what = "NaN" if math.isnan(finding.evidence["loss"]) else "infinite"
+    return Explanation(
+        f"the loss has been {what} since step {finding.onset}, and every gradient is finite",
+        "the loss function gives that where it takes no derivative of it: the logarithm of a number below 0, an average"
+        " over no target at all (all are masked, or ignore_index), a term that is cut off by clamp or where; or a term"
+        " that is only told",
+        "look at each term of the loss alone; keep what a logarithm takes above 0 (softplus, exp, clamp), and leave out"
+        " batches without a target",
+    )
+
+
 RULES = (
     Rule("GW501", "non-finite", _explain, event=True),
     Rule("GW502", "non-finite", _explain_skipped, of_skips, event=True),
+    Rule("GW504", "non-finite", _explain_loss),
 )

@@ -11,6 +11,7 @@ from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import NotFinite, Origin, Phase, Snapshot
+from gradwatch.values.thresholds import FLOAT16_TINIEST
 
 _CAUSES: Mapping[Phase, Cause] = {
     "data": "in_data",
@@ -31,6 +32,38 @@ def origin_of(history: History, snapshot: Snapshot) -> Origin | None:
     if found is not None and (found.phase, found.module) == ("backward", None) and not _finite(snapshot.loss):
         return dataclasses.replace(found, phase="forward")
     return found
+
+
+def broken_by(history: History, first: Snapshot) -> Snapshot | None:
+    """Return the step that made weights of something that is not finite, though its gradient was; None: none was seen.
+
+    Args:
+        history: what is remembered.
+        first: the first step that found them so.
+
+    """
+    before = next((s for s in reversed(history.window()) if s.step < first.step), None)
+    if before is None or not (before.finite and _finite(before.loss)) or before.update_ratio is None:
+        return None
+    moved = zip(before.weight_norm or (), before.update_ratio, strict=False)
+    return before if any(w is not None and _finite(w) and not _finite(r) for w, r in moved if w) else None
+
+
+def epsilon_lost(snapshot: Snapshot) -> bool:
+    """Tell whether the epsilon of the optimizer that took a step is 0 in the format of a weight that it steps."""
+    optimizer = None if snapshot.optimizer is None else snapshot.model.optimizers[snapshot.optimizer]
+    if optimizer is None or not optimizer.adaptive or not optimizer.eps:
+        return False
+    half = any(p.dtype == "float16" for p in snapshot.model.parameters if p.optimizer == snapshot.optimizer)
+    return half and optimizer.eps < FLOAT16_TINIEST / 2
+
+
+def with_step(finding: Finding, step: Snapshot) -> Finding:
+    """Return a finding with the step that made weights of it for its cause."""
+    optimizer = None if step.optimizer is None else step.model.optimizers[step.optimizer]
+    lost = {"eps": optimizer.eps} if optimizer is not None and optimizer.eps and epsilon_lost(step) else {}
+    numbers = {"when": float(step.step), "norm": step.norm_global or 0.0, **lost}
+    return with_cause(finding, "by_step", numbers, {"optimizer": "" if optimizer is None else optimizer.kind})
 
 
 def _broken_weights(history: History, snapshot: Snapshot) -> list[str]:
@@ -131,6 +164,22 @@ def _in_weights(finding: Finding) -> tuple[str, str]:
     )
 
 
+def _by_step(finding: Finding) -> tuple[str, str]:
+    evidence, optimizer = finding.evidence, finding.names["optimizer"] or "the optimizer"
+    made = f"at step {evidence['when']:.0f} {optimizer} made weights NaN or infinite, of a gradient that was finite"
+    if "eps" in evidence:
+        lost = f"its eps of {evidence['eps']:.0g} is 0 in float16, and so is the square of a small gradient"
+        return (
+            f"{made}: {lost}, and it divides by 0",
+            "keep the weights in float32, and let torch.autocast compute in float16 or bfloat16; or set eps=1e-4",
+        )
+    made += f" (norm {evidence['norm']:.3g})"
+    return (
+        f"{made}: the update divides by 0, or is too large for the format of the weights",
+        "look at the learning rate, eps and weight decay of that step; go back to the last checkpoint that is finite",
+    )
+
+
 def _born_forward(finding: Finding) -> tuple[str, str]:
     where, names = _where(finding), finding.names
     value, operation = names["value"], names["operation"]
@@ -214,6 +263,7 @@ _REMEDIES: Mapping[frozenset[str], str] = {
 ORIGINS: Mapping[Cause, Callable[[Finding], tuple[str, str]]] = {
     "in_data": _in_data,
     "in_weights": _in_weights,
+    "by_step": _by_step,
     "born_forward": _born_forward,
     "born_backward": _born_backward,
     "origin_gone": _origin_gone,

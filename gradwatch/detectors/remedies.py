@@ -121,6 +121,7 @@ NOT_TRIED: Mapping[str, str] = {
     "constant_input": "what feeds the layer is the data, or code of the model's own forward",
     "in_data": "it is in the data",
     "in_weights": "the weights were not finite before",
+    "by_step": "it is in the optimizer, or in the format of the weights",
     "born_forward": "which operation is guarded is code of the model's own forward, or the loss",
     "born_backward": "which operation is guarded is code of the model's own forward, or the loss",
     "origin_gone": "where it came from is not known",

@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import UNKNOWN, Explanation, Finding, Severity
-from gradwatch.values.thresholds import KEPT
+from gradwatch.values.thresholds import KEPT, LOOKS_AT_LOSS
 
 
 def stalled(history: History) -> Iterator[Finding]:
-    """GW801: over the last 50 losses nothing has changed, near where the loss began, and no other alert tells why."""
+    """GW801: over the last 50 losses nothing has changed, near where the loss began, and no other alert tells why.
+
+    GW802: the loss holds each forecast against each target.
+    """
+    yield from _crossed(history)
     losses = history.losses(KEPT)
     if (
         history.explained
@@ -31,6 +35,28 @@ def stalled(history: History) -> Iterator[Finding]:
         yield Finding("GW801", "stalled", Severity.INFO, "", onset=history.window(KEPT)[0].step, evidence=evidence)
 
 
+def _crossed(history: History) -> Iterator[Finding]:
+    yield from history.lasting(_with_all_targets)
+
+
+def _with_all_targets(history: History) -> tuple[Finding, ...]:
+    found = [s for s in history.looks(LOOKS_AT_LOSS) if s.crossed]
+    if not found:
+        return ()
+    evidence = {"rows": float(found[-1].crossed or 0)}
+    return (Finding("GW802", "stalled", Severity.WARNING, "", onset=found[0].step, evidence=evidence),)
+
+
+def _explain_crossed(finding: Finding) -> Explanation:
+    rows = f"{finding.evidence['rows']:.0f}"
+    return Explanation(
+        f"the loss holds each of {rows} forecasts against each of {rows} targets: its errors have the shape"
+        f" ({rows}, {rows}), and the best that it can learn is the mean of the targets",
+        f"forecasts of shape ({rows}, 1) and targets of shape ({rows},), or the other way round, are broadcast",
+        "give both the same shape: squeeze(-1) the forecasts, or unsqueeze(-1) the targets",
+    )
+
+
 def _explain(finding: Finding) -> Explanation:
     loss, first = finding.evidence["loss"], finding.evidence["first"]
     return Explanation(
@@ -41,4 +67,7 @@ def _explain(finding: Finding) -> Explanation:
     )
 
 
-RULES = (Rule("GW801", "stalled", _explain, explains_a_stall=False),)
+RULES = (
+    Rule("GW801", "stalled", _explain, explains_a_stall=False),
+    Rule("GW802", "stalled", _explain_crossed),
+)

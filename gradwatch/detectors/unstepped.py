@@ -31,13 +31,20 @@ def _unheard(history: History) -> Iterator[Finding]:
     snapshot, silence = history.snapshot, history.snapshot.silence
     if silence is None or silence.steps:
         return
+    mine = {p.layer for p in snapshot.model.parameters if p.optimizer == snapshot.optimizer} if silence.watched else ()
+    layers = [name for i in history.order if (name := history.model.layers[i].name) in mine]
     yield Finding(
         "GW900",
         "unstepped",
         Severity.ERROR if silence.moved is False else Severity.WARNING,
-        "",
+        around(layers) if layers else "",
         onset=silence.since,
-        evidence={"told": float(silence.told)} | ({} if silence.moved is None else {"moved": float(silence.moved)}),
+        evidence={
+            "told": float(silence.told),
+            **({} if silence.moved is None else {"moved": float(silence.moved)}),
+            **({"nonfinite": 1.0} if silence.nonfinite else {}),
+            **({"watched": 1.0} if silence.watched else {}),
+        },
         names={"optimizer": _kind(snapshot), "by": silence.by},
     )
 
@@ -123,8 +130,14 @@ def _left_out(history: History) -> Iterator[Finding]:
     # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more. What
     # stands still before them, as what was trained elsewhere, what gets no gradient, as a copy that follows, and most
     # of a model may well be meant.
-    few = len(left_out) < LEFT_OUT * sum(p.trainable is not False for p in model.parameters)
-    forgotten = [p for p in left_out if p in stood and (p.name in history.track.frozen or (few and after(p.layer)))]
+    trained = [p for p in model.parameters if p.trainable is not False]
+    few = len(left_out) < LEFT_OUT * len(trained)
+    few = few or sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
+    few = few or (history.improved is False and len(window) >= t.window)  # and if it is meant, it does not help
+    empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
+    forgotten = [
+        p for p in left_out if p in stood and (empty or p.name in history.track.frozen or (few and after(p.layer)))
+    ]
     shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
     yield Finding(
         "GW902",
@@ -136,6 +149,7 @@ def _left_out(history: History) -> Iterator[Finding]:
             "parameters": float(len(shown)),
             "of": float(len(model.parameters)),
             "forgotten": float(len(forgotten)),
+            **({"empty": float(empty)} if empty and forgotten else {}),
         },
         names={"which": model.named(shown)},
     )
@@ -252,8 +266,17 @@ def _explain_left_out(finding: Finding) -> Explanation:
     message = f"{count:.0f} of {of:.0f} parameters {are} to be trained and in no optimizer that is watched: {which}"
     if evidence["forgotten"]:
         them = "it" if count == 1 else "them"
+        message += f"; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}"
+        if "empty" in evidence:
+            groups = f"{evidence['empty']:.0f} groups" if evidence["empty"] > 1 else "a group"
+            return Explanation(
+                message,
+                f"{groups} of the optimizer's parameters {'are' if evidence['empty'] > 1 else 'is'} empty: a filter or"
+                " generator gives what it has once, and was used up, or a condition fits nothing",
+                "list(...) of the filter before anybody goes through it; look at optimizer.param_groups",
+            )
         return Explanation(
-            f"{message}; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}",
+            message,
             "they were added or replaced after the optimizer was made, or left out of its groups",
             "make the optimizer last, over model.parameters(); if they are meant to stay, call requires_grad_(False)"
             " on them",
@@ -300,6 +323,14 @@ def _explain_unregistered(finding: Finding) -> Explanation:
 def _explain_unheard(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
     told, by, optimizer = evidence["told"], names["by"], names["optimizer"]
+    if "watched" in evidence:
+        return Explanation(
+            f"{by} has stepped {told:.0f} times, and the {optimizer} of {finding.place or 'other parameters'} not once,"
+            " though gradients come to what it is to step",
+            "its step() is never called; another optimizer's may be called in its place",
+            f"call step() of the {optimizer} of {finding.place or 'these parameters'} in its turn; nothing, if it waits"
+            " on purpose",
+        )
     if by and optimizer:
         return Explanation(
             f"{by}, which is not watched, has stepped parameters of this model {told:.0f} times, and {optimizer},"
@@ -316,6 +347,14 @@ def _explain_unheard(finding: Finding) -> Explanation:
         )
     what = f"{optimizer} has not stepped once" if optimizer else "nobody has called watcher.step()"
     message = f"{told:.0f} losses or gradients were told, and {what}: no step is measured"
+    if evidence.get("nonfinite") and optimizer:
+        return Explanation(
+            f"{message}; its gradients are NaN or infinite",
+            "a GradScaler skips such steps: it does not call the optimizer at all. What overflows in float16 (above"
+            " 65,504) does so at any loss scale",
+            "gradwatch.check(model, batch, loss=...) names the module and the operation; compute that in float32"
+            " (torch.autocast(..., enabled=False)), or all in bfloat16; give watch() the scaler",
+        )
     if evidence.get("moved") == 0.0:
         return Explanation(
             f"{message}, and no weight has changed",

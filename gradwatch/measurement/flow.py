@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from gradwatch.measurement import norms
 from gradwatch.measurement.cuts import Call, Outputs, Seen, Token, cuts, holds_layers, trainable
 from gradwatch.measurement.graph import Graph
-from gradwatch.measurement.heads import squashed
+from gradwatch.measurement.heads import crossed, squashed
 from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
@@ -100,6 +100,7 @@ class FlowProbe:
         self._whole: dict[str, Output] = {}
         """By layer, the gradient at what its output was put side by side with something else in."""
         self._squashed: Squashed | None = None
+        self._crossed: int | None = None
         self._tick = 0
 
     @property
@@ -235,8 +236,9 @@ class FlowProbe:
     def made(self, loss: Tensor) -> None:
         """Take note of how a loss is made of what the model gave."""
         node = loss.grad_fn
-        if self._names and node is not None and self._squashed is None:
-            self._squashed = squashed(node, lambda scores: self.graph.nearest(scores)[0])
+        if self._names and node is not None:
+            self._squashed = self._squashed or squashed(node, lambda scores: self.graph.nearest(scores)[0])
+            self._crossed = self._crossed or crossed(node, self.graph.name_of)
 
     # --- the step ---
 
@@ -250,10 +252,13 @@ class FlowProbe:
         uncalled = {call.source for call in calls.values() if call.source is not None} - calls.keys() - met.keys()
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]
         self.applied = self.graph.applied
-        twice = self._squashed
+        twice, pairs = self._squashed, self._crossed
         self._begin()
         return lambda: ProbeValues(
-            cuts=found, flows=(*(f for flow in flows if (f := flow()) is not None), *beside), squashed=twice
+            cuts=found,
+            flows=(*(f for flow in flows if (f := flow()) is not None), *beside),
+            squashed=twice,
+            crossed=pairs,
         )
 
     def _flow(

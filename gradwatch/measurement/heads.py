@@ -1,8 +1,9 @@
-"""How a loss is made of what a model gave: whether something squashes the scores before the loss function does."""
+"""How a loss is made of what a model gave: whether the scores are squashed twice, or held against all targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from gradwatch.measurement.graph import REARRANGED, SOFTMAX, before, signed
@@ -24,6 +25,12 @@ _TAKES: Mapping[str, Literal["softmax", "sigmoid", "nll"]] = {
     "CtcLossBackward0": "nll",
 }
 """Nodes of loss functions, and what they take their input for."""
+_ERRORS = frozenset(
+    f"{kind}Backward0" for kind in ("Pow", "Abs", "Mul", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "LogCosh")
+)
+"""Nodes that make the size of an error, or the mean of such sizes."""
+_DIFFERENCES = frozenset({"SubBackward0", "ExpandBackward0"})
+"""Nodes at which broadcasting shows: a difference, and what the loss functions of torch make of what they take."""
 
 
 def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None:  # noqa: ANN401  (nodes have no type)
@@ -34,9 +41,7 @@ def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None
         name_of: returns the name of the module that gave what a node computes, or of the nearest before it.
 
     """
-    front, seen = [loss], {loss}
-    while front and len(seen) < _LOSS:
-        node = front.pop(0)
+    for node in _back(loss):
         into, taken = _TAKES.get(node.name()), before(node)
         if into is not None and taken:
             given = taken[0]
@@ -47,11 +52,46 @@ def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None
                 return Squashed(
                     name_of(given) or "", by, into, 1 if into == "sigmoid" else _classes(node, taken[0], given)
                 )
-        for n in taken:
+    return None
+
+
+def crossed(loss: Any, name_of: Callable[[Any], str | None]) -> int | None:  # noqa: ANN401  (as above)
+    """Return how many forecasts are held against as many targets, each against each; None where that is not so.
+
+    So broadcasting does it with forecasts of shape (B, 1) and targets of shape (B,): the errors have the shape (B, B).
+
+    Args:
+        loss: the node of the loss.
+        name_of: returns the name of the module that gave what a node computes, if one did; the loss comes after that.
+
+    """
+    for node in _back(loss, lambda n: name_of(n) is not None):
+        if node.name() not in _ERRORS:
+            continue
+        (errors, *_) = before(node) or (None,)
+        if errors is None or name_of(errors) is not None or errors.name() not in _DIFFERENCES:
+            continue
+        pairs: tuple[int, ...] = tuple(errors._input_metadata[0].shape)
+        given = [(n, number) for n, number in errors.next_functions if n is not None]
+        if len(given) == 1 and given[0][0].name() == "ExpandBackward0":
+            given = [(n, number) for n, number in given[0][0].next_functions if n is not None]
+        # Of two outputs of the model each against each may well be meant.
+        rows = math.prod(given[0][0]._input_metadata[given[0][1]].shape) if len(given) == 1 else 1
+        if rows > 1 and pairs == (rows, rows):
+            return rows
+    return None
+
+
+def _back(loss: Any, ends: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:  # noqa: ANN401  (as above)
+    """Yield the nodes of a loss, nearest first, up to those at which it ends."""
+    front, seen = [loss], {loss}
+    while front and len(seen) < _LOSS:
+        node = front.pop(0)
+        yield node
+        for n in before(node) if not ends(node) else ():
             if n not in seen:
                 seen.add(n)
                 front.append(n)
-    return None
 
 
 def _classes(node: Any, taken: Any, made: Any) -> int:  # noqa: ANN401  (as above)

@@ -212,6 +212,7 @@ class Measurement:
             flows=seen.flows or None,
             strays=seen.strays or None,
             squashed=seen.squashed,
+            crossed=seen.crossed,
             computed_in="float16" if self._half else None,
             origin=seen.origin,
             notes=(*self.parameters.notes, *self.notes),
@@ -270,5 +271,6 @@ def _together(parts: Iterable[ProbeValues]) -> ProbeValues:
             (*found.flows, *part.flows),
             (*found.strays, *part.strays),
             found.squashed or part.squashed,
+            found.crossed or part.crossed,
         )
     return dataclasses.replace(found, activations=tuple(activations.values()))

@@ -114,6 +114,7 @@ class ProbeValues:
     flows: tuple[Flow, ...] = ()
     strays: tuple[Stray, ...] = ()
     squashed: Squashed | None = None
+    crossed: int | None = None
 
 
 Part = Callable[[], ProbeValues]

@@ -48,6 +48,7 @@ def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimi
         kind,
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
         float(eps) if isinstance(eps, int | float) else None,
+        sum(not group.get("params") for group in getattr(optimizer, "param_groups", ()) if isinstance(group, Mapping)),
     )
 
 

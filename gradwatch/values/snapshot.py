@@ -108,6 +108,8 @@ class OptimizerInfo:
     adaptive: bool
     """Whether it divides the gradient by a running measure of its size, as Adam does."""
     eps: float | None = None
+    empty: int = 0
+    """Groups of it that hold no parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,9 +216,13 @@ class Silence:
     moved: bool | None = None
     """Whether parameters have changed since the first of them all the same; None: nobody knows."""
     told: int = 0
-    """Where no step has come, how many steps an optimizer that is not watched has made; or losses and readings came."""
+    """Where no step has come, how many steps another optimizer has made; or how many losses and readings came."""
     by: str = ""
     """The class of that optimizer."""
+    watched: bool = False
+    """Whether that one is watched too."""
+    nonfinite: bool = False
+    """Where no step has come, whether gradients are NaN or infinite all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +295,10 @@ class Snapshot:
     """Tensors that the model uses as weights and does not own; None where none was seen, or nobody looked."""
     squashed: Squashed | None = None
     """What the loss takes between 0 and 1 and squashes once more; None where that is not so, or nobody looked."""
+    crossed: int | None = None
+    """How many forecasts the loss holds against as many targets, each against each, as broadcasting does; None as
+    above.
+    """
 
     @property
     def finite(self) -> bool:

@@ -54,6 +54,23 @@ NAMED = 4
 STEPLESS = 300
 """Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
 micro-batches than any published training accumulates (256)."""
+FLOAT16_TINIEST = 2.0**-24
+"""The smallest float16 above 0: what is below half of it is rounded to 0."""
+RESTING = 150
+"""Measured steps of other optimizers before which one that is watched need not step: critics are trained ahead by up to
+100 (Wasserstein GAN, at its start), and gradients come to the generator meanwhile where nobody detaches."""
+CONSTANT_LOSS = 1e-6
+"""Share of itself by which a loss varies that is the same for all batches: some units in the last place of float32."""
+FALLEN_SILENT = 0.5
+"""Share of the tensors that an optimizer is to step from which on it is worth a word that they have no gradient any
+more, while it goes on with the others."""
+RUN_AWAY = 1e4
+"""Times its early size that a loss below 0 has gone from 0, where gradients have grown too: it has no lower end. A log
+density, or a bound on one, gets from 1 to some hundred."""
+ALL_SATURATED = 3
+"""Looks in a row at which a layer must be saturated all over."""
+ZERO_STEPS = 0.1
+"""Share of the steps at which its gradient must be exactly zero: what is just saturated passes something, always."""
 UNMOVED = 2.0**-24
 """An update over the weights that leaves them where they are: half a unit in the last place of a float32, to which most
 entries are rounded back. A rule of thumb for what trains is 1e-3."""

@@ -292,6 +292,7 @@ def _holds_more(s: Snapshot) -> bool:
         or s.cuts is not None
         or s.strays is not None
         or s.squashed is not None
+        or s.crossed is not None
         or s.left_over is not None
         or s.came is not None
         or s.rate is not None

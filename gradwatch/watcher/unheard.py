@@ -109,7 +109,11 @@ class Unheard:
             return Silence(0, 0, moved=None, told=self._others, by=self._by)
         twice = bool(self._weights) and self._told > self._patience
         moved = changed(self._weights, self._weigh()) if twice else None
-        return Silence(0, 0, moved=moved, told=self._told)
+        model = self._model_map.model
+        gradients = [p.grad for p in model.parameters() if p.grad is not None] if model is not None else []
+        with undisturbed():
+            bad = any(not g.is_sparse and not bool(torch.isfinite(g.detach().sum())) for g in gradients)
+        return Silence(0, 0, moved=moved, told=self._told, nonfinite=bad)
 
     def _weigh(self) -> Mapping[int, float]:
         transfer = Transfer()

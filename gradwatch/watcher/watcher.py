@@ -29,6 +29,7 @@ from gradwatch.watcher.losses import Losses
 from gradwatch.watcher.optimizer_steps import OptimizerSteps
 from gradwatch.watcher.options import Options
 from gradwatch.watcher.probes import Probes
+from gradwatch.watcher.resting import Resting
 from gradwatch.watcher.resuming import state_of, take_up
 from gradwatch.watcher.training import Training
 from gradwatch.watcher.unheard import Unheard
@@ -114,6 +115,7 @@ class Watcher:
             clock,
         )
         self._steps = [OptimizerSteps(index, optimizer, training) for index, optimizer in enumerate(inner or [None])]
+        self._resting = Resting(self._model_map)
         self._close_sinks = closing_with(self, directory, options.sinks)
         self._directory = None if directory is None else directory.path
         self._name = type(model).__name__ if directory is None else directory.path.parent.name or "run"
@@ -379,6 +381,9 @@ class Watcher:
         if snapshot is not None:
             report, wanted = self._judge(snapshot)
             began, self._wanted = bool(report.began), wanted or self._wanted
+            if len(self._steps) > 1 and snapshot.silence is None:
+                for resting in self._resting.while_stepped(snapshot, self._steps):
+                    self._emit(resting)
         if self._processes.alone:
             self._warn("processes", f"{self._processes.alone}; the gradients of those parameters are not measured")
         return began
