@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from gradwatch.checks.batch import Call, arguments, call_in_training_step, refuse
-from gradwatch.detectors.memory import padding_read
-from gradwatch.detectors.misread_words import explain_padding
+from gradwatch.detectors.memory import padding_read, rows_mixed
+from gradwatch.detectors.misread_words import explain_over_batch, explain_padding
 from gradwatch.detectors.time_words import explain_short, too_short, too_short_to_judge
 from gradwatch.model.arguments import is_called, positional_names
 from gradwatch.model.layers import named_modules
@@ -117,6 +117,8 @@ def assert_horizon(
         )
     if stats.reads_padding:
         raise GradientHealthError(horizon_error(stats, explain_padding(padding_read(stats, place))))
+    if stats.misread:
+        raise GradientHealthError(horizon_error(stats, explain_over_batch(rows_mixed(stats, ""))))
     if not reach.sure:
         raise ValueError(
             f"the horizon is not sure enough to judge by: {sentence('the model', reach, stats.length, whose(stats))};"

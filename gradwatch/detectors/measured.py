@@ -84,19 +84,22 @@ def _flat(history: History) -> set[int]:
 
 
 def misread(history: History) -> dict[str, SequenceStats]:
-    """Return the recurrent modules that read something else than their data, at probe after probe, as seen last."""
+    """Return the recurrent modules that read something else than their data, at probe after probe, as seen last.
+
+    And the model, where it reads other rows than that of which it tells something.
+    """
     return history.lasting(_misread)
 
 
 def _misread(history: History) -> dict[str, SequenceStats]:
     probes = history.sequences(min(MISREAD_PROBES, history.thresholds.window))
-    found = [{s.module: s for s in p.sequences or () if s.part == "" and s.misread} for p in probes]
+    found = [{s.module: s for s in p.sequences or () if s.part in ("", "model") and s.misread} for p in probes]
     return {name: stats for name, stats in found[-1].items() if all(name in f for f in found)} if found else {}
 
 
 def before_misread(history: History) -> set[int]:
     """Return the layers before a recurrent module that does not read its data: that is why they have no gradient."""
-    order, names = history.order, misread(history)
+    order, names = history.order, [name for name, stats in misread(history).items() if stats.part == ""]
     last = [at for at, i in enumerate(order) for name in names if inside(history.model.layers[i].name, name)]
     return set(order[: max(last, default=0)])
 

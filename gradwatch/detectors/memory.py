@@ -90,8 +90,9 @@ def misreading(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
     """Find recurrent modules that take padding for data, or the batch for time, so that they cannot learn from it."""
     severity = Severity.INFO if history.improved else Severity.WARNING
     for place, stats in misread(history).items():
-        of = batch_read if stats.over_batch else padding_read
-        mine = [next((s for s in p.sequences or () if (s.module, s.part) == (place, "")), None) for p in probes]
+        of = batch_read if stats.over_batch else padding_read if stats.reads_padding else rows_mixed
+        who = (stats.module, stats.part)
+        mine = [next((s for s in p.sequences or () if (s.module, s.part) == who), None) for p in probes]
         since = itertools.takewhile(lambda s: s is not None and s.misread, reversed(mine))
         onset = probes[-len(list(since))].step
         yield dataclasses.replace(of(stats, place), severity=severity, onset=onset)
@@ -100,6 +101,12 @@ def misreading(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
 def batch_read(stats: SequenceStats, place: str) -> Finding:
     """Return the finding that the batch is taken for time, at the module of this name."""
     return Finding("GW307", "vanishing-time", Severity.WARNING, place, evidence={"length": float(stats.length)})
+
+
+def rows_mixed(stats: SequenceStats, place: str) -> Finding:
+    """Return the finding that the model mixes the rows of a batch up."""
+    evidence = {"length": float(stats.length), "mixed": stats.mixes_rows or 0.0}
+    return Finding("GW307", "vanishing-time", Severity.WARNING, place, evidence=evidence)
 
 
 def padding_read(stats: SequenceStats, place: str) -> Finding:

@@ -22,9 +22,18 @@ def explain_over_batch(finding: Finding) -> Explanation:
     """Say that the rows of the batch are taken for timesteps."""
     name, length = finding.place or "the model", finding.evidence["length"]
     since = "" if finding.onset is None else f", since step {finding.onset}"
+    if "mixed" in finding.evidence:
+        return Explanation(
+            f"{name} mixes the rows of a batch up: the data of a row moves the newest outputs of other rows"
+            f" {finding.evidence['mixed']:.1g} times as much as its own moves one of theirs{since}",
+            "a view() or reshape() stands where a transposition or permutation of dimensions is meant, so that entries"
+            " of one row come into another; or something goes along the batch (attention, a sum, a softmax over"
+            " dimension 0)",
+            "transpose or permute in place of view, and check the dimension of each sum, softmax and attention",
+        )
     return Explanation(
         f"{name} runs over the batch: the model's output has a row for each of its {length:.0f} timesteps, and none for"
         f" its rows{since}",
         "it takes the first dimension of its input for time (batch_first=False), and that is the batch",
-        f"set batch_first=True in {name}, or transpose what goes into it",
+        f"set batch_first=True in {name}, or transpose (not view) what goes into it",
     )

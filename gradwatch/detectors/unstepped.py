@@ -11,7 +11,7 @@ from gradwatch.values.autograd import Stray
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.snapshot import ParameterInfo, Snapshot
 from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
 
 
@@ -127,24 +127,31 @@ def _left_out(history: History) -> Iterator[Finding]:
         before = (other for other in learning if order[other] <= order[layer])
         return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
 
-    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more. What
-    # stands still before them, as what was trained elsewhere, what gets no gradient, as a copy that follows, and most
-    # of a model may well be meant.
+    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more, what was
+    # stepped and has been replaced, a bias whose weight learns, and where the loss stands still, what lies in the middle
+    # of what learns. What stands still before all that, as what was trained elsewhere, what gets no gradient, as a copy
+    # that follows, and most of a model may well be meant.
     trained = [p for p in model.parameters if p.trainable is not False]
     few = len(left_out) < LEFT_OUT * len(trained)
-    few = few or sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
-    few = few or (history.improved is False and len(window) >= t.window)  # and if it is meant, it does not help
+    small = sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
+    last = max((order[layer] for layer in learning), default=-1)
+    stands = history.improved is False and len(window) >= t.window
     empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
-    forgotten = [
-        p for p in left_out if p in stood and (empty or p.name in history.track.frozen or (few and after(p.layer)))
-    ]
+
+    def is_forgotten(p: ParameterInfo) -> bool:
+        in_the_middle = stands and p.layer not in learning and after(p.layer) and order[p.layer] < last
+        in_parts = small and p.layer in learning
+        before = p.name in history.track.frozen or p.name in history.track.left
+        return bool(empty) or before or in_the_middle or in_parts or (few and after(p.layer))
+
+    forgotten = [p for p in left_out if p in stood and is_forgotten(p)]
     shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
     yield Finding(
         "GW902",
         "unstepped",
         Severity.WARNING if forgotten else Severity.INFO,
         shown[0].layer,
-        onset=still[0].step if forgotten else window[0].step,
+        onset=still[0].step if forgotten else history.since(s.model.unstepped == model.unstepped for s in window),
         evidence={
             "parameters": float(len(shown)),
             "of": float(len(model.parameters)),

@@ -17,6 +17,8 @@ _SEED = 0
 """Of the cotangents, so that two measurements agree."""
 COTANGENTS = 3
 """Directions that are taken, at most."""
+_SPARE = 24
+"""Rows from which on one is left out of the output: what comes back to its data tells whether rows are mixed."""
 
 
 @dataclass(eq=False)
@@ -47,6 +49,8 @@ class Source:
     used: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
     """The same of what the timesteps add to the output; none where that is not known."""
     padding: Tensor | None = None
+    mixed: Tensor | None = None
+    """What comes back to the data of a row whose output is left out, beside what comes to that of the others."""
     reached: bool = False
     """Whether the output depends on it at all."""
 
@@ -55,8 +59,18 @@ class Source:
         """By what to differentiate."""
         return [call.root for sequence in self.sequences for call in sequence.calls]
 
-    def take(self, gradients: Mapping[Root, Tensor | None], roots: Roots, lengths: Mapping[int, Tensor]) -> None:
-        """Take what one direction brought; `lengths` of the rows, by `id` of the sequence, where they are known."""
+    def take(
+        self, gradients: Mapping[Root, Tensor | None], roots: Roots, lengths: Mapping[int, Tensor], spared: int | None
+    ) -> None:
+        """Take what one direction brought.
+
+        Args:
+            gradients: see `Roots.gradients`.
+            roots: what was differentiated by.
+            lengths: of the rows, by `id` of the sequence, where they are known.
+            spared: the row whose output was left out, the last; None: none was.
+
+        """
         mine = [s.squares(gradients, lengths.get(id(s))) for s in self.sequences]
         if self.padding is None and not self.on_the_way:
             self.padding = self.sequences[-1].padding(mine[-1][0])
@@ -66,6 +80,12 @@ class Source:
             squares = torch.stack([s for s, _ in mine]).sum(0)
             mine = [(squares, torch.stack([n for _, n in mine]).amax(0))]
             added = [torch.stack(added).sum(0)] if len(added) == len(self.sequences) else []
+        if spared is not None and len(mine) == 1 and mine[0][0].shape[1] == spared + 1:
+            squares, rows = mine[0]
+            if self.mixed is None:
+                by_row = squares.sum(0).sqrt()
+                self.mixed = by_row[spared] / by_row[:spared].mean()
+            mine, added = [(squares[:, :spared], rows[:spared])], [a[:, :spared] for a in added]
         self.found.append(mine)
         if len(added) == len(mine):
             self.used.append([(a.square(), lengths) for a, (_, lengths) in zip(added, mine, strict=True)])
@@ -74,16 +94,24 @@ class Source:
     def gain(self, *, exact: bool) -> InputGain:
         """Return the gain by lag, as far as it is known by now."""
         rows = max(s.rows for s in self.sequences) if self.joined else sum(s.rows for s in self.sequences)
+        rows -= self.mixed is not None
         numbers = gain_and_error(self.found, exact=exact)
         used = gain_by_lag(self.used) if self.used else torch.full_like(numbers[: len(numbers) // 2], torch.nan)
         padding = torch.zeros(2, dtype=torch.float64, device="cpu") if self.padding is None else self.padding
-        numbers = torch.cat([self.spread.to(numbers).view(1), padding.to(numbers), numbers, used])
+        mixed = torch.full((1,), torch.nan, device="cpu") if self.mixed is None else self.mixed.view(1)
+        numbers = torch.cat([self.spread.to(numbers).view(1), mixed.to(numbers), padding.to(numbers), numbers, used])
         way, into = self.on_the_way, self.into
         return InputGain(self.module, self.input, self.time, self.assumed, rows, numbers, way, into, self.clock)
 
 
 def gains(
-    roots: Roots, newest: Tensor, rows: int, sources: Sequence[Source], lengths: Mapping[int, Tensor]
+    roots: Roots,
+    newest: Tensor,
+    rows: int,
+    sources: Sequence[Source],
+    lengths: Mapping[int, Tensor],
+    *,
+    apart: bool,
 ) -> list[InputGain]:
     """Differentiate an output by several sources at once.
 
@@ -98,6 +126,7 @@ def gains(
         rows: how many it has.
         sources: by what.
         lengths: of rows, by `id` of the sequence, where they are known.
+        apart: whether rows are to know nothing of each other, so that one can tell whether they do.
 
     Raises:
         RuntimeError: torch cannot.
@@ -109,19 +138,22 @@ def gains(
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
+    spared = rows - 1 if apart and rows >= _SPARE and rows in newest.shape and sources[0].input else None
     found: list[InputGain] = []
     signs = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
     for number in range(COTANGENTS):
         drawn = signs * _wave(number, newest.shape, rows, width)
         exact = number + 1 == width  # then all of the Jacobian was seen
         left = COTANGENTS - 1 - number
+        if spared is not None:
+            drawn.select(newest.shape.index(rows), spared).zero_()
         cotangent = drawn.to(newest.device, newest.dtype) / math.sqrt(width)
         gradients = roots.gradients(newest, cotangent, keys, again=bool(left) and not exact)
         with torch.no_grad():
             found = []
             for source in (s for s in sources if s not in left_out):
                 try:
-                    source.take(gradients, roots, lengths)
+                    source.take(gradients, roots, lengths, spared)
                     found.append(source.gain(exact=exact))
                 except Exception:
                     if not source.on_the_way:

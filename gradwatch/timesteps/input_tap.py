@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class InputTap:
         self._named = {id(modules[name]): time for name, time in named.items() if name not in of_inputs}
         self._unknown = [name for name, time in of_inputs.items() if time is None]
         self._names = {id(module): name for name, module in modules.items()}
+        self._apart = not any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in modules.values())
+        """Whether rows are to know nothing of each other."""
         self.modules = [
             m
             for m in modules.values()
@@ -232,6 +234,7 @@ class InputTap:
         for given in series:
             if (taken := self.axes.attends_over_rows(given.number)) is not None:
                 raise OverBatch(self._attention, data_of(chosen).shape, *taken)
+        _refuse_rows(data_of(chosen).shape, series)
         newest, lengths, reference = self._newest(chosen, series, entered)
         sources = [Source("", s.label, s.time, s.assumed, s.sequences, joined=True, spread=s.spread) for s in series]
         if entered and not _are_inputs(entered, series):
@@ -241,7 +244,7 @@ class InputTap:
             sources += self._chain.sources(series, [source for source in sources if source.input])
         known = {} if lengths is None else {id(reference): lengths}
         try:
-            found = gains(self.roots, newest, reference.rows, sources, known)
+            found = gains(self.roots, newest, reference.rows, sources, known, apart=self._apart)
         except RuntimeError as error:
             raise RuntimeError(_why_not(error, place)) from error
         if self.inputs.left_out and not any(source.reached and source.input for source in sources):
@@ -306,6 +309,14 @@ class InputTap:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _refuse_rows(shape: torch.Size, series: Iterable[InputSeries]) -> None:
+    """Refuse an output that has a row for each timestep of an input, and none for its rows: what view() cuts anew."""
+    for given in series:
+        rows = max(s.rows for s in given.sequences)
+        if len(shape) > 0 and shape[0] == given.steps > 1 and rows > 1 and rows not in shape:
+            raise OverBatch("", shape, given.steps, rows)
 
 
 def _why_not(error: RuntimeError, place: str) -> str:

@@ -39,8 +39,8 @@ class InputGain:
     """Whether nothing tells that, and it was assumed."""
     rows: int
     numbers: Tensor
-    """Float64: the spread of the input, what `padding_of` gives, what `gain_and_error` does, and by lag what the
-    timesteps add to the output."""
+    """Float64: the spread of the input, how far rows are mixed (NaN: nobody knows), what `padding_of` gives, what
+    `gain_and_error` does, and by lag what the timesteps add to the output."""
     on_the_way: frozenset[str] = frozenset()
     into: str = ""
     clock: int = 1
@@ -48,11 +48,12 @@ class InputGain:
 
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
-        found = reach_of(self.stats(self.numbers.tolist()[1:], HORIZON_GAIN))
+        found = reach_of(self.stats(self.numbers.tolist(), HORIZON_GAIN))
         return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)
 
     def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
         """Make the copied `numbers` a value; below this share of its maximum a gain counts as gone."""
+        _, mixed, *numbers = numbers
         (padding, data), length = told(numbers[:2]), int(numbers[2])
         steps = (len(numbers) - 3) // 3
         gain, error, used = (tuple(numbers[at : at + length]) for at in (3, 3 + steps, 3 + 2 * steps))
@@ -70,6 +71,7 @@ class InputGain:
             time=self.time,
             time_assumed=self.assumed,
             clock=self.clock,
+            mixes_rows=mixed if math.isfinite(mixed) else None,
         )
         found = reach_of(stats, share)
         return stats if found is None else dataclasses.replace(stats, censored=found.censored)
@@ -99,7 +101,7 @@ class ModelGain:
 
     def _stats(self, numbers: Sequence[Sequence[float]], share: float) -> SequenceStats:
         pairs = list(zip(self.gains, numbers, strict=True))
-        asked = [(gain.stats(its[1:], share), its[0]) for gain, its in pairs if not gain.on_the_way]
+        asked = [(gain.stats(its, share), its[0]) for gain, its in pairs if not gain.on_the_way]
         every = [s for s, _ in asked]
         into = [gain.into for gain in self.gains if not gain.on_the_way]
         effects = [spread * max(s.lag_gain or (0.0,)) for s, spread in asked]
@@ -110,7 +112,7 @@ class ModelGain:
         first = self._main(every, effects, reached, share) if unknown is None else unknown
         others = tuple(s for at, s in enumerate(every) if at != first and (not s.input or at in reached))
         own = every[first]
-        way = [g.stats(its[1:], share) for g, its in pairs if own.input in g.on_the_way]
+        way = [g.stats(its, share) for g, its in pairs if own.input in g.on_the_way]
         if into[first]:
             way.insert(0, dataclasses.replace(own, module=into[first], input="", time=None, lag_use=None))
         return dataclasses.replace(own, module="", note=self.note, beside=others, chain=mixing(way, share))

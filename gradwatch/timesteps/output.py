@@ -96,7 +96,8 @@ class OverBatch(ValueError):  # noqa: N818  (it is about the model)
         """Say so, of an output of this shape."""
         super().__init__(
             f"{place or 'the model'} runs over the batch: the output of shape {tuple(shape)} has a row for each of its"
-            f" {steps} timesteps and none for its {rows} rows; set batch_first=True, or transpose what goes in"
+            f" {steps} timesteps and none for its {rows} rows; set batch_first=True, or transpose (not view) what goes"
+            " in"
         )
         self.place, self.steps, self.rows = place, steps, rows
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from gradwatch.values.thresholds import HORIZON_GAIN, INTERVAL, USED
+from gradwatch.values.thresholds import HORIZON_GAIN, INTERVAL, MIXED_ROWS, USED
 
 RecurrenceName = Literal["LSTM", "GRU", "RNN"]
 """What carries a state from timestep to timestep: memory cell and gates, gates, or neither."""
@@ -173,10 +173,7 @@ class SequenceStats:
     reached: int | None = None
     """How many of the newest timesteps a gradient can reach from the newest output, where the state that is carried on
     is detached; `length` where it is the state that was carried into the sequence. None where it is not detached, or
-    that is not known.
-
-    On part "". GW303 is judged by this alone; a record that was written before the field was there replays without it.
-    """
+    that is not known. On part "". GW303 is judged by this alone."""
     padding: float | None = None
     """At the ends of rows of one length, how many timesteps are all the same, in the median row: padding, for the rows
     differ in that. On part "" of a recurrent module; None where there is none, or that is not known."""
@@ -186,6 +183,10 @@ class SequenceStats:
     over_batch: bool = False
     """Whether the model's output has a row for each of the timesteps of this module and none for its rows, so that it
     takes the batch for time; on part "" of a recurrent module."""
+    mixes_rows: float | None = None
+    """On part "model", how much a row's data moves the newest outputs of the other rows, beside its own; 0 where rows
+    know nothing of each other, about 1 where they are mixed up. None of fewer than 24 rows, and with batch
+    normalization in training mode, which mixes them a little."""
     kind: RecurrenceName | None = None
     """What the module is, on part ""; None where it is no recurrent one, or an unknown one."""
     mixing: Mixing = ""
@@ -221,8 +222,8 @@ class SequenceStats:
 
     @property
     def misread(self) -> bool:
-        """Whether the module reads something else than its data: padding, or the batch as time."""
-        return self.over_batch or self.reads_padding
+        """Whether something else than its data is read: padding, the batch as time, other rows."""
+        return self.over_batch or self.reads_padding or (self.mixes_rows or 0.0) >= MIXED_ROWS
 
     def __repr__(self) -> str:
         """Return what is said of it in a report; the series are a wall of numbers."""

@@ -112,6 +112,8 @@ class Track:
     place of one that no longer lasts."""
     frozen: set[str] = field(default_factory=set)
     """Parameters that were seen to be frozen once, by name."""
+    left: set[str] = field(default_factory=set)
+    """Parameters that an optimizer stepped once, and then none did, by name: others have taken their place."""
     added: int = 0
     """How many snapshots there were."""
     skipped: int = 0
@@ -225,6 +227,10 @@ class Track:
         """Take note of parameters that are frozen, and of updates that move units out of reach."""
         if len(self.snapshots) < 2 or self.snapshots[-2].model is not snapshot.model:
             self.frozen |= {p.name for p in snapshot.model.parameters if p.trainable is False}
+        before = self.snapshots[-2].model if len(self.snapshots) > 1 else snapshot.model
+        if before is not snapshot.model and snapshot.model.optimizers:
+            stepped = {p.name for p in before.parameters if p.optimizer is not None}
+            self.left |= {p.name for p in snapshot.model.parameters if p.optimizer is None and p.name in stepped}
         for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=False):
             if ratio is None or not KICK <= ratio < math.inf or p.role != "weight":
                 continue
@@ -246,6 +252,7 @@ class Track:
             "first_norms": list(self.first_norms),
             "kicks": {layer: list(kick) for layer, kick in self.kicks.items()},
             "frozen": sorted(self.frozen),
+            "left": sorted(self.left),
             "added": self.added,
             "skipped": self.skipped,
             "update": self.update,
@@ -276,6 +283,7 @@ class Track:
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         track.update, track.moved = plain.get("update"), plain.get("moved")
         track.standing, track.frozen = plain.get("standing", 0), set(plain.get("frozen", ()))
+        track.left = set(plain.get("left", ()))
         return track
 
 

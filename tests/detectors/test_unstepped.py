@@ -472,3 +472,128 @@ def test_a_network_that_was_frozen_for_a_turn_and_never_thawed_is_told(thawed):
         assert (alert.severity, alert.finding.onset, alert.finding.optimizer) == (Severity.WARNING, 5, 1)
         assert alert.cause == "they had one before, and requires_grad is False for all of them since"
         assert alert.remedy.startswith("call requires_grad_(True) on them")
+
+
+# --- groups that are empty, layers that are left in the middle, optimizers that rest ---
+
+
+def fed(model, optimizers, steps=60, *, standstill=False):
+    """Train against targets of the input, or of nothing, and return the alerts at warning or above."""
+    generator = torch.Generator().manual_seed(0)
+    with gradwatch.watch(model, optimizers, on_alert=quiet) as watcher:
+        for _ in range(steps):
+            x = torch.randn(32, 4, generator=generator)
+            y = torch.randn(32, 3, generator=generator) if standstill else x[:, :3]
+            loss = (model(x) - y).square().mean()
+            watcher.record(loss)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    return [a for a in watcher.report.open if a.severity > Severity.INFO]
+
+
+def test_biases_that_no_group_has_are_told_and_weights_that_none_has_are_not():
+    """Tuning biases alone is a method, and leaves most of a model."""
+
+    def told(ending):
+        torch.manual_seed(0)
+        model = tower()
+        mine = [p for name, p in model.named_parameters() if name.endswith(ending)]
+        return [(a.finding.code, a.finding.place) for a in fed(model, [torch.optim.Adam(mine, 0.01)])]
+
+    assert told(".weight") == [("GW902", "0")]
+    assert told(".bias") == []
+
+
+@pytest.mark.parametrize("used_up", [True, False])
+def test_a_filter_that_was_used_up_leaves_a_group_empty(used_up):
+    torch.manual_seed(0)
+    model = tower()
+    body = filter(lambda p: p.shape[0] == 8, model.parameters())
+    chosen = body if used_up else list(body)
+    assert sum(p.numel() for p in chosen) == 40  # the user has counted them
+    optimizer = torch.optim.AdamW([{"params": chosen}, {"params": model[2].parameters(), "lr": 0.01}], lr=0.01)
+    alerts = fed(model, [optimizer])
+    assert [(a.finding.code, a.finding.place) for a in alerts] == ([("GW902", "0")] if used_up else [])
+    if used_up:
+        assert "a group of the optimizer's parameters is empty" in alerts[0].cause
+        assert model[0].weight.grad is not None
+
+
+def test_a_layer_in_the_middle_that_no_optimizer_has_is_told_while_the_loss_stands():
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.rnn, self.last = nn.Linear(4, 6), nn.LSTM(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.last(self.rnn(self.first(x))[0])
+
+    def told(standstill):
+        model = Middle()
+        named = [p for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))]
+        return [
+            (a.finding.code, a.finding.place)
+            for a in fed(model, [torch.optim.Adam(named, 0.02)], standstill=standstill)
+        ]
+
+    assert ("GW902", "rnn") in told(standstill=True)
+    assert ("GW902", "rnn") not in told(standstill=False)  # that the rest learns around it may be meant
+
+
+def adversaries(wrong, steps=170, *, detached=True, ahead=0):
+    """Train two towers against each other; `wrong`: in the judge's turn the painter's optimizer steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"painter": tower(4, 3), "judge": tower(3, 1)})
+    painter, judge = (torch.optim.Adam(model[name].parameters(), 1e-3) for name in ("painter", "judge"))
+    with gradwatch.watch(model, [painter, judge], on_alert=quiet) as watcher:
+        for step in range(steps):
+            made = model["painter"](torch.randn(8, 4))
+            judge.zero_grad()
+            loss = (model["judge"](made.detach() if detached else made) + 1).square().mean()
+            loss = loss + (model["judge"](torch.randn(8, 3)) - 1).square().mean()
+            loss.backward()
+            watcher.record(loss)
+            (painter if wrong else judge).step()
+            if step < ahead:
+                continue
+            painter.zero_grad()
+            loss = (model["judge"](model["painter"](torch.randn(8, 4))) - 1).square().mean()
+            loss.backward()
+            watcher.record(loss)
+            painter.step()
+    return [a for a in watcher.report.open if a.severity > Severity.INFO]
+
+
+def test_an_optimizer_in_whose_turn_another_steps_is_told():
+    (alert,) = adversaries(wrong=True)
+    assert (alert.finding.code, alert.finding.place, alert.severity) == ("GW900", "judge", Severity.WARNING)
+    assert alert.message.startswith("Adam has stepped 150 times, and the Adam of judge not once")
+    assert "another optimizer's may be called in its place" in alert.cause
+
+
+@pytest.mark.parametrize("options", [{}, {"detached": False}, {"ahead": 160}, {"ahead": 100, "detached": False}])
+def test_adversaries_that_take_turns_and_one_that_trains_ahead_are_not(options):
+    assert adversaries(wrong=False, **options) == []
+
+
+def test_an_optimizer_that_a_scaler_never_calls_is_told_with_what_the_scaler_sees():
+    torch.manual_seed(0)
+    model = tower()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu")
+    with gradwatch.watch(model, optimizer, on_alert=quiet) as watcher:
+        for _ in range(20):
+            loss = (model(torch.randn(8, 4)).half() * 1e5).float().square().mean()
+            watcher.record(loss)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    (alert,) = watcher.report.open
+    assert (alert.finding.code, alert.severity) == ("GW900", Severity.ERROR)
+    assert "its gradients are NaN or infinite" in alert.message
+    assert alert.cause.startswith("a GradScaler skips such steps")

@@ -45,7 +45,7 @@ def test_a_module_that_runs_over_the_batch_is_told(kind):
     assert alert.message.startswith(
         "rnn runs over the batch: the model's output has a row for each of its 20 timesteps"
     )
-    assert alert.remedy == "set batch_first=True in rnn, or transpose what goes into it"
+    assert alert.remedy == "set batch_first=True in rnn, or transpose (not view) what goes into it"
     assert found(Net(last, batch_first=True, kind=kind), x, target) == []
 
 

@@ -1,4 +1,4 @@
-"""Scores that are squashed once more by the loss function (GW104)."""
+"""What a loss makes of scores: squashed once more (GW104), or each held against each target (GW802)."""
 
 import math
 
@@ -162,3 +162,66 @@ def test_of_losses_that_take_turns_the_one_is_told_until_it_is_gone():
             optimizer.step()
     assert [a.finding.code for a in cleared if a.finding.code == "GW104"] == ["GW104"]
     assert not [a for a in w.report.open if a.finding.code == "GW104"]
+
+
+# --- each forecast against each target ---
+
+ROWS = 12
+
+
+def regression(loss_of, steps=25):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    generator = torch.Generator().manual_seed(1)
+    with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+        for _ in range(steps):
+            x = torch.randn(ROWS, 4, generator=generator)
+            loss = loss_of(model(x), x[:, 0])
+            optimizer.zero_grad()
+            loss.backward()
+            watcher.record(loss)
+            optimizer.step()
+    return model, [a for a in watcher.report.open if a.finding.code == "GW802"]
+
+
+CROSSED = {
+    "mse": functional.mse_loss,
+    "l1": functional.l1_loss,
+    "smooth": functional.smooth_l1_loss,
+    "huber": functional.huber_loss,
+    "by hand": lambda out, y: (y - out).square().mean(),
+    "by hand, absolute": lambda out, y: (out - y).abs().sum() / ROWS,
+    "targets as a column": lambda out, y: (out.squeeze(-1) - y[:, None]).pow(2).mean(),
+    "within a sum": lambda out, y: functional.mse_loss(out, y) + 0.1 * out.square().mean(),
+}
+STRAIGHT = {
+    "mse": lambda out, y: functional.mse_loss(out.squeeze(-1), y),
+    "column": lambda out, y: functional.mse_loss(out, y[:, None]),
+    "pairs of outputs": lambda out, y: (out - out.T - (y[:, None] - y)).square().mean(),
+    "quantiles": lambda out, y: (out - torch.tensor([0.1, 0.5, 0.9])).abs().mean() + (out[:, 0] - y).abs().mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("case", CROSSED)
+def test_forecasts_against_every_target_are_told_and_learn_the_mean(case):
+    model, alerts = regression(CROSSED[case])
+    (alert,) = alerts
+    assert (alert.severity, alert.finding.place, alert.began) == (Severity.WARNING, "", 1)
+    assert f"each of {ROWS} forecasts against each of {ROWS} targets" in alert.message
+    # The truth: no order of the targets makes a difference to the gradient.
+    x, y = torch.randn(ROWS, 4, dtype=torch.float64), torch.randn(ROWS, dtype=torch.float64)
+    model.double()
+    gradients = []
+    for target in (y, y.flip(0)):
+        model.zero_grad()
+        CROSSED[case](model(x), target).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("case", STRAIGHT)
+def test_forecasts_against_their_own_targets_are_not(case):
+    assert regression(STRAIGHT[case])[1] == []
