@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
 from gradwatch.detectors.flows import added, aside, before_one_value, fading, rounding
 from gradwatch.detectors.idle import share_left
-from gradwatch.detectors.measured import before_misread, flat, newest_update
+from gradwatch.detectors.measured import before_misread, flat, moves, newest_update
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts
@@ -262,25 +261,8 @@ def _everywhere(history: History) -> Iterator[Finding]:
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
         # Of weights that move, and with nothing that makes the loss flat, it is another loss that is told, by a factor.
-        if not _moves(history) or of_vanishing(history, found).cause:
+        if not moves(history) or of_vanishing(history, found).cause:
             yield found
-
-
-def _moves(history: History) -> bool:
-    """Tell whether the last step that was measured so moved a weight at an ordinary speed.
-
-    In units of its own size, or of the size that keeps a signal as large as it was, where it is smaller than that: what
-    is next to nothing moves fast beside itself, and nothing comes of it.
-    """
-    probe = newest_update(history)
-    if probe is None or probe.weight_norm is None or probe.update_ratio is None:
-        return False
-    known = zip(probe.model.parameters, probe.update_ratio, probe.weight_norm, strict=True)
-    return any(
-        ratio * weight >= history.thresholds.slow_update * max(weight, math.sqrt((*p.shape, 1)[0]))
-        for p, ratio, weight in known
-        if ratio is not None and weight and counts(p)
-    )
 
 
 def _closed(history: History) -> bool:

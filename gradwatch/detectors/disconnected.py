@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import before_one_value, idle, of_parts, rounding, without_effect
-from gradwatch.detectors.measured import flat, forward_names, nothing_to_learn, zero_weights
+from gradwatch.detectors.measured import constant_loss, flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
-from gradwatch.values.thresholds import CONSTANT_LOSS, KEPT
+from gradwatch.values.thresholds import KEPT
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -89,24 +88,10 @@ def _worthless(history: History) -> Iterator[Finding]:
 
 
 def _constant(history: History) -> Iterator[Finding]:
-    """Find that the loss is the same for all batches and weights, to rounding, and that something arrives all the same.
-
-    Where exactly nothing arrives, it is another finding.
-    """
-    import numpy as np
-
-    t = history.thresholds
-    losses = history.losses(t.window)
-    if history.improved is not False or len(losses) < t.window or not any(history.snapshot.norm):
-        return
-    low, high = min(losses), max(losses)
-    if not low or not math.isfinite(high - low) or high - low > CONSTANT_LOSS * abs(low):
-        return
-    if np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0) >= t.flat_sensitivity * abs(low):
-        return
-    evidence = {"loss": losses[-1], "layers": float(len(history.model.layers))}
-    onset = history.window(t.window)[0].step
-    yield Finding("GW402", "disconnected", Severity.ERROR, "", onset=onset, evidence=evidence)
+    if constant_loss(history):
+        window = history.window(history.thresholds.window)
+        evidence = {"loss": history.losses(1)[-1], "layers": float(len(history.model.layers))}
+        yield Finding("GW402", "disconnected", Severity.ERROR, "", onset=window[0].step, evidence=evidence)
 
 
 def _trained(history: History) -> dict[int, list[int]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import inside
+from gradwatch.values.layer_columns import counts, inside
 from gradwatch.values.report import Finding
 from gradwatch.values.sequences import RecurrenceName, SequenceStats
 from gradwatch.values.snapshot import ActivationStats, FactName, Function, Snapshot
 from gradwatch.values.thresholds import (
+    CONSTANT_LOSS,
     MISREAD_PROBES,
     MOSTLY_DEAD,
 )
@@ -37,6 +39,45 @@ def _newest_activations(history: History) -> tuple[ActivationStats, ...]:
 def newest_update(history: History) -> Snapshot | None:
     """Return the newest snapshot of a step of which it was measured how far it moved the weights; None: of none."""
     return next((s for s in reversed(history.probed) if s.update_ratio is not None), None)
+
+
+def moves(history: History) -> bool:
+    """Tell whether the last step that was measured so moved a weight at an ordinary speed.
+
+    In units of its own size, or of the size that keeps a signal as large as it was, where it is smaller than that: what
+    is next to nothing moves fast beside itself, and nothing comes of it.
+    """
+    probe = newest_update(history)
+    if probe is None or probe.weight_norm is None or probe.update_ratio is None:
+        return False
+    known = zip(probe.model.parameters, probe.update_ratio, probe.weight_norm, strict=True)
+    return any(
+        ratio * weight >= history.thresholds.slow_update * max(weight, math.sqrt((*p.shape, 1)[0]))
+        for p, ratio, weight in known
+        if ratio is not None and weight and counts(p)
+    )
+
+
+def constant_loss(history: History) -> bool:
+    """Tell whether the loss is the same, to rounding, for all batches and weights, though these move.
+
+    Where exactly nothing arrives, or moves, it is another finding.
+    """
+    return history.once(_is_constant)
+
+
+def _is_constant(history: History) -> bool:
+    import numpy as np
+
+    t = history.thresholds
+    losses = history.losses(t.window)
+    if history.improved is not False or len(losses) < t.window or not any(history.snapshot.norm):
+        return False
+    low, high = min(losses), max(losses)
+    if not low or not math.isfinite(high - low) or high - low > CONSTANT_LOSS * abs(low):
+        return False
+    largest = np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0)
+    return bool(largest < t.flat_sensitivity * abs(low)) and moves(history)
 
 
 def kinds(history: History) -> dict[str, RecurrenceName | None]:

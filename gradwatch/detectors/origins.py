@@ -11,7 +11,7 @@ from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Finding
 from gradwatch.values.snapshot import NotFinite, Origin, Phase, Snapshot
-from gradwatch.values.thresholds import FLOAT16_TINIEST
+from gradwatch.values.thresholds import UNMOVED
 
 _CAUSES: Mapping[Phase, Cause] = {
     "data": "in_data",
@@ -55,7 +55,7 @@ def epsilon_lost(snapshot: Snapshot) -> bool:
     if optimizer is None or not optimizer.adaptive or not optimizer.eps:
         return False
     half = any(p.dtype == "float16" for p in snapshot.model.parameters if p.optimizer == snapshot.optimizer)
-    return half and optimizer.eps < FLOAT16_TINIEST / 2
+    return half and optimizer.eps < UNMOVED / 2
 
 
 def with_step(finding: Finding, step: Snapshot) -> Finding:

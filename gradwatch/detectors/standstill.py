@@ -46,7 +46,7 @@ def _saturated(history: History) -> Iterator[Finding]:
                 Severity.WARNING,
                 name,
                 onset=looks[0].step,
-                evidence={"saturated": shut[name], "zeros": share, "layers": 1.0},
+                evidence={"share": shut[name], "zeros": share, "layers": 1.0},
             )
 
 
@@ -86,7 +86,7 @@ def _explain_saturated(finding: Finding) -> Explanation:
     evidence = finding.evidence
     cause, remedy = said(finding, "standardize the input; smaller weights (xavier_uniform_) or a lower learning rate")
     return Explanation(
-        f"{evidence['saturated']:.0%} of what the activation after {finding.place} gives is at an end of its range, at"
+        f"{evidence['share']:.0%} of what the activation after {finding.place} gives is at an end of its range, at"
         f" look after look since step {finding.onset}, and at {evidence['zeros']:.0%} of the last steps the gradient of"
         f" {finding.place} was exactly zero",
         cause,

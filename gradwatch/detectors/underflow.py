@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 
+from gradwatch.detectors.measured import constant_loss
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -147,6 +148,8 @@ def _epsilon(history: History) -> Iterator[Finding]:
         return
     sizes = [_largest(history, s) for s in window if not s.skipped]
     if len(sizes) < t.window or not 0 < max(sizes) < limit or not sizes[-1]:  # of exactly 0 nothing is divided
+        return
+    if constant_loss(history):  # what arrives is rounding, and GW402 says so
         return
     # A model that has converged has small gradients too: without a loss, only what never was above counts for more
     # than information.

@@ -127,10 +127,10 @@ def _left_out(history: History) -> Iterator[Finding]:
         before = (other for other in learning if order[other] <= order[layer])
         return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
 
-    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more, what was
-    # stepped and has been replaced, a bias whose weight learns, and where the loss stands still, what lies in the middle
-    # of what learns. What stands still before all that, as what was trained elsewhere, what gets no gradient, as a copy
-    # that follows, and most of a model may well be meant.
+    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more, what
+    # was stepped and has been replaced, a bias whose weight learns, and where the loss stands still, what lies in the
+    # middle of what learns. What stands still before all that, as what was trained elsewhere, what gets no gradient, as
+    # a copy that follows, and most of a model may well be meant.
     trained = [p for p in model.parameters if p.trainable is not False]
     few = len(left_out) < LEFT_OUT * len(trained)
     small = sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)

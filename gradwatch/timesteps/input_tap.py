@@ -231,10 +231,7 @@ class InputTap:
             )
         place = self._place(series)
         self._refuse_batch(chosen, entered, place)
-        for given in series:
-            if (taken := self.axes.attends_over_rows(given.number)) is not None:
-                raise OverBatch(self._attention, data_of(chosen).shape, *taken)
-        _refuse_rows(data_of(chosen).shape, series)
+        self._refuse_rows(data_of(chosen).shape, series)
         newest, lengths, reference = self._newest(chosen, series, entered)
         sources = [Source("", s.label, s.time, s.assumed, s.sequences, joined=True, spread=s.spread) for s in series]
         if entered and not _are_inputs(entered, series):
@@ -283,6 +280,15 @@ class InputTap:
         if over_batch(chosen.shape, first):
             raise OverBatch(place, chosen.shape, first.steps, first.count)
 
+    def _refuse_rows(self, shape: torch.Size, series: Iterable[InputSeries]) -> None:
+        """Refuse what takes rows for timesteps: attention, and what view() has cut anew."""
+        for given in series:
+            if (taken := self.axes.attends_over_rows(given.number)) is not None:
+                raise OverBatch(self._attention, shape, *taken)
+            rows = max(s.rows for s in given.sequences)
+            if not self.inputs.named and len(shape) > 0 and shape[0] == given.steps > 1 < rows and rows not in shape:
+                raise OverBatch("", shape, given.steps, rows)
+
     def _newest(
         self, chosen: Tensor | PackedSequence, series: Sequence[InputSeries], entered: Sequence[InputSequence]
     ) -> tuple[Tensor, Tensor | None, InputSequence]:
@@ -309,14 +315,6 @@ class InputTap:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _refuse_rows(shape: torch.Size, series: Iterable[InputSeries]) -> None:
-    """Refuse an output that has a row for each timestep of an input, and none for its rows: what view() cuts anew."""
-    for given in series:
-        rows = max(s.rows for s in given.sequences)
-        if len(shape) > 0 and shape[0] == given.steps > 1 and rows > 1 and rows not in shape:
-            raise OverBatch("", shape, given.steps, rows)
 
 
 def _why_not(error: RuntimeError, place: str) -> str:

@@ -88,6 +88,11 @@ class InputSeries(NamedTuple):
 class ModelInputs:
     """What a model was called with in one pass, and what of that has timesteps."""
 
+    @property
+    def named(self) -> bool:
+        """Whether the dimension of time of any of them was named."""
+        return bool(self._declared)
+
     def __init__(self, roots: Roots, axes: Axes, declared: Mapping[str, int]) -> None:
         """Begin with nothing.
 

@@ -54,29 +54,23 @@ NAMED = 4
 STEPLESS = 300
 """Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
 micro-batches than any published training accumulates (256)."""
-FLOAT16_TINIEST = 2.0**-24
-"""The smallest float16 above 0: what is below half of it is rounded to 0."""
 RESTING = 150
-"""Measured steps of other optimizers before which one that is watched need not step: critics are trained ahead by up to
-100 (Wasserstein GAN, at its start), and gradients come to the generator meanwhile where nobody detaches."""
+"""Measured steps of others before which an optimizer need not step: critics are trained ahead by up to 100 (WGAN)."""
 MIXED_ROWS = 0.3
-"""How much a row's data moves the outputs of other rows, beside its own, from which on rows are mixed up. A view in the
-place of a transposition brings 0.6 to 1; where rows are apart it is exactly 0."""
+"""How much a row's data moves the outputs of other rows, beside its own, where rows are mixed up: by view() 0.6 to 1."""
 CONSTANT_LOSS = 1e-6
 """Share of itself by which a loss varies that is the same for all batches: some units in the last place of float32."""
 FALLEN_SILENT = 0.5
-"""Share of the tensors that an optimizer is to step from which on it is worth a word that they have no gradient any
-more, while it goes on with the others."""
+"""Share of the tensors of an optimizer from which on it is worth a word that they have no gradient any more."""
 RUN_AWAY = 1e4
-"""Times its early size that a loss below 0 has gone from 0, where gradients have grown too: it has no lower end. A log
-density, or a bound on one, gets from 1 to some hundred."""
+"""Times its early size that a loss below 0 has gone on, to have no lower end: a log density gets to some hundred."""
 ALL_SATURATED = 3
 """Looks in a row at which a layer must be saturated all over."""
 ZERO_STEPS = 0.1
 """Share of the steps at which its gradient must be exactly zero: what is just saturated passes something, always."""
 UNMOVED = 2.0**-24
 """An update over the weights that leaves them where they are: half a unit in the last place of a float32, to which most
-entries are rounded back. A rule of thumb for what trains is 1e-3."""
+entries are rounded back; also the smallest float16 above 0. A rule of thumb for what trains is 1e-3."""
 LOOKS_AT_LOSS = 3
 """Probes, the newest, in which a loss function is looked for: several losses may take turns."""
 STANDING_PROBES = 3

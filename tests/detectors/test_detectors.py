@@ -254,6 +254,9 @@ def test_gradients_that_grow_a_hundredfold_explode_unless_the_loss_is_fine():
     assert codes(fold(model(2), rows)[1]) == [("GW201", "", Severity.INFO)]
     assert fold(model(2), rows, losses=[0.9**i for i in range(25)])[1] == []
     assert fold(model(2), [(1.0, 1.0)] * 20 + [(200.0, 200.0)], losses=STILL)[1] == []  # one spike is none
+    # Of a loss below 0 nobody knows whether it is better; one that goes on and on is not.
+    assert codes(fold(model(2), rows, losses=[-1.0] * 20 + [-300.0] * 5)[1]) == [("GW201", "", Severity.INFO)]
+    assert codes(fold(model(2), rows, losses=[-1.0] * 20 + [-3e4] * 5)[1]) == [("GW201", "", Severity.WARNING)]
 
 
 @pytest.mark.parametrize(("start", "said"), [(0.01, []), (0.2, [("GW201", "", Severity.WARNING)])])
@@ -541,6 +544,11 @@ def _one_of_each():
     strays = (Stray(0, (4, 4), parameter=True, kind="Linear", weight_norm=1.0),)
     seen = [(ActivationStats("l1", 1.0),)] * 3
     yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": seen}
+    yield (two, [(1.0, 1.0)] * 3), {"crossed": [8] * 3, "activations": seen}
+    shut = [(ActivationStats("l0", saturated=1.0, function="tanh"),)] * 25
+    yield (two, [(0.0, 1.0), (1.0, 1.0)] * 12 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
+    yield (two, [(1.0, 1.0)] * 8), {"losses": [math.nan] * 8}
+    yield (model(3), [(1.0, 1.0, 1.0)] * 20 + [(None, None, 1.0)] * 50), {}
     yield (two, [(1.0, 1.0)] * 3), {"squashed": [Squashed("l1", "softmax", "softmax", 5)] * 3, "activations": seen}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (

@@ -401,6 +401,69 @@ def test_what_nothing_takes_is_information(name):
     assert {p.grad is None or not p.grad.any() for p in model.get_submodule(place).parameters(recurse=False)} == {True}
 
 
+def test_a_part_of_which_nothing_is_read_is_a_warning_while_the_loss_stands_still():
+    """A token in front of a causal text sees nothing of it: all that it gives is the same for all."""
+
+    class Summary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.token, self.embed = nn.Parameter(torch.randn(16)), nn.Embedding(20, 16)
+            self.body, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(16, 3)
+
+        def forward(self, ids, at):
+            x = torch.cat([self.token.expand(len(ids), 1, 16), self.embed(ids)], 1)
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+            return self.head(self.body(x, mask=mask)[:, at])
+
+    def told(at):
+        model = Summary()
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+            for step in range(60):
+                ids = torch.randint(20, (32, 6), generator=torch.Generator().manual_seed(step))
+                loss = nn.functional.cross_entropy(model(ids, at), ids[:, 0] % 3)
+                optimizer.zero_grad()
+                loss.backward()
+                watcher.record(loss)
+                optimizer.step()
+        assert bool(model.embed.weight.grad.any()) == (at != 0)
+        return [(a.finding.code, a.finding.place, a.severity) for a in watcher.report.open if a.finding.code == "GW401"]
+
+    assert told(0) == [("GW401", "embed", Severity.WARNING)]
+    assert told(-1) == []
+
+
+def test_a_loss_that_is_the_same_whatever_the_weights_do_is_rounding():
+    """The mean of what was just normalized is 0, of whatever it is made."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.LayerNorm(16, elementwise_affine=False))
+
+    def loss_of(out, same):
+        return nn.functional.softplus(out.mean(-1) if same else out[:, 0]).mean()
+
+    def told(same):
+        model = network()
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+            for _ in range(40):
+                loss = loss_of(model(torch.randn(8, 6)), same)
+                optimizer.zero_grad()
+                loss.backward()
+                watcher.record(loss)
+                optimizer.step()
+        return [(a.finding.code, a.finding.place) for a in watcher.report.open if a.severity > Severity.INFO]
+
+    exact = network().double()
+    loss_of(exact(torch.randn(8, 6, dtype=torch.float64)), same=True).backward()
+    assert max(p.grad.abs().max() for p in exact.parameters()) < 1e-15
+    assert told(same=True) == [("GW402", "")]
+    assert told(same=False) == []
+
+
 @pytest.mark.parametrize("name", ["pooler", "keys-and-values", "mask", "zero-input", *list(LEFT)[-4:]])
 def test_one_batch_with_what_nothing_takes_is_healthy(name):
     torch.manual_seed(0)

@@ -566,3 +566,85 @@ def test_where_operations_cannot_be_followed_the_alert_comes_all_the_same():
     report = gradwatch.check(model, batch() * torch.nan)
 
     assert [a.finding.code for a in report.open] == ["GW501"]
+
+
+# --- what an optimizer makes of a finite gradient ---
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps", "kind"),
+    [
+        (torch.float16, 1e-8, "Adam"),
+        (torch.float16, 1e-8, "AdamW"),
+        (torch.float16, 1e-4, "Adam"),
+        (torch.bfloat16, 1e-8, "Adam"),
+        (torch.float32, 1e-8, "Adam"),
+    ],
+)
+def test_an_epsilon_that_is_0_in_the_format_of_the_weights_is_named(dtype, eps, kind):
+    torch.manual_seed(0)
+    model, found = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 1)).to(dtype), []
+    optimizer = getattr(torch.optim, kind)(model.parameters(), 1e-3, eps=eps)
+    with gradwatch.watch(model, optimizer, sinks=[found.append], on_alert=lambda _: None):
+        for _ in range(6):
+            optimizer.zero_grad()
+            (1e-3 * model(torch.randn(8, 6, dtype=dtype))).float().square().mean().backward()
+            optimizer.step()
+            finite = all(bool(p.isfinite().all()) for p in model.parameters())
+    lost = bool(torch.tensor(eps, dtype=dtype) == 0)  # the truth
+    assert lost == (not finite) == (dtype == torch.float16 and eps == 1e-8)
+    codes = [a.finding.code for r in found for a in r.began if a.severity > gradwatch.Severity.INFO]
+    if not lost:
+        assert not {"GW501", "GW205"}.intersection(codes)
+        return
+    assert codes == ["GW501"]  # and nothing has grown
+    (alert,) = alerts(found)
+    assert (alert.finding.cause, alert.finding.evidence["when"]) == ("by_step", 0.0)
+    assert f"at step 0 {kind} made weights NaN or infinite, of a gradient that was finite" in alert.cause
+    assert "its eps of 1e-08 is 0 in float16" in alert.cause
+    assert alert.remedy.startswith("keep the weights in float32")
+
+
+def test_a_rate_without_end_is_named_at_its_step():
+    model, found = around(torch.tanh), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.watch(model, optimizer, sinks=[found.append], on_alert=lambda _: None, **PROBED):
+        for i in range(5):
+            optimizer.param_groups[0]["lr"] = float("inf") if i == 3 else 1e-3
+            optimizer.zero_grad()
+            energy(model(batch())).backward()
+            optimizer.step()
+    (alert,) = alerts(found)
+    assert (alert.finding.cause, alert.finding.evidence["when"]) == ("by_step", 3.0)
+    assert "look at the learning rate, eps and weight decay of that step" in alert.remedy
+
+
+# --- a loss that is not finite, and gradients that are ---
+
+
+def losses_told(value_at, steps=40):
+    """Train, and tell a loss that holds what `value_at` gives at a step, of which no derivative is taken."""
+    torch.manual_seed(0)
+    model, found = nn.Linear(4, 2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with gradwatch.watch(model, optimizer, sinks=[found.append], on_alert=lambda _: None) as watcher:
+        for i in range(steps):
+            loss = model(torch.randn(8, 4)).square().mean() + value_at(i)
+            optimizer.zero_grad()
+            loss.backward()
+            assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
+            watcher.record(loss)
+            optimizer.step()
+    return alerts(found, "GW504")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_while_every_gradient_is_is_told(value):
+    (alert,) = losses_told(lambda i: value if i >= 10 else 0.0)
+    assert (alert.severity, alert.finding.place, alert.began) == (gradwatch.Severity.WARNING, "", 14)
+    what = "NaN" if value != value else "infinite"  # noqa: PLR0124  (NaN is the number that is not itself)
+    assert alert.message == f"the loss has been {what} since step 10, and every gradient is finite"
+
+
+def test_a_batch_without_a_target_now_and_then_is_not():
+    assert losses_told(lambda i: float("nan") if i % 4 == 0 else 0.0) == []

@@ -114,3 +114,84 @@ def test_one_pass_refuses_attention_over_the_batch():
     with pytest.raises(ValueError, match=r"encoder.layers.0.self_attn runs over the batch: .* 20 timesteps and none"):
         gradwatch.horizon(model, x)
     assert gradwatch.horizon(model, x, timesteps={"x": 1}).length == STEPS
+
+
+# --- rows that are mixed up ---
+
+
+class Mixed(nn.Module):
+    """An LSTM of two layers that reads its input, or whose final states are read, by view() where a transposition is
+    meant."""
+
+    def __init__(self, at):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head, self.at = nn.LSTM(3, 8, 2), nn.Linear(16, 4), at
+
+    def forward(self, x):
+        rows, steps, features = x.shape
+        states = self.rnn(x.view(steps, rows, features) if self.at == "input" else x.transpose(0, 1))[1][0]
+        return self.head(states.view(rows, -1) if self.at == "states" else states.transpose(0, 1).reshape(rows, -1))
+
+
+def shares(model, x):
+    """Return by how much of the gradient of each row's output goes to other rows, by the whole Jacobian in float64."""
+    model = model.double()
+    jacobian = torch.autograd.functional.jacobian(model, x.double())  # rows, outputs, rows, steps, features
+    squares = jacobian.square().sum((1, 3, 4))
+    return 1 - squares.diagonal() / squares.sum(1)
+
+
+@pytest.mark.parametrize("at", ["", "states", "input"])
+def test_rows_that_a_view_mixes_up_are_told_where_a_need_is_declared(at):
+    x, target = torch.randn(32, 6, 3), torch.randint(4, (32,))
+    assert (shares(Mixed(at), x).mean() > 0.4) == bool(at)
+
+    def told(**options):
+        model = Mixed(at)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with gradwatch.watch(model, optimizer, on_alert=lambda _: None, **options) as watcher:
+            for _ in range(25):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), target).backward()
+                optimizer.step()
+        return [a for a in watcher.report.open if a.severity > Severity.INFO]
+
+    alerts = told(horizon=4)
+    assert [(a.finding.code, a.finding.place) for a in alerts] == ([("GW307", "")] if at else [])
+    assert told() == []
+    if at == "states":
+        assert alerts[0].message.startswith("the model mixes the rows of a batch up: the data of a row moves")
+        assert alerts[0].remedy.startswith("transpose or permute in place of view")
+
+
+def test_a_horizon_is_asserted_of_no_model_that_mixes_rows():
+    x = torch.randn(32, 6, 3)
+    with pytest.raises(gradwatch.GradientHealthError, match="mixes the rows of a batch up"):
+        gradwatch.assert_horizon(Mixed("states"), x, at_least=3)
+    with pytest.raises(gradwatch.GradientHealthError, match="mixes the rows of a batch up"):
+        gradwatch.assert_horizon(Mixed("input"), x, at_least=3)
+    with pytest.raises(ValueError, match=r"has a row for each of its 12 timesteps .* transpose \(not view\)"):
+        gradwatch.assert_horizon(Mixed("input"), x[:12], at_least=3)
+    assert gradwatch.assert_horizon(Mixed(""), x, at_least=3).mixes_rows == 0
+    assert gradwatch.horizon(Mixed("states"), x[:20]).mixes_rows is None  # too few to leave one out
+
+
+def test_batch_normalization_in_training_mode_mixes_rows_and_is_meant():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(32, 6, 3)
+    assert gradwatch.horizon(model, x, timesteps={"": 1}).mixes_rows is None
+    assert gradwatch.horizon(model.eval(), x, timesteps={"": 1}).mixes_rows == 0
+
+
+def test_a_row_that_is_left_out_does_not_change_the_horizon():
+    """The last of 32 rows is left out: what is told is the horizon of the other 31, as their whole Jacobian has it."""
+    x = torch.randn(32, 6, 3)
+    model = Mixed("").double()
+    jacobian = torch.autograd.functional.jacobian(model, x[:31].double())
+    gain = torch.stack([jacobian[i, :, i].square().sum((0, 2)) for i in range(31)]).mean(0).sqrt().flip(0)
+    stats = gradwatch.horizon(model, x.double())
+    assert stats.rows == 31
+    told = torch.tensor(stats.lag_gain, dtype=torch.float64) * 2  # over the root of 4 outputs
+    torch.testing.assert_close(told, gain, rtol=0.35, atol=0)
