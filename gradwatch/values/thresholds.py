@@ -57,7 +57,7 @@ micro-batches than any published training accumulates (256)."""
 RESTING = 150
 """Measured steps of others before which an optimizer need not step: critics are trained ahead by up to 100 (WGAN)."""
 MIXED_ROWS = 0.3
-"""How much a row's data moves the outputs of other rows, beside its own, where rows are mixed up: by view() 0.6 to 1."""
+"""How much a row's data moves outputs of other rows, beside its own, where rows are mixed up: by view() 0.6 to 1."""
 CONSTANT_LOSS = 1e-6
 """Share of itself by which a loss varies that is the same for all batches: some units in the last place of float32."""
 FALLEN_SILENT = 0.5
