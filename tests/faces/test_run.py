@@ -166,6 +166,14 @@ def test_a_signal_ends_it_as_it_would(tmp_path, number):
     assert watched.code == -number
 
 
+def test_an_interrupt_that_the_program_lets_through_ends_it_as_a_signal_after_a_training_too(tmp_path):
+    write(tmp_path, "train.py", TRAINING + "    raise KeyboardInterrupt\n")
+    alone, watched = python(tmp_path, "train.py"), python(tmp_path, *RUN, "train.py")  # which import what is ours anew
+    assert (watched.code, watched.out) == (alone.code, alone.out)
+    assert watched.code == -signal.SIGINT
+    assert "gradwatch: 1 model watched" in watched.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -399,8 +407,23 @@ def test_where_the_closure_runs_inside_of_the_step_the_gradients_are_those_of_th
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("print('nothing')", "nothing was trained here"),
-        ("import subprocess", "nothing was trained here, and what other processes do is not seen"),
+        ("import subprocess", "nothing was trained here: torch was not imported\n"),
+        (
+            "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', ''])",
+            "nothing was trained here: torch was not imported; what other processes do is not seen: call",
+        ),
+        (
+            "import subprocess, sys; left = subprocess.Popen([sys.executable, '-S', '-c', 'input()'], stdin=-1)",
+            "nothing was trained here: torch was not imported; what other processes do is not seen: call",
+        ),
+        (
+            """
+            import torch, multiprocessing
+            w = torch.ones(2, requires_grad=True)
+            w = (w - torch.autograd.grad(w.sum(), [w])[0]).detach()
+            """,
+            "nothing was trained here: no backward() was called, and no optimizer of torch has stepped\n",
+        ),
         (
             """
             import torch
