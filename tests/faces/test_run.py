@@ -362,6 +362,29 @@ def test_what_is_in_no_module_and_modules_that_are_in_none_together_go_by_the_pr
     assert sorted(names) == ["decoder.bias", "decoder.weight", "encoder.bias", "encoder.weight", "temperature"]
 
 
+def test_a_model_that_the_collector_has_been_told_to_leave_alone_is_found_too(tmp_path):
+    ended, runs = recorded(
+        tmp_path,
+        """
+        import gc, torch
+        body = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+        optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+        print(gc.get_freeze_count() > frozen)
+        for _ in range(3):
+            optimizer.zero_grad()
+            body(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+        print(gc.get_freeze_count() > frozen)
+        """,
+    )
+    ((name, run),) = runs.items()
+    assert "gradwatch-Sequential" in name
+    assert [p.name for p in run.snapshots[-1].model.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert ended.out == "True\nTrue\n"
+
+
 def test_the_loss_is_told_without_the_loss_scale_and_without_what_was_thrown_away(tmp_path):
     _, runs = recorded(
         tmp_path,
