@@ -242,6 +242,30 @@ def test_only_where_it_is_asked_for_an_alert_is_a_status_of_its_own(tmp_path, li
     assert not (tmp_path / "runs").exists()
 
 
+SEQUENCES = """
+    import torch
+    torch.manual_seed(0)
+    rnn, head = torch.nn.RNN(2, 8, batch_first=True), torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=0.1)
+    for step in range(31):
+        x = torch.randn(8, 60, 2)
+        optimizer.zero_grad()
+        (head(rnn(x)[0][:, -1]) - x[:, 0, :1]).square().mean().backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("horizon", [None, 3, 50])
+def test_the_declared_horizon_is_judged_and_every_nth_step_is_measured(tmp_path, horizon):
+    asked = () if horizon is None else ("--horizon", str(horizon))
+    ended, runs = recorded(tmp_path, SEQUENCES, "--every", "3", *asked)
+    (run,) = runs.values()
+    assert [s.step for s in run.snapshots] == [*range(0, 31, 3)]
+    assert run.snapshots[-1].sequences[0].need == horizon
+    assert ("GW301" in ended.err) == (horizon != 3)  # for information, where nothing is declared
+    assert ("and the need is 50" in ended.err) == (horizon == 50)
+
+
 def test_the_project_says_what_fails_and_what_is_muted(tmp_path):
     write(tmp_path, "train.py", TRAINING)
     write(tmp_path, "pyproject.toml", '[tool.gradwatch]\nfail-on = "warning"\n')
