@@ -3,7 +3,8 @@
 python -m benchmarks.run                 # some minutes; --quick: seconds
 
 Start-up: seconds from the start of a program to its end. Search: what finding the model takes, beside so many objects.
-Steps: thread CPU of a training step, after the first 200 of them, at the default cadence.
+Steps: thread CPU of a training step, after the first 200 of them, at the default cadence. Inside: how much of it passes
+within gradwatch's own functions, which other work on the machine hardly moves.
 """
 
 from __future__ import annotations
@@ -32,6 +33,34 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 net(torch.ones(1, 8)).sum().backward()
 optimizer.step()
 """
+INSIDE = """
+import time
+
+class Inside:
+    depth = total = 0.0
+
+def timed(kind, *names):
+    for name in names:
+        def outermost(*args, _its=getattr(kind, name), **kwargs):
+            if Inside.depth:
+                return _its(*args, **kwargs)
+            Inside.depth, began = 1, time.thread_time()
+            try:
+                return _its(*args, **kwargs)
+            finally:
+                Inside.depth, Inside.total = 0, Inside.total + time.thread_time() - began
+        setattr(kind, name, outermost)
+
+from gradwatch.run.training import Training
+timed(Training, "_before_backward", "_before_step")  # before torch comes, for which it waits
+from gradwatch.model.forward_hooks import ForwardTrace
+from gradwatch.model.optimizer_hooks import _Calls
+from gradwatch.watcher.watcher import Watcher
+timed(Watcher, "record", "step")
+timed(_Calls, "_before", "_after")
+timed(ForwardTrace, "entered", "left")
+"""
+"""Put before a program, this adds up what passes within what a training calls of gradwatch."""
 LOOP = """
 import sys, statistics, time, torch
 from torch import nn
@@ -52,7 +81,9 @@ for step in range(int(sys.argv[1])):
     loss.backward()
     optimizer.step()
     times.append(time.thread_time() - began)
-print(statistics.fmean(times[200:]))
+    if step == 199 and "inside" in sys.argv:
+        Inside.total = 0.0
+print(Inside.total / len(times[200:]) if "inside" in sys.argv else statistics.fmean(times[200:]))
 """
 TRAINER = """
 import sys, statistics, time, torch
@@ -79,16 +110,20 @@ class Clock(TrainerCallback):
         self.began = time.thread_time()
     def on_step_end(self, *_, **__):
         self.times.append(time.thread_time() - self.began)
+        if len(self.times) == 200 and "inside" in sys.argv:
+            Inside.total = 0.0
 clock = Clock()
 callbacks = [clock]
 if "callback" in sys.argv:
     from gradwatch.huggingface import GradientCallback
+    if "inside" in sys.argv:
+        timed(GradientCallback, "on_pre_optimizer_step", "on_step_end", "_hear", "_read")
     callbacks.append(GradientCallback())
 torch.manual_seed(0)
 Trainer(Net(), TrainingArguments("out", max_steps=int(sys.argv[1]), per_device_train_batch_size=128, report_to=[],
     max_grad_norm=0, use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no",
     dataloader_pin_memory=False), train_dataset=Data(), callbacks=callbacks).train()
-print(statistics.fmean(clock.times[200:]))
+print(Inside.total / len(clock.times[200:]) if "inside" in sys.argv else statistics.fmean(clock.times[200:]))
 """
 RUN = ("-m", "gradwatch", "run", "--logdir", "runs")
 
@@ -157,6 +192,20 @@ def steps(rounds: int, count: int, program: Path) -> None:
         print(f"steps, {name:22} {spread(its, 1e3, 'ms')}, {spread(added, 100, '%')} more")
 
 
+def inside(rounds: int, count: int, program: Path) -> None:
+    """Compare what passes within gradwatch, as a share of an unwatched step."""
+    kinds = {"watch": (LOOP, (), ("watch",)), "gradwatch run": (LOOP, RUN, ())}
+    if importlib.util.find_spec("transformers") is not None:
+        kinds["callback"] = (TRAINER, (), ("callback",))
+    for name, (source, before, after) in kinds.items():
+        program.write_text(source, encoding="utf-8")
+        plain = float(python(str(program), str(count))[1])
+        program.write_text(INSIDE + source, encoding="utf-8")
+        its = [float(python(*before, str(program), str(count), *after, "inside")[1]) for _ in range(rounds)]
+        share = statistics.median(its) / plain
+        print(f"inside, {name:21} {spread(its, 1e6, 'us')} of a step, {100 * share:.2f} % of a plain one")
+
+
 def main() -> None:
     """Measure all of it."""
     quick = parsed(parser(__doc__)).quick
@@ -167,6 +216,7 @@ def main() -> None:
         for objects in (0, 400_000):
             search(3 if quick else 15, objects)
         steps(1 if quick else 3, 205 if quick else 1000, program)
+        inside(1 if quick else 3, 205 if quick else 1000, program)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def run(
     except SystemExit as exiting:
         end.status = exiting.code
         raise
-    except BaseException:
-        end.whole = False
+    except BaseException as error:
+        end.whole, end.interrupted = False, type(error) is KeyboardInterrupt
         raise
 
 
@@ -64,6 +64,8 @@ class _End:
         """What the program has given to `sys.exit`."""
         self.whole = True
         """Whether it came to its end: one that did not may have meant to train something."""
+        self.interrupted = False
+        """Whether it let a Ctrl-C through, after which Python ends itself by that signal."""
 
     def come_first(self) -> None:
         """Be called at the exit before all that is to be called by now."""
@@ -76,6 +78,10 @@ class _End:
         failed = False
         with contextlib.suppress(BrokenPipeError):
             failed = self._said()
+        if self.interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                # Python forgets it with the next text that runs, of which each dataclass that we import is one.
+                exec("raise KeyboardInterrupt")  # noqa: S102
         if failed and self.whole and self.status in (None, 0):
             for stream in (sys.stdout, sys.stderr):
                 if stream is not None:

@@ -6,6 +6,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def model_of(parameters: Sequence[Tensor], optimizer: object) -> nn.Module:
     That one names its parts as the program does, where it does, and lives as long as the optimizer.
     """
     wanted = set(map(id, parameters))
-    modules = _modules()
+    modules = _modules(wanted)
     above: dict[int, list[nn.Module]] = {}
     for module in modules:
         for child in module._modules.values():
@@ -38,10 +39,21 @@ def model_of(parameters: Sequence[Tensor], optimizer: object) -> nn.Module:
 def held_by_modules(parameters: Sequence[Tensor]) -> bool:
     """Tell whether any of these is a parameter of a module."""
     wanted = set(map(id, parameters))
-    return any(id(p) in wanted for module in _modules() for p in module._parameters.values())
+    return any(id(p) in wanted for module in _modules(wanted) for p in module._parameters.values())
 
 
-def _modules() -> list[nn.Module]:
+def _modules(wanted: AbstractSet[int]) -> list[nn.Module]:
+    """Return all modules of the process, also frozen ones (`gc.freeze`) where a parameter would be in none else."""
+    found = _unfrozen_modules()
+    if gc.get_freeze_count() and not {id(p) for m in found for p in m._parameters.values()}.issuperset(wanted):
+        gc.unfreeze()
+        found = _unfrozen_modules()
+        gc.collect()  # what is garbage must not be kept for good
+        gc.freeze()
+    return found
+
+
+def _unfrozen_modules() -> list[nn.Module]:
     from torch import nn
 
     # The class is asked, not the object: proxies and lazy modules answer for others, or warn.

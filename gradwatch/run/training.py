@@ -247,10 +247,14 @@ class Training:
                 " gradwatch.watch(model), and watcher.step() after each backward()"
             )
         else:
-            elsewhere = [name for name in ("ray", "multiprocessing.process", "subprocess") if name in sys.modules]
             found.append(
-                "nothing was trained here"
-                + (", and what other processes do is not seen: call gradwatch.watch in them" if elsewhere else "")
+                "nothing was trained here: "
+                + (
+                    "no backward() was called, and no optimizer of torch has stepped"
+                    if "torch" in sys.modules
+                    else "torch was not imported"
+                )
+                + ("; what other processes do is not seen: call gradwatch.watch in them" if _had_children() else "")
             )
         return found
 
@@ -264,6 +268,25 @@ def _of_several_processes(model: nn.Module) -> bool:
     """Tell whether other processes train the same: then all watch, and one speaks."""
     kinds = {base.__name__ for module in model.modules() for base in type(module).__mro__}
     return not kinds.isdisjoint(("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"))
+
+
+def _had_children() -> bool:
+    """Tell whether there are or have been other processes that may have trained something."""
+    if "ray" in sys.modules:
+        return True
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return "multiprocessing.process" in sys.modules or "subprocess" in sys.modules
+    if resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss:  # of those that have ended
+        return True
+    if not hasattr(os, "waitid"):
+        return False
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _others() -> set[str]:

@@ -57,7 +57,8 @@ class Run:
 
     def __repr__(self) -> str:
         """Return how much it holds, in a line."""
-        steps = f", steps {self.snapshots[0].step} to {self.snapshots[-1].step}" if self.snapshots else ""
+        measured = [snapshot.step for snapshot in self.snapshots]
+        steps = f", steps {min(measured)} to {max(measured)}" if measured else ""
         still = sum(alert.cleared is None for alert in self.alerts)
         return f"Run {self.path}: snapshots {len(self.snapshots)}{steps}; alerts {len(self.alerts)}, open {still}"
 

@@ -166,6 +166,14 @@ def test_a_signal_ends_it_as_it_would(tmp_path, number):
     assert watched.code == -number
 
 
+def test_an_interrupt_that_the_program_lets_through_ends_it_as_a_signal_after_a_training_too(tmp_path):
+    write(tmp_path, "train.py", TRAINING + "    raise KeyboardInterrupt\n")
+    alone, watched = python(tmp_path, "train.py"), python(tmp_path, *RUN, "train.py")  # which import what is ours anew
+    assert (watched.code, watched.out) == (alone.code, alone.out)
+    assert watched.code == -signal.SIGINT
+    assert "gradwatch: 1 model watched" in watched.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -232,6 +240,30 @@ def test_only_where_it_is_asked_for_an_alert_is_a_status_of_its_own(tmp_path, li
     assert "GW101" in ended.err
     assert read_runs(tmp_path / "elsewhere")
     assert not (tmp_path / "runs").exists()
+
+
+SEQUENCES = """
+    import torch
+    torch.manual_seed(0)
+    rnn, head = torch.nn.RNN(2, 8, batch_first=True), torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=0.1)
+    for step in range(31):
+        x = torch.randn(8, 60, 2)
+        optimizer.zero_grad()
+        (head(rnn(x)[0][:, -1]) - x[:, 0, :1]).square().mean().backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("horizon", [None, 3, 50])
+def test_the_declared_horizon_is_judged_and_every_nth_step_is_measured(tmp_path, horizon):
+    asked = () if horizon is None else ("--horizon", str(horizon))
+    ended, runs = recorded(tmp_path, SEQUENCES, "--every", "3", *asked)
+    (run,) = runs.values()
+    assert [s.step for s in run.snapshots] == [*range(0, 31, 3)]
+    assert run.snapshots[-1].sequences[0].need == horizon
+    assert ("GW301" in ended.err) == (horizon != 3)  # for information, where nothing is declared
+    assert ("and the need is 50" in ended.err) == (horizon == 50)
 
 
 def test_the_project_says_what_fails_and_what_is_muted(tmp_path):
@@ -354,6 +386,29 @@ def test_what_is_in_no_module_and_modules_that_are_in_none_together_go_by_the_pr
     assert sorted(names) == ["decoder.bias", "decoder.weight", "encoder.bias", "encoder.weight", "temperature"]
 
 
+def test_a_model_that_the_collector_has_been_told_to_leave_alone_is_found_too(tmp_path):
+    ended, runs = recorded(
+        tmp_path,
+        """
+        import gc, torch
+        body = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        frozen = gc.get_freeze_count()
+        gc.freeze()
+        optimizer = torch.optim.SGD(body.parameters(), lr=0.1)
+        print(gc.get_freeze_count() > frozen)
+        for _ in range(3):
+            optimizer.zero_grad()
+            body(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+        print(gc.get_freeze_count() > frozen)
+        """,
+    )
+    ((name, run),) = runs.items()
+    assert "gradwatch-Sequential" in name
+    assert [p.name for p in run.snapshots[-1].model.parameters] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert ended.out == "True\nTrue\n"
+
+
 def test_the_loss_is_told_without_the_loss_scale_and_without_what_was_thrown_away(tmp_path):
     _, runs = recorded(
         tmp_path,
@@ -399,8 +454,23 @@ def test_where_the_closure_runs_inside_of_the_step_the_gradients_are_those_of_th
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("print('nothing')", "nothing was trained here"),
-        ("import subprocess", "nothing was trained here, and what other processes do is not seen"),
+        ("import subprocess", "nothing was trained here: torch was not imported\n"),
+        (
+            "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', ''])",
+            "nothing was trained here: torch was not imported; what other processes do is not seen: call",
+        ),
+        (
+            "import subprocess, sys; left = subprocess.Popen([sys.executable, '-S', '-c', 'input()'], stdin=-1)",
+            "nothing was trained here: torch was not imported; what other processes do is not seen: call",
+        ),
+        (
+            """
+            import torch, multiprocessing
+            w = torch.ones(2, requires_grad=True)
+            w = (w - torch.autograd.grad(w.sum(), [w])[0]).detach()
+            """,
+            "nothing was trained here: no backward() was called, and no optimizer of torch has stepped\n",
+        ),
         (
             """
             import torch

@@ -84,3 +84,48 @@ def test_an_alert_that_is_to_fail_it_fails_it_under_torchrun(tmp_path):
     failed = launched(tmp_path, 2, "-m", "gradwatch", "run", "--fail-on", "warning", "train.py", "ddp", "0")
     assert failed.returncode == 1
     assert "exitcode  : 1" in failed.stderr
+
+
+ACCELERATED = """
+    import torch
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8))
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    truth = []
+    for step in range(12):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(100 * step + accelerator.process_index))
+        optimizer.zero_grad()
+        accelerator.backward((net(x) - x).square().mean())
+        truth.append([float(p.grad.double().norm()) for p in net.parameters()])
+        optimizer.step()
+    accelerator.print((accelerator.num_processes, truth, [float(p.sum()) for p in net.parameters()]))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+"""
+LAUNCH = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0")
+"""By torchrun's own means, as on several GPUs; for a CPU alone it starts several processes by MPI only."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_accelerate_launches_a_module_of_a_package_too(tmp_path, processes):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "train.py").write_text(textwrap.dedent(ACCELERATED), encoding="utf-8")
+    launch = (sys.executable, "-m", *LAUNCH, "--mixed_precision", "no", "--dynamo_backend", "no")
+    launch = (*launch, "--num_processes", str(processes), "-m")
+    alone, watched = (
+        subprocess.run(
+            [*launch, *command, "package.train"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240
+        )
+        for command in ((), ("gradwatch", "run", "-m"))
+    )
+    assert (alone.returncode, watched.returncode) == (0, 0), watched.stderr
+    count, truth, weights = ast.literal_eval(watched.stdout)
+    assert count == processes
+    assert ast.literal_eval(alone.stdout)[2] == weights
+    assert watched.stderr.count("gradwatch: 1 model watched") == 1
+    (run,) = read_runs(tmp_path / "runs" / "train").values()
+    same([list(norms(s).values()) for s in run.snapshots], truth)

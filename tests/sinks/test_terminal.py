@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
@@ -23,6 +24,7 @@ from gradwatch import (
     Severity,
     Snapshot,
 )
+from gradwatch.sinks.reading import Run
 from gradwatch.sinks.tensorboard import scalars
 from gradwatch.sinks.terminal import page as terminal
 from gradwatch.sinks.terminal.layer_table import layer_table
@@ -94,6 +96,12 @@ def test_an_alert_is_shown_at_its_layer_and_below_with_cause_and_remedy():
     )  # the gravest first
     for part in ("a message", "why: a cause", "try: a remedy", "alert began at step 3, last seen at step 5"):
         assert part in text
+
+
+@pytest.mark.parametrize(("steps", "said"), [((0, 0, 1, 1), "0 to 1"), ((0, 1, 2, 0), "0 to 2"), ((5, 0), "0 to 5")])
+def test_the_steps_of_a_run_are_those_of_all_its_optimizers(steps, said):
+    snapshots = [dataclasses.replace(snapshot(1.0), step=step, optimizer=k % 2) for k, step in enumerate(steps)]
+    assert terminal.verdict(Run((), tuple(snapshots), ())) == f"{len(steps)} measured steps, {said}: no alert"
 
 
 def test_markup_in_names_is_text():

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules import module as torch_modules
 
 from gradwatch import watch
+from gradwatch.model.compiled import graphs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"  # dynamo's own, of a compiled cell
@@ -117,6 +118,7 @@ def compilations():
 def fresh():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    graphs.__init__()  # which knows what the counters have counted
     torch.manual_seed(0)
 
 
@@ -245,6 +247,47 @@ def test_a_compiled_loss_beside_a_model_that_is_not_compiled_leaves_fused_networ
     whole, part = reports[-1].snapshot.sequences
     assert whole.grad_input is not None
     assert part.grad_cell is not None
+
+
+def said_by_us(caplog):
+    return [record.message for record in caplog.records if record.name == "gradwatch"]
+
+
+def test_a_compiled_step_beside_a_model_that_is_not_compiled_leaves_the_forward_pass_measured(caplog):
+    fresh()
+    model = Fused()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    step = torch.compile(lambda: optimizer.step(), backend="eager")  # noqa: PLW0108  (torch's own recipe)
+    reports = []
+    with watch(model, optimizer, every_n_steps=1, probe_every_n_steps=3, sinks=[reports.append]):
+        for _ in range(7):
+            optimizer.zero_grad()
+            model(torch.randn(T, 3, IN)).square().mean().backward()
+            step()
+    assert compilations()[2] > 0  # or nothing was compiled, and the test sees nothing
+    assert [r.snapshot.step for r in reports] == [*range(7)]
+    probes = [reports[k].snapshot for k in (3, 6)]
+    assert all(s.activations and s.update_ratio is not None for s in probes)
+    assert all(s.sequences[0].grad_input is not None for s in probes)
+    assert [layer.order for layer in probes[-1].model.layers] == [0, 1, 2, 3]
+    assert said_by_us(caplog) == []
+
+
+def test_a_model_that_is_compiled_as_a_full_graph_is_known_for_one(caplog):
+    fresh()
+    model = nn.Sequential(nn.Linear(IN, H), nn.Tanh(), nn.Linear(H, 2))
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reports = []
+    with watch(run, optimizer, probe_every_n_steps=1, sinks=[reports.append]):
+        for _ in range(4):
+            optimizer.zero_grad()
+            run(torch.randn(3, IN)).square().mean().backward()
+            optimizer.step()
+    assert [r.snapshot.step for r in reports] == [*range(4)]
+    assert not any(r.snapshot.activations for r in reports)
+    (said,) = said_by_us(caplog)
+    assert "the forward pass is not measured: torch.compile is in use" in said
 
 
 def test_compiling_that_begins_within_a_probe_trains_the_same_and_settles_with_the_next_step():

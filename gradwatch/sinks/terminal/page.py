@@ -131,7 +131,7 @@ def verdict(run: Run, name: str = "") -> str:
     if len(measured) == 1:
         steps = f"1 measured step, step {measured[0]}"
     else:
-        steps = f"{len(measured)} measured steps" + (f", {measured[0]} to {measured[-1]}" if measured else "")
+        steps = f"{len(measured)} measured steps" + (f", {min(measured)} to {max(measured)}" if measured else "")
     bad = [a for a in run.alerts if a.severity > Severity.INFO]
     still = sum(a.cleared is None for a in bad)
     said = "no alert" if not bad else f"{len(bad)} alert{'s' * (len(bad) > 1)}, {still} still open at the end"
