@@ -48,7 +48,7 @@ _AFTER_A_NUMBER = frozenset({"diff", "roll"})
 _SPECTRA = frozenset({"fft_rfft", "fft_fft", "rfft", "fft"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 _LONGER = frozenset({"pad", "cat", "concat", "concatenate"})
-_ENTRIES = frozenset({"__getitem__", "select", "unbind"})
+ENTRIES = frozenset({"__getitem__", "select", "unbind"})
 _SLICES = frozenset({"__getitem__", "narrow", "split", "chunk", "tensor_split"})
 TELLING = (
     _CONVOLUTIONS
@@ -140,7 +140,7 @@ class Operation:
 
     def taken(self, result: Tensor) -> tuple[Axis, int] | None:
         """Return the axis of which it has taken a single entry, and where that lies in storage; None: of none."""
-        if self.name not in _ENTRIES or result.dim() != self.tensor.dim() - 1 or not self._views(result):
+        if self.name not in ENTRIES or result.dim() != self.tensor.dim() - 1 or not self._views(result):
             return None
         left = [stride for size, stride in zip(result.shape, result.stride(), strict=True) if size > 1]
         every = zip(self.tensor.shape, self.tensor.stride(), strict=True)

@@ -7,9 +7,8 @@ takes one entry after the other.
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradwatch.timesteps.axes import TELLING, Axis, Labels, Operation, axes_of, axis_along
+from gradwatch.timesteps.axes import ENTRIES, TELLING, Axis, Labels, Operation, axes_of, axis_along
 
 RECURRENT = "a recurrent module goes"
 """What is done along a dimension, in words, as others of its kind."""
@@ -239,14 +238,18 @@ class Axes(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         """Do the operation, and follow its dimensions."""
-        kwargs = kwargs or {}
-        given = func(*args, **kwargs)
-        if self._count < _MOST:
-            with contextlib.suppress(Exception):  # what this does not understand is not known from here on
-                known = [(t, made) for t in _tensors((*args, *kwargs.values())) if (made := self._made(t)) is not None]
-                if known:
-                    self._count += 1
-                    self._follow(getattr(func, "__name__", ""), args, kwargs, known, list(_tensors(given)))
+        given = func(*args, **kwargs) if kwargs else func(*args)
+        if self._count >= _MOST:
+            return given
+        try:
+            known = [(t, made) for t in _tensors(args) if (made := self._made(t)) is not None]
+            if kwargs:
+                known += [(t, made) for t in _tensors(kwargs.values()) if (made := self._made(t)) is not None]
+            if known:
+                self._count += 1
+                self._follow(getattr(func, "__name__", ""), args, kwargs or {}, known, _tensors((given,)))
+        except Exception:  # noqa: BLE001, S110  (what this does not understand is not known from here on)
+            pass
         return given
 
     def _made(self, tensor: Tensor) -> _Made | None:
@@ -272,11 +275,10 @@ class Axes(TorchFunctionMode):
                     found = operation.labels(result)
                     if found is not None and number not in mine.labels:
                         mine.labels[number] = found
-                    if (entry := operation.taken(result)) is not None:
+                    if name in ENTRIES and (entry := operation.taken(result)) is not None:
                         mine.entries[number] = entry
-                    tail, evidence = operation.tail(result), self._inputs[number]
-                    if tail is not None and tail.size == evidence.shape[tail.dim]:  # else something was put there
-                        evidence.tails.add(tail.dim)
+                    if name == "__getitem__":
+                        self._note_tail(self._inputs[number], operation, result)
         for result, mine in zip(given, made, strict=True):
             if mine.labels or mine.entries:
                 self._known[id(result)] = weakref.ref(result), mine
@@ -292,6 +294,13 @@ class Axes(TorchFunctionMode):
                 if other is None or place > other[1]:
                     found[number] = axis, place
         return found
+
+    @staticmethod
+    def _note_tail(evidence: _Evidence, operation: Operation, result: Tensor) -> None:
+        """Take note of a dimension of which only the last entries are taken."""
+        tail = operation.tail(result)
+        if tail is not None and tail.size == evidence.shape[tail.dim]:  # else something was put there
+            evidence.tails.add(tail.dim)
 
     @staticmethod
     def _note(evidence: _Evidence, operation: Operation, result: Tensor) -> None:
@@ -333,10 +342,12 @@ def _finest(evidence: _Evidence, votes: Sequence[tuple[Axis, str]]) -> TimeAxis:
     return TimeAxis(axis.dim, why=what)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors that an operation takes or gives: it knows them alone, and in lists and tuples."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
+def _tensors(values: Iterable[object]) -> list[Tensor]:
+    """Return the tensors that an operation takes or gives: it knows them alone, and in lists and tuples."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
