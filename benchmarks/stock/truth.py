@@ -87,9 +87,10 @@ def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     newest = output[:, -1] if output.dim() > 2 and output.shape[1] == longest else output
     draw = torch.Generator().manual_seed(1)
     squares = {name: torch.zeros(leaf.shape[1], dtype=torch.float64) for name, leaf in leaves.items()}
-    for _ in range(DIRECTIONS):
+    single = newest.numel() == len(newest)  # of one number a row there is one direction
+    for _ in range(1 if single else DIRECTIONS):
         direction = torch.randn(newest.shape, generator=draw, dtype=torch.float64).to(newest.dtype)
-        if newest.numel() == len(newest):  # of one number a row there is one direction
+        if single:
             direction = torch.ones_like(newest)
         found = torch.autograd.grad(newest, list(leaves.values()), direction, retain_graph=True, allow_unused=True)
         for name, gradient in zip(leaves, found, strict=True):
