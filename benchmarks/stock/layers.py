@@ -2,9 +2,9 @@ r"""Sequence layers and networks that come without a training of their own, each
 
 Those whose library is not installed are left out; `--no-deps` where a library asks for another torch:
 
-python3.11 -m venv seq && seq/bin/pip install -c constraints.txt . einops
+python3.11 -m venv seq && seq/bin/pip install -c constraints.txt . einops scipy
 seq/bin/pip install --no-deps ncps==1.0.1 minGRU-pytorch==0.2.1 mambapy==1.2.0 s5-pytorch==0.2.1 pytorch-tcn==1.2.3 \
-    xlstm==2.0.6 torchcde==0.2.5 torchdiffeq
+    xlstm==2.0.6 torchcde==0.2.5 torchdiffeq torchsde trampoline
 python3.11 -m venv qlib && qlib/bin/pip install -c constraints.txt . pandas scipy scikit-learn joblib && \
     qlib/bin/pip install --no-deps pyqlib==0.9.7    # and what importing it asks for
 python3.11 -m venv tsai && tsai/bin/pip install torch==2.14.1 torchvision==0.29.1 && \
