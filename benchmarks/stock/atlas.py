@@ -66,6 +66,8 @@ class Row:
     trained: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task, fields of `Trained`."""
     torch: str = torch.__version__.partition("+")[0]
+    earlier: str = ""
+    """Of which day `trained` is, where that was not measured again."""
 
     @property
     def right(self) -> bool:
@@ -190,7 +192,8 @@ def _said(horizon: int, low: int, high: int, length: int) -> str:
 def _after(one: Row, trained: Trained) -> str:
     said = _said(trained.horizon, trained.low, trained.high, one.length)
     wrong = "" if trained.right or trained.true is None else f" **{trained.true}**"
-    return f"{said}{wrong}, uses {trained.used}: {trained.score:.0%}"
+    whole = f"{said}{wrong}, uses {trained.used}: {trained.score:.0%}"
+    return f"*{whole}*" if one.earlier else whole
 
 
 def page(rows: list[Row]) -> str:
@@ -221,6 +224,11 @@ def page(rows: list[Row]) -> str:
         " true horizon within their interval. One seed, one short training: it tells what a start makes easy, not what"
         " an architecture can learn."
     )
+    if earlier := [r.earlier for r in rows if r.earlier]:
+        then += (
+            f" What stands in italics, of {len(earlier)} models after training, was not measured again with them: it is"
+            f" of {' and '.join(sorted(set(earlier)))}."
+        )
     tasks_named = " | ".join(t.name for t in learning.TASKS)
     return "\n".join(
         [
