@@ -226,7 +226,7 @@ def page(rows: list[Row]) -> str:
     )
     if earlier := [r.earlier for r in rows if r.earlier]:
         then += (
-            f" What stands in italics, of {len(earlier)} models after training, was not measured again with them: it is"
+            f" What stands in italics, of {len(earlier)} models after training, was not measured again: it is"
             f" of {' and '.join(sorted(set(earlier)))}."
         )
     tasks_named = " | ".join(t.name for t in learning.TASKS)
