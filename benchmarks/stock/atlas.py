@@ -4,7 +4,7 @@ In the environments of `python -m benchmarks.stock` and of benchmarks/stock/laye
 
 fc/bin/python -m benchmarks.stock.atlas --library neuralforecast --train --json neuralforecast.json
 hf/bin/python -m benchmarks.stock.atlas --library transformers --only '*causal*' --train --json transformers.json
-seq/bin/python -m benchmarks.stock.atlas --library layers --train --json seq.json      # and in qlib's environment
+seq/bin/python -m benchmarks.stock.atlas --library layers --train --json seq.json      # and in those of qlib and tsai
 python -m benchmarks.stock.atlas --table *.json   # writes docs/atlas.md and docs/atlas.png
 """
 
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -65,6 +66,9 @@ class Row:
     """Of the model's other inputs, horizon and length."""
     trained: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By task, fields of `Trained`."""
+    torch: str = torch.__version__.partition("+")[0]
+    earlier: str = ""
+    """Of which day `trained` is, where that was not measured again."""
 
     @property
     def right(self) -> bool:
@@ -110,6 +114,7 @@ def capturing() -> Iterator[None]:
 def captured(stock: Stock) -> Captured | None:
     """Return the first call of a model's network in its own training; None where that does not come to it."""
     torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  (by this gluonts draws its windows)
     try:
         with capturing():
             stock.train(WIDTH, 1, Heard())
@@ -189,7 +194,8 @@ def _said(horizon: int, low: int, high: int, length: int) -> str:
 def _after(one: Row, trained: Trained) -> str:
     said = _said(trained.horizon, trained.low, trained.high, one.length)
     wrong = "" if trained.right or trained.true is None else f" **{trained.true}**"
-    return f"{said}{wrong}, uses {trained.used}: {trained.score:.0%}"
+    whole = f"{said}{wrong}, uses {trained.used}: {trained.score:.0%}"
+    return f"*{whole}*" if one.earlier else whole
 
 
 def page(rows: list[Row]) -> str:
@@ -197,7 +203,10 @@ def page(rows: list[Row]) -> str:
     held = [r for r in rows if r.true is not None]
     right = sum(r.right for r in held)
     after = [t for r in rows for t in (Trained(**fields) for fields in r.trained.values()) if t.true is not None]
-    versions = ", ".join(sorted({f"{r.library} {r.version}" for r in rows}))
+    mine = torch.__version__.partition("+")[0]
+    versions = ", ".join(
+        sorted({f"{r.library} {r.version}" + (f" with torch {r.torch}" if r.torch != mine else "") for r in rows})
+    )
     says = (
         f"{len(rows)} stock models and layers of {len({r.library for r in rows})} libraries from their configurations,"
         f" at width {WIDTH}, with their libraries' own initialization and {TIMESTEPS} timesteps ({WORDS} words):"
@@ -217,6 +226,11 @@ def page(rows: list[Row]) -> str:
         " true horizon within their interval. One seed, one short training: it tells what a start makes easy, not what"
         " an architecture can learn."
     )
+    if earlier := [r.earlier for r in rows if r.earlier]:
+        then += (
+            f" What stands in italics, of {len(earlier)} models after training, was not measured again: it is"
+            f" of {' and '.join(sorted(set(earlier)))}."
+        )
     tasks_named = " | ".join(t.name for t in learning.TASKS)
     return "\n".join(
         [
@@ -236,6 +250,7 @@ def page(rows: list[Row]) -> str:
             "import gradwatch",
             "",
             "stats = gradwatch.horizon(torch.nn.GRU(4, 16, batch_first=True), torch.randn(8, 250, 4))",
+            "assert stats.interval is not None and stats.horizon is not None",
             "assert stats.interval[0] <= stats.horizon <= stats.interval[1] < 30",
             "```",
             "",
@@ -243,7 +258,7 @@ def page(rows: list[Row]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- |",
             *map(line, rows),
             "",
-            f"{versions}; torch {torch.__version__.partition('+')[0]}.",
+            f"{versions}; torch {mine}.",
             "",
         ]
     )
@@ -259,8 +274,10 @@ def main() -> None:
     mine.add_argument("--table", type=Path, nargs="+")
     options = mine.parse_args()
     if options.table:
-        every = [Row(**one) for file in options.table for one in json.loads(file.read_text())]
-        rows = list({(one.library, one.name): one for one in every}.values())  # torch's own are in each environment
+        every: dict[tuple[str, str], Row] = {}
+        for one in (Row(**fields) for file in options.table for fields in json.loads(file.read_text())):
+            every.setdefault((one.library, one.name), one)  # torch's own are in each environment
+        rows = list(every.values())
         for one in rows:
             one.interval = None if one.interval is None else (one.interval[0], one.interval[1])
         from benchmarks.stock import picture

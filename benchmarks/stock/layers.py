@@ -2,11 +2,13 @@ r"""Sequence layers and networks that come without a training of their own, each
 
 Those whose library is not installed are left out; `--no-deps` where a library asks for another torch:
 
-python3.11 -m venv seq && seq/bin/pip install -c constraints.txt . einops
+python3.11 -m venv seq && seq/bin/pip install -c constraints.txt . einops scipy
 seq/bin/pip install --no-deps ncps==1.0.1 minGRU-pytorch==0.2.1 mambapy==1.2.0 s5-pytorch==0.2.1 pytorch-tcn==1.2.3 \
-    xlstm==2.0.6 torchcde==0.2.5 torchdiffeq
+    xlstm==2.0.6 torchcde==0.2.5 torchdiffeq torchsde trampoline
 python3.11 -m venv qlib && qlib/bin/pip install -c constraints.txt . pandas scipy scikit-learn joblib && \
     qlib/bin/pip install --no-deps pyqlib==0.9.7    # and what importing it asks for
+python3.11 -m venv tsai && tsai/bin/pip install torch==2.14.1 torchvision==0.29.1 && \
+    tsai/bin/pip install . tsai==1.0.1 pyts==0.13.0    # fastai asks for torchvision, and no wheel of that is for 2.13.0
 """
 
 from __future__ import annotations
@@ -20,6 +22,19 @@ import torch
 from torch import Tensor, nn
 
 FEATURES = 4
+
+
+TSAI = (
+    "RNN LSTM GRU RNNPlus LSTMPlus GRUPlus RNNAttention LSTMAttention GRUAttention"
+    " RNN_FCN LSTM_FCN GRU_FCN MRNN_FCN MLSTM_FCN MGRU_FCN"
+    " RNN_FCNPlus LSTM_FCNPlus GRU_FCNPlus MRNN_FCNPlus MLSTM_FCNPlus MGRU_FCNPlus"
+    " MLP FCN FCNPlus TCN ResCNN ResNet ResNetPlus xresnet1d18plus XCM XCMPlus OmniScaleCNN mWDN mWDNPlus"
+    " InceptionTime InceptionTimePlus InCoordTime XCoordTime MultiInceptionTimePlus XceptionTime XceptionTimePlus"
+    " TransformerModel TransformerRNNPlus TransformerLSTMPlus TransformerGRUPlus TST TSTPlus MultiTSTPlus TSiTPlus"
+    " ConvTranPlus PatchTST gMLP TSSequencerPlus"
+    " MiniRocket MiniRocketPlus InceptionRocketPlus MultiRocketPlus HydraPlus HydraMultiRocketPlus"
+)
+"""Architectures of tsai that can be built from the shapes alone; of two names for one class, one."""
 
 
 class Layer(NamedTuple):
@@ -50,7 +65,7 @@ class Readout(nn.Module):
 
 
 class Flat(nn.Module):
-    """Gives a network of qlib's a window laid out as it wants it: (rows, features x timesteps), or features first."""
+    """Gives a network of qlib or tsai a window as it wants it: (rows, features x timesteps), or features first."""
 
     def __init__(self, network: nn.Module, *, flat: bool) -> None:
         """Wrap it."""
@@ -75,6 +90,7 @@ def layers() -> Iterator[Layer]:
         ("xlstm", _xlstm),
         ("torchcde", _torchcde),
         ("qlib.contrib.model", _qlib),
+        ("tsai.models.all", _tsai),
     ):
         try:
             library = importlib.import_module(name)
@@ -207,3 +223,13 @@ def _qlib(_: Any) -> Iterator[Layer]:
     for name, make, flat in made:
         whole = make if flat is None else (lambda make=make, flat=flat: Flat(make(), flat=flat))
         yield Layer("pyqlib", name, lambda _w, _t, whole=whole: whole())
+
+
+def _tsai(library: Any) -> Iterator[Layer]:
+    build = importlib.import_module("tsai.models.utils").build_ts_model
+    shapes = {"c_in": FEATURES, "c_out": 1, "device": "cpu"}
+    for name in TSAI.split():
+        arch = getattr(library, name)
+        yield Layer(
+            "tsai", name, lambda _, timesteps, arch=arch: Flat(build(arch, seq_len=timesteps, **shapes), flat=False)
+        )

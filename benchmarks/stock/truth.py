@@ -20,7 +20,7 @@ SHARE = 1e-3
 
 
 def horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """Return the horizon by each input of two or more dimensions on which the output depends.
+    """Return the horizon by each input of two or more dimensions, 0 of one on which the output does not depend.
 
     The output is the first tensor that the network gives. Where it has as many timesteps as the longest input, or the
     words, only the newest counts. Of whole numbers that is asked of what the network's own embedding of words gives.
@@ -87,20 +87,21 @@ def _horizons(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     newest = output[:, -1] if output.dim() > 2 and output.shape[1] == longest else output
     draw = torch.Generator().manual_seed(1)
     squares = {name: torch.zeros(leaf.shape[1], dtype=torch.float64) for name, leaf in leaves.items()}
-    for _ in range(DIRECTIONS):
+    single = newest.numel() == len(newest)  # of one number a row there is one direction
+    for _ in range(1 if single else DIRECTIONS):
         direction = torch.randn(newest.shape, generator=draw, dtype=torch.float64).to(newest.dtype)
-        if newest.numel() == len(newest):  # of one number a row there is one direction
+        if single:
             direction = torch.ones_like(newest)
         found = torch.autograd.grad(newest, list(leaves.values()), direction, retain_graph=True, allow_unused=True)
         for name, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
                 squares[name] += gradient.double().movedim(1, 0).flatten(1).square().sum(1)
-    return {name: _horizon(square.sqrt().flip(0)) for name, square in squares.items() if square.any()}
+    return {name: _horizon(square.sqrt().flip(0)) for name, square in squares.items()}
 
 
 def _horizon(gain: Tensor) -> int:
     above = (gain >= SHARE * gain.max()).nonzero()
-    return int(above.max()) + 1
+    return int(above.max()) + 1 if gain.any() else 0
 
 
 def _leaf(name: str, value: Any, leaves: dict[str, Tensor], dtype: torch.dtype) -> Any:
