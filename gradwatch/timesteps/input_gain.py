@@ -138,7 +138,9 @@ def gains(
     keys = list(dict.fromkeys(root for source in sources for root in source.roots))
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
-    spared = rows - 1 if apart and rows >= _SPARE and rows in newest.shape and sources[0].input else None
+    sorted_by_length = any(s.packed is not None for source in sources for s in source.sequences)
+    apart = apart and rows >= _SPARE and rows in newest.shape and bool(sources[0].input) and not sorted_by_length
+    spared = rows - 1 if apart else None
     found: list[InputGain] = []
     signs = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1
     for number in range(COTANGENTS):

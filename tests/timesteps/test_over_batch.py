@@ -195,3 +195,30 @@ def test_a_row_that_is_left_out_does_not_change_the_horizon():
     assert stats.rows == 31
     told = torch.tensor(stats.lag_gain, dtype=torch.float64) * 2  # over the root of 4 outputs
     torch.testing.assert_close(told, gain, rtol=0.35, atol=0)
+
+
+@pytest.mark.parametrize("order", ["longest first", "any"])
+def test_packed_rows_of_any_order_are_not_mixed(order):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.head = nn.GRU(3, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[1][-1])
+
+    lengths = torch.arange(3, 35) if order == "any" else torch.arange(34, 2, -1)
+    rows = nn.utils.rnn.pack_padded_sequence(torch.randn(34, 32, 3), lengths, enforce_sorted=False)
+    stats = gradwatch.horizon(Packed(), rows)
+    assert stats.mixes_rows is None
+    assert not stats.misread
+    padded = torch.randn(32, 34, 3)
+
+    class Within(Packed):
+        def forward(self, x):
+            return super().forward(
+                nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            )
+
+    assert gradwatch.horizon(Within(), padded).mixes_rows in (None, 0.0)
