@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_vanishing
@@ -11,7 +11,8 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.thresholds import ALL_SATURATED, FALLEN_SILENT, KEPT, MOSTLY_DEAD, ZERO_STEPS
+from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.thresholds import ALL_SATURATED, EDGE, FALLEN_SILENT, KEPT, MOSTLY_DEAD, ZERO_STEPS
 
 
 def standstill(history: History) -> Iterator[Finding]:
@@ -23,31 +24,31 @@ def standstill(history: History) -> Iterator[Finding]:
 def _saturated(history: History) -> Iterator[Finding]:
     """Find layers that are saturated at look after look, and whose gradient is exactly zero again and again.
 
-    While the loss does not come down: units that give nothing but -1 and 1 may be what the task takes.
+    While the loss does not come down: units that give nothing but -1 and 1 may be what the task takes. Where a gradient
+    that vanishes or ends is told already, that is the fault.
     """
-    if history.improved is not False or history.count < history.thresholds.window:
+    known, window = saturation(history), history.window(history.thresholds.window)
+    shut = {history.numbers[name] for name, (share, _) in known.items() if share >= MOSTLY_DEAD}
+    if not shut or history.improved is not False or history.count <= history.thresholds.window + EDGE:
         return
-    shut = {name: share for name, (share, _) in saturation(history).items() if share >= MOSTLY_DEAD}
-    looks = history.looks(ALL_SATURATED) if shut else []
-    if len(looks) < ALL_SATURATED:
+    looks = history.looks(ALL_SATURATED)
+    if len(looks) < ALL_SATURATED or any(code in ("GW101", "GW401") for code, *_ in history.open):
         return
-    layer_of = history.columns.layer_of
-    always = [{layer_of(a.module) for a in s.activations or () if (a.saturated or 0) >= MOSTLY_DEAD} for s in looks]
-    window = history.window(history.thresholds.window)
-    for name in (layer.name for layer in history.model.layers if layer.name in shut):
-        told = any((code, place) in (("GW101", name), ("GW401", name)) for code, place, *_ in history.open)
-        mine = [c for c, p in enumerate(history.model.parameters) if p.layer == name and p.role == "weight"]
-        zeros = [all(s.norm[c] == 0 for c in mine) for s in window]
-        share = sum(zeros) / len(zeros)
-        if not told and mine and all(name in seen for seen in always) and ZERO_STEPS <= share < 1:
-            yield Finding(
-                "GW105",
-                "vanishing-depth",
-                Severity.WARNING,
-                name,
-                onset=looks[0].step,
-                evidence={"share": shut[name], "zeros": share, "layers": 1.0},
-            )
+    layers, layer_of = history.model.layers, history.columns.layer_of
+    for look in looks:
+        saturated = {layer_of(a.module) for a in look.activations or () if (a.saturated or 0.0) >= MOSTLY_DEAD}
+        shut = {i for i in shut if layers[i].name in saturated}
+    zeros = {i: _zeros(history, layers[i].name, window) for i in shut}
+    for run in history.runs({i for i, share in zeros.items() if ZERO_STEPS <= share < 1}, shut):
+        name = layers[run[0]].name
+        numbers = {"share": known[name][0], "zeros": zeros[run[0]], "layers": float(len(run))}
+        yield Finding("GW105", "vanishing-depth", Severity.WARNING, name, onset=looks[0].step, evidence=numbers)
+
+
+def _zeros(history: History, layer: str, window: Sequence[Snapshot]) -> float:
+    """Return the share of these steps at which the gradient of a layer's weights was exactly zero."""
+    mine = [c for c, p in enumerate(history.model.parameters) if p.layer == layer and p.role == "weight"]
+    return sum(all(s.norm[c] == 0 for c in mine) for s in window) / len(window) if mine else 0.0
 
 
 def _silent(history: History) -> Iterator[Finding]:
