@@ -545,8 +545,8 @@ def _one_of_each():
     seen = [(ActivationStats("l1", 1.0),)] * 3
     yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": seen}
     yield (two, [(1.0, 1.0)] * 3), {"crossed": [8] * 3, "activations": seen}
-    shut = [(ActivationStats("l0", saturated=1.0, function="tanh"),)] * 25
-    yield (two, [(0.0, 1.0), (1.0, 1.0)] * 12 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
+    shut = [(ActivationStats("l0", saturated=1.0, function="tanh"),)] * 27
+    yield (two, [(0.0, 1.0), (1.0, 1.0)] * 13 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
     yield (two, [(1.0, 1.0)] * 8), {"losses": [math.nan] * 8}
     yield (model(3), [(1.0, 1.0, 1.0)] * 20 + [(None, None, 1.0)] * 50), {}
     yield (two, [(1.0, 1.0)] * 3), {"squashed": [Squashed("l1", "softmax", "softmax", 5)] * 3, "activations": seen}
