@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
@@ -13,7 +13,7 @@ from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
-from gradwatch.values.thresholds import KEPT
+from gradwatch.values.thresholds import KEPT, MUCH
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def disconnected(history: History) -> Iterator[Finding]:
     for norm, cut, its in (
         ({}, without - spare, severity),
         ({"norm": 0.0}, zero - spare, severity),
-        ({}, without & spare, Severity.INFO),
+        ({}, without & spare, Severity.WARNING if _needed(history, without & spare, trained) else Severity.INFO),
         ({"norm": 0.0}, zero & spare - unread, Severity.INFO),
         ({"norm": 0.0}, zero & spare & unread, Severity.WARNING),
     ):
@@ -85,6 +85,11 @@ def _worthless(history: History) -> Iterator[Finding]:
             evidence={"layers": float(len(run))},
             names={"last": names[-1], "at": barrier.at if barrier is not None else "", "operation": "normalization"},
         )
+
+
+def _needed(history: History, layers: Collection[int], trained: Collection[int]) -> bool:
+    """Tell whether layers that nothing takes from are much of a model whose loss stands still: then it needs them."""
+    return history.improved is False and history.count >= KEPT and len(layers) >= MUCH * len(trained)
 
 
 def _constant(history: History) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Layers that come to a standstill: saturated all over, or without a gradient where they had one."""
+"""Layers that come to a standstill: saturated all over, no more moved, or without a gradient where they had one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ from gradwatch.detectors.causes import of_vanishing
 from gradwatch.detectors.measured import saturation
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import around
+from gradwatch.values.layer_columns import around, counts
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import ALL_SATURATED, EDGE, FALLEN_SILENT, KEPT, MOSTLY_DEAD, ZERO_STEPS
+from gradwatch.values.thresholds import (
+    AMONG_OTHERS,
+    EDGE,
+    KEPT,
+    LEFT_OUT,
+    MOSTLY_DEAD,
+    STANDING_PROBES,
+    UNMOVED,
+    ZERO_STEPS,
+)
 
 
 def standstill(history: History) -> Iterator[Finding]:
-    """GW105: a layer is saturated all over. GW908: most of what an optimizer steps has no gradient any more."""
+    """GW105: a layer is saturated all over. GW908: most of what an optimizer steps has no gradient any more.
+
+    GW909: steps leave some layers where they are.
+    """
     yield from _saturated(history)
     yield from _silent(history)
+    yield from _unmoved(history)
 
 
 def _saturated(history: History) -> Iterator[Finding]:
@@ -31,8 +44,8 @@ def _saturated(history: History) -> Iterator[Finding]:
     shut = {history.numbers[name] for name, (share, _) in known.items() if share >= MOSTLY_DEAD}
     if not shut or history.improved is not False or history.count <= history.thresholds.window + EDGE:
         return
-    looks = history.looks(ALL_SATURATED)
-    if len(looks) < ALL_SATURATED or any(code in ("GW101", "GW401") for code, *_ in history.open):
+    looks = history.looks(STANDING_PROBES)
+    if len(looks) < STANDING_PROBES or any(code in ("GW101", "GW401") for code, *_ in history.open):
         return
     layers, layer_of = history.model.layers, history.columns.layer_of
     for look in looks:
@@ -58,7 +71,7 @@ def _silent(history: History) -> Iterator[Finding]:
         return
     model, mine = snapshot.model, snapshot.optimizer
     own = [(c, p) for c, p in enumerate(model.parameters) if p.optimizer == mine and mine is not None]
-    if sum(snapshot.norm[c] is None for c, _ in own) < FALLEN_SILENT * len(own) or not own:  # nearly always
+    if sum(snapshot.norm[c] is None for c, _ in own) < LEFT_OUT * len(own) or not own:  # nearly always
         return
     absent = snapshot.absent or (None,) * len(model.parameters)
     silent = [
@@ -68,7 +81,7 @@ def _silent(history: History) -> Iterator[Finding]:
         and history.sound_once(history.numbers[p.layer])
         and all(s.norm[c] is None for s in window if s.silence is None)
     ]
-    if len(silent) < FALLEN_SILENT * len(own):
+    if len(silent) < LEFT_OUT * len(own):
         return
     layers = {p.layer for p in silent}
     names = [name for i in history.order if (name := history.model.layers[i].name) in layers]
@@ -80,6 +93,69 @@ def _silent(history: History) -> Iterator[Finding]:
         onset=window[0].step,
         evidence={"parameters": float(len(silent)), "of": float(len(own))},
         names={"optimizer": model.optimizers[mine or 0].kind, "which": model.named(silent)},
+    )
+
+
+def _unmoved(history: History) -> Iterator[Finding]:
+    """Find layers that get a gradient as others do, and that steps leave where they are while they move those."""
+    t, model = history.thresholds, history.model
+    probes = [s for s in history.probed if s.update_ratio is not None and s.model is model and not s.skipped]
+    last = probes[-STANDING_PROBES:]
+    told = any(code in ("GW101", "GW401", "GW903", "GW907") for code, *_ in history.open)
+    if len(last) < STANDING_PROBES or history.count <= t.window or told or any(s.lost is not None for s in last):
+        return
+    moved, sizes = [_moved(s) for s in last], [_sizes(s) for s in last]
+    if any(max(m.values(), default=0.0) < t.ordinary_update for m in moved):
+        return
+    largest = [max(s.values(), default=0.0) for s in sizes]
+    still = {
+        history.numbers[name]
+        for name in moved[0]
+        if all(m.get(name, 1.0) < UNMOVED for m in moved)
+        and all(s.get(name, 0.0) >= AMONG_OTHERS * most for s, most in zip(sizes, largest, strict=True))
+    }
+    for run in history.runs(still, {history.numbers[name] for name in moved[0]}):
+        names = [model.layers[i].name for i in run]
+        before = any(_moved(s).get(names[0], 0.0) > t.slow_update for s in probes)
+        yield Finding(
+            "GW909",
+            "unstepped",
+            Severity.WARNING if before or (history.improved is False and history.count >= KEPT) else Severity.INFO,
+            names[0],
+            onset=last[0].step,
+            evidence={"update": moved[-1][names[0]], "others": max(moved[-1].values()), "layers": float(len(run))},
+            names={"last": names[-1]},
+        )
+
+
+def _moved(snapshot: Snapshot) -> dict[str, float]:
+    """Return, by layer, how far a step has moved its weights, over their norm."""
+    found: dict[str, float] = {}
+    for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=True):
+        if ratio is not None and counts(p):
+            found[p.layer] = max(found.get(p.layer, 0.0), ratio)
+    return found
+
+
+def _sizes(snapshot: Snapshot) -> dict[str, float]:
+    """Return, by layer, the norm of its largest gradient."""
+    found: dict[str, float] = {}
+    for p, norm in zip(snapshot.model.parameters, snapshot.norm, strict=True):
+        if norm is not None and counts(p):
+            found[p.layer] = max(found.get(p.layer, 0.0), norm)
+    return found
+
+
+def _explain_unmoved(finding: Finding) -> Explanation:
+    evidence, last = finding.evidence, finding.names["last"]
+    through = f" to {last} ({evidence['layers']:.0f} layers)" if evidence["layers"] > 1 else ""
+    return Explanation(
+        f"steps leave {finding.place or 'the model'}{through} where they are since step {finding.onset}, though a"
+        f" gradient comes: a step moves them by {evidence['update']:.1g} of themselves, and others by"
+        f" {evidence['others']:.1g}",
+        "the learning rate of their group is 0, or next to it: a factor for each depth that is multiplied in at every"
+        " step, or a schedule of their own",
+        "print optimizer.param_groups: each group's lr; requires_grad_(False) on what is to rest",
     )
 
 
@@ -109,4 +185,5 @@ def _explain_silent(finding: Finding) -> Explanation:
 RULES = (
     Rule("GW105", "vanishing-depth", _explain_saturated, of_vanishing),
     Rule("GW908", "disconnected", _explain_silent),
+    Rule("GW909", "unstepped", _explain_unmoved),
 )

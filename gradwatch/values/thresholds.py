@@ -48,7 +48,7 @@ UPDATE_PROBES = 3
 alone."""
 LEFT_OUT = 0.5
 """Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: a forgotten
-head is few, and tuning by heads, norms, biases or prompts alone leaves out most."""
+head is few, and tuning by heads, norms, biases or prompts alone leaves out most. Also of those that fall silent."""
 NAMED = 4
 """Shapes that an alert names; it says so where there are more."""
 STEPLESS = 300
@@ -60,12 +60,12 @@ MIXED_ROWS = 0.3
 """How much a row's data moves outputs of other rows, beside its own, where rows are mixed up: by view() 0.6 to 1."""
 CONSTANT_LOSS = 1e-6
 """Share of itself by which a loss varies that is the same for all batches: some units in the last place of float32."""
-FALLEN_SILENT = 0.5
-"""Share of the tensors of an optimizer from which on it is worth a word that they have no gradient any more."""
 RUN_AWAY = 1e4
 """Times its early size that a loss below 0 has gone on, to have no lower end: a log density gets to some hundred."""
-ALL_SATURATED = 3
-"""Looks in a row at which a layer must be saturated all over."""
+MUCH = 0.25
+"""Share of the layers whose output nobody takes that a model can hardly do without; a pooler is one of twenty."""
+AMONG_OTHERS = 0.01
+"""Share of the largest layer's gradient from which on a layer's is no small one."""
 ZERO_STEPS = 0.1
 """Share of the steps at which its gradient must be exactly zero: what is just saturated passes something, always."""
 UNMOVED = 2.0**-24

@@ -503,7 +503,19 @@ def test_every_rule_is_explained_with_its_place_and_a_remedy():
             assert finding.place in f"{said.message} {said.remedy}", code
 
 
+def _of_parts():
+    two, seen = model(2), [(ActivationStats("l1", 1.0),)] * 3
+    rested = {"update_ratio": [(0.0, 1e-2)] * 25, "weight_norm": [(1.0, 1.0)] * 25}
+    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, **rested}
+    yield (two, [(1.0, 1.0)] * 3), {"crossed": [8] * 3, "activations": seen}
+    shut = [(ActivationStats("l0", saturated=1.0, function="tanh"),)] * 27
+    yield (two, [(0.0, 1.0), (1.0, 1.0)] * 13 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
+    yield (two, [(1.0, 1.0)] * 8), {"losses": [math.nan] * 8}
+    yield (model(3), [(1.0, 1.0, 1.0)] * 20 + [(None, None, 1.0)] * 50), {}
+
+
 def _one_of_each():
+    yield from _of_parts()
     two, one = model(2), model(1)
     yield (two, [(1e-9, 1.0)] * 20), {}
     yield (two, [(1e-7, 1e-7)] * 25), {"losses": [1.0] * 25}
@@ -544,11 +556,6 @@ def _one_of_each():
     strays = (Stray(0, (4, 4), parameter=True, kind="Linear", weight_norm=1.0),)
     seen = [(ActivationStats("l1", 1.0),)] * 3
     yield (two, [(1.0, 1.0)] * 3), {"strays": [strays] * 3, "activations": seen}
-    yield (two, [(1.0, 1.0)] * 3), {"crossed": [8] * 3, "activations": seen}
-    shut = [(ActivationStats("l0", saturated=1.0, function="tanh"),)] * 27
-    yield (two, [(0.0, 1.0), (1.0, 1.0)] * 13 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
-    yield (two, [(1.0, 1.0)] * 8), {"losses": [math.nan] * 8}
-    yield (model(3), [(1.0, 1.0, 1.0)] * 20 + [(None, None, 1.0)] * 50), {}
     yield (two, [(1.0, 1.0)] * 3), {"squashed": [Squashed("l1", "softmax", "softmax", 5)] * 3, "activations": seen}
     fades, grows = tuple(0.5**lag for lag in range(60)), tuple(1.5**lag for lag in range(60))
     for stats in (

@@ -435,6 +435,40 @@ def test_a_part_of_which_nothing_is_read_is_a_warning_while_the_loss_stands_stil
     assert told(-1) == []
 
 
+def test_much_of_a_model_that_nothing_takes_is_a_warning_while_the_loss_stands_still():
+    """A critic whose loss is taken of what was written down in a rollout, and a pooler beside it."""
+
+    class Critic(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            torch.manual_seed(0)
+            self.policy = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+            self.value = nn.Sequential(*[nn.Linear(4 if not i else 8, 8) for i in range(layers)], nn.Linear(8, 1))
+
+        def forward(self, x):
+            return self.policy(x), self.value(x)
+
+    def told(layers, *, learnable=False, steps=70):
+        model = Critic(layers)
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+            for step in range(steps):
+                generator = torch.Generator().manual_seed(step)
+                x = torch.randn(32, 4, generator=generator)
+                y = (x[:, 0] > 0).long() if learnable else torch.randint(3, (32,), generator=generator)
+                with torch.no_grad():
+                    recorded = model(x)[1]
+                loss = nn.functional.cross_entropy(model(x)[0], y) + recorded.square().mean() * 1e-3
+                optimizer.zero_grad()
+                loss.backward()
+                watcher.record(loss)
+                optimizer.step()
+        return [(a.finding.code, a.finding.place, a.severity) for a in watcher.report.open if a.finding.code == "GW401"]
+
+    assert told(2) == [("GW401", "value.0", Severity.WARNING)]
+    assert told(2, learnable=True) == [("GW401", "value.0", Severity.INFO)]
+
+
 def test_a_loss_that_is_the_same_whatever_the_weights_do_is_rounding():
     """The mean of what was just normalized is 0, of whatever it is made."""
 

@@ -98,3 +98,49 @@ def test_adapters_that_are_switched_off_are_told():
 @pytest.mark.parametrize("options", [{"off_at": 10**9}, {"off_at": 60, "back_at": 90}, {"off_at": 60, "frozen": True}])
 def test_those_that_stay_or_come_back_or_are_frozen_are_not(options):
     assert adapters(**options) == []
+
+
+# --- layers that steps leave where they are ---
+
+
+def by_depth(factor, *, at_once=False, steps=80, learnable=True):
+    """Train with a learning rate for each layer; the upper ones' falls by a factor at every step, or from the start."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW([{"params": m.parameters(), "lr": 1e-2} for m in model[::2]], weight_decay=0.0)
+    for group in optimizer.param_groups[:2]:
+        group["lr"] *= factor if at_once else 1.0
+    weights = [model[0].weight.detach().clone()]
+    with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+        for step in range(steps):
+            x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+            y = x[:, :1] if learnable else torch.randn(32, 1, generator=torch.Generator().manual_seed(-step - 1))
+            loss = functional.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            watcher.record(loss)
+            optimizer.step()
+            for group in optimizer.param_groups[:2]:
+                group["lr"] *= 1.0 if at_once else factor
+            weights.append(model[0].weight.detach().clone())
+    still = torch.equal(weights[-1], weights[-10])
+    return still, [
+        (a.finding.code, a.finding.place, a.severity) for a in watcher.report.open if a.finding.code == "GW909"
+    ]
+
+
+def test_a_decay_by_depth_that_is_multiplied_in_at_every_step_is_told():
+    still, found = by_depth(0.5)
+    assert still
+    assert found == [("GW909", "0", Severity.WARNING)]
+
+
+def test_a_rate_of_0_from_the_start_may_be_meant_while_the_loss_comes_down():
+    assert by_depth(0.0, at_once=True) == (True, [("GW909", "0", Severity.INFO)])
+    assert by_depth(0.0, at_once=True, learnable=False) == (True, [("GW909", "0", Severity.WARNING)])
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.95])
+def test_rates_that_differ_and_fall_are_not(factor):
+    assert by_depth(factor) == (False, [])
+    assert by_depth(0.1, at_once=True) == (False, [])
