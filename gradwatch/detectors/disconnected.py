@@ -41,7 +41,8 @@ def disconnected(history: History) -> Iterator[Finding]:
     stuck = set(zero_weights(history))  # they take zeros because others are stuck too
     spare = {i for i in (without | zero) & idle(history) if history.model.layers[i].name not in stuck}
     spare |= zero & before_one_value(history)
-    # A part of a tensor that the rest does without, as rows that nobody reads: not while that is all that is read.
+    # A part of a tensor that the rest does without, as rows that nobody reads, is no fault but where that is what was
+    # made of the batch and the loss stands still.
     unread = history.lasting(of_parts) if history.improved is False else set()
     for norm, cut, its in (
         ({}, without - spare, severity),
@@ -96,7 +97,7 @@ def _constant(history: History) -> Iterator[Finding]:
     if constant_loss(history):
         window = history.window(history.thresholds.window)
         evidence = {"loss": history.losses(1)[-1], "layers": float(len(history.model.layers))}
-        yield Finding("GW402", "disconnected", Severity.ERROR, "", onset=window[0].step, evidence=evidence)
+        yield Finding("GW402", "disconnected", Severity.WARNING, "", onset=window[0].step, evidence=evidence)
 
 
 def _trained(history: History) -> dict[int, list[int]]:

@@ -90,8 +90,10 @@ def _left_out(history: History) -> dict[str, str]:
 
 
 def of_parts(history: History) -> set[int]:
-    """Return the layers that are one part of such a tensor, by their numbers."""
-    return _numbers(history, history.lasting(_left_out))
+    """Return the layers that take the batch, and are one part of such a tensor, by their numbers."""
+    flows = flows_of(history)
+    takes = {name for name in history.lasting(_left_out) if name in flows and flows[name].source is None}
+    return _numbers(history, {name for name in takes if flows[name].fed})
 
 
 def added(history: History, layers: Collection[int]) -> set[int]:

@@ -88,13 +88,15 @@ def full_cells(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding
 
 def misreading(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
     """Find recurrent modules that take padding for data, or the batch for time, so that they cannot learn from it."""
-    severity = Severity.INFO if history.improved else Severity.WARNING
     for place, stats in misread(history).items():
         of = batch_read if stats.over_batch else padding_read if stats.reads_padding else rows_mixed
         who = (stats.module, stats.part)
         mine = [next((s for s in p.sequences or () if (s.module, s.part) == who), None) for p in probes]
         since = itertools.takewhile(lambda s: s is not None and s.misread, reversed(mine))
         onset = probes[-len(list(since))].step
+        # Rows may be meant to know of each other, as those of a graph or of assets beside each other.
+        meant = history.improved is not False if of is rows_mixed else bool(history.improved)
+        severity = Severity.INFO if meant else Severity.WARNING
         yield dataclasses.replace(of(stats, place), severity=severity, onset=onset)
 
 

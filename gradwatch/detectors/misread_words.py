@@ -29,7 +29,8 @@ def explain_over_batch(finding: Finding) -> Explanation:
             "a view() or reshape() stands where a transposition or permutation of dimensions is meant, so that entries"
             " of one row come into another; or something goes along the batch (attention, a sum, a softmax over"
             " dimension 0)",
-            "transpose or permute in place of view, and check the dimension of each sum, softmax and attention",
+            "transpose or permute in place of view, and check the dimension of each sum, softmax and attention; where"
+            ' rows are meant to know of each other, timesteps={"x": 1} names time in x, and this is not asked',
         )
     return Explanation(
         f"{name} runs over the batch: the model's output has a row for each of its {length:.0f} timesteps, and none for"

@@ -12,7 +12,7 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ParameterInfo, Snapshot
-from gradwatch.values.thresholds import EDGE
+from gradwatch.values.thresholds import EDGE, MOSTLY_FLAT
 
 
 def nonfinite(history: History) -> Iterator[Finding]:
@@ -64,14 +64,15 @@ def nonfinite(history: History) -> Iterator[Finding]:
 
 
 def _of_the_loss(history: History) -> Iterator[Finding]:
-    """Find that the loss that is told has not been finite for some steps, and that every gradient is."""
-    last = history.window(EDGE)
-    bad = [s for s in last if s.loss is not None and not math.isfinite(s.loss) and s.finite and not s.skipped]
-    if len(bad) < EDGE or any(code in ("GW501", "GW205") for code, *_ in history.open):
+    """Find that a loss that is told is not finite again and again, and that every gradient is."""
+    window = history.window(history.thresholds.window)
+    bad = [s for s in window if s.loss is not None and not math.isfinite(s.loss) and s.finite and not s.skipped]
+    told = any(code in ("GW501", "GW205") for code, *_ in history.open)
+    share = len(bad) / max(len(window), 1)
+    if len(bad) < EDGE or share < MOSTLY_FLAT or bad[-1].step != history.snapshot.step or told:
         return
-    loss = history.snapshot.loss or math.nan
-    onset = history.since(s.loss is not None and not math.isfinite(s.loss) for s in history.window())
-    yield Finding("GW504", "non-finite", Severity.WARNING, "", onset=onset, evidence={"loss": loss})
+    evidence = {"loss": bad[-1].loss or math.nan, "share": share}
+    yield Finding("GW504", "non-finite", Severity.WARNING, "", onset=bad[0].step, evidence=evidence)
 
 
 def _with_place(history: History, first: Snapshot, finding: Finding) -> Finding:
@@ -142,8 +143,9 @@ def _explain_skipped(finding: Finding) -> Explanation:
 
 def _explain_loss(finding: Finding) -> Explanation:
     what = "NaN" if math.isnan(finding.evidence["loss"]) else "infinite"
+    often = "" if finding.evidence["share"] >= 1 else f" at {finding.evidence['share']:.0%} of the steps"
     return Explanation(
-        f"the loss has been {what} since step {finding.onset}, and every gradient is finite",
+        f"the loss has been {what}{often} since step {finding.onset}, and every gradient is finite",
         "the loss function gives that where it takes no derivative of it: the logarithm of a number below 0, an average"
         " over no target at all (all are masked, or ignore_index), a term that is cut off by clamp or where; or a term"
         " that is only told",

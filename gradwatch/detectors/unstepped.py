@@ -11,7 +11,7 @@ from gradwatch.values.autograd import Stray
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, inside
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import ParameterInfo, Snapshot
+from gradwatch.values.snapshot import ParameterInfo, Silence, Snapshot
 from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
 
 
@@ -36,7 +36,7 @@ def _unheard(history: History) -> Iterator[Finding]:
     yield Finding(
         "GW900",
         "unstepped",
-        Severity.ERROR if silence.moved is False else Severity.WARNING,
+        _of_silence(silence),
         around(layers) if layers else "",
         onset=silence.since,
         evidence={
@@ -47,6 +47,13 @@ def _unheard(history: History) -> Iterator[Finding]:
         },
         names={"optimizer": _kind(snapshot), "by": silence.by},
     )
+
+
+def _of_silence(silence: Silence) -> Severity:
+    """Judge that no step was heard; an optimizer that rests while others step may well have its turn later."""
+    if silence.watched and not silence.ended:
+        return Severity.INFO
+    return Severity.ERROR if silence.moved is False else Severity.WARNING
 
 
 def _kind(snapshot: Snapshot) -> str:
@@ -136,11 +143,15 @@ def _left_out(history: History) -> Iterator[Finding]:
     small = sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
     last = max((order[layer] for layer in learning), default=-1)
     stands = history.improved is False and len(window) >= t.window
+    biases = {p for p in trained if p.role != "weight"}
+    some_biases = not biases.issubset(left_out)  # all of them are left out by a rule
     empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
 
     def is_forgotten(p: ParameterInfo) -> bool:
-        in_the_middle = stands and p.layer not in learning and after(p.layer) and order[p.layer] < last
-        in_parts = small and p.layer in learning
+        beside = p.layer.rpartition(".")[0]  # as the weight that low-rank ones are added to
+        alone = p.layer not in learning and not (beside and any(inside(other, beside) for other in learning))
+        in_the_middle = stands and alone and after(p.layer) and order[p.layer] < last
+        in_parts = small and some_biases and p.layer in learning
         before = p.name in history.track.frozen or p.name in history.track.left
         return bool(empty) or before or in_the_middle or in_parts or (few and after(p.layer))
 

@@ -18,17 +18,21 @@ _MADE: Mapping[str, Literal["softmax", "sigmoid"]] = {
 }
 _TAKES: Mapping[str, Literal["softmax", "sigmoid", "nll"]] = {
     "LogSoftmaxBackward0": "softmax",
-    "LogsumexpBackward0": "softmax",
     "BinaryCrossEntropyWithLogitsBackward0": "sigmoid",
+    "LogSigmoidBackward0": "sigmoid",
     "NllLossBackward0": "nll",
     "NllLoss2DBackward0": "nll",
     "CtcLossBackward0": "nll",
 }
 """Nodes of loss functions, and what they take their input for."""
-_ERRORS = frozenset(
-    f"{kind}Backward0" for kind in ("Pow", "Abs", "Mul", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "LogCosh")
+_TOTALS = frozenset(
+    f"{kind}Backward0"
+    for kind in (
+        *("Mean", "Sum", "Div", "Mul", "Add", "Neg", "Pow", "Abs", "Sqrt", "Maximum", "Minimum", "Where", "Clamp"),
+        *("ClampMin", "ClampMax", "MseLoss", "L1Loss", "SmoothL1Loss", "HuberLoss"),
+    )
 )
-"""Nodes that make the size of an error, or the mean of such sizes."""
+"""Nodes that make one number of the sizes of errors, entry by entry; a sum along one dimension is no such."""
 _DIFFERENCES = frozenset({"SubBackward0", "ExpandBackward0"})
 """Nodes at which broadcasting shows: a difference, and what the loss functions of torch make of what they take."""
 
@@ -43,15 +47,17 @@ def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None
     """
     for node in _back(loss):
         into, taken = _TAKES.get(node.name()), before(node)
-        if into is not None and taken:
-            given = taken[0]
-            while given.name() in _PICKED and (earlier := before(given)):
-                given = earlier[0]
-            by = _MADE.get(given.name())
-            if by is not None and (into, by) != ("nll", "sigmoid"):
-                return Squashed(
-                    name_of(given) or "", by, into, 1 if into == "sigmoid" else _classes(node, taken[0], given)
-                )
+        if node.name() == "SubBackward0" and len(taken) == 2 and taken[1].name() == "LogsumexpBackward0":
+            node, other = taken[1], taken[0]  # noqa: PLW2901  (a log_softmax by hand, as a Categorical takes it)
+            taken = before(node)
+            into = "softmax" if taken and _made(taken[0]) is _made(other) else None
+        if into is None or not taken:
+            continue
+        made = _made(taken[0])
+        by = _MADE.get(made.name())
+        if by is not None and (into, by) != ("nll", "sigmoid"):
+            classes = 1 if into == "sigmoid" else _classes(node, taken[0], made)
+            return Squashed(name_of(made) or "", by, into, classes)
     return None
 
 
@@ -59,27 +65,38 @@ def crossed(loss: Any, name_of: Callable[[Any], str | None]) -> int | None:  # n
     """Return how many forecasts are held against as many targets, each against each; None where that is not so.
 
     So broadcasting does it with forecasts of shape (B, 1) and targets of shape (B,): the errors have the shape (B, B).
+    Where forecasts are held against each other too, a distribution is meant, as an energy distance does it.
 
     Args:
         loss: the node of the loss.
         name_of: returns the name of the module that gave what a node computes, if one did; the loss comes after that.
 
     """
-    for node in _back(loss, lambda n: name_of(n) is not None):
-        if node.name() not in _ERRORS:
+    found: int | None = None
+    for node in _back(loss, lambda n: name_of(n) is not None or n.name() not in _TOTALS):
+        pairs = tuple(size for size in node._input_metadata[0].shape if size != 1)
+        if node.name() not in _DIFFERENCES or len(pairs) != 2 or pairs[0] != pairs[1]:
             continue
-        (errors, *_) = before(node) or (None,)
-        if errors is None or name_of(errors) is not None or errors.name() not in _DIFFERENCES:
-            continue
-        pairs: tuple[int, ...] = tuple(errors._input_metadata[0].shape)
-        given = [(n, number) for n, number in errors.next_functions if n is not None]
+        given = _taken(node)
         if len(given) == 1 and given[0][0].name() == "ExpandBackward0":
-            given = [(n, number) for n, number in given[0][0].next_functions if n is not None]
-        # Of two outputs of the model each against each may well be meant.
-        rows = math.prod(given[0][0]._input_metadata[given[0][1]].shape) if len(given) == 1 else 1
-        if rows > 1 and pairs == (rows, rows):
-            return rows
-    return None
+            given = _taken(given[0][0])
+        if len(given) != 1:
+            return None
+        if math.prod(given[0][0]._input_metadata[given[0][1]].shape) == pairs[0]:
+            found = pairs[0]
+    return found
+
+
+def _taken(node: Any) -> list[tuple[Any, int]]:  # noqa: ANN401  (as above)
+    """Return the nodes that a node takes from, each with the number of its output."""
+    return [(n, number) for n, number in node.next_functions if n is not None]
+
+
+def _made(node: Any) -> Any:  # noqa: ANN401  (as above)
+    """Return the node that made what this one picks, or gives in another shape."""
+    while node.name() in _PICKED and (earlier := before(node)):
+        node = earlier[0]
+    return node
 
 
 def _back(loss: Any, ends: Callable[[Any], bool] = lambda _: False) -> Iterator[Any]:  # noqa: ANN401  (as above)
@@ -97,8 +114,7 @@ def _back(loss: Any, ends: Callable[[Any], bool] = lambda _: False) -> Iterator[
 def _classes(node: Any, taken: Any, made: Any) -> int:  # noqa: ANN401  (as above)
     """Return over how many entries a loss function works that takes what one node gives, and another has made."""
     # What takes the logarithm to be there works along the dimension along which that should have been taken.
-    of, shape = (node, taken) if hasattr(node, "_saved_dim") else (made, made)
-    dim = of._saved_dim
-    (number,) = map(signed, dim if isinstance(dim, tuple) else (dim,))
-    classes: int = shape._input_metadata[0].shape[number]
-    return classes
+    of, given = (node, taken) if hasattr(node, "_saved_dim") else (made, made)
+    shape: tuple[int, ...] = tuple(given._input_metadata[0].shape)
+    dims = of._saved_dim if isinstance(of._saved_dim, tuple) else (of._saved_dim,)
+    return math.prod(shape[signed(dim)] for dim in dims) if shape else 1

@@ -48,8 +48,14 @@ def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimi
         kind,
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
         float(eps) if isinstance(eps, int | float) else None,
-        sum(not group.get("params") for group in getattr(optimizer, "param_groups", ()) if isinstance(group, Mapping)),
+        _empty([group for group in getattr(optimizer, "param_groups", ()) if isinstance(group, Mapping)]),
     )
+
+
+def _empty(groups: Sequence[Mapping[str, Any]]) -> int:
+    """Count the groups without a parameter, but for one of what is not decayed: a model may have nothing of that."""
+    decays = {group.get("weight_decay") for group in groups}
+    return sum(not group.get("params") and not (len(decays) > 1 and not group.get("weight_decay")) for group in groups)
 
 
 def steps(candidate: object) -> bool:

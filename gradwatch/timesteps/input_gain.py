@@ -139,7 +139,9 @@ def gains(
     width = max(newest.numel() // rows if rows in newest.shape else newest.numel(), 1)
     private = torch.Generator(device="cpu").manual_seed(_SEED)  # drawing from torch's own would change the training
     sorted_by_length = any(s.packed is not None for source in sources for s in source.sequences)
-    apart = apart and rows >= _SPARE and rows in newest.shape and bool(sources[0].input) and not sorted_by_length
+    apart = (
+        apart and rows >= _SPARE and newest.shape.count(rows) == 1 and bool(sources[0].input) and not sorted_by_length
+    )
     spared = rows - 1 if apart else None
     found: list[InputGain] = []
     signs = torch.randint(0, 2, newest.shape, generator=private, device="cpu", dtype=torch.float32) * 2 - 1

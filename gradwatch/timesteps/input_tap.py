@@ -241,7 +241,9 @@ class InputTap:
             sources += self._chain.sources(series, [source for source in sources if source.input])
         known = {} if lengths is None else {id(reference): lengths}
         try:
-            found = gains(self.roots, newest, reference.rows, sources, known, apart=self._apart)
+            found = gains(
+                self.roots, newest, reference.rows, sources, known, apart=self._apart and not self.inputs.named
+            )
         except RuntimeError as error:
             raise RuntimeError(_why_not(error, place)) from error
         if self.inputs.left_out and not any(source.reached and source.input for source in sources):

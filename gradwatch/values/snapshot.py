@@ -221,6 +221,8 @@ class Silence:
     """The class of that optimizer."""
     watched: bool = False
     """Whether that one is watched too."""
+    ended: bool = False
+    """Whether the training is over."""
     nonfinite: bool = False
     """Where no step has come, whether gradients are NaN or infinite all the same."""
 

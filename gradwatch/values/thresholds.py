@@ -149,7 +149,7 @@ MOSTLY_DEAD = 0.95
 """Share of dead units, or of saturated entries, that accounts for a gradient of nothing."""
 MOSTLY_FLAT = 0.4
 """Share of saturated entries that accounts for a gradient that is nearly gone: they pass at most 4 % of it, and layer
-upon layer has them."""
+upon layer has them. Also of the losses that are not finite: one batch in four may well have no target."""
 OFF_CENTRE = 5.0
 """Mean of an input over its spread from which on it counts as off-centre: of standardized input it is 0, of pixels in
 [0, 1] 2 or less."""

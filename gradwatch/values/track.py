@@ -113,7 +113,7 @@ class Track:
     frozen: set[str] = field(default_factory=set)
     """Parameters that were seen to be frozen once, by name."""
     left: set[str] = field(default_factory=set)
-    """Parameters that an optimizer stepped once, and then none did, by name: others have taken their place."""
+    """Parameters in whose place others of another shape have come, which no optimizer steps, by name."""
     added: int = 0
     """How many snapshots there were."""
     skipped: int = 0
@@ -229,8 +229,9 @@ class Track:
             self.frozen |= {p.name for p in snapshot.model.parameters if p.trainable is False}
         before = self.snapshots[-2].model if len(self.snapshots) > 1 else snapshot.model
         if before is not snapshot.model and snapshot.model.optimizers:
-            stepped = {p.name for p in before.parameters if p.optimizer is not None}
-            self.left |= {p.name for p in snapshot.model.parameters if p.optimizer is None and p.name in stepped}
+            stepped = {p.name: p.shape for p in before.parameters if p.optimizer is not None}
+            gone = (p for p in snapshot.model.parameters if p.optimizer is None)
+            self.left |= {p.name for p in gone if stepped.get(p.name, p.shape) != p.shape}
         for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=False):
             if ratio is None or not KICK <= ratio < math.inf or p.role != "weight":
                 continue

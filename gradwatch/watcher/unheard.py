@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from gradwatch.measurement.columns import WEIGHT
 from gradwatch.measurement.model_map import ModelMap
+from gradwatch.measurement.norms import plain
 from gradwatch.measurement.parameters import Parameters, undisturbed
 from gradwatch.measurement.transfer import Transfer
 from gradwatch.values.snapshot import Silence
@@ -110,9 +112,7 @@ class Unheard:
         twice = bool(self._weights) and self._told > self._patience
         moved = changed(self._weights, self._weigh()) if twice else None
         model = self._model_map.model
-        gradients = [p.grad for p in model.parameters() if p.grad is not None] if model is not None else []
-        with undisturbed():
-            bad = any(not g.is_sparse and not bool(torch.isfinite(g.detach().sum())) for g in gradients)
+        bad = model is not None and not finite(p.grad for p in model.parameters())
         return Silence(0, 0, moved=moved, told=self._told, nonfinite=bad)
 
     def _weigh(self) -> Mapping[int, float]:
@@ -123,6 +123,12 @@ class Unheard:
             measured.weights(self._model_map.columns(map(id, every)), every)
         transfer.run()
         return measured.numbers().get(WEIGHT, {})
+
+
+def finite(gradients: Iterable[Tensor | None]) -> bool:
+    """Tell whether gradients are finite, as far as that can be asked of them."""
+    with undisturbed():
+        return all(bool(torch.isfinite(plain(g)).all()) for g in gradients if g is not None)
 
 
 def _nothing(*_: object) -> None:

@@ -207,10 +207,7 @@ class Watcher:
             self._guarded(self._unheard.told)
 
     def look_at(self, loss: float | Tensor) -> None:
-        """At a probe, look at how a loss is made of what the model gave: of a tensor with its graph, and of no other.
-
-        `record` does it; this is for who records a loss that he has changed.
-        """
+        """At a probe, look at how a loss with its graph is made; `record` does so, unless it is told another tensor."""
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._guarded(self._forward_pass.made, loss)
 
@@ -226,6 +223,7 @@ class Watcher:
             self.end_sweeps()
             self._guarded(self._end_unstepped, self._steps)
             self._guarded(self._unheard.close)
+            self._guarded(self._emit_all, self._resting.at_the_end(self._steps))
         finally:
             if not self._off and os.getpid() == self._pid:
                 self._judge.end()
@@ -243,6 +241,10 @@ class Watcher:
             steps.detach()
         self._model_map.release()
         self._close_sinks()
+
+    def _emit_all(self, snapshots: Iterator[Snapshot]) -> None:
+        for snapshot in snapshots:
+            self._emit(snapshot)
 
     def _tell_unheard(self) -> None:
         if self._model_map.model is None or self._processes.silent:
@@ -382,8 +384,7 @@ class Watcher:
             report, wanted = self._judge(snapshot)
             began, self._wanted = bool(report.began), wanted or self._wanted
             if len(self._steps) > 1 and snapshot.silence is None:
-                for resting in self._resting.while_stepped(snapshot, self._steps):
-                    self._emit(resting)
+                self._emit_all(self._resting.while_stepped(snapshot, self._steps))
         if self._processes.alone:
             self._warn("processes", f"{self._processes.alone}; the gradients of those parameters are not measured")
         return began

@@ -113,6 +113,19 @@ def test_log_probabilities_that_are_probabilities_are_told():
     )
 
 
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda p, y: p.logsumexp((0, 1)),
+        lambda p, y: p[0, 0].log_softmax(0) + p.mean(),
+        lambda p, y: -(p.logsumexp(1) - 1).mean(),  # a smooth maximum of what lies between 0 and 1
+    ],
+)
+def test_other_sums_of_exponentials_are_none(loss_of):
+    report = trained(loss_of, nn.Sigmoid(), steps=4)
+    assert not [a for a in report.open if a.finding.code == "GW104" and a.finding.names["into"] != "softmax"]
+
+
 @pytest.mark.parametrize("case", ONCE)
 def test_scores_that_are_squashed_once_are_not(case):
     loss_of, last = ONCE[case]
@@ -193,12 +206,17 @@ CROSSED = {
     "by hand": lambda out, y: (y - out).square().mean(),
     "by hand, absolute": lambda out, y: (out - y).abs().sum() / ROWS,
     "targets as a column": lambda out, y: (out.squeeze(-1) - y[:, None]).pow(2).mean(),
+    "a share": lambda out, y: ((out - y) / (y.abs() + 1)).abs().mean(),
+    "three dimensions": lambda out, y: functional.mse_loss(out[..., None], y[:, None]),
     "within a sum": lambda out, y: functional.mse_loss(out, y) + 0.1 * out.square().mean(),
 }
 STRAIGHT = {
     "mse": lambda out, y: functional.mse_loss(out.squeeze(-1), y),
     "column": lambda out, y: functional.mse_loss(out, y[:, None]),
     "pairs of outputs": lambda out, y: (out - out.T - (y[:, None] - y)).square().mean(),
+    "energy distance": lambda out, y: (out - y).abs().mean() - 0.5 * (out - out.T).abs().mean(),
+    "nearest of the targets": lambda out, y: (out - y).abs().amin(1).mean(),
+    "kernel": lambda out, y: (-(out - y).square()).exp().mean(),
     "quantiles": lambda out, y: (out - torch.tensor([0.1, 0.5, 0.9])).abs().mean() + (out[:, 0] - y).abs().mean(),
 }
 

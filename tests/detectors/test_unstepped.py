@@ -494,17 +494,40 @@ def fed(model, optimizers, steps=60, *, standstill=False):
     return [a for a in watcher.report.open if a.severity > Severity.INFO]
 
 
-def test_biases_that_no_group_has_are_told_and_weights_that_none_has_are_not():
-    """Tuning biases alone is a method, and leaves most of a model."""
+def test_a_bias_that_no_group_has_is_told_and_all_biases_or_all_weights_are_not():
+    """Tuning biases alone is a method, and so is leaving all of them out."""
 
-    def told(ending):
+    def told(*names):
         torch.manual_seed(0)
         model = tower()
-        mine = [p for name, p in model.named_parameters() if name.endswith(ending)]
+        mine = [p for name, p in model.named_parameters() if name.endswith(names)]
         return [(a.finding.code, a.finding.place) for a in fed(model, [torch.optim.Adam(mine, 0.01)])]
 
-    assert told(".weight") == [("GW902", "0")]
+    assert told(".weight", "2.bias") == [("GW902", "0")]
+    assert told(".weight") == []
     assert told(".bias") == []
+
+
+def test_an_empty_group_of_what_is_not_decayed_says_nothing_of_a_body_that_is_left_out():
+    torch.manual_seed(0)
+    model = tower()
+    groups = [{"params": [*model[2].parameters()], "weight_decay": 0.1}, {"params": [], "weight_decay": 0.0}]
+    assert fed(model, [torch.optim.AdamW(groups, lr=0.01)]) == []
+
+
+def test_low_rank_weights_beside_one_that_may_be_trained_are_no_layer_in_the_middle():
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), Added(), nn.Tanh(), Added(), nn.Linear(8, 3))
+    mine = [p for name, p in model.named_parameters() if "down" in name or "up" in name]
+    assert [a for a in fed(model, [torch.optim.Adam(mine, 1e-3)], standstill=True) if a.finding.code == "GW902"] == []
 
 
 @pytest.mark.parametrize("used_up", [True, False])
@@ -544,13 +567,16 @@ def test_a_layer_in_the_middle_that_no_optimizer_has_is_told_while_the_loss_stan
     assert ("GW902", "rnn") not in told(standstill=False)  # that the rest learns around it may be meant
 
 
-def adversaries(wrong, steps=170, *, detached=True, ahead=0):
+def adversaries(wrong, steps=170, *, detached=True, ahead=0, close=True, heard=None):
     """Train two towers against each other; `wrong`: in the judge's turn the painter's optimizer steps."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"painter": tower(4, 3), "judge": tower(3, 1)})
     painter, judge = (torch.optim.Adam(model[name].parameters(), 1e-3) for name in ("painter", "judge"))
     with gradwatch.watch(model, [painter, judge], on_alert=quiet) as watcher:
         for step in range(steps):
+            if not close and step == steps - 1:
+                heard += [(a.finding.code, a.finding.place, a.severity) for a in watcher.report.open]
+                return [a for a in watcher.report.open if a.severity > Severity.INFO]
             made = model["painter"](torch.randn(8, 4))
             judge.zero_grad()
             loss = (model["judge"](made.detach() if detached else made) + 1).square().mean()
@@ -568,10 +594,16 @@ def adversaries(wrong, steps=170, *, detached=True, ahead=0):
     return [a for a in watcher.report.open if a.severity > Severity.INFO]
 
 
-def test_an_optimizer_in_whose_turn_another_steps_is_told():
+def test_an_optimizer_that_rests_is_information_while_the_training_goes_on():
+    codes = []
+    assert adversaries(wrong=True, close=False, heard=codes) == []
+    assert codes == [("GW900", "judge", Severity.INFO)]
+
+
+def test_an_optimizer_in_whose_turn_another_steps_is_told_at_the_end():
     (alert,) = adversaries(wrong=True)
     assert (alert.finding.code, alert.finding.place, alert.severity) == ("GW900", "judge", Severity.WARNING)
-    assert alert.message.startswith("Adam has stepped 150 times, and the Adam of judge not once")
+    assert alert.message.startswith("Adam has stepped 213 times, and the Adam of judge not once")
     assert "another optimizer's may be called in its place" in alert.cause
 
 

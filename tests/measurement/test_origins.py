@@ -641,9 +641,11 @@ def losses_told(value_at, steps=40):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_while_every_gradient_is_is_told(value):
     (alert,) = losses_told(lambda i: value if i >= 10 else 0.0)
-    assert (alert.severity, alert.finding.place, alert.began) == (gradwatch.Severity.WARNING, "", 14)
+    assert (alert.severity, alert.finding.place, alert.began) == (gradwatch.Severity.WARNING, "", 16)
     what = "NaN" if value != value else "infinite"  # noqa: PLR0124  (NaN is the number that is not itself)
-    assert alert.message == f"the loss has been {what} since step 10, and every gradient is finite"
+    assert alert.message.startswith(f"the loss has been {what} at 4")
+    assert alert.message.endswith("since step 10, and every gradient is finite")
+    assert losses_told(lambda i: value if i % 2 else 0.0)  # each second batch has no target
 
 
 def test_a_batch_without_a_target_now_and_then_is_not():

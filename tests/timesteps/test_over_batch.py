@@ -153,7 +153,9 @@ def test_rows_that_a_view_mixes_up_are_told_where_a_need_is_declared(at):
         with gradwatch.watch(model, optimizer, on_alert=lambda _: None, **options) as watcher:
             for _ in range(25):
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), target).backward()
+                loss = nn.functional.cross_entropy(model(x), target)
+                loss.backward()
+                watcher.record(loss)
                 optimizer.step()
         return [a for a in watcher.report.open if a.severity > Severity.INFO]
 
@@ -179,10 +181,10 @@ def test_a_horizon_is_asserted_of_no_model_that_mixes_rows():
 
 def test_batch_normalization_in_training_mode_mixes_rows_and_is_meant():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(18, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    model = nn.Sequential(nn.Linear(3, 16), nn.Flatten(), nn.BatchNorm1d(96), nn.ReLU(), nn.Linear(96, 4))
     x = torch.randn(32, 6, 3)
-    assert gradwatch.horizon(model, x, timesteps={"": 1}).mixes_rows is None
-    assert gradwatch.horizon(model.eval(), x, timesteps={"": 1}).mixes_rows == 0
+    assert gradwatch.horizon(model, x).mixes_rows is None
+    assert gradwatch.horizon(model.eval(), x).mixes_rows == 0
 
 
 def test_a_row_that_is_left_out_does_not_change_the_horizon():
@@ -222,3 +224,20 @@ def test_packed_rows_of_any_order_are_not_mixed(order):
             )
 
     assert gradwatch.horizon(Within(), padded).mixes_rows in (None, 0.0)
+
+
+def test_rows_that_are_meant_to_know_of_each_other_are_not_asked_about_where_time_is_named():
+    class Assets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn, self.attention = nn.GRU(3, 8, batch_first=True), nn.MultiheadAttention(8, 1, batch_first=True)
+
+        def forward(self, x):
+            states = self.rnn(x)[0][:, -1].unsqueeze(0)
+            return self.attention(states, states, states)[0].squeeze(0)
+
+    x = torch.randn(32, 6, 3)
+    assert gradwatch.horizon(Assets(), x).mixes_rows > 0.3
+    assert gradwatch.assert_horizon(Assets(), x, at_least=3, timesteps={"x": 1}).mixes_rows is None
+    assert gradwatch.horizon(nn.Sequential(Assets(), nn.Linear(8, 32)), x).mixes_rows is None  # which are the rows?
