@@ -124,7 +124,7 @@ def _unmoved(history: History) -> Iterator[Finding]:
         yield Finding(
             "GW909",
             "unstepped",
-            Severity.WARNING if before or (history.improved is False and history.count >= KEPT) else Severity.INFO,
+            Severity.WARNING if before else Severity.INFO,
             names[0],
             onset=last[0].step,
             evidence={"update": moved[-1][names[0]], "others": max(moved[-1].values()), "layers": float(len(run))},

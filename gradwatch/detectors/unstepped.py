@@ -9,7 +9,7 @@ from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.autograd import Stray
 from gradwatch.values.history import History
-from gradwatch.values.layer_columns import around, inside
+from gradwatch.values.layer_columns import around, holder, inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ParameterInfo, Silence, Snapshot
 from gradwatch.values.thresholds import LEFT_OUT, NAMED, UPDATE_PROBES
@@ -148,7 +148,7 @@ def _left_out(history: History) -> Iterator[Finding]:
     empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
 
     def is_forgotten(p: ParameterInfo) -> bool:
-        beside = p.layer.rpartition(".")[0]  # as the weight that low-rank ones are added to
+        beside = holder(p.layer)  # as the weight that low-rank ones are added to
         alone = p.layer not in learning and not (beside and any(inside(other, beside) for other in learning))
         in_the_middle = stands and alone and after(p.layer) and order[p.layer] < last
         in_parts = small and some_biases and p.layer in learning

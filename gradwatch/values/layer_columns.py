@@ -60,6 +60,11 @@ def sensitivities(snapshot: Snapshot) -> Column:
     return tuple(norm * weight if norm is not None and weight and counts(p) else None for norm, weight, p in both)
 
 
+def holder(layer: str) -> str:
+    """Return the name of the module that holds a layer; "" of one that the model itself holds."""
+    return layer.rpartition(".")[0]
+
+
 def inside(name: str, around: str) -> bool:
     """Tell whether a module is another one, or lies in it; everything lies in the model itself, ""."""
     return not around or name == around or name.startswith(f"{around}.")
