@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
@@ -105,8 +106,10 @@ def _unmoved(history: History) -> Iterator[Finding]:
     t, model = history.thresholds, history.model
     probes = [s for s in history.probed if s.update_ratio is not None and s.model is model and not s.skipped]
     last = probes[-STANDING_PROBES:]
-    told = any(code in ("GW101", "GW401", "GW903", "GW907") for code, *_ in history.open)
-    if len(last) < STANDING_PROBES or history.count <= t.window or told or any(s.lost is not None for s in last):
+    told = any(code in ("GW101", "GW205", "GW401", "GW501", "GW502", "GW903", "GW907") for code, *_ in history.open)
+    if len(last) < STANDING_PROBES or history.count <= t.window or told:
+        return
+    if not all(s.finite for s in last) or any(s.lost is not None for s in last):
         return
     moved, sizes = [_moved(s) for s in last], [_sizes(s) for s in last]
     if any(max(m.values(), default=0.0) < t.ordinary_update for m in moved):
@@ -133,11 +136,11 @@ def _unmoved(history: History) -> Iterator[Finding]:
 
 
 def _moved(snapshot: Snapshot) -> dict[str, float]:
-    """Return, by layer, how far a step has moved its weights, over their norm."""
+    """Return, by layer, how far a step has moved its weights, over their norm: infinity where it threw them to NaN."""
     found: dict[str, float] = {}
     for p, ratio in zip(snapshot.model.parameters, snapshot.update_ratio or (), strict=True):
         if ratio is not None and counts(p):
-            found[p.layer] = max(found.get(p.layer, 0.0), ratio)
+            found[p.layer] = max(found.get(p.layer, 0.0), ratio if math.isfinite(ratio) else math.inf)
     return found
 
 

@@ -142,3 +142,23 @@ def test_a_rate_of_0_from_the_start_may_be_meant():
 def test_rates_that_differ_and_fall_are_not(factor):
     assert by_depth(factor) == (False, [])
     assert by_depth(0.1, at_once=True) == (False, [])
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+def test_weights_that_are_thrown_to_nan_are_not_left_where_they_are(spoilt):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    with gradwatch.watch(model, optimizer, on_alert=lambda _: None) as watcher:
+        for step in range(50):
+            x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            functional.mse_loss(model(x), x[:, :1]).backward()
+            if step >= 20:
+                for module in (model[0], model[2]):
+                    module.weight.grad.fill_(spoilt)
+                model[4].weight.grad.zero_()  # as behind nan_to_num: momentum alone goes on moving it
+            optimizer.step()
+    told = {a.finding.code for a in watcher.report.open}
+    assert "GW501" in told
+    assert "GW909" not in told
