@@ -74,19 +74,20 @@ def _silent(history: History) -> Iterator[Finding]:
         or any(code in ("GW401", "GW901") for code, *_ in history.open)
     ):
         return
-    model, mine = snapshot.model, snapshot.optimizer
-    own = [(c, p) for c, p in enumerate(model.parameters) if p.optimizer == mine and mine is not None]
-    if sum(snapshot.norm[c] is None for c, _ in own) < LEFT_OUT * len(own) or not own:  # nearly always
+    model, mine, norm = snapshot.model, snapshot.optimizer, snapshot.norm
+    if mine is None or None not in norm:  # nearly always
         return
+    own = history.lasting(_stepped, mine)
+    least = LEFT_OUT * len(own)
+    without = [c for c in own if norm[c] is None]
+    if len(without) < least or not without:
+        return
+    for other in window:  # column by column, it would take as long as all other rules together
+        without = [c for c in without if other.norm[c] is None] if other.silence is None else without
     absent = snapshot.absent or (None,) * len(model.parameters)
-    silent = [
-        p
-        for c, p in own
-        if absent[c] != "frozen"
-        and history.sound_once(history.numbers[p.layer])
-        and all(s.norm[c] is None for s in window if s.silence is None)
-    ]
-    if len(silent) < LEFT_OUT * len(own):
+    parameters = [model.parameters[c] for c in without if absent[c] != "frozen"]
+    silent = [p for p in parameters if history.sound_once(history.numbers[p.layer])]
+    if len(silent) < least:
         return
     layers = {p.layer for p in silent}
     names = [name for i in history.order if (name := history.model.layers[i].name) in layers]
@@ -97,23 +98,34 @@ def _silent(history: History) -> Iterator[Finding]:
         around(names),
         onset=window[0].step,
         evidence={"parameters": float(len(silent)), "of": float(len(own))},
-        names={"optimizer": model.optimizers[mine or 0].kind, "which": model.named(silent)},
+        names={"optimizer": model.optimizers[mine].kind, "which": model.named(silent)},
     )
+
+
+def _stepped(history: History, optimizer: int) -> Sequence[int]:
+    """Return the columns of the parameters that an optimizer steps."""
+    return [c for c, p in enumerate(history.model.parameters) if p.optimizer == optimizer]
 
 
 def _unmoved(history: History) -> Iterator[Finding]:
     """Find layers that get a gradient as others do, and that steps leave where they are while they move those."""
+    told = any(code in ("GW101", "GW205", "GW401", "GW501", "GW502", "GW903", "GW907") for code, *_ in history.open)
+    if history.count > history.thresholds.window and not told:
+        yield from history.lasting(_left_behind)
+
+
+def _left_behind(history: History) -> Sequence[Finding]:
+    """Return what the newest probes tell of layers that steps leave where they are."""
     t, model = history.thresholds, history.model
     probes = [s for s in history.probed if s.update_ratio is not None and s.model is model and not s.skipped]
     last = probes[-STANDING_PROBES:]
-    told = any(code in ("GW101", "GW205", "GW401", "GW501", "GW502", "GW903", "GW907") for code, *_ in history.open)
-    if len(last) < STANDING_PROBES or history.count <= t.window or told:
-        return
-    if not all(s.finite for s in last) or any(s.lost is not None for s in last):
-        return
+    if len(last) < STANDING_PROBES or not all(s.finite and s.lost is None for s in last):
+        return ()
+    if not any(ratio < UNMOVED for ratio in _moved(last[-1]).values()):  # nearly always
+        return ()
     moved, sizes = [_moved(s) for s in last], [_sizes(s) for s in last]
     if any(max(m.values(), default=0.0) < t.ordinary_update for m in moved):
-        return
+        return ()
     largest = [max(s.values(), default=0.0) for s in sizes]
     still = {
         history.numbers[name]
@@ -121,18 +133,24 @@ def _unmoved(history: History) -> Iterator[Finding]:
         if all(m.get(name, 1.0) < UNMOVED for m in moved)
         and all(s.get(name, 0.0) >= AMONG_OTHERS * most for s, most in zip(sizes, largest, strict=True))
     }
+    found = []
     for run in history.runs(still, {history.numbers[name] for name in moved[0]}):
         names = [model.layers[i].name for i in run]
         before = any(_moved(s).get(names[0], 0.0) > t.slow_update for s in probes)
-        yield Finding(
-            "GW909",
-            "unstepped",
-            Severity.WARNING if before else Severity.INFO,
-            names[0],
-            onset=last[0].step,
-            evidence={"update": moved[-1][names[0]], "others": max(moved[-1].values()), "layers": float(len(run))},
-            names={"last": names[-1]},
+        severity = Severity.WARNING if before else Severity.INFO
+        numbers = {"update": moved[-1][names[0]], "others": max(moved[-1].values()), "layers": float(len(run))}
+        found.append(
+            Finding(
+                "GW909",
+                "unstepped",
+                severity,
+                names[0],
+                onset=last[0].step,
+                evidence=numbers,
+                names={"last": names[-1]},
+            )
         )
+    return found
 
 
 def _moved(snapshot: Snapshot) -> dict[str, float]:
