@@ -75,7 +75,11 @@ class Strays:
         return {id(module): module for module in view.modules.values()}
 
     def clear(self) -> None:
-        """Let go of what was seen in this step."""
+        """Let go of what was seen in this step, and look no more."""
+        self._own = frozenset()
+        self._let_go()
+
+    def _let_go(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._leaves, self._walked = [], {}, False
@@ -128,7 +132,7 @@ class Strays:
     def collect(self, _step: StepView, transfer: Transfer) -> Part:
         """Return the tensors that got a gradient, what each weighs, and of which module it is."""
         leaves, walked = list(self._leaves.values()), self._walked
-        self.clear()
+        self._let_go()
         if walked:
             self._clean = 0 if leaves else self._clean + 1
         self._known = {key: (ref, number) for key, (ref, number) in self._known.items() if ref() is not None}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +34,9 @@ class Updates:
         self._budget = BUDGET
         self._spare: dict[int, Tensor] = {}
         """By column, memory of the copies before."""
-        self._copied: list[tuple[Any, ...]] = []
-        """Column, class, format, shape and device of what was copied before, where all of that memory is kept."""
+        self._copied: int | None = None
+        """A hash of column, class, format, shape and device of all that was copied before, where that memory is kept:
+        of many parameters the list itself takes as much memory as their norms."""
 
     def copy(self, columns: Sequence[int], parameters: Sequence[Tensor], *, complete: bool) -> None:
         """Copy the parameters that are about to move, as many as the budget allows.
@@ -86,9 +86,9 @@ class Updates:
             for c, p in zip(columns, parameters, strict=True)
             if (p.grad is not None if complete else p.requires_grad)
         ]
-        if not moving or [(c, *_kind(p)) for c, p in moving] != self._copied:
+        if not moving or _hash(moving) != self._copied:
             return False
-        self._copied = []  # until they are measured
+        self._copied = None  # until they are measured
         memory = [self._spare.pop(c) for c, _ in moving]
         torch._foreach_copy_(memory, [p for _, p in moving])
         self._copies = [(c, p, was) for (c, p), was in zip(moving, memory, strict=True)]
@@ -139,11 +139,11 @@ class Updates:
             gradient = parameter.grad
             if parameter.element_size() < 4 and gradient is not None and gradient.layout is torch.strided:
                 into.each("gradient", [column], [gradient], functools.partial(_lost, into, moved))
-        self._copied = []
+        self._copied = None
         if sum(was.numel() * was.element_size() for was in olds.values()) <= _SPARE:
             self._spare.update(olds)
             if all(type(p) in CLASSES for _, p, _ in copies):
-                self._copied = [(column, *_kind(p)) for column, p, _ in copies]
+                self._copied = _hash((column, p) for column, p, _ in copies)
 
     def drop(self) -> None:
         """Let go of the copies."""
@@ -153,10 +153,14 @@ class Updates:
         """Let go of their memory too."""
         self.drop()
         self._spare.clear()
-        self._copied.clear()
+        self._copied = None
 
 
 _kind = operator.attrgetter("__class__", "dtype", "shape", "device")
+
+
+def _hash(moving: Iterable[tuple[int, Tensor]]) -> int:
+    return hash(tuple(hash((column, *_kind(p))) for column, p in moving))
 
 
 def _moved(into: Parameters, now: Mapping[int, Tensor], columns: Sequence[int], olds: Sequence[Tensor]) -> None:

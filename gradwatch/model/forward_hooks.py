@@ -240,7 +240,7 @@ class ForwardTrace:
             self._undo = None
         for probe in self.probes:
             probe.clear()
-        self._chosen = []
+        self._chosen, self._names = [], {}
 
     @property
     def ran(self) -> tuple[str, ...]:

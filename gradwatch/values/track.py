@@ -82,7 +82,7 @@ class Rows:
         return [] if self._matrix is None else self._matrix[self._begin : self._end].tolist()
 
 
-_SPARE = 10
+_SPARE = 5
 """Rows that are added before the others are moved up."""
 
 
