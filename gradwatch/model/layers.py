@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -103,6 +104,7 @@ def describe(
         for p in group["params"]
     }
     modules = named_modules(model)
+    alike: dict[tuple[int, ...], tuple[int, ...]] = {}  # of many layers most have one of few shapes
     layers: list[LayerInfo] = []
     parameters: list[ParameterInfo] = []
     columns: dict[int, int] = {}
@@ -125,14 +127,19 @@ def describe(
                 ParameterInfo(
                     name=f"{layer}.{name}" if layer else name,
                     layer=of[name],
-                    shape=shape,
-                    dtype=str(parameter.dtype).removeprefix("torch."),
+                    shape=alike.setdefault(shape, shape),
+                    dtype=_format(parameter.dtype),
                     optimizer=stepped.get(id(parameter)),
                     role=_role(module, name, len(shape)),
                     trainable=parameter.requires_grad,
                 )
             )
     return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns
+
+
+@functools.cache
+def _format(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _step_of(module: nn.Module, name: str) -> str:
