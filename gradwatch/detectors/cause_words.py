@@ -8,7 +8,7 @@ from gradwatch.detectors.causes import Cause
 from gradwatch.detectors.flow_words import FLOWS
 from gradwatch.detectors.origins import ORIGINS
 from gradwatch.values.report import UNKNOWN, Finding
-from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SOUND_UPDATE
+from gradwatch.values.thresholds import ENOUGH_GAIN, LARGE_GAIN, LARGE_INPUT, OFF_CENTRE, SHRUNK, SOUND_UPDATE
 
 CLIP = (
     "clip the gradient norm (torch.nn.utils.clip_grad_norm_), lower the learning rate or warm it up, or normalize"
@@ -258,6 +258,9 @@ def _no_rate(finding: Finding) -> tuple[str, str]:
 
 def _small_rate(finding: Finding) -> tuple[str, str]:
     rate = f"its learning rate of {finding.evidence['rate']:.2g} is too small"
+    if made := finding.evidence.get("made_with"):
+        cause = f"{rate}: a schedule has kept it below {SHRUNK:.0%} of the {made:.2g} that the optimizer was made with"
+        return cause, "look at what the schedule's function returns: LambdaLR takes a factor, and not the rate itself"
     if "norm" in finding.evidence:
         norm = finding.evidence["norm"]
         return f"{rate} for gradients of norm {norm:.2g}", "raise the learning rate, or multiply the loss"

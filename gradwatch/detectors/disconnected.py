@@ -66,13 +66,18 @@ def disconnected(history: History) -> Iterator[Finding]:
 
 
 def _worthless(history: History) -> Iterator[Finding]:
-    """GW402: all that layers lead to is a normalization of one value, so that their gradient is the rounding of a 0."""
+    """GW402: all that layers lead to is a normalization of one value, so that their gradient is the rounding of a 0.
+
+    What gets more than that gets it beside the model's output: a loss of its own.
+    """
     yield from _constant(history)
     flows = without_effect(history)
     if not flows:
         return
-    trained = _trained(history)
-    for run in history.runs({i for i in trained if history.model.layers[i].module in flows}, trained):
+    trained, ratios = _trained(history), history.ratios(1)[-1]
+    worthless = {i for i in trained if history.model.layers[i].module in flows}
+    worthless -= {i for i in worthless if ratios[i] >= history.thresholds.vanishing_ratio}
+    for run in history.runs(worthless, trained):
         names = [history.model.layers[i].name for i in run]
         last = history.columns.module_of(names[-1])
         barrier = flows[last].barrier
@@ -84,7 +89,11 @@ def _worthless(history: History) -> Iterator[Finding]:
             names[0],
             onset=history.window()[seen.index(True)].step,
             evidence={"layers": float(len(run))},
-            names={"last": names[-1], "at": barrier.at if barrier is not None else "", "operation": "normalization"},
+            names={
+                "last": names[-1],
+                "at": barrier.at if barrier is not None else "",
+                "operation": "quotient" if barrier is not None and barrier.operation == "quotient" else "normalization",
+            },
         )
 
 
@@ -229,10 +238,23 @@ def _explain_worthless(finding: Finding) -> Explanation:
     what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
     through, do = (f" to {last} ({count:.0f} layers)", "do") if count > 1 else ("", "does")
     at = finding.names["at"] or "the last module"
+    quotient = finding.names.get("operation") == "quotient"
+    goes = (
+        f"is divided by itself (before {at})" if quotient else f"goes through {at} alone, which gives the same for all"
+    )
+    message = (
+        f"what {what}{through} {do} changes nothing: it {goes}; the true gradient is 0, and what arrives since step"
+        f" {finding.onset} is rounding noise, of which an Adam-like optimizer makes steps of ordinary size"
+    )
+    if quotient:
+        return Explanation(
+            message,
+            "the sum or norm that values are divided by goes over one entry: of a single expert to a token, of a"
+            " dimension of size 1",
+            "leave the division out there, or sum over the dimension that was meant",
+        )
     return Explanation(
-        f"what {what}{through} {do} changes nothing: it goes through {at} alone, which gives the same for all;"
-        f" the true gradient is 0, and what arrives since step {finding.onset} is rounding noise, of which an Adam-like"
-        " optimizer makes steps of ordinary size",
+        message,
         f"{at} normalizes over a single value",
         f"take the normalization at {at} out, or let it normalize over more than one value",
     )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gradwatch.detectors.cause_words import CLIP, said
 from gradwatch.detectors.causes import of_explosion
 from gradwatch.detectors.exploding import THROWN
-from gradwatch.detectors.measured import spectral_radius
+from gradwatch.detectors.measured import facts, spectral_radius
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -18,6 +18,7 @@ from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import (
     EDGE,
     EXPANDING,
+    HELD_BY_A_FEW,
     KEPT,
     LARGEST_EXPONENT,
     LINE_CORRELATION,
@@ -77,6 +78,7 @@ def _steep(history: History) -> Iterator[Finding]:
     with np.errstate(over="ignore"):  # of weights that have run away
         rows = history.track.sensitivities.oldest(EDGE) * clipped[:, None] / max(losses)
     rows[~np.isfinite(rows)] = 0.0
+    rows[:, _held_by_a_few(history)] = 0.0
     worst = int(rows.max(axis=0).argmax())
     steepness = float(rows[:, worst].max())
     limit = t.explosion_sensitivity
@@ -92,6 +94,16 @@ def _steep(history: History) -> Iterator[Finding]:
             onset=snapshots[0].step,
             evidence={"sensitivity": steepness, "limit": limit},
         )
+
+
+def _held_by_a_few(history: History) -> list[int]:
+    """Return the layers of whose weights a few entries hold the whole norm, as -10,000 in place of minus infinity do.
+
+    Nothing can be said of a change of such weights by a share of themselves.
+    """
+    known = facts(history)
+    layers = enumerate(history.model.layers)
+    return [i for i, layer in layers if known.get((layer.module, "typical_entry"), 1.0) < HELD_BY_A_FEW]
 
 
 def _came_down(history: History, times: float) -> bool:

@@ -23,6 +23,8 @@ from gradwatch.values.thresholds import (
     ORDINARY_GAIN,
     ORDINARY_SENSITIVITY,
     RUN_AWAY,
+    SPIKE,
+    SPIKES,
     UPDATE_PROBES,
 )
 
@@ -37,9 +39,10 @@ THROWN = ("GW202", "GW203", "GW205", "GW501")
 def exploding(history: History) -> Iterator[Finding]:
     """GW201: gradients far above their beginning. GW202: updates above the weights. GW203: a loss that jumped up.
 
-    GW204: a norm above a limit of the user's. GW205: growth up to infinity.
+    GW204: a norm above a limit of the user's. GW205: growth up to infinity. GW208: gradients that spike.
     """
     yield from _growth(history)
+    yield from _spikes(history)
     yield from _runaway(history)
     yield from _updates(history)
     yield from _loss(history)
@@ -72,6 +75,34 @@ def _growth(history: History) -> Iterator[Finding]:
             "",
             onset=window[0][0].step,
             evidence={"growth": growth, "norm": total[-1], "limit": limit},
+        )
+
+
+def _spikes(history: History) -> Iterator[Finding]:
+    """Find that again and again the gradient is many times what it usually is, while the loss does not come down.
+
+    As the optimizer takes it: clipping makes that harmless. Where the usual one has faded, an ordinary one is no spike.
+    """
+    losses, first = history.losses(KEPT), history.first_loss
+    if history.improved or history.count < KEPT or not losses or first is None or not history.first_norms:
+        return
+    if statistics.median(losses) < first:  # also where a loss crosses 0, and nobody can say by which factor it fell
+        return
+    norms = [
+        (s.step, n * min(s.clip_factor or 1.0, 1.0))
+        for s, n in zip(history.window(KEPT), [*history.totals][-KEPT:], strict=False)
+        if n is not None and math.isfinite(n) and not s.skipped
+    ]
+    usual, before = statistics.median(n for _, n in norms or ((0, 0.0),)), statistics.median(history.first_norms)
+    spikes = [step for step, n in norms if n >= SPIKE * usual]
+    if usual >= before > 0 and len(spikes) >= SPIKES:
+        yield Finding(
+            "GW208",
+            "exploding",
+            Severity.WARNING,
+            "",
+            onset=spikes[0],
+            evidence={"times": max(n for _, n in norms) / usual, "spikes": float(len(spikes)), "of": float(len(norms))},
         )
 
 
@@ -263,6 +294,19 @@ def _explain_growth(finding: Finding) -> Explanation:
     )
 
 
+def _explain_spikes(finding: Finding) -> Explanation:
+    evidence = finding.evidence
+    return Explanation(
+        f"at {evidence['spikes']:.0f} of the last {evidence['of']:.0f} steps the global gradient norm is {SPIKE:.0f} to"
+        f" {max(evidence['times'], SPIKE):.2g} times what it usually is, again and again since step {finding.onset}",
+        "something in the loss or the model has a derivative without bounds near values that batches come to: a"
+        " quotient whose denominator crosses zero (a Dice loss of logits in place of probabilities), a root or"
+        " logarithm near 0; or single rows are many times as large as others",
+        f"a sigmoid or softmax before such a sum, an epsilon in the denominator that is not lost beside it; look for"
+        f" outliers in the batches of these steps; {CLIP}",
+    )
+
+
 def _explain_updates(finding: Finding) -> Explanation:
     evidence, names, place = finding.evidence, finding.names, finding.place
     whose = place
@@ -306,4 +350,5 @@ RULES = (
     Rule("GW203", "exploding", _explain_loss, of_explosion, event=True),
     Rule("GW204", "exploding", _explain_absolute, event=True),
     Rule("GW205", "exploding", _explain_runaway, of_explosion, event=True),
+    Rule("GW208", "exploding", _explain_spikes),
 )

@@ -14,13 +14,21 @@ from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
-from gradwatch.values.thresholds import LEFT_OVER_PROBES, SAME_NORM, STANDING_PROBES, UNDONE, UNDONE_PROBES
+from gradwatch.values.thresholds import (
+    BEHIND,
+    LEFT_OVER_PROBES,
+    SAME_NORM,
+    SHRUNK,
+    STANDING_PROBES,
+    UNDONE,
+    UNDONE_PROBES,
+)
 
 
 def idle(history: History) -> Iterator[Finding]:
     """GW903: no weight moves. GW904: clipping takes nearly everything. GW905: gradients are not zeroed.
 
-    GW907: what the steps do is undone.
+    GW907: what the steps do is undone. GW910: what is used of the weights is an old copy.
     """
     if history.snapshot.skipped:
         return
@@ -28,6 +36,7 @@ def idle(history: History) -> Iterator[Finding]:
     yield from found or _clipped(history)
     yield from _left_over(history)
     yield from _undone(history)
+    yield from _old_copies(history)
 
 
 # --- no weight moves ---
@@ -58,7 +67,7 @@ def _unmoved(history: History) -> Iterator[Finding]:
     if stand and asks:
         yield _standing(history, Severity.WARNING, update)
     elif (long and asks) or (stand and history.track.moved is None):
-        yield _standing(history, Severity.INFO, update)
+        yield _standing(history, Severity.WARNING if long and _shrunk(history) else Severity.INFO, update)
 
 
 def _standing(history: History, severity: Severity, update: float) -> Finding:
@@ -81,7 +90,21 @@ def _of_the_rate(history: History, finding: Finding) -> Finding:
     entries = sum(p.elements for p, n in zip(probe.model.parameters, probe.norm, strict=True) if n is not None)
     if rate * (math.sqrt(entries) if history.adaptive else norm) >= history.thresholds.slow_update * weights:
         return finding
-    return with_cause(finding, "small_rate", {"rate": rate, **({} if history.adaptive else {"norm": norm})})
+    made = {"made_with": _first_rate(history) or 0.0} if _shrunk(history) else {}
+    return with_cause(finding, "small_rate", {"rate": rate, **({} if history.adaptive else {"norm": norm}), **made})
+
+
+def _shrunk(history: History) -> bool:
+    """Tell whether a schedule has left next to nothing of the learning rate that the optimizer was made with, ever."""
+    first = _first_rate(history)
+    rates = [s.rate for s in history.probed if s.rate is not None]
+    return first is not None and bool(rates) and max(rates) <= SHRUNK * first
+
+
+def _first_rate(history: History) -> float | None:
+    """Return the learning rate that the optimizer of this step was made with; None where nobody knows."""
+    now = history.snapshot.optimizer
+    return None if now is None else history.model.optimizers[now].first_rate
 
 
 def _severity(history: History) -> Severity:
@@ -212,6 +235,32 @@ def _undone(history: History) -> Iterator[Finding]:
     yield Finding("GW907", "unstepped", severity, "", onset=run[-1].step, evidence=evidence)
 
 
+# --- copies of weights ---
+
+
+def _old_copies(history: History) -> Iterator[Finding]:
+    """Find that the forward pass computes with copies of the weights that were made many steps ago."""
+    run = list(itertools.takewhile(_behind, reversed(history.looks())))
+    if not run:
+        return
+    places = _behind(run[0])
+    layers = [name for i in history.order if (name := history.model.layers[i].name) in places]
+    yield Finding(
+        "GW910",
+        "unstepped",
+        Severity.WARNING,
+        layers[0] if layers else "",
+        onset=run[-1].step,
+        evidence={"times": max(places.values()), "layers": float(len(places))},
+        names={"last": layers[-1] if layers else ""},
+    )
+
+
+def _behind(snapshot: Snapshot) -> dict[str, float]:
+    """Return how often weights were written to since the copy was made that is used of them, where that is often."""
+    return {f.place: f.value for f in snapshot.facts or () if f.name == "steps_behind" and f.value >= BEHIND}
+
+
 # --- in words ---
 
 
@@ -261,9 +310,21 @@ def _explain_undone(finding: Finding) -> Explanation:
     )
 
 
+def _explain_old_copies(finding: Finding) -> Explanation:
+    evidence, place, last = finding.evidence, finding.place or "the model", finding.names["last"]
+    whose = f"{place} to {last} ({evidence['layers']:.0f} layers)" if evidence["layers"] > 1 else place
+    return Explanation(
+        f"the forward pass computes with old copies of the weights of {whose}: they have been written to"
+        f" {evidence['times']:.0f} times since, at step {finding.onset} and after, and nothing of that is used",
+        "one torch.autocast around the whole loop: it casts a weight once, and keeps that until it is left",
+        "enter torch.autocast at each step, around the forward pass and the loss alone (or cache_enabled=False)",
+    )
+
+
 RULES = (
     Rule("GW903", "unstepped", _explain_unmoved, _of_the_rate),
     Rule("GW904", "unstepped", _explain_clipped),
     Rule("GW907", "unstepped", _explain_undone),
     Rule("GW905", "unstepped", _explain_left_over),
+    Rule("GW910", "unstepped", _explain_old_copies),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from gradwatch.detectors.measured import misread
-from gradwatch.detectors.misread_words import explain_over_batch, explain_padding
+from gradwatch.detectors.misread_words import explain_over_batch, explain_padding, explain_unused
 from gradwatch.detectors.rule import Rule
 from gradwatch.detectors.time_words import (
     FADES,
@@ -117,9 +117,47 @@ def padding_read(stats: SequenceStats, place: str) -> Finding:
     return Finding("GW306", "vanishing-time", Severity.WARNING, place, evidence=evidence)
 
 
+def unused_recurrences(history: History, probes: Sequence[Snapshot]) -> Iterator[Finding]:
+    """Find recurrent modules, or directions of them, of whose timesteps a single one is read.
+
+    The state before that is 0, and so, exactly, is the gradient of the weights that take it.
+    """
+    window = history.window(history.thresholds.window)
+    alike = all(s.model is history.model or s.model.parameters == history.model.parameters for s in window)
+    if len(window) < history.thresholds.window or 0.0 not in history.snapshot.norm or not alike:
+        return
+    columns = {p.name: column for column, p in enumerate(history.model.parameters)}
+    told = misread(history)
+    for stats in probes[-1].sequences or ():
+        if stats.part or stats.length < 2 or stats.module in told:
+            continue
+        prefix = f"{stats.module}." if stats.module else ""
+        for weights, inputs, reverse in _recurrent(prefix, columns):
+            if all(s.norm[columns[weights]] == 0 and s.norm[columns[inputs]] for s in window):
+                yield Finding(
+                    "GW308",
+                    "vanishing-time",
+                    Severity.WARNING,
+                    stats.module,
+                    onset=window[0].step,
+                    evidence={"length": float(stats.length)},
+                    names={"weights": weights, "reverse": "yes" if reverse else ""},
+                )
+                break
+
+
+def _recurrent(prefix: str, among: Container[str]) -> Iterator[tuple[str, str, bool]]:
+    """Yield the recurrent weights of a module of torch's, and those of its inputs, and whether they run backwards."""
+    for layer in itertools.takewhile(lambda k: f"{prefix}weight_hh_l{k}" in among, itertools.count()):
+        for end in ("", "_reverse"):
+            if f"{prefix}weight_hh_l{layer}{end}" in among:
+                yield f"{prefix}weight_hh_l{layer}{end}", f"{prefix}weight_ih_l{layer}{end}", bool(end)
+
+
 RULES = (
     Rule("GW303", "vanishing-time", explain_detached, explains_a_stall=False),
     Rule("GW305", "vanishing-time", explain_full),
     Rule("GW306", "vanishing-time", explain_padding),
     Rule("GW307", "vanishing-time", explain_over_batch),
+    Rule("GW308", "vanishing-time", explain_unused, explains_a_stall=False),
 )

@@ -38,3 +38,19 @@ def explain_over_batch(finding: Finding) -> Explanation:
         "it takes the first dimension of its input for time (batch_first=False), and that is the batch",
         f"set batch_first=True in {name}, or transpose (not view) what goes into it",
     )
+
+
+def explain_unused(finding: Finding) -> Explanation:
+    """Say that of a recurrence one timestep is read."""
+    name, names = finding.place or "the model", finding.names
+    reverse = bool(names["reverse"])
+    return Explanation(
+        f"one of {finding.evidence['length']:.0f} timesteps is read by {'the reverse direction of ' * reverse}{name}:"
+        f" its recurrent weights ({names['weights']}) have had a gradient of exactly 0 since step {finding.onset}",
+        "its output is taken at the last timestep, which the reverse direction reads first"
+        if reverse
+        else "its output is taken at the first timestep alone",
+        "take the last state of each direction, torch.cat([h_n[-2], h_n[-1]], 1), or a mean or maximum over time"
+        if reverse
+        else "take its output at the last timestep, its last state, or a mean or maximum over time",
+    )

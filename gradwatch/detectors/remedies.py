@@ -273,6 +273,10 @@ def _full(finding: Finding) -> Iterable[Remedy]:
     return (Remedy("input_bias", _here(finding), value=-math.log(max(need, 2.0))),)
 
 
+def _worthless(finding: Finding) -> Iterable[Remedy]:
+    return () if finding.names.get("operation") == "quotient" else (Remedy("drop_normalization", _at(finding)),)
+
+
 def _half(finding: Finding) -> Iterable[Remedy]:
     if finding.names.get("format") == "float16":
         return Remedy("bfloat16"), Remedy("float32")
@@ -309,10 +313,11 @@ _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
     "GW205": _exploding,
     "GW206": _exploding,
     "GW207": _steep,
+    "GW208": lambda _: (CLIP,),
     "GW301": _short,
     "GW302": _growing,
     "GW305": _full,
-    "GW402": lambda finding: (Remedy("drop_normalization", _at(finding)),),
+    "GW402": _worthless,
     "GW601": _silent,
     "GW701": _half,
     "GW702": lambda _: (Remedy("float32"), Remedy("rate", value=FASTER_RATE)),

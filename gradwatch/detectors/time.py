@@ -42,7 +42,7 @@ def through_time(history: History) -> Iterator[Finding]:
     """GW301: a horizon shorter than the need. GW302: a gradient that grows by lag. GW303: a detached state.
 
     GW304: a need that cannot be judged. GW305: a cell that is full. GW306: padding that is read.
-    GW307: a batch that is taken for time.
+    GW307: a batch that is taken for time. GW308: a recurrence of which one timestep is read.
 
     Between two probes the findings of the last one hold.
     """
@@ -65,6 +65,7 @@ def through_time(history: History) -> Iterator[Finding]:
     yield from _exploding(history, probes)
     yield from detached
     yield from memory.misreading(history, probes)
+    yield from memory.unused_recurrences(history, probes)
     yield from (f for f in memory.full_cells(history, probes) if f.place not in unmet)
 
 

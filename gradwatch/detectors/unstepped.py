@@ -134,10 +134,9 @@ def _left_out(history: History) -> Iterator[Finding]:
         before = (other for other in learning if order[other] <= order[layer])
         return any(inside(other, layer) for other in learning) or any(not inside(layer, other) for other in before)
 
-    # A head that stands still while layers before it learn is forgotten; so is what was frozen, and is no more, what
-    # was stepped and has been replaced, a bias whose weight learns, and where the loss stands still, what lies in the
-    # middle of what learns. What stands still before all that, as what was trained elsewhere, what gets no gradient, as
-    # a copy that follows, and most of a model may well be meant.
+    # A head that stands still while layers before it learn is forgotten; so is what was frozen or stepped before, a
+    # bias whose weight learns, and where the loss stands still, what lies in the middle of what learns. What stands
+    # before all that, gets no gradient, as a copy that follows, or is most of a model may well be meant.
     trained = [p for p in model.parameters if p.trainable is not False]
     few = len(left_out) < LEFT_OUT * len(trained)
     small = sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
@@ -146,6 +145,7 @@ def _left_out(history: History) -> Iterator[Finding]:
     biases = {p for p in trained if p.role != "weight"}
     some_biases = not biases.issubset(left_out)  # all of them are left out by a rule
     empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
+    foreign = sum(optimizer.foreign for optimizer in model.optimizers)  # in its place stands what was replaced
 
     def is_forgotten(p: ParameterInfo) -> bool:
         beside = holder(p.layer)  # as the weight that low-rank ones are added to
@@ -153,7 +153,7 @@ def _left_out(history: History) -> Iterator[Finding]:
         in_the_middle = stands and alone and after(p.layer) and order[p.layer] < last
         in_parts = small and some_biases and p.layer in learning
         before = p.name in history.track.frozen or p.name in history.track.left
-        return bool(empty) or before or in_the_middle or in_parts or (few and after(p.layer))
+        return bool(empty or foreign) or before or in_the_middle or in_parts or (few and after(p.layer))
 
     forgotten = [p for p in left_out if p in stood and is_forgotten(p)]
     shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
@@ -167,7 +167,7 @@ def _left_out(history: History) -> Iterator[Finding]:
             "parameters": float(len(shown)),
             "of": float(len(model.parameters)),
             "forgotten": float(len(forgotten)),
-            **({"empty": float(empty)} if empty and forgotten else {}),
+            **{name: float(count) for name, count in (("empty", empty), ("foreign", foreign)) if count and forgotten},
         },
         names={"which": model.named(shown)},
     )
@@ -279,9 +279,9 @@ def _explain_in_vain(finding: Finding) -> Explanation:
 
 def _explain_left_out(finding: Finding) -> Explanation:
     evidence, which = finding.evidence, finding.names["which"]
-    count, of = evidence["parameters"], evidence["of"]
-    are = "is" if count == 1 else "are"
-    message = f"{count:.0f} of {of:.0f} parameters {are} to be trained and in no optimizer that is watched: {which}"
+    count, are = evidence["parameters"], "is" if evidence["parameters"] == 1 else "are"
+    every = f"{count:.0f} of {evidence['of']:.0f} parameters"
+    message = f"{every} {are} to be trained and in no optimizer that is watched: {which}"
     if evidence["forgotten"]:
         them = "it" if count == 1 else "them"
         message += f"; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}"
@@ -292,6 +292,13 @@ def _explain_left_out(finding: Finding) -> Explanation:
                 f"{groups} of the optimizer's parameters {'are' if evidence['empty'] > 1 else 'is'} empty: a filter or"
                 " generator gives what it has once, and was used up, or a condition fits nothing",
                 "list(...) of the filter before anybody goes through it; look at optimizer.param_groups",
+            )
+        if "foreign" in evidence:
+            return Explanation(
+                message,
+                "the optimizer has others in place of this, without a gradient: layers were replaced after it was made,"
+                " as resizing an embedding or adapting a head does",
+                "make the optimizer last, over model.parameters()",
             )
         return Explanation(
             message,

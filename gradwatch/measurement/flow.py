@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from gradwatch.measurement import norms
 from gradwatch.measurement.cuts import Call, Outputs, Seen, Token, cuts, holds_layers, trainable
-from gradwatch.measurement.graph import Graph
+from gradwatch.measurement.graph import Graph, before, near
 from gradwatch.measurement.heads import crossed, squashed
 from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
@@ -23,8 +23,11 @@ from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats, storage_of, tensors
 from gradwatch.values.autograd import Flow, Squashed
+from gradwatch.values.snapshot import Fact
 
 _CHECKPOINT = CheckpointFunction.forward.__code__
+_TO_WEIGHTS = 4
+"""Nodes from what a layer gives to a copy of its weights: a view, a product, a transposition."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class FlowProbe:
         """By layer, the gradient at what its output was put side by side with something else in."""
         self._squashed: Squashed | None = None
         self._crossed: int | None = None
+        self._behind: dict[str, int] = {}
+        """By module, how often its weights were written to since the copy was made that it has used."""
         self._tick = 0
 
     @property
@@ -145,6 +150,8 @@ class FlowProbe:
             self._taken(call, [*tensors(inputs), *tensors(kwargs)], given)
         for tensor in given:
             self._give(name, tensor)
+            if name in self._owners and torch.is_autocast_enabled(tensor.device.type):
+                self._note_copies(name, tensor.grad_fn)
         if hasattr(module, "hidden_size") and hasattr(module, "num_layers"):  # recurrent, over a whole sequence
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
             for tensor in floats(state):
@@ -233,6 +240,17 @@ class FlowProbe:
                 self._seen.weak.append(storage)
                 mine.storages.add(storage.cdata)
 
+    def _note_copies(self, name: str, node: Any) -> None:  # noqa: ANN401  (nodes have no common type)
+        """Note how often weights were written to since autocast made the copy of them that a module has used.
+
+        It keeps its copies until it is left, and with each the node of the graph that has made it.
+        """
+        for one in near(node, _TO_WEIGHTS) if node is not None else ():
+            leaf = getattr(before(one)[0], "variable", None) if one.name() == "ToCopyBackward0" else None
+            if isinstance(leaf, nn.Parameter) and id(leaf) in self._owners_of:
+                made: int = one.metadata.setdefault((self._mark, "version"), leaf._version)
+                self._behind[name] = max(leaf._version - made, self._behind.get(name, 0))
+
     def made(self, loss: Tensor) -> None:
         """Take note of how a loss is made of what the model gave."""
         node = loss.grad_fn
@@ -253,12 +271,14 @@ class FlowProbe:
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]
         self.applied = self.graph.applied
         twice, pairs = self._squashed, self._crossed
+        behind = tuple(Fact(name, "steps_behind", float(times)) for name, times in self._behind.items() if times)
         self._begin()
         return lambda: ProbeValues(
             cuts=found,
             flows=(*(f for flow in flows if (f := flow()) is not None), *beside),
             squashed=twice,
             crossed=pairs,
+            facts=behind,
         )
 
     def _flow(

@@ -34,6 +34,10 @@ REARRANGED = frozenset(
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
 SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
+_TOTALS = frozenset({"SumBackward1", "LinalgVectorNormBackward0"})
+"""Sums and norms along dimensions."""
+_ALIKE = REARRANGED | {"AddBackward0", "ClampMinBackward0", "ClampBackward1"}
+"""What may come between a sum and the division by it: an epsilon, a smallest value, another shape."""
 _MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
 _PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
 _SCORES = (0, 1)
@@ -364,4 +368,15 @@ def _blocks(node: Any, kind: str) -> _Block | None:  # noqa: ANN401
     if kind == "NativeGroupNormBackward0":
         width = node._saved_C // max(node._saved_group, 1) * node._saved_HxW
         return _Block("group_norm", width) if width <= _NARROW else None
-    return None
+    return _Block("quotient", 1, (0, 1)) if kind == "DivBackward0" and _by_itself(node) else None
+
+
+def _by_itself(node: Any) -> bool:  # noqa: ANN401
+    """Tell whether a quotient divides each value by the sum or norm of itself alone, which gives 1 or -1."""
+    (above, number), (below, _) = node.next_functions if len(node.next_functions) == 2 else ((None, 0), (None, 0))
+    while below is not None and below.name() in _ALIKE and len(earlier := before(below)) == 1:
+        below = earlier[0]
+    if above is None or below is None or below.name() not in _TOTALS or below.next_functions[0] != (above, number):
+        return False
+    entries: list[int] = [math.prod(n._input_metadata[k].shape) for n, k in ((below, 0), (above, number))]
+    return entries[0] == entries[1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.graph import near
-from gradwatch.measurement.norms import spectral_norm
+from gradwatch.measurement.norms import spectral_norm, typical_entry
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
@@ -236,7 +236,7 @@ class Units:
         for (entries, units, _), counts in alike.items():
             silent = zip(counts, self._dead(counts, entries), strict=True)
             dead |= {name: (transfer.add(share), units) for name, share in silent}
-        facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._spectral_norms(step))}
+        facts = {key: transfer.add(value) for key, value in (*self._facts.items(), *self._of_weights(step))}
         skips = () if self._skip is None else (Fact(self._skip, "skip_connection", 1.0),)
         self._units, self._facts, self._scratch, self._skip = theirs, {}, None, None
 
@@ -258,10 +258,11 @@ class Units:
 
         return part
 
-    def _spectral_norms(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
+    def _of_weights(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
         for name in sorted(self.suspects):
             if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
                 yield (name, "spectral_norm"), spectral_norm(weight)
+                yield (name, "typical_entry"), typical_entry(weight)
 
     def _dead(self, fired: Mapping[str, Tensor], entries: int) -> Sequence[Tensor]:
         """Return, for layers of as many units, the share that has been silent for longer than chance explains."""

@@ -134,7 +134,8 @@ def describe(
                     trainable=parameter.requires_grad,
                 )
             )
-    return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns
+    described = tuple(optimizer_info(optimizer, columns) for optimizer in optimizers)
+    return ModelInfo(tuple(layers), tuple(parameters), described), columns
 
 
 @functools.cache

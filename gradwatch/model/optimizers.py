@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,22 +33,32 @@ _DEEPEST = 10
 """Wrappers, one within the other."""
 
 
-def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimizer, or what merely acts as one)
-    """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state."""
+def optimizer_info(optimizer: Any, own: Container[int] = ()) -> OptimizerInfo:  # noqa: ANN401  (or what acts as one)
+    """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state.
+
+    Args:
+        optimizer: an optimizer, or what merely acts as one.
+        own: the parameters of the model, by `id`.
+
+    """
     if isinstance(optimizer, Sweep):
-        return optimizer_info(optimizer.members[0])
+        return optimizer_info(optimizer.members[0], own)
     kind = type(optimizer).__name__
     names = {base.__name__ for base in type(optimizer).__mro__}
     states, defaults = getattr(optimizer, "state", None), getattr(optimizer, "defaults", None)
     first = next(iter(states.values()), None) if isinstance(states, Mapping) else None
     kept = set(first) if isinstance(first, Mapping) else set()
-    options = [*getattr(optimizer, "param_groups", ()), *([defaults] if isinstance(defaults, Mapping) else [])]
-    eps = next((group["eps"] for group in options if isinstance(group, Mapping) and "eps" in group), None)
+    groups = [group for group in getattr(optimizer, "param_groups", ()) if isinstance(group, Mapping)]
+    options = [*groups, *([defaults] if isinstance(defaults, Mapping) else [])]
+    eps = next((group["eps"] for group in options if "eps" in group), None)
+    rates = [rate for group in groups if isinstance(rate := group.get("initial_lr"), int | float)]
     return OptimizerInfo(
         kind,
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
         float(eps) if isinstance(eps, int | float) else None,
-        _empty([group for group in getattr(optimizer, "param_groups", ()) if isinstance(group, Mapping)]),
+        _empty(groups),
+        _foreign(groups, own),
+        float(max(rates)) if rates else None,
     )
 
 
@@ -56,6 +66,14 @@ def _empty(groups: Sequence[Mapping[str, Any]]) -> int:
     """Count the groups without a parameter, but for one of what is not decayed: a model may have nothing of that."""
     decays = {group.get("weight_decay") for group in groups}
     return sum(not group.get("params") and not (len(decays) > 1 and not group.get("weight_decay")) for group in groups)
+
+
+def _foreign(groups: Sequence[Mapping[str, Any]], own: Container[int]) -> int:
+    """Count the parameters that are none of these and have no gradient, if one of these has one."""
+    params = [p for group in groups for p in group.get("params", ())]
+    if not any(p.grad is not None for p in params if id(p) in own):
+        return 0
+    return sum(p.requires_grad and p.grad is None for p in params if id(p) not in own)
 
 
 def steps(candidate: object) -> bool:

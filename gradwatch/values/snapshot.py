@@ -40,6 +40,8 @@ FactName = Literal[
     "saturation",
     "saturated_gates",
     "skip_connection",
+    "typical_entry",
+    "steps_behind",
 ]
 """What a `Fact` tells.
 
@@ -54,6 +56,8 @@ saturation: share of a tanh network's outputs above 0.98.
 saturated_gates: share of a recurrent layer's gates and candidates (of an RNN, of its states) in the outer 1 % of their
 range.
 skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
+typical_entry: of the largest weight, the median size of entries that are not 0, over the root mean square of all.
+steps_behind: how many times weights have been written to since the copy in another format was made that is used.
 """
 
 Column = tuple[float | None, ...]
@@ -110,6 +114,10 @@ class OptimizerInfo:
     eps: float | None = None
     empty: int = 0
     """Groups of it that hold no parameter."""
+    foreign: int = 0
+    """Parameters of it that are none of the model's and get no gradient, while others do."""
+    first_rate: float | None = None
+    """The largest learning rate that it was made with, if a schedule has kept that."""
 
 
 @dataclass(frozen=True, slots=True)

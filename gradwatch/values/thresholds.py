@@ -21,8 +21,7 @@ INTERVAL = 2
 KEPT = 50
 """Snapshots and losses that are remembered, per optimizer; over so many losses a loss stands still."""
 EDGE = 5
-"""Losses over whose median the beginning and the end of a run are compared, and ratios and norms over whose median a
-level is taken: a single batch proves nothing."""
+"""Losses, ratios and norms over whose median a level is taken: a single batch proves nothing."""
 PROBES = 8
 """Probes that saw sequences which are remembered, per optimizer: hundreds of measured snapshots may lie between two."""
 GIVEN_BACK = 0.5
@@ -44,16 +43,14 @@ BETWEEN_PROBES = 0.3
 """Share of the steps between probes at which a layer must get a gradient not to be dead; a rare outlier that wakes a
 dead layer for a step does not revive it."""
 UPDATE_PROBES = 3
-"""Probes of a window at which a weight must change by more than itself, where no single change is large enough
-alone."""
+"""Probes of a window at which a weight must change by more than itself, where no single change is large enough."""
 LEFT_OUT = 0.5
 """Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: a forgotten
 head is few, and tuning by heads, norms, biases or prompts alone leaves out most. Also of those that fall silent."""
 NAMED = 4
 """Shapes that an alert names; it says so where there are more."""
 STEPLESS = 300
-"""Losses, or readings of gradients, without a single step of the optimizer, from which on it does not step: more
-micro-batches than any published training accumulates (256)."""
+"""Losses, or readings of gradients, without a step from which on none comes: published trainings accumulate 256."""
 RESTING = 150
 """Measured steps of others before which an optimizer need not step: critics are trained ahead by up to 100 (WGAN)."""
 MIXED_ROWS = 0.3
@@ -81,8 +78,7 @@ another order differ by a tenth of that. Where nothing is zeroed, half of the gr
 LEFT_OVER_PROBES = 2
 """Probes in a row at which a gradient must hold what was there before: once, somebody may have meant it."""
 SAME_NORM = 1e-3
-"""Share by which global norms, or factors of clipping, may differ and still be one number: that of a clip, of a
-normalization, or of a loss scale. From batch to batch they scatter by a hundred times that."""
+"""Share by which norms, or factors of clipping, differ and are one number still: batches scatter by far more."""
 LINE_LAYERS = 6
 """Layers from which on a line through their gradients says something."""
 LINE_CORRELATION = 0.8
@@ -139,6 +135,16 @@ ACCOUNTED_FOR = 0.5
 EXPANDING = 1.05
 """Spectral radius of a recurrent matrix that accounts for an explosion: over 100 timesteps it makes a factor of 130,
 and an identity matrix that has been trained for a step is not yet there."""
+HELD_BY_A_FEW = 0.01
+"""Typical entry of a weight over its root mean square below which a few entries hold the norm: of normal numbers it is
+0.67, of a matrix of ones and zeros 1 and more, of 25 normal ones and six of -10,000 below 1e-4."""
+SPIKE, SPIKES = 30.0, 5
+"""Times the median by which a global gradient norm is a spike, and of how many of `KEPT` steps: of batches of one
+sample norms scatter by a factor of 7."""
+BEHIND = 10
+"""Writes to weights since the copy was made that is used: within a step, of optimizers that take turns, one or two."""
+SHRUNK = 0.01
+"""Share of the learning rate that an optimizer was made with below which a schedule has taken nearly all of it."""
 UNDONE, UNDONE_PROBES = 0.5, 3
 """How far weights must have come since the probe before, in steps, and at how many probes in a row. In 140 trainings,
 sound and faulty, no probe was below 0.9 but of one that had converged to the last digit; where averages were copied
@@ -151,22 +157,18 @@ MOSTLY_FLAT = 0.4
 """Share of saturated entries that accounts for a gradient that is nearly gone: they pass at most 4 % of it, and layer
 upon layer has them. Also of the losses that are not finite: one batch in four may well have no target."""
 OFF_CENTRE = 5.0
-"""Mean of an input over its spread from which on it counts as off-centre: of standardized input it is 0, of pixels in
-[0, 1] 2 or less."""
+"""Mean of an input over its spread that counts as off-centre: standardized it is 0, of pixels in [0, 1] 2 or less."""
 LARGE_INPUT = 10.0
-"""Root mean square of an input that accounts for saturation: of a standardized one it is 1, and weights of the usual
-initializations keep it at that."""
+"""Root mean square of an input that accounts for saturation: the usual initializations keep a signal at 1."""
 KICK = 0.3
 """An update over the weights that can move a layer's units out of reach: 1e-3 a step is the rule of thumb."""
 SOUND_UPDATE = 0.01
-"""An update over the weights to which a learning rate that is too large is to come down: first steps of the healthy
-labelled runs lie at 0.005 to 0.1."""
+"""An update over the weights to which too large a rate is to come down: of healthy first steps it is 0.005 to 0.1."""
 KICK_LASTS = 200
 """Steps for which such an update is remembered as a cause: those of the beginning, where updates are at their largest
 and all steps are measured, and units that it moved out of reach are found within them."""
 BY_BIAS = 0.5
-"""Share of the silent units that would not be silent without their bias, from which on it is the cause: the larger
-part."""
+"""Share of the silent units that their bias alone keeps silent, from which on it is the cause: the larger part."""
 GATE_BIAS_NEAR = 0.7
 """How near a gate's bias is to what a need asks for to count as set: the log of 2, a memory of half as long."""
 MISREAD_PROBES = 2
@@ -174,8 +176,7 @@ MISREAD_PROBES = 2
 SATURATED_OUTPUTS = 0.1
 """Share of saturated outputs of a recurrent network that is worth a word."""
 OUTER_SHARE = 0.01
-"""Share of its range at each end of which a bounded activation counts as saturated: tanh passes 4 % of the gradient
-there, the sigmoid 1 %."""
+"""Share of its range at each end where a bounded activation is saturated: tanh passes 4 % there, the sigmoid 1 %."""
 SILENT_ENTRIES = 64.0
 """Entries in a row for which a unit must be silent before it counts as dead: two batches of 32."""
 SILENT_SPELLS = 7.0
@@ -396,5 +397,4 @@ PER_LAYER = (
     "horizon_met",
     "explosion_time",
 )
-"""The fields that a layer may have of its own; the others are of the run as a whole, or of all of its layers
-together."""
+"""The fields that a layer may have of its own; the others are of the run, or of all of its layers together."""

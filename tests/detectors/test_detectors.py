@@ -512,6 +512,18 @@ def _of_parts():
     yield (two, [(0.0, 1.0), (1.0, 1.0)] * 13 + [(0.0, 1.0)]), {"losses": STILL, "activations": shut}
     yield (two, [(1.0, 1.0)] * 8), {"losses": [math.nan] * 8}
     yield (model(3), [(1.0, 1.0, 1.0)] * 20 + [(None, None, 1.0)] * 50), {}
+    yield (two, spiky(8, 400.0)), {"losses": STILL}
+    behind = (Fact("l0", "steps_behind", 30.0),)
+    yield (two, [(1.0, 1.0)] * 3), {"activations": seen, "facts": [behind] * 3}
+    rnn = dataclasses.replace(
+        two,
+        layers=(LayerInfo("l0", "GRU", 0), LayerInfo("l1", "Linear", 1)),
+        parameters=tuple(
+            ParameterInfo(f"l0.weight_{way}_l0", "l0", (4, 4), "float32", 0, "weight") for way in ("ih", "hh")
+        ),
+    )
+    read = SequenceStats("l0", length=60)
+    yield (rnn, [(1.0, 0.0)] * 20), {"sequences": [(read,)] * 20}
 
 
 def _one_of_each():
@@ -660,3 +672,73 @@ def test_numpy_numbers_do_not_leak_into_findings():
 
     assert not any(isinstance(v, np.generic) for f in found for v in f.evidence.values())
     assert all(isinstance(v, float) for f in found for v in f.evidence.values())
+
+
+# --- gradients that spike ---
+
+
+def spiky(every, height, *, usual=1.0):
+    return [(height if step > 20 and step % every == 0 else usual if step > 20 else 1.0, 1.0) for step in range(90)]
+
+
+def test_a_gradient_that_spikes_again_and_again_while_the_loss_stands_is_told_since_the_first_of_the_last_50_steps():
+    (found,) = (f for f in fold(model(2), spiky(8, 400.0), losses=STILL)[1] if f.kind == "exploding")
+
+    assert (found.code, found.severity, found.onset) == ("GW208", Severity.WARNING, 40)
+    assert found.evidence["spikes"] == 7
+    assert found.evidence["times"] == pytest.approx(400 / math.sqrt(2), rel=1e-3)
+    assert "at 7 of the last 50 steps the global gradient norm is 30 to 2.8e+02 times" in explain(found).message
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (spiky(15, 400.0), {"losses": STILL}),  # now and then
+        (spiky(8, 20.0), {"losses": STILL}),
+        (spiky(8, 400.0), {"losses": [1.0 / (step + 1) for step in range(90)]}),
+        (spiky(8, 400.0), {"losses": [(-1) ** step * 2.0 - step / 50 for step in range(90)]}),  # falls, and crosses 0
+        (spiky(8, 400.0), {"losses": STILL, "clip_factor": [1 / 300 if n[0] > 100 else 1.0 for n in spiky(8, 400.0)]}),
+        (spiky(8, 400.0), {}),
+        ([(1e-3, 1e-3) if s > 20 and s % 8 else (1.0, 1.0) for s in range(90)], {"losses": STILL}),  # it has faded
+        (spiky(8, 400.0), {"losses": STILL, "skipped": [s > 20 and s % 8 == 0 for s in range(90)]}),
+    ],
+)
+def test_what_is_rare_clipped_skipped_or_does_no_harm_is_no_spike(rows, options):
+    assert [f for f in fold(model(2), rows, **options)[1] if f.code == "GW208"] == []
+
+
+class Tagged(nn.Module):
+    """Tags words by a conditional random field; what may not follow each other begins, and stays, at -10,000."""
+
+    def __init__(self, forbidden=-1e4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emit, self.follow = nn.Linear(6, 5), nn.Parameter(0.1 * torch.randn(5, 5))
+        with torch.no_grad():
+            self.follow[[0, 2, 4], 3] = forbidden
+
+    def forward(self, x, tags):
+        scores = self.emit(x)
+        told = scores.gather(2, tags[..., None]).sum((1, 2)) + self.follow[tags[:, :-1], tags[:, 1:]].sum(1)
+        alpha = scores[:, 0]
+        for t in range(1, x.shape[1]):
+            alpha = torch.logsumexp(alpha[:, :, None] + self.follow, 1) + scores[:, t]
+        return (torch.logsumexp(alpha, 1) - told).mean()
+
+
+def test_of_weights_whose_norm_a_few_masks_hold_nothing_is_said_that_takes_their_size():
+    net, alerts = Tagged(), []
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    with gradwatch.watch(net, optimizer, on_alert=alerts.append) as watcher:
+        for step in range(40):
+            draw = torch.Generator().manual_seed(step)
+            tags = torch.randint(3, (16, 8), generator=draw)
+            x = nn.functional.one_hot(tags, 6).float() + 0.3 * torch.randn(16, 8, 6, generator=draw)
+            optimizer.zero_grad()
+            loss = net(x, tags)
+            watcher.record(loss)
+            loss.backward()
+            sensitivity = net.follow.norm() * net.follow.grad.norm() / loss.detach()
+            optimizer.step()
+            assert step or sensitivity > Thresholds().explosion_sensitivity  # as the rule sees it
+    assert [a for a in alerts if a.severity > Severity.INFO] == []

@@ -24,18 +24,18 @@ def mean_square(out, x):
     return (out - x.sum(1, keepdim=True) / 4).square().mean()
 
 
-def said_of(model, loss=mean_square, *, steps=30, optimizer=None, draw=lambda: torch.randn(16, 8)):
+def said_of(model, loss=mean_square, *, steps=30, optimizer=None, draw=lambda: torch.randn(16, 8), hear=lambda _: None):
     """Train, and return of each code and place the worst severity and the last words."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=3e-3)
     found = {}
 
-    def hear(report):
+    def note(report):
         for alert in report.open:
             key = alert.finding.code, alert.finding.place
             worst = max(alert.severity, found[key][0]) if key in found else alert.severity
             found[key] = worst, alert
 
-    with gradwatch.watch(model, optimizer, sinks=[hear], on_alert=lambda _: None) as watcher:
+    with gradwatch.watch(model, optimizer, sinks=[note, hear], on_alert=lambda _: None) as watcher:
         for _ in range(steps):
             x = draw()
             value = loss(model(x), x)
@@ -703,3 +703,58 @@ def test_what_feeds_only_the_initial_state_fades_with_the_memory_of_the_layer():
     assert worst is Severity.INFO
     assert alert.finding.cause == "state"
     assert "the initial state of rnn" in alert.cause
+
+
+# --- what is divided by itself ---
+
+
+class Weighed(nn.Module):
+    """Weighs what a body gives by scores that are divided by the sum, or the norm, of so many of them."""
+
+    def __init__(self, divide, many=1, *, aside=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.score, self.head = stack(), nn.Linear(16, 4), nn.Linear(16, 1)
+        self.divide, self.many, self.aside, self.loss = divide, many, aside, 0.0
+
+    def forward(self, x):
+        h = self.body(x)
+        scores = self.score(h).softmax(-1)
+        self.loss = scores.mean(0).square().sum() if self.aside else 0.0
+        parts = self.divide(scores.topk(self.many, -1).values)
+        return self.head(sum(parts[:, k : k + 1] * h * (k + 1) for k in range(self.many)))
+
+
+def by_sum(scores):
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
+def by_norm(scores):
+    return functional.normalize(scores, dim=-1)
+
+
+@pytest.mark.parametrize("divide", [by_sum, by_norm, lambda s: functional.normalize(s, p=1, dim=-1)])
+def test_what_is_divided_by_itself_changes_nothing_and_is_told(divide):
+    model = Weighed(divide)
+    found = said_of(model)
+    x = torch.randn(16, 8, dtype=torch.float64)
+    twin = Weighed(divide).double()
+    gradient = torch.autograd.grad(mean_square(twin(x), x), (twin.score.weight, twin.head.weight))
+
+    assert gradient[0].norm() < 1e-14 * gradient[1].norm()
+    assert {key: worst for key, (worst, _) in found.items() if worst > Severity.INFO} == {
+        ("GW402", "score"): Severity.ERROR
+    }
+    alert = found["GW402", "score"][1]
+    assert "it is divided by itself (before head)" in alert.message
+    assert "goes over one entry" in alert.cause
+    assert "normaliz" not in str(alert)
+
+
+@pytest.mark.parametrize("divide", [by_sum, by_norm])
+def test_what_is_divided_by_more_than_itself_or_has_a_loss_of_its_own_is_not(divide):
+    seen = []
+    assert not {key for key in said_of(Weighed(divide, many=2), hear=seen.append) if key[0] == "GW402"}
+    assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
+    own = Weighed(divide, aside=True)
+    assert not {key for key in said_of(own, lambda out, x: mean_square(out, x) + own.loss) if key[0] == "GW402"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -582,3 +583,81 @@ def test_how_far_the_weights_came_is_the_median_over_the_matrices():
             shares.append(((weights[now][at] - weights[earlier][at]).norm() / min(steps)).item())
         (came,) = (r.snapshot.came for r in reports if r.snapshot.step == now)
         assert came == pytest.approx(sorted(shares)[1], rel=1e-4)
+
+
+# --- a schedule that leaves next to nothing ---
+
+
+def times(factor):
+    return lambda optimizer: LambdaLR(optimizer, lambda i: factor * (1 + 0.005 * i) ** -0.75)
+
+
+def test_a_schedule_that_multiplies_the_rate_by_itself_is_told_and_a_small_rate_alone_is_information():
+    slow = Trained(adam(1e-3), 205, schedule=times(1e-3))
+    chosen = Trained(adam(1e-6), 205, schedule=times(1.0))
+
+    assert slow.serious == {"GW903"}
+    assert "a schedule has kept it below 1% of the 0.001 that the optimizer was made with" in str(slow.known["GW903"])
+    assert "LambdaLR takes a factor" in slow.known["GW903"].remedy
+    assert chosen.known["GW903"].severity is Severity.INFO
+    assert Trained(adam(1e-3), 205, schedule=times(1.0)).serious == set()
+
+
+# --- copies of weights ---
+
+
+def autocast(*, around, cache=True):
+    """Train under autocast that is entered at each step, or once; return the alerts and the copies that were used."""
+    torch.manual_seed(0)
+    model, alerts = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1)), {}
+    optimizer, used = torch.optim.Adam(model.parameters(), 1e-2), []
+    model[0].register_forward_hook(lambda m, args, out: used.append(nn.functional.linear(args[0], m.weight, m.bias)))
+
+    def note(alert):
+        alerts[alert.finding.code] = alert
+
+    def steps(count):
+        for step in range(count):
+            x, y = batch(step)
+            with contextlib.nullcontext() if around else torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+                loss = (model(x).float() - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            watcher.record(loss)
+            optimizer.step()
+
+    with gradwatch.watch(model, optimizer, on_alert=note) as watcher:
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache) if around else contextlib.nullcontext():
+            steps(45)
+        x, _ = batch(44)
+        fresh = nn.functional.linear(x.bfloat16(), model[0].weight.bfloat16(), model[0].bias.bfloat16())
+    return alerts, (used[-1].float() - fresh.float()).abs().max().item() > 0.2
+
+
+@pytest.mark.parametrize(("around", "cache", "stale"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_old_copies_of_weights_that_one_autocast_around_the_loop_keeps_are_told(around, cache, stale):
+    alerts, differs = autocast(around=around, cache=cache)
+
+    assert differs is stale
+    assert ("GW910" in alerts) is stale
+    if stale:
+        alert = alerts["GW910"]
+        assert (alert.finding.place, alert.severity) == ("0", Severity.WARNING)
+        assert alert.finding.evidence["times"] >= 10
+        assert "(2 layers)" in alert.message
+
+
+def test_two_optimizers_that_take_turns_under_one_autocast_use_copies_of_one_step_and_are_not_told():
+    torch.manual_seed(0)
+    maker, critic, alerts = nn.Linear(4, 8), nn.Linear(8, 1), []
+    both = nn.ModuleList([maker, critic])
+    ours, theirs = (torch.optim.AdamW(m.parameters(), 1e-3) for m in (maker, critic))
+    with gradwatch.watch(both, [ours, theirs], on_alert=alerts.append):
+        for step in range(45):
+            x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+            with torch.autocast("cpu", torch.bfloat16):
+                for optimizer, sign in ((theirs, -1), (ours, 1)):
+                    optimizer.zero_grad()
+                    (sign * critic(maker(x)).float().tanh().mean()).backward()
+                    optimizer.step()
+    assert [a for a in alerts if a.finding.code == "GW910"] == []

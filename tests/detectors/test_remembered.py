@@ -46,6 +46,8 @@ def trajectory(seed, steps=130):
         norms = [draw.uniform(0.5, 2.0) for _ in info.parameters]
         if state == "vanishing":
             norms[:4] = [n * 1e-9 for n in norms[:4]]
+        if state == "narrow":
+            norms[:2] = [n * 1e-8 for n in norms[:2]]
         if state in ("zero", "missing"):
             norms[:4] = [0.0 if state == "zero" else None] * 4
         if state in ("exploding", "nan"):

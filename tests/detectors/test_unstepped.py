@@ -629,3 +629,55 @@ def test_an_optimizer_that_a_scaler_never_calls_is_told_with_what_the_scaler_see
     assert (alert.finding.code, alert.severity) == ("GW900", Severity.ERROR)
     assert "its gradients are NaN or infinite" in alert.message
     assert alert.cause.startswith("a GradScaler skips such steps")
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 12)
+
+    def resize(self, count):
+        old, self.embed = self.embed, nn.Embedding(count, 8)
+        with torch.no_grad():
+            self.embed.weight[:10] = old.weight
+
+
+def train_words(model, optimizer, *, beside=None, steps=40):
+    watched = Watched(model, optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        words = torch.randint(10, (16,))
+        loss = nn.functional.cross_entropy(model.head(torch.tanh(model.body(model.embed(words)))), words)
+        if beside is not None:
+            loss = loss * beside.exp() - beside
+        watched.watcher.record(loss.detach())
+        loss.sum().backward()
+        optimizer.step()
+    return alerts(watched)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_was_replaced_before_it_was_watched_is_told_by_what_the_optimizer_has_in_its_place(early):
+    torch.manual_seed(0)
+    model = Words()
+    if early:
+        model.resize(12)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    if not early:
+        model.resize(12)
+    found = train_words(model, optimizer)
+
+    assert [key for key, alert in found.items() if alert.severity > Severity.INFO] == (
+        [] if early else [("GW902", "embed")]
+    )
+    if not early:
+        assert "the optimizer has others in place of this" in found["GW902", "embed"].cause
+
+
+def test_what_else_an_optimizer_steps_stands_in_the_place_of_nothing():
+    torch.manual_seed(0)
+    model, scale = Words(), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([*model.body.parameters(), *model.head.parameters(), scale], 1e-3)
+    found = train_words(model, optimizer, beside=scale)
+
+    assert {key: alert.severity for key, alert in found.items()} == {("GW902", "embed"): Severity.INFO}

@@ -241,3 +241,70 @@ def test_rows_that_are_meant_to_know_of_each_other_are_not_asked_about_where_tim
     assert gradwatch.horizon(Assets(), x).mixes_rows > 0.3
     assert gradwatch.assert_horizon(Assets(), x, at_least=3, timesteps={"x": 1}).mixes_rows is None
     assert gradwatch.horizon(nn.Sequential(Assets(), nn.Linear(8, 32)), x).mixes_rows is None  # which are the rows?
+
+
+# --- a recurrence of which one timestep is read ---
+
+
+class Both(nn.Module):
+    def __init__(self, read, kind, options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = kind(3, 8, batch_first=True, **options), nn.LazyLinear(4)
+        self.read = read
+
+    def forward(self, x):
+        return self.head(self.read(*self.rnn(x)))
+
+
+def newest(out, _state):
+    return out[:, -1]
+
+
+def oldest(out, _state):
+    return out[:, 0]
+
+
+def states(_out, state):
+    h = state[0] if isinstance(state, tuple) else state
+    return torch.cat([h[-2], h[-1]], 1)
+
+
+def read_one(read, kind, options, steps=STEPS):
+    model = Both(read, kind, options)
+    x, target = torch.randn(ROWS, steps, 3), torch.randint(4, (ROWS,))
+    model(x)
+    told = [a for a in found(model, x, target, 25) if a.finding.code == "GW308"]
+    truth = model.double()
+    truth.zero_grad()
+    nn.functional.cross_entropy(truth(x.double()), target).backward()
+    return told, [name for name, p in truth.named_parameters() if "weight_hh" in name and not p.grad.any()]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("read", "options", "weights"),
+    [
+        (newest, {"bidirectional": True}, "weight_hh_l0_reverse"),
+        (newest, {"bidirectional": True, "num_layers": 2}, "weight_hh_l1_reverse"),
+        (oldest, {}, "weight_hh_l0"),
+    ],
+)
+def test_a_recurrence_of_which_one_timestep_is_read_is_told(kind, read, options, weights):
+    (alert,), without = read_one(read, kind, options)
+
+    assert without == [f"rnn.{weights}"]
+    assert (alert.finding.place, alert.severity) == ("rnn", Severity.WARNING)
+    reverse = "the reverse direction of " * ("reverse" in weights)
+    assert alert.message.startswith(
+        f"one of 6 timesteps is read by {reverse}rnn: its recurrent weights (rnn.{weights})"
+    )
+    assert ("torch.cat([h_n[-2], h_n[-1]], 1)" in alert.remedy) is bool(reverse)
+
+
+@pytest.mark.parametrize(
+    ("read", "options", "steps"),
+    [(states, {"bidirectional": True}, STEPS), (newest, {}, STEPS), (newest, {"bidirectional": True}, 1)],
+)
+def test_one_that_reads_more_or_has_no_more_is_not(read, options, steps):
+    assert read_one(read, nn.GRU, options, steps)[0] == []
