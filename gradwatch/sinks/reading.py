@@ -25,9 +25,9 @@ _LONGEST = 16 * 2**20
 """Characters of a line that is read, but for one that describes the model."""
 _MODEL, _LONGEST_MODEL = '{"model":', 256 * 2**20
 """How that begins, and how long it may be: a million parameter tensors need about 220 million characters."""
-MOST = 100_000
-"""Snapshots of a run that are kept in memory; past them every second of the older ones is dropped, as in a record that
-is written. No record of the usual bound has so many."""
+MOST = 65_000
+"""Snapshots of a run that are kept in memory, 150 MiB where there are ten layers; past them every second of the older
+ones is dropped, as in a record that is written."""
 
 _MOST_ALERTS = 100_000
 """Alerts of a run that are read; a line with one more counts as one that could not be. A rule at each of 10,000 layers
