@@ -260,7 +260,7 @@ def _small_rate(finding: Finding) -> tuple[str, str]:
     rate = f"its learning rate of {finding.evidence['rate']:.2g} is too small"
     if made := finding.evidence.get("made_with"):
         cause = f"{rate}: a schedule has kept it below {SHRUNK:.0%} of the {made:.2g} that the optimizer was made with"
-        return cause, "look at what the schedule's function returns: LambdaLR takes a factor, and not the rate itself"
+        return cause, "look at what the schedule gives (LambdaLR takes a factor, not the rate itself), and for how long"
     if "norm" in finding.evidence:
         norm = finding.evidence["norm"]
         return f"{rate} for gradients of norm {norm:.2g}", "raise the learning rate, or multiply the loss"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import before_one_value, idle, of_parts, rounding, without_effect
 from gradwatch.detectors.measured import constant_loss, flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
+from gradwatch.values.autograd import Flow
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
-from gradwatch.values.thresholds import KEPT, MUCH
+from gradwatch.values.thresholds import KEPT, MUCH, ROUNDED, UPDATE_PROBES
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -75,8 +76,9 @@ def _worthless(history: History) -> Iterator[Finding]:
     if not flows:
         return
     trained, ratios = _trained(history), history.ratios(1)[-1]
-    worthless = {i for i in trained if history.model.layers[i].module in flows}
-    worthless -= {i for i in worthless if ratios[i] >= history.thresholds.vanishing_ratio}
+    by_itself, modules = _divided(history), {i: history.model.layers[i].module for i in trained}
+    worthless = {i for i, m in modules.items() if m in flows and not ratios[i] >= history.thresholds.vanishing_ratio}
+    worthless -= {i for i in worthless if _is_quotient(flows[modules[i]]) and not by_itself(modules[i], ratios[i])}
     for run in history.runs(worthless, trained):
         names = [history.model.layers[i].name for i in run]
         last = history.columns.module_of(names[-1])
@@ -92,9 +94,23 @@ def _worthless(history: History) -> Iterator[Finding]:
             names={
                 "last": names[-1],
                 "at": barrier.at if barrier is not None else "",
-                "operation": "quotient" if barrier is not None and barrier.operation == "quotient" else "normalization",
+                "operation": "quotient" if _is_quotient(flows[last]) else "normalization",
             },
         )
+
+
+def _is_quotient(flow: Flow) -> bool:
+    return flow.barrier is not None and flow.barrier.operation == "quotient"
+
+
+def _divided(history: History) -> Callable[[str, float], bool]:
+    """Return what tells whether a module is divided by itself at each look of several, and gets but rounding.
+
+    What is so for one batch may be for its shape, and what gets more than that may have a loss of its own.
+    """
+    several = min(UPDATE_PROBES, history.thresholds.window)
+    looks = [{f.layer for f in s.flows or () if _is_quotient(f)} for s in history.looks(several)]
+    return lambda module, ratio: len(looks) == several and all(module in at for at in looks) and not ratio > ROUNDED
 
 
 def _needed(history: History, layers: Collection[int], trained: Collection[int]) -> bool:
@@ -236,12 +252,12 @@ def _explain_worthless(finding: Finding) -> Explanation:
             "print what the loss takes for two different batches: it must differ; look at indices and masks",
         )
     what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
-    through, do = (f" to {last} ({count:.0f} layers)", "do") if count > 1 else ("", "does")
+    through = f" to {last} ({count:.0f} layers)" if count > 1 else ""
+    do = "do" if count > 1 or not finding.place else "does"
     at = finding.names["at"] or "the last module"
-    quotient = finding.names.get("operation") == "quotient"
-    goes = (
-        f"is divided by itself (before {at})" if quotient else f"goes through {at} alone, which gives the same for all"
-    )
+    goes = f"goes through {at} alone, which gives the same for all"
+    if quotient := finding.names.get("operation") == "quotient":
+        goes = "is divided by itself" + f" (before {at})" * bool(finding.names["at"])
     message = (
         f"what {what}{through} {do} changes nothing: it {goes}; the true gradient is 0, and what arrives since step"
         f" {finding.onset} is rounding noise, of which an Adam-like optimizer makes steps of ordinary size"
@@ -249,8 +265,8 @@ def _explain_worthless(finding: Finding) -> Explanation:
     if quotient:
         return Explanation(
             message,
-            "the sum or norm that values are divided by goes over one entry: of a single expert to a token, of a"
-            " dimension of size 1",
+            "the sum or norm that values are divided by goes over one entry, as of a single expert to a token, or of"
+            " a dimension of size 1",
             "leave the division out there, or sum over the dimension that was meant",
         )
     return Explanation(

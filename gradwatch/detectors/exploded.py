@@ -18,11 +18,11 @@ from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import (
     EDGE,
     EXPANDING,
-    HELD_BY_A_FEW,
     KEPT,
     LARGEST_EXPONENT,
     LINE_CORRELATION,
     LINE_LAYERS,
+    OF_TWO_SIZES,
     ORDINARY_STEP,
 )
 
@@ -78,7 +78,7 @@ def _steep(history: History) -> Iterator[Finding]:
     with np.errstate(over="ignore"):  # of weights that have run away
         rows = history.track.sensitivities.oldest(EDGE) * clipped[:, None] / max(losses)
     rows[~np.isfinite(rows)] = 0.0
-    rows[:, _held_by_a_few(history)] = 0.0
+    rows[:, _of_two_sizes(history)] = 0.0
     worst = int(rows.max(axis=0).argmax())
     steepness = float(rows[:, worst].max())
     limit = t.explosion_sensitivity
@@ -96,14 +96,14 @@ def _steep(history: History) -> Iterator[Finding]:
         )
 
 
-def _held_by_a_few(history: History) -> list[int]:
-    """Return the layers of whose weights a few entries hold the whole norm, as -10,000 in place of minus infinity do.
+def _of_two_sizes(history: History) -> list[int]:
+    """Return the layers of whose weights some are far larger than others, as -10,000 in place of minus infinity is.
 
     Nothing can be said of a change of such weights by a share of themselves.
     """
     known = facts(history)
     layers = enumerate(history.model.layers)
-    return [i for i, layer in layers if known.get((layer.module, "typical_entry"), 1.0) < HELD_BY_A_FEW]
+    return [i for i, layer in layers if known.get((layer.module, "far_smaller"), 0.0) >= OF_TWO_SIZES]
 
 
 def _came_down(history: History, times: float) -> bool:

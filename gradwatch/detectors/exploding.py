@@ -16,6 +16,7 @@ from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Snapshot
 from gradwatch.values.thresholds import (
+    BEYOND_LOSS,
     EDGE,
     KEPT,
     LARGEST_EXPONENT,
@@ -81,20 +82,22 @@ def _growth(history: History) -> Iterator[Finding]:
 def _spikes(history: History) -> Iterator[Finding]:
     """Find that again and again the gradient is many times what it usually is, while the loss does not come down.
 
-    As the optimizer takes it: clipping makes that harmless. Where the usual one has faded, an ordinary one is no spike.
+    As the optimizer takes it: clipping makes that harmless. Where the usual one has faded, an ordinary one is no spike;
+    nor is that of another loss, or of the few batches with something in them: there the loss is as far above its own.
     """
     losses, first = history.losses(KEPT), history.first_loss
     if history.improved or history.count < KEPT or not losses or first is None or not history.first_norms:
         return
-    if statistics.median(losses) < first:  # also where a loss crosses 0, and nobody can say by which factor it fell
+    level = statistics.median(losses)
+    if not 0 < first <= level:  # also where a loss crosses 0, and nobody can say by which factor it fell
         return
     norms = [
-        (s.step, n * min(s.clip_factor or 1.0, 1.0))
+        (s, n * min(s.clip_factor or 1.0, 1.0))
         for s, n in zip(history.window(KEPT), [*history.totals][-KEPT:], strict=False)
-        if n is not None and math.isfinite(n) and not s.skipped
+        if n is not None and math.isfinite(n) and not s.skipped and s.loss is not None
     ]
     usual, before = statistics.median(n for _, n in norms or ((0, 0.0),)), statistics.median(history.first_norms)
-    spikes = [step for step, n in norms if n >= SPIKE * usual]
+    spikes = [s.step for s, n in norms if n >= SPIKE * usual and n >= BEYOND_LOSS * usual * abs(s.loss or 0.0) / level]
     if usual >= before > 0 and len(spikes) >= SPIKES:
         yield Finding(
             "GW208",

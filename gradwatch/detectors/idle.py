@@ -95,10 +95,12 @@ def _of_the_rate(history: History, finding: Finding) -> Finding:
 
 
 def _shrunk(history: History) -> bool:
-    """Tell whether a schedule has left next to nothing of the learning rate that the optimizer was made with, ever."""
-    first = _first_rate(history)
-    rates = [s.rate for s in history.probed if s.rate is not None]
-    return first is not None and bool(rates) and max(rates) <= SHRUNK * first
+    """Tell whether a schedule has left next to nothing of the learning rate that the optimizer was made with, ever.
+
+    One of 1 is a unit, and what the schedule returns the rate itself.
+    """
+    first, fastest = _first_rate(history), history.track.fastest
+    return first is not None and first < 1 and 0 < fastest <= SHRUNK * first
 
 
 def _first_rate(history: History) -> float | None:

@@ -132,7 +132,7 @@ def unused_recurrences(history: History, probes: Sequence[Snapshot]) -> Iterator
         if stats.part or stats.length < 2 or stats.module in told:
             continue
         prefix = f"{stats.module}." if stats.module else ""
-        for weights, inputs, reverse in _recurrent(prefix, columns):
+        for weights, inputs, direction in _recurrent(prefix, columns):
             if all(s.norm[columns[weights]] == 0 and s.norm[columns[inputs]] for s in window):
                 yield Finding(
                     "GW308",
@@ -141,17 +141,22 @@ def unused_recurrences(history: History, probes: Sequence[Snapshot]) -> Iterator
                     stats.module,
                     onset=window[0].step,
                     evidence={"length": float(stats.length)},
-                    names={"weights": weights, "reverse": "yes" if reverse else ""},
+                    names={"weights": weights, "direction": direction},
                 )
                 break
 
 
-def _recurrent(prefix: str, among: Container[str]) -> Iterator[tuple[str, str, bool]]:
-    """Yield the recurrent weights of a module of torch's, and those of its inputs, and whether they run backwards."""
+def _recurrent(prefix: str, among: Container[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the recurrent weights of a module of torch's, and those of its inputs, and which way they run.
+
+    But for those without a bias: their state is 0 as long as their inputs are, as those of padding are.
+    """
     for layer in itertools.takewhile(lambda k: f"{prefix}weight_hh_l{k}" in among, itertools.count()):
+        both = f"{prefix}weight_hh_l{layer}_reverse" in among
         for end in ("", "_reverse"):
-            if f"{prefix}weight_hh_l{layer}{end}" in among:
-                yield f"{prefix}weight_hh_l{layer}{end}", f"{prefix}weight_ih_l{layer}{end}", bool(end)
+            weights, inputs, bias = (f"{prefix}{kind}_l{layer}{end}" for kind in ("weight_hh", "weight_ih", "bias_hh"))
+            if weights in among and inputs in among and bias in among:
+                yield weights, inputs, "reverse" if end else "forward" if both else ""
 
 
 RULES = (

@@ -42,15 +42,15 @@ def explain_over_batch(finding: Finding) -> Explanation:
 
 def explain_unused(finding: Finding) -> Explanation:
     """Say that of a recurrence one timestep is read."""
-    name, names = finding.place or "the model", finding.names
-    reverse = bool(names["reverse"])
+    name, direction = finding.place or "the model", finding.names["direction"]
+    which = f"the {direction} direction of {name}" if direction else name
     return Explanation(
-        f"one of {finding.evidence['length']:.0f} timesteps is read by {'the reverse direction of ' * reverse}{name}:"
-        f" its recurrent weights ({names['weights']}) have had a gradient of exactly 0 since step {finding.onset}",
+        f"one of {finding.evidence['length']:.0f} timesteps is read by {which}: its recurrent weights"
+        f" ({finding.names['weights']}) have had a gradient of exactly 0 since step {finding.onset}",
         "its output is taken at the last timestep, which the reverse direction reads first"
-        if reverse
+        if direction == "reverse"
         else "its output is taken at the first timestep alone",
         "take the last state of each direction, torch.cat([h_n[-2], h_n[-1]], 1), or a mean or maximum over time"
-        if reverse
+        if direction
         else "take its output at the last timestep, its last state, or a mean or maximum over time",
     )

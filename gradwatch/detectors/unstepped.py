@@ -142,18 +142,16 @@ def _left_out(history: History) -> Iterator[Finding]:
     small = sum(p.elements for p in left_out) < LEFT_OUT * sum(p.elements for p in trained)
     last = max((order[layer] for layer in learning), default=-1)
     stands = history.improved is False and len(window) >= t.window
-    biases = {p for p in trained if p.role != "weight"}
-    some_biases = not biases.issubset(left_out)  # all of them are left out by a rule
+    some_biases = not {p for p in trained if p.role != "weight"}.issubset(left_out)  # all are left out by a rule
     empty = sum(optimizer.empty for optimizer in model.optimizers)  # something was to be in there
-    foreign = sum(optimizer.foreign for optimizer in model.optimizers)  # in its place stands what was replaced
 
     def is_forgotten(p: ParameterInfo) -> bool:
         beside = holder(p.layer)  # as the weight that low-rank ones are added to
         alone = p.layer not in learning and not (beside and any(inside(other, beside) for other in learning))
         in_the_middle = stands and alone and after(p.layer) and order[p.layer] < last
         in_parts = small and some_biases and p.layer in learning
-        before = p.name in history.track.frozen or p.name in history.track.left
-        return bool(empty or foreign) or before or in_the_middle or in_parts or (few and after(p.layer))
+        before = p.replaced or p.name in history.track.frozen or p.name in history.track.left
+        return bool(empty) or before or in_the_middle or in_parts or (few and after(p.layer))
 
     forgotten = [p for p in left_out if p in stood and is_forgotten(p)]
     shown = sorted(forgotten or left_out, key=lambda p: (not p.layer, order[p.layer]))  # "" would be the whole model
@@ -167,7 +165,8 @@ def _left_out(history: History) -> Iterator[Finding]:
             "parameters": float(len(shown)),
             "of": float(len(model.parameters)),
             "forgotten": float(len(forgotten)),
-            **{name: float(count) for name, count in (("empty", empty), ("foreign", foreign)) if count and forgotten},
+            **({"empty": float(empty)} if empty and forgotten else {}),
+            **({"replaced": 1.0} if any(p.replaced for p in forgotten) else {}),
         },
         names={"which": model.named(shown)},
     )
@@ -278,10 +277,9 @@ def _explain_in_vain(finding: Finding) -> Explanation:
 
 
 def _explain_left_out(finding: Finding) -> Explanation:
-    evidence, which = finding.evidence, finding.names["which"]
-    count, are = evidence["parameters"], "is" if evidence["parameters"] == 1 else "are"
-    every = f"{count:.0f} of {evidence['of']:.0f} parameters"
-    message = f"{every} {are} to be trained and in no optimizer that is watched: {which}"
+    evidence, count = finding.evidence, finding.evidence["parameters"]
+    every = f"{count:.0f} of {evidence['of']:.0f} parameters {'is' if count == 1 else 'are'} to be trained"
+    message = f"{every} and in no optimizer that is watched: {finding.names['which']}"
     if evidence["forgotten"]:
         them = "it" if count == 1 else "them"
         message += f"; a gradient comes at every step, and nothing has moved {them} since step {finding.onset}"
@@ -293,7 +291,7 @@ def _explain_left_out(finding: Finding) -> Explanation:
                 " generator gives what it has once, and was used up, or a condition fits nothing",
                 "list(...) of the filter before anybody goes through it; look at optimizer.param_groups",
             )
-        if "foreign" in evidence:
+        if "replaced" in evidence:
             return Explanation(
                 message,
                 "the optimizer has others in place of this, without a gradient: layers were replaced after it was made,"

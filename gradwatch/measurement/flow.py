@@ -26,6 +26,8 @@ from gradwatch.values.autograd import Flow, Squashed
 from gradwatch.values.snapshot import Fact
 
 _CHECKPOINT = CheckpointFunction.forward.__code__
+_CASTS = frozenset({"cpu", "cuda", "mps", "xpu"})
+"""Devices that autocast knows; of others it must not be asked."""
 _TO_WEIGHTS = 4
 """Nodes from what a layer gives to a copy of its weights: a view, a product, a transposition."""
 
@@ -150,7 +152,7 @@ class FlowProbe:
             self._taken(call, [*tensors(inputs), *tensors(kwargs)], given)
         for tensor in given:
             self._give(name, tensor)
-            if name in self._owners and torch.is_autocast_enabled(tensor.device.type):
+            if name in self._owners and tensor.device.type in _CASTS and torch.is_autocast_enabled(tensor.device.type):
                 self._note_copies(name, tensor.grad_fn)
         if hasattr(module, "hidden_size") and hasattr(module, "num_layers"):  # recurrent, over a whole sequence
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")

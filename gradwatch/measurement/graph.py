@@ -38,6 +38,8 @@ _TOTALS = frozenset({"SumBackward1", "LinalgVectorNormBackward0"})
 """Sums and norms along dimensions."""
 _ALIKE = REARRANGED | {"AddBackward0", "ClampMinBackward0", "ClampBackward1"}
 """What may come between a sum and the division by it: an epsilon, a smallest value, another shape."""
+_EPSILON = 1e-3
+"""Share of a sum that may have been added to it, to have no effect."""
 _MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
 _PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
 _SCORES = (0, 1)
@@ -320,16 +322,11 @@ def before(node: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401
-    """Return the mean of the largest weights of a softmax, from what it has saved; None where that was put away.
-
-    What hooks of the user's have packed, as a checkpoint does, is not unpacked; before torch 2.7 nobody can tell
-    whether it is.
-    """
-    result = getattr(node._raw_saved_result, "data", None)
-    shape = tuple(node._input_metadata[0].shape)
-    if type(result) is not Tensor or tuple(result.shape) != shape or not shape or not result.numel():
+    """Return the mean of the largest weights of a softmax, from what it has saved; None where that was put away."""
+    result, shape = _saved(node, "result"), tuple(node._input_metadata[0].shape)
+    if result is None or tuple(result.shape) != shape or not shape or not result.numel():
         return None
-    return result.detach().amax(saved_dim(node)).mean(dtype=torch.float32)
+    return result.amax(saved_dim(node)).mean(dtype=torch.float32)
 
 
 def saved_dim(node: Any) -> int:  # noqa: ANN401
@@ -372,11 +369,28 @@ def _blocks(node: Any, kind: str) -> _Block | None:  # noqa: ANN401
 
 
 def _by_itself(node: Any) -> bool:  # noqa: ANN401
-    """Tell whether a quotient divides each value by the sum or norm of itself alone, which gives 1 or -1."""
+    """Tell whether a quotient divides each value by the sum or norm of itself alone, which gives 1 or -1.
+
+    What may have been added to that is in the numbers that it has saved.
+    """
     (above, number), (below, _) = node.next_functions if len(node.next_functions) == 2 else ((None, 0), (None, 0))
     while below is not None and below.name() in _ALIKE and len(earlier := before(below)) == 1:
         below = earlier[0]
     if above is None or below is None or below.name() not in _TOTALS or below.next_functions[0] != (above, number):
         return False
-    entries: list[int] = [math.prod(n._input_metadata[k].shape) for n, k in ((below, 0), (above, number))]
-    return entries[0] == entries[1]
+    if math.prod(below._input_metadata[0].shape) != math.prod(above._input_metadata[number].shape):
+        return False
+    top, bottom = (_saved(node, name) for name in ("self", "other"))
+    if top is None or bottom is None:
+        return False
+    return bool(((top.abs() - bottom.abs()).abs() <= _EPSILON * bottom.abs()).all())
+
+
+def _saved(node: Any, name: str) -> Tensor | None:  # noqa: ANN401
+    """Return what a node has saved; None where that was put away.
+
+    What hooks of the user's have packed, as a checkpoint does, is not unpacked; before torch 2.7 nobody can tell
+    whether it is.
+    """
+    found = getattr(getattr(node, f"_raw_saved_{name}"), "data", None)
+    return found.detach() if type(found) is Tensor else None

@@ -369,23 +369,6 @@ def _small_together(tensors: Sequence[Tensor], limit: float) -> tuple[list[float
     return (sizes - zeros).tolist(), (sums(mask) - zeros).tolist()
 
 
-_SAMPLE = 4096
-"""Entries of a weight that a median is taken of."""
-
-
-def typical_entry(tensor: Tensor) -> Tensor:
-    """Return the median size of the entries that are not 0, over the root mean square of all; float32, shape ().
-
-    Of normal numbers it is 0.67; it is next to nothing where a few entries hold the whole norm. The median is that of
-    some thousand entries; 1 where they are all 0.
-    """
-    flat = tensor.reshape(-1)
-    size = vector_norm(flat, dtype=torch.promote_types(flat.dtype, torch.float32)) / flat.numel() ** 0.5
-    some = flat[:: max(1, flat.numel() // _SAMPLE)].abs().float()
-    found = torch.where(some > 0, some, torch.nan).nanmedian() / size
-    return torch.nan_to_num(found.float(), nan=1.0)
-
-
 def spectral_norm(tensor: Tensor, iterations: int = 8) -> Tensor:
     """Return the largest singular value of a weight, its first dimension against all others; float32, shape ().
 

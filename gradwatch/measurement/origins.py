@@ -22,6 +22,8 @@ from gradwatch.values.snapshot import NotFinite, Origin
 
 _CALLS = 2**15
 """Calls of modules in one step that are looked at, so that one which never comes takes no more and more memory."""
+_WIDE = frozenset({torch.float32, torch.float64, torch.bfloat16})
+"""Formats in which sums of sound entries are hardly ever too large."""
 SOUND, MINUS, BAD = 0, 1, 2
 """How sound a tensor is: finite; it holds minus infinity, as the logarithm of 0 and what masks; NaN or infinity."""
 
@@ -43,16 +45,28 @@ def named(value: float) -> NotFinite:
 
 def extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return the smallest and the largest entry, both NaN where there is one; None where that cannot be asked."""
-    kinds = (Tensor, nn.Parameter)
-    if type(tensor) not in kinds or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        return None
-    if not tensor.numel() or tensor.element_size() == 1:  # the float8 formats have no arithmetic
+    if not _plain(tensor):
         return None
     try:
         low, high = torch.aminmax(tensor.detach())
     except RuntimeError:  # a format that cannot be compared on this device
         return None
     return low, high
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Tell whether a tensor has entries that can be read; the float8 formats have no arithmetic."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not (tensor.is_nested or tensor.is_meta) and tensor.numel() > 0 and tensor.element_size() > 1
+
+
+def _adds_up(tensor: Tensor) -> bool:
+    """Tell at less than half of the price that all entries are finite: their sum is, which costs no waiting on a CPU.
+
+    Where the sum is not, nobody knows yet: it may be too large for the format.
+    """
+    return tensor.device.type == "cpu" and tensor.dtype in _WIDE and math.isfinite(tensor.detach().sum().item())
 
 
 Key = tuple[torch.device, torch.dtype]
@@ -65,8 +79,8 @@ class _Seen:
     tensor: weakref.ref[Tensor]
     version: int
     key: Key
-    number: int
-    """Where its extremes stand among those of its device and format."""
+    number: int | None
+    """Where its extremes stand among those of its device and format; None: all of it is finite."""
     source: str | None = None
     """The innermost module that gave it; None: none did."""
 
@@ -192,13 +206,16 @@ class Origins:
         known = self._known.get(id(tensor))
         if known is not None and known.tensor() is tensor and known.version == version != -1:
             return known
-        found = extremes(tensor)
-        if found is None:
+        if not _plain(tensor):
             return None
-        key = (tensor.device, tensor.dtype)
-        row = self._extremes.setdefault(key, [])
-        seen = self._known[id(tensor)] = _Seen(weakref.ref(tensor), version, key, len(row))
-        row.extend(found)
+        key, number = (tensor.device, tensor.dtype), None
+        if not _adds_up(tensor):
+            if (found := extremes(tensor)) is None:
+                return None
+            row = self._extremes.setdefault(key, [])
+            number = len(row)
+            row.extend(found)
+        seen = self._known[id(tensor)] = _Seen(weakref.ref(tensor), version, key, number)
         return seen
 
     def collect(self, _step: StepView, transfer: Transfer) -> Part:
@@ -209,7 +226,9 @@ class Origins:
         self._reset()
 
         def value(seen: _Seen) -> float:
-            """Return what is not finite in a tensor, or else its largest entry."""
+            """Return what is not finite in a tensor, or else a number that is."""
+            if seen.number is None:
+                return 0.0
             low, high = numbers[seen.key].values[seen.number : seen.number + 2]
             return low if soundness(low, high) == MINUS else high
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,16 +14,18 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.graph import near
-from gradwatch.measurement.norms import spectral_norm, typical_entry
+from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
 from gradwatch.model.gradient_hooks import transformed
 from gradwatch.model.nested import floats
 from gradwatch.values.snapshot import ActivationStats, Fact, FactName, Function
-from gradwatch.values.thresholds import SILENT_ENTRIES, SILENT_SPELLS
+from gradwatch.values.thresholds import FAR_SMALLER, SILENT_ENTRIES, SILENT_SPELLS
 
 _ENTRIES = 4096
 """Entries of a unit that are looked at; of larger batches every n-th row."""
+_SAMPLE = 512
+"""Entries of a weight that are looked at, to see how far apart they are."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
 _CALLS = 8
@@ -260,9 +264,9 @@ class Units:
 
     def _of_weights(self, step: StepView) -> Iterator[tuple[tuple[str, FactName], Tensor]]:
         for name in sorted(self.suspects):
-            if name in step.modules and (weight := _largest_weight(step.modules[name])) is not None:
-                yield (name, "spectral_norm"), spectral_norm(weight)
-                yield (name, "typical_entry"), typical_entry(weight)
+            if name in step.modules and (weights := _weights(step.modules[name])):
+                yield (name, "spectral_norm"), spectral_norm(max(weights, key=torch.Tensor.numel))
+                yield (name, "far_smaller"), far_smaller(weights)
 
     def _dead(self, fired: Mapping[str, Tensor], entries: int) -> Sequence[Tensor]:
         """Return, for layers of as many units, the share that has been silent for longer than chance explains."""
@@ -300,10 +304,27 @@ def _fired(rows: Tensor, dim: int, scratch: Tensor) -> Tensor:
     return torch.nan_to_num_(fired, nan=rows.numel() / max(rows.shape[dim], 1))
 
 
-def _largest_weight(layer: nn.Module) -> Tensor | None:
+def _weights(layer: nn.Module) -> list[Tensor]:
     weights = (p for p in layer._parameters.values() if p is not None and p.dim() > 1)
-    found = max(weights, key=torch.Tensor.numel, default=None)
-    return None if found is None or hasattr(found, "placements") else found.detach()
+    return [w.detach() for w in weights if not hasattr(w, "placements") and w.numel()]
+
+
+def far_smaller(weights: Sequence[Tensor]) -> Tensor:
+    """Return the share of entries, zeros aside, that are far smaller than the root mean square; float32, shape ().
+
+    Of normal numbers it is 0.004. Some hundred entries of each weight are looked at, in steps that have no factor in
+    common with any of its sides: of a matrix not a single column, of kernels not a single place.
+    """
+    sampled = []
+    for weight in weights:
+        size = weight.numel()
+        step = next(k for k in itertools.count(max(size // _SAMPLE, 1)) if math.gcd(k, size) == 1)
+        some = weight.reshape(-1)[::step]
+        sampled.append(some.abs().float() if some.is_complex() else some.float().abs())
+    every = torch.cat(sampled)
+    limit = FAR_SMALLER * torch.linalg.vector_norm(every) / every.numel() ** 0.5
+    found: Tensor = 1 - (every > limit).sum() / every.count_nonzero().clamp(min=1)
+    return found
 
 
 def _dim(module: nn.Module, output: Tensor) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradwatch.model.optimizers import optimizer_info
+from gradwatch.model.optimizers import optimizer_info, replaced
 from gradwatch.values.snapshot import LayerInfo, ModelInfo, ParameterInfo, Role
 
 _WRAPPERS = frozenset({"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -103,7 +103,8 @@ def describe(
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    modules = named_modules(model)
+    modules, own_of = named_modules(model), list(model.parameters())
+    late = set().union(*(replaced(optimizer, own_of) for optimizer in optimizers))
     alike: dict[tuple[int, ...], tuple[int, ...]] = {}  # of many layers most have one of few shapes
     layers: list[LayerInfo] = []
     parameters: list[ParameterInfo] = []
@@ -132,10 +133,10 @@ def describe(
                     optimizer=stepped.get(id(parameter)),
                     role=_role(module, name, len(shape)),
                     trainable=parameter.requires_grad,
+                    replaced=id(parameter) in late,
                 )
             )
-    described = tuple(optimizer_info(optimizer, columns) for optimizer in optimizers)
-    return ModelInfo(tuple(layers), tuple(parameters), described), columns
+    return ModelInfo(tuple(layers), tuple(parameters), tuple(map(optimizer_info, optimizers))), columns
 
 
 @functools.cache

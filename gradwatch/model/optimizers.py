@@ -33,16 +33,10 @@ _DEEPEST = 10
 """Wrappers, one within the other."""
 
 
-def optimizer_info(optimizer: Any, own: Container[int] = ()) -> OptimizerInfo:  # noqa: ANN401  (or what acts as one)
-    """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state.
-
-    Args:
-        optimizer: an optimizer, or what merely acts as one.
-        own: the parameters of the model, by `id`.
-
-    """
+def optimizer_info(optimizer: Any) -> OptimizerInfo:  # noqa: ANN401  (an optimizer, or what merely acts as one)
+    """Describe an optimizer; whether it is adaptive is told by its class and those it derives from, or by its state."""
     if isinstance(optimizer, Sweep):
-        return optimizer_info(optimizer.members[0], own)
+        return optimizer_info(optimizer.members[0])
     kind = type(optimizer).__name__
     names = {base.__name__ for base in type(optimizer).__mro__}
     states, defaults = getattr(optimizer, "state", None), getattr(optimizer, "defaults", None)
@@ -57,7 +51,6 @@ def optimizer_info(optimizer: Any, own: Container[int] = ()) -> OptimizerInfo:  
         bool(names & set(_ADAPTIVE) or kept & _ADAPTIVE_STATE),
         float(eps) if isinstance(eps, int | float) else None,
         _empty(groups),
-        _foreign(groups, own),
         float(max(rates)) if rates else None,
     )
 
@@ -68,12 +61,47 @@ def _empty(groups: Sequence[Mapping[str, Any]]) -> int:
     return sum(not group.get("params") and not (len(decays) > 1 and not group.get("weight_decay")) for group in groups)
 
 
-def _foreign(groups: Sequence[Mapping[str, Any]], own: Container[int]) -> int:
-    """Count the parameters that are none of these and have no gradient, if one of these has one."""
-    params = [p for group in groups for p in group.get("params", ())]
-    if not any(p.grad is not None for p in params if id(p) in own):
-        return 0
-    return sum(p.requires_grad and p.grad is None for p in params if id(p) not in own)
+def replaced(optimizer: Any, own: Sequence[Tensor]) -> set[int]:  # noqa: ANN401
+    """Return, by `id`, parameters in whose place an optimizer has others, as it has after a layer was replaced.
+
+    Those have never had a gradient, stand between the same neighbours, and differ in one dimension at most.
+
+    Args:
+        optimizer: what steps some of the model's parameters.
+        own: all of those, in the model's order.
+
+    """
+    stepped, of_model = parameters_of(optimizer), set(map(id, own))
+    if of_model.issuperset(map(id, stepped)) or all(p.grad is None for p in stepped if id(p) in of_model):
+        return set()  # nearly always
+    state, known = getattr(optimizer, "state", {}), set(map(id, stepped))
+    idle = [p.requires_grad and p.grad is None and p not in state and id(p) not in of_model for p in stepped]
+    old = _between(stepped, idle, of_model)
+    new = _between(own, [id(p) not in known and p.grad is not None for p in own], known)
+    return {id(p) for place, p in new if any(place == at and _alike(p.shape, q.shape) for at, q in old)}
+
+
+def _between(
+    every: Sequence[Tensor], chosen: Sequence[bool], among: Container[int]
+) -> list[tuple[tuple[int | None, int | None], Tensor]]:
+    """Return the chosen ones, each with the `id` of the nearest of some others before it and after it."""
+    ids = [id(p) if id(p) in among else None for p in every]
+    before, after = _last(ids), _last(ids[::-1])[::-1]
+    return [((before[k], after[k]), p) for k, p in enumerate(every) if chosen[k]]
+
+
+def _last(ids: Sequence[int | None]) -> list[int | None]:
+    """Return of each place the last before it that is not None."""
+    found: list[int | None] = []
+    last = None
+    for now in ids:
+        found.append(last)
+        last = last if now is None else now
+    return found
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> bool:
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) <= (len(one) > 1)
 
 
 def steps(candidate: object) -> bool:

@@ -40,7 +40,7 @@ FactName = Literal[
     "saturation",
     "saturated_gates",
     "skip_connection",
-    "typical_entry",
+    "far_smaller",
     "steps_behind",
 ]
 """What a `Fact` tells.
@@ -56,7 +56,7 @@ saturation: share of a tanh network's outputs above 0.98.
 saturated_gates: share of a recurrent layer's gates and candidates (of an RNN, of its states) in the outer 1 % of their
 range.
 skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
-typical_entry: of the largest weight, the median size of entries that are not 0, over the root mean square of all.
+far_smaller: share of a module's weights, zeros aside, that are below a two-hundredth of their root mean square.
 steps_behind: how many times weights have been written to since the copy in another format was made that is used.
 """
 
@@ -77,6 +77,8 @@ class ParameterInfo:
     role: Role
     trainable: bool | None = None
     """`requires_grad`, when the model was described; None: nobody wrote that down."""
+    replaced: bool = False
+    """Whether an optimizer has another in its place, none of the model's, which has never had a gradient."""
 
     @property
     def elements(self) -> int:
@@ -114,8 +116,6 @@ class OptimizerInfo:
     eps: float | None = None
     empty: int = 0
     """Groups of it that hold no parameter."""
-    foreign: int = 0
-    """Parameters of it that are none of the model's and get no gradient, while others do."""
     first_rate: float | None = None
     """The largest learning rate that it was made with, if a schedule has kept that."""
 

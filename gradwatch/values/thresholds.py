@@ -30,8 +30,7 @@ LOSS_SCATTER = 2.5
 """Median steps of the logarithm of the loss by which a jump must exceed its limit: of batches of one sample the loss
 wavers by a factor of 7 from step to step (that of a squared normal number), of batches of 32 by 1.2."""
 ORDINARY_SENSITIVITY = 10.0
-"""Largest sensitivity over the first loss up to which grown gradients are not exploded: at the beginning of healthy
-networks it was 0.1 to 42."""
+"""Largest sensitivity over the first loss of gradients that are not exploded: healthy networks begin at 0.1 to 42."""
 ORDINARY_GAIN = 1 / math.sqrt(3)
 """Gain of weights as torch itself initializes them (`torch.nn.Linear`). An update is held against the weights, or
 against weights of that gain where they are smaller: what begins near 0 has to grow by many times itself."""
@@ -45,8 +44,8 @@ dead layer for a step does not revive it."""
 UPDATE_PROBES = 3
 """Probes of a window at which a weight must change by more than itself, where no single change is large enough."""
 LEFT_OUT = 0.5
-"""Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: a forgotten
-head is few, and tuning by heads, norms, biases or prompts alone leaves out most. Also of those that fall silent."""
+"""Share of the parameters that are to be trained from which on it is meant that no optimizer steps them: tuning by
+heads, norms, biases or prompts alone leaves out most. Also of those that fall silent."""
 NAMED = 4
 """Shapes that an alert names; it says so where there are more."""
 STEPLESS = 300
@@ -135,12 +134,15 @@ ACCOUNTED_FOR = 0.5
 EXPANDING = 1.05
 """Spectral radius of a recurrent matrix that accounts for an explosion: over 100 timesteps it makes a factor of 130,
 and an identity matrix that has been trained for a step is not yet there."""
-HELD_BY_A_FEW = 0.01
-"""Typical entry of a weight over its root mean square below which a few entries hold the norm: of normal numbers it is
-0.67, of a matrix of ones and zeros 1 and more, of 25 normal ones and six of -10,000 below 1e-4."""
+FAR_SMALLER, OF_TWO_SIZES = 5e-3, 0.05
+"""Share of their root mean square below which weights are far smaller than others, and how many of them are where they
+have two sizes: of normal numbers it is 0.004 of them, of 25 of which six are -10,000 all others."""
 SPIKE, SPIKES = 30.0, 5
-"""Times the median by which a global gradient norm is a spike, and of how many of `KEPT` steps: of batches of one
-sample norms scatter by a factor of 7."""
+"""Times the median that make a gradient norm a spike, and how many of `KEPT` are the rule; of one sample it is 7."""
+BEYOND_LOSS = 10.0
+"""Times as far above its median as the loss above its own that a spike is: of a quotient it is the square."""
+ROUNDED = 1e-6
+"""Sensitivity over the largest after it that may be rounding alone: eight units in the last place of a float32."""
 BEHIND = 10
 """Writes to weights since the copy was made that is used: within a step, of optimizers that take turns, one or two."""
 SHRUNK = 0.01
@@ -165,8 +167,7 @@ KICK = 0.3
 SOUND_UPDATE = 0.01
 """An update over the weights to which too large a rate is to come down: of healthy first steps it is 0.005 to 0.1."""
 KICK_LASTS = 200
-"""Steps for which such an update is remembered as a cause: those of the beginning, where updates are at their largest
-and all steps are measured, and units that it moved out of reach are found within them."""
+"""Steps for which such an update is remembered as a cause: those of the beginning, where updates are largest."""
 BY_BIAS = 0.5
 """Share of the silent units that their bias alone keeps silent, from which on it is the cause: the larger part."""
 GATE_BIAS_NEAR = 0.7
@@ -180,8 +181,7 @@ OUTER_SHARE = 0.01
 SILENT_ENTRIES = 64.0
 """Entries in a row for which a unit must be silent before it counts as dead: two batches of 32."""
 SILENT_SPELLS = 7.0
-"""The same, in entries between two that are not silent as the layer's other units have them: a unit like them is
-silent for so long by chance once in 1,000 (e^-7)."""
+"""The same, in entries between two that are not silent of the layer's other units: by chance once in 1,000 (e^-7)."""
 
 PASSED_BY = 0.2
 """Share of the gradient at what a layer takes that can have come through it, at most, for it to be passed by. In a

@@ -120,6 +120,8 @@ class Track:
     """Steps in a row that a GradScaler skipped, up to now."""
     update: float | None = None
     """How far the newest step that was measured so moved all weights, over their norm: `Snapshot.update_global`."""
+    fastest: float = 0.0
+    """The largest learning rate of all probes."""
     moved: int | None = None
     """The newest step that was seen to move the weights; None where none was."""
     standing: int = 0
@@ -154,6 +156,7 @@ class Track:
 
     def note_movement(self, snapshot: Snapshot) -> None:
         """Note whether a step has moved the weights, if it had anything to move them by and that was measured."""
+        self.fastest = max(self.fastest, snapshot.rate or 0.0)
         if (update := snapshot.update_global) is None or snapshot.skipped:
             return
         self.update = update
@@ -258,6 +261,7 @@ class Track:
             "skipped": self.skipped,
             "update": self.update,
             "moved": self.moved,
+            "fastest": self.fastest,
             "standing": self.standing,
         }
 
@@ -283,6 +287,7 @@ class Track:
         track.kicks = {layer: (ratio, step) for layer, (ratio, step) in plain.get("kicks", {}).items()}
         track.best_loss, track.added, track.skipped = plain["best_loss"], plain["added"], plain["skipped"]
         track.update, track.moved = plain.get("update"), plain.get("moved")
+        track.fastest = plain.get("fastest", 0.0)
         track.standing, track.frozen = plain.get("standing", 0), set(plain.get("frozen", ()))
         track.left = set(plain.get("left", ()))
         return track

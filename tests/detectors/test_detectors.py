@@ -519,11 +519,12 @@ def _of_parts():
         two,
         layers=(LayerInfo("l0", "GRU", 0), LayerInfo("l1", "Linear", 1)),
         parameters=tuple(
-            ParameterInfo(f"l0.weight_{way}_l0", "l0", (4, 4), "float32", 0, "weight") for way in ("ih", "hh")
+            ParameterInfo(f"l0.{kind}_l0", "l0", (4, 4), "float32", 0, "weight")
+            for kind in ("weight_ih", "weight_hh", "bias_hh")
         ),
     )
     read = SequenceStats("l0", length=60)
-    yield (rnn, [(1.0, 0.0)] * 20), {"sequences": [(read,)] * 20}
+    yield (rnn, [(1.0, 0.0, 1.0)] * 20), {"sequences": [(read,)] * 20}
 
 
 def _one_of_each():
@@ -699,6 +700,9 @@ def test_a_gradient_that_spikes_again_and_again_while_the_loss_stands_is_told_si
         (spiky(8, 400.0), {"losses": [(-1) ** step * 2.0 - step / 50 for step in range(90)]}),  # falls, and crosses 0
         (spiky(8, 400.0), {"losses": STILL, "clip_factor": [1 / 300 if n[0] > 100 else 1.0 for n in spiky(8, 400.0)]}),
         (spiky(8, 400.0), {}),
+        (spiky(8, 400.0), {"losses": [-1.0] * 90}),
+        (spiky(8, 400.0), {"losses": [None if s > 20 and s % 8 == 0 else 1.0 for s in range(90)]}),  # of another's step
+        (spiky(8, 400.0), {"losses": [300.0 if s > 20 and s % 8 == 0 else 1.0 for s in range(90)]}),  # of another loss
         ([(1e-3, 1e-3) if s > 20 and s % 8 else (1.0, 1.0) for s in range(90)], {"losses": STILL}),  # it has faded
         (spiky(8, 400.0), {"losses": STILL, "skipped": [s > 20 and s % 8 == 0 for s in range(90)]}),
     ],

@@ -756,5 +756,32 @@ def test_what_is_divided_by_more_than_itself_or_has_a_loss_of_its_own_is_not(div
     seen = []
     assert not {key for key in said_of(Weighed(divide, many=2), hear=seen.append) if key[0] == "GW402"}
     assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
-    own = Weighed(divide, aside=True)
-    assert not {key for key in said_of(own, lambda out, x: mean_square(out, x) + own.loss) if key[0] == "GW402"}
+    for share in (1.0, 1e-3):
+        own = Weighed(divide, aside=True)
+        found = said_of(own, lambda out, x, own=own, share=share: mean_square(out, x) + share * own.loss)
+        assert not {key for key in found if key[0] == "GW402"}
+
+
+@pytest.mark.parametrize(
+    "divide",
+    [
+        lambda s: s / (s.sum(-1, keepdim=True) + 1.0),
+        lambda s: s / s.sum(-1, keepdim=True).clamp(min=1.0),
+        lambda s: s / (s.sum(-1, keepdim=True) + s.detach()),
+    ],
+)
+def test_a_quotient_to_whose_divisor_something_is_added_is_none_of_itself(divide):
+    seen = []
+    said_of(Weighed(divide), hear=seen.append)
+    assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
+
+
+def test_where_the_first_batches_have_one_entry_and_later_ones_more_nothing_is_said():
+    class Pooled(Weighed):
+        count = 0
+
+        def forward(self, x):
+            self.many, self.count = 1 if self.count < 3 else 3, self.count + 1
+            return super().forward(x)
+
+    assert not {key for key in said_of(Pooled(by_sum)) if key[0] == "GW402"}

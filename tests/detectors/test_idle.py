@@ -603,6 +603,20 @@ def test_a_schedule_that_multiplies_the_rate_by_itself_is_told_and_a_small_rate_
     assert Trained(adam(1e-3), 205, schedule=times(1.0)).serious == set()
 
 
+@pytest.mark.parametrize(
+    ("rate", "schedule"),
+    [
+        (1e-3, lambda o: LambdaLR(o, lambda i: 1.0 if i < 12 else 1e-4)),  # it has come down
+        (1.0, times(1e-6)),  # it returns the rate itself
+    ],
+)
+def test_a_schedule_that_has_come_down_or_returns_the_rate_itself_has_not_kept_it_down(rate, schedule):
+    found = Trained(adam(rate), 220, schedule=schedule)
+
+    assert found.known["GW903"].severity is Severity.INFO
+    assert "a schedule has kept" not in str(found.known["GW903"])
+
+
 # --- copies of weights ---
 
 

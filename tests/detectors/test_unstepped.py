@@ -649,9 +649,9 @@ def train_words(model, optimizer, *, beside=None, steps=40):
         words = torch.randint(10, (16,))
         loss = nn.functional.cross_entropy(model.head(torch.tanh(model.body(model.embed(words)))), words)
         if beside is not None:
-            loss = loss * beside.exp() - beside
+            loss = loss * beside.mean().exp() - beside.mean()
         watched.watcher.record(loss.detach())
-        loss.sum().backward()
+        loss.backward()
         optimizer.step()
     return alerts(watched)
 
@@ -674,10 +674,20 @@ def test_what_was_replaced_before_it_was_watched_is_told_by_what_the_optimizer_h
         assert "the optimizer has others in place of this" in found["GW902", "embed"].cause
 
 
-def test_what_else_an_optimizer_steps_stands_in_the_place_of_nothing():
+@pytest.mark.parametrize(
+    ("learns", "first", "shape", "kind"),
+    [
+        (True, True, (10, 8), torch.optim.SGD),
+        (True, True, (10, 8), torch.optim.Adam),
+        (False, False, (10, 8), torch.optim.Adam),  # elsewhere
+        (False, True, (9, 7), torch.optim.Adam),  # of another shape than the words that are left out
+    ],
+)
+def test_what_else_an_optimizer_steps_stands_in_the_place_of_nothing(learns, first, shape, kind):
     torch.manual_seed(0)
-    model, scale = Words(), nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.Adam([*model.body.parameters(), *model.head.parameters(), scale], 1e-3)
-    found = train_words(model, optimizer, beside=scale)
+    model, other = Words(), nn.Parameter(torch.zeros(shape))
+    own = [*model.body.parameters(), *model.head.parameters()]
+    optimizer = kind([other, *own] if first else [*own, other], 1e-3)
+    found = train_words(model, optimizer, beside=other if learns else None)
 
     assert {key: alert.severity for key, alert in found.items()} == {("GW902", "embed"): Severity.INFO}

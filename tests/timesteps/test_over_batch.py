@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -288,6 +290,7 @@ def read_one(read, kind, options, steps=STEPS):
         (newest, {"bidirectional": True}, "weight_hh_l0_reverse"),
         (newest, {"bidirectional": True, "num_layers": 2}, "weight_hh_l1_reverse"),
         (oldest, {}, "weight_hh_l0"),
+        (oldest, {"bidirectional": True}, "weight_hh_l0"),
     ],
 )
 def test_a_recurrence_of_which_one_timestep_is_read_is_told(kind, read, options, weights):
@@ -295,16 +298,34 @@ def test_a_recurrence_of_which_one_timestep_is_read_is_told(kind, read, options,
 
     assert without == [f"rnn.{weights}"]
     assert (alert.finding.place, alert.severity) == ("rnn", Severity.WARNING)
-    reverse = "the reverse direction of " * ("reverse" in weights)
+    both, way = "bidirectional" in options, "reverse" if "reverse" in weights else "forward"
+    reverse = f"the {way} direction of " * both
     assert alert.message.startswith(
         f"one of 6 timesteps is read by {reverse}rnn: its recurrent weights (rnn.{weights})"
     )
-    assert ("torch.cat([h_n[-2], h_n[-1]], 1)" in alert.remedy) is bool(reverse)
+    assert ("torch.cat([h_n[-2], h_n[-1]], 1)" in alert.remedy) is both
+    assert ("which the reverse direction reads first" in alert.cause) is ("reverse" in weights)
 
 
 @pytest.mark.parametrize(
     ("read", "options", "steps"),
-    [(states, {"bidirectional": True}, STEPS), (newest, {}, STEPS), (newest, {"bidirectional": True}, 1)],
+    [
+        (states, {"bidirectional": True}, STEPS),
+        (newest, {}, STEPS),
+        (newest, {"bidirectional": True}, 1),
+        (newest, {"bidirectional": True, "bias": False}, STEPS),  # where the state may be 0 for another reason
+    ],
 )
 def test_one_that_reads_more_or_has_no_more_is_not(read, options, steps):
     assert read_one(read, nn.GRU, options, steps)[0] == []
+
+
+def test_where_two_directions_share_their_input_weights_nothing_fails():
+    model = Both(newest, nn.GRU, {"bidirectional": True})
+    model.rnn.weight_ih_l0_reverse = model.rnn.weight_ih_l0
+    x, target = torch.randn(ROWS, STEPS, 3), torch.randint(4, (ROWS,))
+    model(x)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found(model, x, target, 25)
+    assert [str(w.message) for w in warned] == []
