@@ -128,7 +128,44 @@ def tide() -> Iterator[str]:
     )
 
 
-PROOFS = {"transformers": (mobilebert, mobilenet), "darts": (tcn,), "neuralforecast": (tide,)}
+def time_series_transformer() -> Iterator[str]:
+    """GW101: at width 256 its encoder gives the same for all windows; with that of others the loss is the same."""
+    from transformers import TimeSeriesTransformerForPrediction
+
+    from benchmarks.stock.transformers_models import configured
+    from benchmarks.stock.transformers_others import LAGGED, series
+
+    for width in (32, 256):
+        torch.manual_seed(0)
+        model = TimeSeriesTransformerForPrediction(configured("time_series_transformer", width, dict(LAGGED)))
+        fitted(model, lambda m=model: m(**series()).loss)  # type: ignore[misc]
+        model.eval()
+        batches, given = [series() for _ in range(20)], []
+
+        def loss(m: nn.Module = model, batches: list[Any] = batches) -> float:
+            with torch.no_grad():
+                return sum(float(m(**batch).loss) for batch in batches) / len(batches)
+
+        def swap(_module: nn.Module, _args: object, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state.flip(0)
+            return output
+
+        encoder = model.model.encoder
+        handle = encoder.register_forward_hook(lambda _m, _a, out, given=given: given.append(out[0]))  # type: ignore[misc]
+        own = loss()
+        handle.remove()
+        handle = encoder.register_forward_hook(swap)
+        other = loss()
+        handle.remove()
+        every = torch.cat(given)
+        spread = float(every.std(0).mean() / every.mean(0).abs().mean())
+        yield (
+            f"TimeSeriesTransformer, width {width}: loss {own:.4f}, with what its encoder gives of other rows"
+            f" {other:.4f}; spread of that over rows {spread:.1g} of its mean"
+        )
+
+
+PROOFS = {"transformers": (mobilebert, mobilenet, time_series_transformer), "darts": (tcn,), "neuralforecast": (tide,)}
 
 
 def main() -> None:

@@ -66,7 +66,9 @@ def _zeros(history: History, layer: str, window: Sequence[Snapshot]) -> float:
 
 
 def _silent(history: History) -> Iterator[Finding]:
-    """Find that most of the tensors that an optimizer steps had a gradient once, and have none for long."""
+    """Find that most of the weights that an optimizer steps had a gradient once, and have none for long."""
+    import numpy as np
+
     snapshot, window = history.snapshot, history.window()
     if (
         snapshot.silence is not None
@@ -77,20 +79,20 @@ def _silent(history: History) -> Iterator[Finding]:
     model, mine, norm = snapshot.model, snapshot.optimizer, snapshot.norm
     if mine is None or None not in norm:  # nearly always
         return
-    own = history.lasting(_stepped, mine)
+    own, norms = history.lasting(_stepped, mine), list(norm)
     least = LEFT_OUT * len(own)
-    without = [c for c in own if norm[c] is None]
+    without = [c for c in own if norms[c] is None]
     if len(without) < least or not without:
         return
-    for other in window:  # column by column, it would take as long as all other rules together
-        without = [c for c in without if other.norm[c] is None] if other.silence is None else without
-    absent = snapshot.absent or (None,) * len(model.parameters)
+    gone = set(np.flatnonzero(np.isnan(history.sensitivities(KEPT)).all(axis=0)).tolist())
+    absent = snapshot.absent or (None,) * len(norms)
     parameters = [model.parameters[c] for c in without if absent[c] != "frozen"]
-    silent = [p for p in parameters if history.sound_once(history.numbers[p.layer])]
+    silent = [p for p in parameters if (i := history.numbers[p.layer]) in gone and history.sound_once(i)]
     if len(silent) < least:
         return
     layers = {p.layer for p in silent}
     names = [name for i in history.order if (name := history.model.layers[i].name) in layers]
+    which = model.named([p for p in model.parameters if p.layer in layers])
     yield Finding(
         "GW908",
         "disconnected",
@@ -98,13 +100,13 @@ def _silent(history: History) -> Iterator[Finding]:
         around(names),
         onset=window[0].step,
         evidence={"parameters": float(len(silent)), "of": float(len(own))},
-        names={"optimizer": model.optimizers[mine].kind, "which": model.named(silent)},
+        names={"optimizer": model.optimizers[mine].kind, "which": which},
     )
 
 
 def _stepped(history: History, optimizer: int) -> Sequence[int]:
-    """Return the columns of the parameters that an optimizer steps."""
-    return [c for c, p in enumerate(history.model.parameters) if p.optimizer == optimizer]
+    """Return the columns of the weights that an optimizer steps."""
+    return [c for c, p in enumerate(history.model.parameters) if p.optimizer == optimizer and counts(p)]
 
 
 def _unmoved(history: History) -> Iterator[Finding]:
@@ -121,7 +123,7 @@ def _left_behind(history: History) -> Sequence[Finding]:
     last = probes[-STANDING_PROBES:]
     if len(last) < STANDING_PROBES or not all(s.finite and s.lost is None for s in last):
         return ()
-    if not any(ratio < UNMOVED for ratio in _moved(last[-1]).values()):  # nearly always
+    if not any(ratio is not None and ratio < UNMOVED for ratio in last[-1].update_ratio or ()):  # nearly always
         return ()
     moved, sizes = [_moved(s) for s in last], [_sizes(s) for s in last]
     if any(max(m.values(), default=0.0) < t.ordinary_update for m in moved):
@@ -199,7 +201,7 @@ def _explain_saturated(finding: Finding) -> Explanation:
 def _explain_silent(finding: Finding) -> Explanation:
     evidence, names = finding.evidence, finding.names
     return Explanation(
-        f"{evidence['parameters']:.0f} of the {evidence['of']:.0f} parameters that {names['optimizer']} steps had a"
+        f"{evidence['parameters']:.0f} of the {evidence['of']:.0f} weights that {names['optimizer']} steps had a"
         f" gradient, and have had none at any of the steps since {finding.onset}: {names['which']}",
         "they are not used any more (adapters that are merged or switched off, a branch that is passed by), or a"
         " detach() or no_grad() has come into play",

@@ -90,7 +90,7 @@ def adapters(off_at, back_at=10**9, *, frozen=False):
 def test_adapters_that_are_switched_off_are_told():
     (alert,) = adapters(60)
     assert (alert.severity, alert.finding.kind) == (Severity.WARNING, "disconnected")
-    assert alert.message.startswith("4 of the 6 parameters that Adam steps had a gradient, and have had none")
+    assert alert.message.startswith("2 of the 3 weights that Adam steps had a gradient, and have had none")
     assert alert.message.endswith("since 61: 0.add, 2.add")
     assert alert.began == 61 + 50 - 1
 
