@@ -733,6 +733,7 @@ def by_norm(scores):
     return functional.normalize(scores, dim=-1)
 
 
+@pytest.mark.skipif(not hasattr(torch._C._autograd.SavedTensor, "data"), reason="torch 2.6 hides what it has saved")
 @pytest.mark.parametrize("divide", [by_sum, by_norm, lambda s: functional.normalize(s, p=1, dim=-1)])
 def test_what_is_divided_by_itself_changes_nothing_and_is_told(divide):
     model = Weighed(divide)
