@@ -323,7 +323,7 @@ def far_smaller(weights: Sequence[Tensor]) -> Tensor:
         sampled.append(some.abs().float() if some.is_complex() else some.float().abs())
     every = torch.cat(sampled)
     limit = FAR_SMALLER * torch.linalg.vector_norm(every) / every.numel() ** 0.5
-    found: Tensor = 1 - (every > limit).sum() / every.count_nonzero().clamp(min=1)
+    found: Tensor = 1 - (every > limit).sum(dtype=torch.float32) / every.count_nonzero().clamp(min=1)
     return found
 
 
