@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
-from gradwatch.detectors.flows import before_one_value, idle, of_parts, rounding, without_effect
+from gradwatch.detectors.flows import before_one_value, idle, leads_to, of_parts, rounding, without_effect
 from gradwatch.detectors.measured import constant_loss, flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
-from gradwatch.values.autograd import Flow
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
@@ -76,9 +75,15 @@ def _worthless(history: History) -> Iterator[Finding]:
     if not flows:
         return
     trained, ratios = _trained(history), history.ratios(1)[-1]
-    by_itself, modules = _divided(history), {i: history.model.layers[i].module for i in trained}
-    worthless = {i for i, m in modules.items() if m in flows and not ratios[i] >= history.thresholds.vanishing_ratio}
-    worthless -= {i for i in worthless if _is_quotient(flows[modules[i]]) and not by_itself(modules[i], ratios[i])}
+    divided = _divided(history)
+
+    def is_rounding(module: str, ratio: float) -> bool:
+        if leads_to(flows[module], "quotient"):
+            return module in divided and not ratio > ROUNDED
+        return not ratio >= history.thresholds.vanishing_ratio
+
+    modules = {i: history.model.layers[i].module for i in trained}
+    worthless = {i for i, module in modules.items() if module in flows and is_rounding(module, ratios[i])}
     for run in history.runs(worthless, trained):
         names = [history.model.layers[i].name for i in run]
         last = history.columns.module_of(names[-1])
@@ -94,23 +99,16 @@ def _worthless(history: History) -> Iterator[Finding]:
             names={
                 "last": names[-1],
                 "at": barrier.at if barrier is not None else "",
-                "operation": "quotient" if _is_quotient(flows[last]) else "normalization",
+                "operation": "quotient" if leads_to(flows[last], "quotient") else "normalization",
             },
         )
 
 
-def _is_quotient(flow: Flow) -> bool:
-    return flow.barrier is not None and flow.barrier.operation == "quotient"
-
-
-def _divided(history: History) -> Callable[[str, float], bool]:
-    """Return what tells whether a module is divided by itself at each look of several, and gets but rounding.
-
-    What is so for one batch may be for its shape, and what gets more than that may have a loss of its own.
-    """
+def _divided(history: History) -> set[str]:
+    """Return the modules that are divided by themselves at each look of several: once, it may be the batch's shape."""
     several = min(UPDATE_PROBES, history.thresholds.window)
-    looks = [{f.layer for f in s.flows or () if _is_quotient(f)} for s in history.looks(several)]
-    return lambda module, ratio: len(looks) == several and all(module in at for at in looks) and not ratio > ROUNDED
+    looks = [{f.layer for f in s.flows or () if leads_to(f, "quotient")} for s in history.looks(several)]
+    return set.intersection(*looks) if len(looks) == several else set()
 
 
 def _needed(history: History, layers: Collection[int], trained: Collection[int]) -> bool:

@@ -93,7 +93,7 @@ def _spikes(history: History) -> Iterator[Finding]:
         return
     norms = [
         (s, n * min(s.clip_factor or 1.0, 1.0))
-        for s, n in zip(history.window(KEPT), [*history.totals][-KEPT:], strict=False)
+        for s, n in zip(history.window(), history.totals, strict=True)
         if n is not None and math.isfinite(n) and not s.skipped and s.loss is not None
     ]
     usual, before = statistics.median(n for _, n in norms or ((0, 0.0),)), statistics.median(history.first_norms)

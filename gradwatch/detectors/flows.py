@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from gradwatch.detectors.measured import facts
-from gradwatch.values.autograd import Cut, Flow
+from gradwatch.values.autograd import BarrierKind, Cut, Flow
 from gradwatch.values.history import History
 from gradwatch.values.sequences import reach_of
 from gradwatch.values.thresholds import JUNCTION, MOSTLY_DEAD, PASSED_BY
@@ -49,12 +49,13 @@ def _taking_zeros(history: History) -> set[str]:
 
 def before_one_value(history: History) -> set[int]:
     """Return the layers that lead to nothing but a softmax of one value, which is 1 whatever it takes."""
-    names = {name for name, flow in flows_of(history).items() if _of_one(flow)}
+    names = {name for name, flow in flows_of(history).items() if leads_to(flow, "softmax")}
     return _numbers(history, names)
 
 
-def _of_one(flow: Flow) -> bool:
-    return flow.barrier is not None and flow.barrier.operation == "softmax"
+def leads_to(flow: Flow, operation: BarrierKind) -> bool:
+    """Tell whether all ways from a layer go through an operation of this kind that lets next to nothing through."""
+    return flow.barrier is not None and flow.barrier.operation == operation
 
 
 def idle(history: History) -> set[int]:
@@ -64,7 +65,7 @@ def idle(history: History) -> set[int]:
     lead to a softmax of one value.
     """
     cuts, flows = history.lasting(_cuts), flows_of(history)
-    found = {name for name, flow in flows.items() if _of_one(flow)}
+    found = {name for name, flow in flows.items() if leads_to(flow, "softmax")}
     found |= history.lasting(_left_out).keys() | history.lasting(_taking_zeros)
     return _numbers(history, found - cuts.keys() | {n for n, cut in cuts.items() if cut.kind in ("unused", "own")})
 

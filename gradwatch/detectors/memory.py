@@ -123,8 +123,9 @@ def unused_recurrences(history: History, probes: Sequence[Snapshot]) -> Iterator
     The state before that is 0, and so, exactly, is the gradient of the weights that take it.
     """
     window = history.window(history.thresholds.window)
-    alike = all(s.model is history.model or s.model.parameters == history.model.parameters for s in window)
-    if len(window) < history.thresholds.window or 0.0 not in history.snapshot.norm or not alike:
+    if len(window) < history.thresholds.window or 0.0 not in history.snapshot.norm:  # nearly always
+        return
+    if any(s.model is not history.model and s.model.parameters != history.model.parameters for s in window):
         return
     columns = {p.name: column for column, p in enumerate(history.model.parameters)}
     told = misread(history)

@@ -103,8 +103,8 @@ def describe(
         for group in optimizer.param_groups
         for p in group["params"]
     }
-    modules, own_of = named_modules(model), list(model.parameters())
-    late = set().union(*(replaced(optimizer, own_of) for optimizer in optimizers))
+    modules, every = named_modules(model), {id(p): p for p in model.parameters()}
+    late = set().union(*(replaced(optimizer, every) for optimizer in optimizers))
     alike: dict[tuple[int, ...], tuple[int, ...]] = {}  # of many layers most have one of few shapes
     layers: list[LayerInfo] = []
     parameters: list[ParameterInfo] = []

@@ -61,23 +61,23 @@ def _empty(groups: Sequence[Mapping[str, Any]]) -> int:
     return sum(not group.get("params") and not (len(decays) > 1 and not group.get("weight_decay")) for group in groups)
 
 
-def replaced(optimizer: Any, own: Sequence[Tensor]) -> set[int]:  # noqa: ANN401
+def replaced(optimizer: Any, own: Mapping[int, Tensor]) -> set[int]:  # noqa: ANN401
     """Return, by `id`, parameters in whose place an optimizer has others, as it has after a layer was replaced.
 
     Those have never had a gradient, stand between the same neighbours, and differ in one dimension at most.
 
     Args:
         optimizer: what steps some of the model's parameters.
-        own: all of those, in the model's order.
+        own: all of those by their `id`, in the model's order.
 
     """
-    stepped, of_model = parameters_of(optimizer), set(map(id, own))
-    if of_model.issuperset(map(id, stepped)) or all(p.grad is None for p in stepped if id(p) in of_model):
+    stepped = parameters_of(optimizer)
+    if all(id(p) in own for p in stepped) or all(p.grad is None for p in stepped if id(p) in own):
         return set()  # nearly always
     state, known = getattr(optimizer, "state", {}), set(map(id, stepped))
-    idle = [p.requires_grad and p.grad is None and p not in state and id(p) not in of_model for p in stepped]
-    old = _between(stepped, idle, of_model)
-    new = _between(own, [id(p) not in known and p.grad is not None for p in own], known)
+    idle = [p.requires_grad and p.grad is None and p not in state and id(p) not in own for p in stepped]
+    old = _between(stepped, idle, own)
+    new = _between([*own.values()], [i not in known and p.grad is not None for i, p in own.items()], known)
     return {id(p) for place, p in new if any(place == at and _alike(p.shape, q.shape) for at, q in old)}
 
 
