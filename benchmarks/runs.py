@@ -124,6 +124,14 @@ def faulty(
 # --- the loop ---
 
 
+def take_step(optimizer: Optimizer, loss: Tensor, tell: Tell) -> None:
+    """Take a step as most loops do, and tell of its loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    tell(loss.detach())
+    optimizer.step()
+
+
 def train(
     model: nn.Module,
     optimizers: Optimizer | Sequence[Optimizer],

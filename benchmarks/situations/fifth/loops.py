@@ -11,16 +11,8 @@ from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
-from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, train, waves, xent
+from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, take_step, train, waves, xent
 from benchmarks.situations.situation import faulty, healthy
-
-
-def _step(optimizer: Optimizer, loss: Tensor, tell: Tell) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    tell(loss.detach())
-    optimizer.step()
-
 
 # --- precision ---
 
@@ -66,7 +58,7 @@ def weights_cast_once_for_all(*, fixed: bool) -> Training:
                 logits = net(x)
         else:
             logits = net(x)
-        _step(optimizer, functional.cross_entropy(logits.float(), y), tell)
+        take_step(optimizer, functional.cross_entropy(logits.float(), y), tell)
 
     return (Training if fixed else _UnderOneAutocast)(net, [optimizer], step)
 
@@ -137,7 +129,7 @@ def rate_multiplied_by_itself(*, fixed: bool) -> Training:
     loss_of = fit(clusters(4303), xent)
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         scheduler.step()
 
     return Training(net, [optimizer], step, loss_of)
@@ -287,7 +279,7 @@ def ratios_in_a_column(*, fixed: bool) -> Training:
             ratio = (logits.log_softmax(1).gather(1, action) - old).exp()
             ratio = ratio[:, 0] if fixed else ratio
             surrogate = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
-            _step(optimizer, 0.5 * mse(value, reward) - surrogate, tell)
+            take_step(optimizer, 0.5 * mse(value, reward) - surrogate, tell)
 
     return Training(net, [optimizer], step)
 
@@ -333,7 +325,7 @@ def single_transition_left_over(*, fixed: bool) -> Training:
             logits, value = net(state[few])
             ratio = (logits.log_softmax(1).gather(1, action[few])[:, 0] - old[few]).exp()
             surrogate = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
-            _step(optimizer, 0.5 * mse(value, reward[few]) - surrogate, tell)
+            take_step(optimizer, 0.5 * mse(value, reward[few]) - surrogate, tell)
 
     return Training(net, [optimizer], step)
 
@@ -370,7 +362,7 @@ def density_of_ones_own_draw(*, fixed: bool) -> Training:
         reward = -(action.detach() - goal).pow(2).sum(1)
         value = net.value(state)[:, 0]
         gain = (reward - value).detach()
-        _step(optimizer, mse(value, reward) - (wide.log_prob(action).sum(1) * gain).mean(), tell)
+        take_step(optimizer, mse(value, reward) - (wide.log_prob(action).sum(1) * gain).mean(), tell)
 
     return Training(net, [optimizer], step)
 
@@ -503,13 +495,13 @@ def slope_penalized_at_every_eighth_step() -> Training:
         angle = 3.14 * torch.rand(128, 1, generator=g)
         real = torch.cat([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(128, 2, generator=g)
         fake = net(torch.randn(128, 4, generator=g))
-        _step(judging, soft(-net.judge(real)).mean() + soft(net.judge(fake.detach())).mean(), tell)
+        take_step(judging, soft(-net.judge(real)).mean() + soft(net.judge(fake.detach())).mean(), tell)
         if i % 8 == 0:
             real.requires_grad_()
             (slope,) = torch.autograd.grad(net.judge(real).sum(), real, create_graph=True)
-            _step(judging, 8 * 0.1 * slope.pow(2).sum(1).mean(), tell)
+            take_step(judging, 8 * 0.1 * slope.pow(2).sum(1).mean(), tell)
         judgement = soft(-net.judge(fake)).mean()
-        _step(forging, judgement, tell)
+        take_step(forging, judgement, tell)
 
     return Training(net, [forging, judging], step)
 
@@ -525,7 +517,7 @@ def five_steps_ahead_and_half_of_them_back() -> Training:
     slow = [p.detach().clone() for p in net.parameters()]
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         if i % 5 == 4:
             with torch.no_grad():
                 for p, q in zip(net.parameters(), slow, strict=True):

@@ -13,15 +13,8 @@ from torch.nn import functional
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, train, waves, xent
+from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, take_step, train, waves, xent
 from benchmarks.situations.situation import faulty
-
-
-def _step(optimizer: Any, loss: Tensor, tell: Tell) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    tell(loss.detach())
-    optimizer.step()
 
 
 @faulty(
@@ -45,7 +38,7 @@ def plateau_of_a_loss_that_should_rise(*, fixed: bool) -> Training:
     batch, loss_of = bumps(701), fit(bumps(701), xent)
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         if i % 10 == 9:
             net.eval()
             with torch.no_grad():
@@ -100,7 +93,7 @@ def classes_come_later(*, fixed: bool) -> Training:
                 net.head.weight[:3], net.head.bias[:3] = old.weight, old.bias
             if fixed:
                 optimizer.param_groups[0]["params"] = list(net.parameters())
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
 
     return Training(net, [optimizer], step, loss_of)
 
@@ -119,7 +112,7 @@ def averages_are_not_taken_out_again(*, fixed: bool) -> Training:
     average, loss_of = deepcopy(net), fit(waves(704), mse)
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         with torch.no_grad():
             for a, p in zip(average.parameters(), net.parameters(), strict=True):
                 a.lerp_(p, 0.001)
@@ -193,7 +186,7 @@ def rollouts_from_the_model_itself(*, fixed: bool) -> Training:
             action = actor(state.bfloat16()).float().argmax(1)
             state = torch.cat([state, torch.tanh(state + 0.1 * a.t()[action])])
         net.float()
-        _step(optimizer, -(net(state).softmax(1) * torch.tanh(state @ a)).sum(1).mean(), tell)
+        take_step(optimizer, -(net(state).softmax(1) * torch.tanh(state @ a)).sum(1).mean(), tell)
 
     return Training(net, [optimizer], step)
 
@@ -369,7 +362,7 @@ def critic_rests_for_the_generator(*, fixed: bool) -> Training:
             net.critic.requires_grad_(requires_grad=True)
         real, fake = _points(i), net(torch.randn(64, 4, generator=draw(713, i))).detach()
         loss = net.critic(fake).mean() - net.critic(real).mean() + 2 * _penalty(net.critic, real, fake, i)
-        _step(optimizers[1], loss, tell)
+        take_step(optimizers[1], loss, tell)
         if i % 4 == 3:
             net.critic.requires_grad_(requires_grad=False)
             optimizers[0].zero_grad()
@@ -431,7 +424,7 @@ def demand_falls_with_each_price(*, fixed: bool) -> Training:
         return mse(model(price), 2 - functional.softplus(2 * price @ a)[:, None])
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         with torch.no_grad():
             if fixed:
                 for layer in (net[0], net[2]):
@@ -471,7 +464,7 @@ def critic_kept_in_a_small_box(*, fixed: bool) -> Training:
         loss = net.critic(fake).mean() - net.critic(real).mean()
         if fixed:
             loss = loss + 2 * _penalty(net.critic, real, fake, i)
-        _step(optimizers[1], loss, tell)
+        take_step(optimizers[1], loss, tell)
         if not fixed:
             for p in net.critic.parameters():
                 p.data.clamp_(-0.01, 0.01)

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn import functional
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, train, waves, xent
+from benchmarks.runs import Net, Tell, Training, bumps, clusters, draw, fit, he, mlp, mse, take_step, train, waves, xent
 from benchmarks.situations.situation import faulty, healthy
-
-
-def _step(optimizer: Optimizer, loss: Tensor, tell: Tell) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    tell(loss.detach())
-    optimizer.step()
 
 
 def _leaky() -> nn.Module:
@@ -65,7 +58,7 @@ def rate_falls_with_each_batch(*, fixed: bool) -> Training:
     loss_of = fit(bumps(901), xent)
 
     def step(i: int, tell: Tell) -> None:
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
         if not fixed or i % batches == batches - 1:
             scheduler.step()
 
@@ -267,8 +260,8 @@ def actor_of_plain_samples(*, fixed: bool) -> Training:
     def step(i: int, tell: Tell) -> None:
         state = torch.randn(96, 4, generator=draw(906, i))
         action = 1.5 * torch.randn(96, 2, generator=draw(907, i)).clamp(-2, 2)
-        _step(optimizers[1], mse(net.critic(torch.cat([state, action], 1)), _reward(state, action)), tell)
-        _step(optimizers[0], -net.critic(torch.cat([state, net(state)], 1)).mean(), tell)
+        take_step(optimizers[1], mse(net.critic(torch.cat([state, action], 1)), _reward(state, action)), tell)
+        take_step(optimizers[0], -net.critic(torch.cat([state, net(state)], 1)).mean(), tell)
 
     return Training(net, optimizers, step)
 
@@ -309,7 +302,7 @@ def ratio_of_a_policy_to_itself(*, fixed: bool) -> Training:
             gain = reward - value.detach()
             gain = (gain - gain.mean()) / gain.std()
             surrogate = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain).mean()
-            _step(optimizer, 0.5 * mse(value, reward) - surrogate, tell)
+            take_step(optimizer, 0.5 * mse(value, reward) - surrogate, tell)
 
     return Training(net, [optimizer], step)
 
@@ -436,7 +429,7 @@ def penalty_without_a_graph(*, fixed: bool) -> Training:
         for turn in (1, 1, 1, 0):
             fake = net(torch.randn(64, 4, generator=g))
             if not turn:
-                _step(optimizers[0], -net.critic(fake).mean(), tell)
+                take_step(optimizers[0], -net.critic(fake).mean(), tell)
                 continue
             angle = 6.28 * torch.rand(64, 1, generator=g)
             real = torch.cat([angle.cos(), angle.sin()], 1) + 1.5
@@ -444,7 +437,7 @@ def penalty_without_a_graph(*, fixed: bool) -> Training:
             between = (share * real + (1 - share) * fake.detach()).requires_grad_()
             (slope,) = torch.autograd.grad(net.critic(between).sum(), between, create_graph=fixed)
             penalty = 10 * (slope.norm(dim=1) - 1).pow(2).mean()
-            _step(optimizers[1], net.critic(fake.detach()).mean() - net.critic(real).mean() + penalty, tell)
+            take_step(optimizers[1], net.critic(fake.detach()).mean() - net.critic(real).mean() + penalty, tell)
 
     return Training(net, optimizers, step)
 
@@ -488,10 +481,10 @@ def entropy_beyond_the_uniform(*, fixed: bool) -> Training:
         with torch.no_grad():
             then, log_density = act(after)
             goal = _reward(state, action) + 0.5 * (target(torch.cat([after, then], 1)) - temperature * log_density)
-        _step(optimizers[0], mse(net.critic(torch.cat([state, action], 1)), goal), tell)
+        take_step(optimizers[0], mse(net.critic(torch.cat([state, action], 1)), goal), tell)
         made, log_density = act(state)
-        _step(optimizers[1], (temperature * log_density - net.critic(torch.cat([state, made], 1))).mean(), tell)
-        _step(optimizers[2], -net.log_temperature * (log_density + wanted).mean().detach(), tell)
+        take_step(optimizers[1], (temperature * log_density - net.critic(torch.cat([state, made], 1))).mean(), tell)
+        take_step(optimizers[2], -net.log_temperature * (log_density + wanted).mean().detach(), tell)
         with torch.no_grad():
             for t, p in zip(target.parameters(), net.critic.parameters(), strict=True):
                 t.lerp_(p, 0.05)
@@ -570,7 +563,7 @@ def blocks_thaw_one_after_another() -> Training:
         if i in (50, 100, 150):
             block = blocks[3 - i // 50].requires_grad_(requires_grad=True)
             optimizer.add_param_group({"params": list(block.parameters()), "lr": 3e-3 * 0.6 ** (i // 50)})
-        _step(optimizer, loss_of(net, i), tell)
+        take_step(optimizer, loss_of(net, i), tell)
 
     return Training(net, [optimizer], step, loss_of)
 
@@ -640,7 +633,7 @@ def four_passes_over_each_rollout() -> Training:
         entropy = -(log.exp() * log).sum(1).mean()
         reward = torch.tanh(state @ a).gather(1, action)
         if (ratio - 1 - ratio.log()).mean() < 0.01:
-            _step(optimizer, 0.5 * mse(value, reward) - surrogate - 0.01 * entropy, tell)
+            take_step(optimizer, 0.5 * mse(value, reward) - surrogate - 0.01 * entropy, tell)
 
     return Training(net, [optimizer], step)
 
@@ -665,9 +658,9 @@ def actor_every_second_step() -> Training:
             then = torch.cat([after, (targets(after) + noise).clamp(-1, 1)], 1)
             goal = _reward(state, action) + 0.5 * torch.minimum(*(c(then) for c in targets.critics))
         now = torch.cat([state, action], 1)
-        _step(optimizers[0], mse(net.critics[0](now), goal) + mse(net.critics[1](now), goal), tell)
+        take_step(optimizers[0], mse(net.critics[0](now), goal) + mse(net.critics[1](now), goal), tell)
         if i % 2:
-            _step(optimizers[1], -net.critics[0](torch.cat([state, net(state)], 1)).mean(), tell)
+            take_step(optimizers[1], -net.critics[0](torch.cat([state, net(state)], 1)).mean(), tell)
             with torch.no_grad():
                 for t, p in zip(targets.parameters(), net.parameters(), strict=True):
                     t.lerp_(p, 0.05)
