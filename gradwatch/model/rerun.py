@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import operator
 import random
 import sys
 import types
@@ -21,6 +22,9 @@ from gradwatch.model.nested import parts
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OWNERS = ("torch.", "transformers.")
 """Packages whose hooks are a part of what a model computes."""
+_CONTAINERS = (dict, list, set, deque)
+_PLAIN = (bool, int, float, str, type)
+"""Nothing in these can change."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -129,14 +133,18 @@ class _ModelBackup:
         waiting: list[Any] = [model]
         while waiting:
             value = waiting.pop()
-            if value is None or isinstance(value, bool | int | float | str | type) or id(value) in seen:
+            if value is None or isinstance(value, _PLAIN) or id(value) in seen:
                 continue
             seen.add(id(value))
-            self._remember(value)
-            waiting += self._held_by(value)
+            if isinstance(value, _CONTAINERS):
+                self._containers.append((value, _content(value)))
+                waiting += value.values() if isinstance(value, dict) else value
+            else:
+                self._remember(value)
+                waiting += self._held_by(value)
 
     def _remember(self, value: Any) -> None:  # noqa: ANN401  (whatever a module keeps)
-        """Copy one thing; what is in it is a thing of its own."""
+        """Copy one thing that is no container; what is in it is a thing of its own."""
         if isinstance(value, Tensor):
             gradient = value.grad if value.is_leaf else None
             # `.data` and not `.detach()`: what is written there does not count as an edit, over which a graph that
@@ -146,8 +154,6 @@ class _ModelBackup:
             )
         elif isinstance(value, torch.jit.ScriptModule):
             self._scripted.append((value, _scripted_attributes(value)))
-        elif isinstance(value, dict | list | set | deque):
-            self._containers.append((value, _content(value)))
         elif isinstance(value, torch.Generator):
             self._generators.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
@@ -165,7 +171,7 @@ class _ModelBackup:
             return [*value.parameters(), *value.buffers(), *_scripted_attributes(value).values(), *value.children()]
         if isinstance(value, nn.Module) or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
             return [vars(value)]  # which may get other keys
-        return value if isinstance(value, set | deque) else parts(value)
+        return parts(value)
 
     def remove_gradients(self) -> None:
         """Leave no tensor with a gradient."""
@@ -201,19 +207,20 @@ def _scripted_attributes(module: torch.jit.ScriptModule) -> dict[str, Any]:
 
 
 def _content(container: Any) -> list[Any]:  # noqa: ANN401  (a dict, list, set or deque)
-    return [x for item in container.items() for x in item] if isinstance(container, dict) else list(container)
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
 
 
 def _refill(container: Any, content: list[Any]) -> None:  # noqa: ANN401
     container.clear()
     if isinstance(container, dict):
-        container.update(zip(content[::2], content[1::2], strict=True))
+        many = len(content) // 2
+        container.update(zip(content[:many], content[many:], strict=True))
     else:
         (container.update if isinstance(container, set) else container.extend)(content)
 
 
 def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _put_back(backup: _TensorBackup) -> None:

@@ -12,8 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.nested import data_of
-from gradwatch.timesteps.layout import Layout, layout_of
-from gradwatch.timesteps.padding import equal_to_last, padding_of
+from gradwatch.timesteps.layout import Layout, blank_of, layout_of
+from gradwatch.timesteps.padding import equal_to_last, may_be_padded, padding_of
 
 Root = tuple[int, int]
 """A tensor by which a derivative is taken: its `id` and its version."""
@@ -96,8 +96,8 @@ class InputCall:
     blank: Tensor
     """(T, B): whether the input is exactly zero there, as padding is."""
     same: Tensor | None = None
-    """(T, B): whether it belongs to a run of equal timesteps at its row's end, as padding does; None where the call is
-    one timestep, or packed."""
+    """(T, B): whether it belongs to a run of equal timesteps at its row's end, as padding does; None where no row has
+    one, or the call is one timestep, or packed."""
     given: Tensor | None = None
     """The input as the caller of the model gave it, whatever that edits; None where it is not his."""
     begins: bool = False
@@ -124,9 +124,10 @@ class InputCall:
         root, view = place
         packed = value if isinstance(value, PackedSequence) else None
         time = time % tensor.dim() if time is not None and packed is None else time
-        blank, same = layout.every(tensor)[0] == 0, None
+        blank, same = blank_of(layout, tensor), None
         if packed is None and not layout.single and layout.batched:
-            same = equal_to_last(tensor.detach().movedim((time or 0, 1 - min(time or 0, 1)), (0, 1)).unsqueeze(-1))
+            by_time = tensor.detach().movedim((time or 0, 1 - min(time or 0, 1)), (0, 1)).unsqueeze(-1)
+            same = equal_to_last(by_time) if may_be_padded(by_time) else None
         return cls(layout, root, view, tensor.shape if shape is None else shape, time, packed, blank, same)
 
     @property
@@ -193,11 +194,14 @@ class InputSequence:
 
         They can where some row goes on to the end, as in a batch that is padded to its longest row; else all count.
         """
-        alive = ~_stacked([call.blank for call in self.calls])
-        return torch.where(alive[-1].any(), _ends(alive), len(alive))
+        blank = _stacked([call.blank for call in self.calls])
+        on = ~blank[-1]
+        if bool(on.all()) or not bool(on.any()):
+            return torch.full_like(on, len(blank), dtype=torch.int64)
+        return _ends(~blank)
 
     def padding(self, squares: Tensor) -> Tensor:
-        """Return what `padding_of` does of squared norms, (2,); zeros where it came in several calls, or packed."""
+        """Return what `padding_of` does of squared norms, (2,); zeros where it came in several calls, or has none."""
         same = self.calls[0].same if len(self.calls) == 1 else None
         if same is None:
             return torch.zeros(2, dtype=torch.float64, device=self.calls[0].blank.device)
@@ -259,6 +263,8 @@ def _laid_out_as(gradient: Tensor | None, root: Tensor) -> Tensor | None:
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """Put (T, B) next to each other in time; in a loop, rows that end before others are blank or zero from there on."""
+    if len(parts) == 1:
+        return parts[0]
     most = max(part.shape[1] for part in parts)
     blank = parts[0].dtype is torch.bool
     return torch.cat([nn.functional.pad(part, (0, most - part.shape[1]), value=float(blank)) for part in parts])

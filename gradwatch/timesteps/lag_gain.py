@@ -55,9 +55,14 @@ def _laid_out(directions: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Te
 
 def _by_lag(squares: Tensor, lengths: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Lay (T, B) out by lag from each row's own end, (most, B); and tell which rows have that lag."""
-    lag, there = lags_of(squares, lengths)
-    laid = torch.zeros_like(squares).scatter_add_(0, lag, squares * there)
-    has = torch.zeros_like(squares).scatter_add_(0, lag, there)
+    if bool((lengths == len(squares)).all()):  # as nearly always
+        laid, has = squares.flip(0), torch.ones_like(squares)
+    else:
+        lag, there = lags_of(squares, lengths)
+        laid = torch.zeros_like(squares).scatter_add_(0, lag, squares * there)
+        has = torch.zeros_like(squares).scatter_add_(0, lag, there)
+    if len(squares) == most:
+        return laid, has
     more = (0, 0, 0, most - len(squares))
     return nn.functional.pad(laid, more), nn.functional.pad(has, more)
 

@@ -91,6 +91,11 @@ def spaced(count: int, wanted: int | None) -> list[int]:
     return [round(k * (count - 1) / max(wanted - 1, 1)) for k in range(wanted)]
 
 
+def blank_of(layout: Layout, tensor: Tensor) -> Tensor:
+    """Tell which timesteps of which rows are all zeros, (T, B), as padding is; those beyond a packed row's end are."""
+    return layout.placed(layout.laid(tensor).any(-1)) == 0
+
+
 class Padded:
     """A tensor with a dimension of time and one of rows, or none of rows."""
 
@@ -223,7 +228,7 @@ class Packed:
 
     def placed(self, values: Tensor) -> Tensor:
         """Take what `laid` lays out without its features, as (T, B), zero beyond the ends of rows."""
-        found = torch.zeros((self.steps, len(self._every)), dtype=torch.float64, device=values.device)
+        found = values.new_zeros((self.steps, len(self._every)))
         found[self._time, self._row] = values
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,9 +47,15 @@ class InputGain:
     clock: int = 1
     """See `Source` for all three."""
 
+    @functools.cached_property
+    def copied(self) -> list[float]:
+        """The numbers; this waits for them."""
+        values: list[float] = self.numbers.tolist()
+        return values
+
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
-        found = reach_of(self.stats(self.numbers.tolist(), HORIZON_GAIN))
+        found = reach_of(self.stats(self.copied, HORIZON_GAIN))
         return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)
 
     def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
@@ -97,7 +104,7 @@ class ModelGain:
 
         It is that of the input with the longest horizon; `beside` has the others, and what enters the sequence module.
         """
-        return self._stats([gain.numbers.tolist() for gain in self.gains], share)
+        return self._stats([gain.copied for gain in self.gains], share)
 
     def _stats(self, numbers: Sequence[Sequence[float]], share: float) -> SequenceStats:
         pairs = list(zip(self.gains, numbers, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradwatch.model.arguments import is_called, labelled
-from gradwatch.model.nested import data_of, detached, differentiable, storage_of
+from gradwatch.model.nested import data_of, detached, differentiable, leaves, storage_of
 from gradwatch.timesteps.input_calls import InputCall, InputSequence, Place, Roots
 from gradwatch.timesteps.time_axis import Axes, Contradiction, TimeAxis
 
@@ -126,9 +126,8 @@ class ModelInputs:
         """
         kwargs = in_order(model, kwargs)
         mine = tuple(map(differentiable, args)), {name: differentiable(a) for name, a in kwargs.items()}
-        for (label, copied), (_, value) in zip(
-            labelled(model, *mine), labelled(model, detached(args), detached(dict(kwargs))), strict=True
-        ):
+        given = leaves((detached(args), detached(dict(kwargs))))
+        for (label, copied), value in zip(labelled(model, *mine), given, strict=True):
             data = data_of(copied)
             if data.layout is not torch.strided or data.is_nested or data.dim() < 1 + (copied is data):
                 continue

@@ -14,6 +14,11 @@ def equal_to_last(x: Tensor) -> Tensor:
     return (x == x[-1]).flatten(2).all(-1).flip(0).to(torch.int64).cumprod(0).flip(0).bool()
 
 
+def may_be_padded(x: Tensor) -> bool:
+    """Tell whether any row of (T, R, ...) ends with two equal timesteps, as padding does; this waits for the values."""
+    return len(x) > 1 and bool((x[-1] == x[-2]).flatten(1).all(-1).any())
+
+
 def padding_of(same: Tensor, squares: Tensor) -> Tensor:
     """Return how long the padding of the median row is, and what its data gets of the gradient over what that gets.
 

@@ -25,7 +25,7 @@ from gradwatch.timesteps.kinds import (
     kind_of,
     time_of,
 )
-from gradwatch.timesteps.layout import Layout, layout_of
+from gradwatch.timesteps.layout import Layout, blank_of, layout_of
 from gradwatch.timesteps.mixing import Seen
 from gradwatch.timesteps.structure import Structure
 
@@ -225,7 +225,7 @@ class Recorder:
             state = inputs[1] if len(inputs) > 1 else kwargs.get("hx")
             self._record(target, target.kind, module, call, x, state, tensors)
         if not isinstance(value, PackedSequence) and not call.single:
-            call.blank = layout.every(x)[0] == 0
+            call.blank = blank_of(layout, x)
         target.calls.append(call)
         for name, tensor in ({"x": x} | tensors).items():
             self._hang(tensor, call, name)
