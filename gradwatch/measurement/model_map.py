@@ -58,13 +58,12 @@ class ModelMap:
         shapes = {i: shape for i, (shape, _) in flat.items()}
         info, self._columns = layers.describe(model, self._optimizers, self.order, shapes)
         self._spread = {self._columns[i]: ranks for i, (_, ranks) in flat.items() if i in self._columns}
-        parted = {id(p): ranks for p in model.parameters() if (ranks := zero.holders(p)) is not None}
+        every = list(model.parameters())
+        parted = {id(p): ranks for p in every if (ranks := zero.holders(p)) is not None}
         self._spread |= {self._columns[i]: ranks for i, ranks in parted.items()}
         self.whole = frozenset(map(self._columns.__getitem__, parted))
-        known = ((self._columns.get(id(p)), p.requires_grad) for p in model.parameters())
-        self._frozen = [
-            c for c, trained in known if c is not None and not trained and info.parameters[c].optimizer is None
-        ]
+        frozen = (self._columns.get(id(p)) for p in every if not p.requires_grad)
+        self._frozen = [c for c in frozen if c is not None and info.parameters[c].optimizer is None]
         unstepped = set(info.unstepped)
         self._outside = frozenset(c for c, p in enumerate(info.parameters) if p in unstepped)
         return info
@@ -89,8 +88,9 @@ class ModelMap:
 
     def stepped_by_others(self, optimizer: Any) -> set[int]:  # noqa: ANN401
         """Return the parameters of the model, by `id`, that any other optimizer steps now."""
-        own = set(map(id, self._present().parameters()))
-        return {id(p) for o in self._optimizers if o is not optimizer for p in self.parameters(o)} & own
+        others = [o for o in self._optimizers if o is not optimizer]
+        own = set(map(id, self._present().parameters())) if others else set()
+        return {id(p) for o in others for p in self.parameters(o)} & own
 
     def columns(self, ids: Iterable[int]) -> list[int]:
         """Return the columns of those of these parameters, by `id`, that are the model's."""

@@ -36,7 +36,8 @@ _OF_CONTAINER = re.compile(r"(.+)[./][^./]*")
 
 def clean(name: str) -> str:
     """Remove what wrappers (torch.compile, Fabric, FSDP, checkpointing) put into the name of a module or parameter."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    steps = name.split(".")
+    return name if _WRAPPERS.isdisjoint(steps) else ".".join(step for step in steps if step not in _WRAPPERS)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -131,7 +132,7 @@ def describe(
                     shape=alike.setdefault(shape, shape),
                     dtype=_format(parameter.dtype),
                     optimizer=stepped.get(id(parameter)),
-                    role=_role(module, name, len(shape)),
+                    role=_role(type(module), name, len(shape)),
                     trainable=parameter.requires_grad,
                     replaced=id(parameter) in late,
                 )
@@ -157,29 +158,36 @@ def _step_of(module: nn.Module, name: str) -> str:
     return entry[1] if entry is not None else name if isinstance(module, _CONTAINERS) else ""
 
 
-def _role(module: nn.Module, name: str, dimensions: int) -> Role:
+@functools.lru_cache(maxsize=4096)
+def _role(kind: type[nn.Module], name: str, dimensions: int) -> Role:
     name = re.split("[./]", name)[-1]
     if name.startswith("bias") or name.endswith("_bias"):  # torch's own way of naming, for RNNs and attention too
         return "bias"
-    if isinstance(module, _NORMALIZATIONS):
+    if issubclass(kind, _NORMALIZATIONS):
         return "normalization"
-    if isinstance(module, _EMBEDDINGS):
+    if issubclass(kind, _EMBEDDINGS):
         return "embedding"
     return "weight" if dimensions > 1 else "gain"
 
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
     """Return file and line of the nearest class around a layer that is no library's: of its first method of its own."""
-    for name in ancestry(layer):
-        kind = type(modules[name]) if name in modules else None
-        if kind is not None and kind.__module__.partition(".")[0] not in _LIBRARIES:
-            methods = (
-                inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None
-            )  # under its decorators
-            code = next((m.__code__ for m in methods if inspect.isfunction(m)), None)
-            if code is not None and _INSTALLED.isdisjoint(Path(code.co_filename).parts):
-                return f"{code.co_filename}:{code.co_firstlineno}"
-    return None
+    kinds = (type(modules[name]) for name in ancestry(layer) if name in modules)
+    return next((place for kind in kinds if (place := _written_at(kind)) is not None), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _written_at(kind: type[nn.Module]) -> str | None:
+    """Return file and line of a class; None of a library's, or where it has no method of its own."""
+    if kind.__module__.partition(".")[0] in _LIBRARIES:
+        return None
+    methods = (
+        inspect.unwrap(m) for m in (vars(kind).get("forward"), vars(kind).get("__init__")) if m is not None
+    )  # under its decorators
+    code = next((m.__code__ for m in methods if inspect.isfunction(m)), None)
+    if code is None or not _INSTALLED.isdisjoint(Path(code.co_filename).parts):
+        return None
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 def ancestry(name: str) -> Iterable[str]:
