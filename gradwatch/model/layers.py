@@ -159,7 +159,7 @@ def _step_of(module: nn.Module, name: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _role(kind: type[nn.Module], name: str, dimensions: int) -> Role:
+def _role(kind: type[Any], name: str, dimensions: int) -> Role:
     name = re.split("[./]", name)[-1]
     if name.startswith("bias") or name.endswith("_bias"):  # torch's own way of naming, for RNNs and attention too
         return "bias"
@@ -177,7 +177,7 @@ def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _written_at(kind: type[nn.Module]) -> str | None:
+def _written_at(kind: type[Any]) -> str | None:
     """Return file and line of a class; None of a library's, or where it has no method of its own."""
     if kind.__module__.partition(".")[0] in _LIBRARIES:
         return None
