@@ -12,6 +12,7 @@ from gradwatch.detectors import (
     exploding,
     idle,
     nonfinite,
+    sizes,
     skipped,
     squashed,
     stalled,
@@ -31,6 +32,7 @@ DETECTORS: tuple[Detector, ...] = (
     dead.dead_units,
     depth.vanishing_depth,
     squashed.squashed,
+    sizes.sizes,
     standstill.standstill,
     exploding.exploding,
     exploded.exploded,
@@ -47,6 +49,7 @@ RULES: Mapping[str, Rule] = {
     for family in (
         depth,
         squashed,
+        sizes,
         standstill,
         exploding,
         exploded,

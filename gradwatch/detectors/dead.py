@@ -8,6 +8,7 @@ from gradwatch.detectors.cause_words import WARM_UP, has_both, said
 from gradwatch.detectors.causes import of_silence
 from gradwatch.detectors.measured import zero_weights
 from gradwatch.detectors.rule import Rule
+from gradwatch.detectors.sizes import faint_input
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import ActivationStats, Snapshot
@@ -20,7 +21,7 @@ def dead_units(history: History) -> Iterator[Finding]:
     Between two probes the findings of the last one hold.
     """
     t, limits = history.thresholds, history.lasting(_limits)
-    if not limits:
+    if not limits or (faint_input(history) is not None and history.improved is not True):  # of which GW106 tells
         return
     probes, measured, numbers, layers = history.looks(), history.lasting(_units), history.numbers, history.model.layers
     if opened := history.open_at("GW601"):

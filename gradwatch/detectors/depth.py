@@ -9,7 +9,7 @@ from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
 from gradwatch.detectors.flows import added, aside, before_one_value, fading, rounding
 from gradwatch.detectors.idle import share_left
-from gradwatch.detectors.measured import before_misread, flat, moves, newest_update
+from gradwatch.detectors.measured import before_misread, constant_loss, flat, moves, newest_update, same_loss
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts
@@ -260,9 +260,15 @@ def _everywhere(history: History) -> Iterator[Finding]:
             onset=history.window(len(share))[int((share < limit).argmax())].step,
             evidence={"sensitivity": float(share[-1]), "limit": limit},
         )
-        # Of weights that move, and with nothing that makes the loss flat, it is another loss that is told, by a factor.
-        if not moves(history) or of_vanishing(history, found).cause:
+        # Of weights that move, and with nothing that makes the loss flat, it is another loss that is told, by a factor;
+        # but a loss that falls by a factor of itself would be seen to.
+        if not moves(history) or of_vanishing(history, found).cause or _unmoved_by_steps(history):
             yield found
+
+
+def _unmoved_by_steps(history: History) -> bool:
+    """Tell whether the loss is the same to rounding, and no rounding moves the weights."""
+    return same_loss(history) is not None and not constant_loss(history)
 
 
 def _closed(history: History) -> bool:

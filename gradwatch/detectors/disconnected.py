@@ -9,11 +9,15 @@ from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import before_one_value, idle, leads_to, of_parts, rounding, without_effect
 from gradwatch.detectors.measured import constant_loss, flat, forward_names, nothing_to_learn, zero_weights
 from gradwatch.detectors.rule import Rule
+from gradwatch.values.autograd import BarrierKind
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
 from gradwatch.values.thresholds import KEPT, MUCH, ROUNDED, UPDATE_PROBES
+
+_BESIDE: tuple[BarrierKind, ...] = ("quotient", "shift")
+"""Barriers that are no normalizations."""
 
 
 def disconnected(history: History) -> Iterator[Finding]:
@@ -99,7 +103,7 @@ def _worthless(history: History) -> Iterator[Finding]:
             names={
                 "last": names[-1],
                 "at": barrier.at if barrier is not None else "",
-                "operation": "quotient" if leads_to(flows[last], "quotient") else "normalization",
+                "operation": next((kind for kind in _BESIDE if leads_to(flows[last], kind)), "normalization"),
             },
         )
 
@@ -245,8 +249,8 @@ def _explain_worthless(finding: Finding) -> Explanation:
             f"the loss has been {finding.evidence['loss']:.6g} at every batch since step {finding.onset}, whatever the"
             " weights do: the true gradient is 0, and what arrives is rounding noise, of which an Adam-like optimizer"
             " makes steps of ordinary size",
-            "it compares things that are always the same: two equal inputs, positions that are alike in every row, a"
-            " normalization whose sum or mean is fixed",
+            "it compares things that are always the same: two equal inputs, one row with itself, positions that are"
+            " alike in every row, a normalization whose sum or mean is fixed",
             "print what the loss takes for two different batches: it must differ; look at indices and masks",
         )
     what, last, count = finding.place or "the model's own parameters", finding.names["last"], finding.evidence["layers"]
@@ -254,13 +258,23 @@ def _explain_worthless(finding: Finding) -> Explanation:
     do = "do" if count > 1 or not finding.place else "does"
     at = finding.names["at"] or "the last module"
     goes = f"goes through {at} alone, which gives the same for all"
-    if quotient := finding.names.get("operation") == "quotient":
+    operation = finding.names.get("operation")
+    if operation == "quotient":
         goes = "is divided by itself" + f" (before {at})" * bool(finding.names["at"])
+    elif operation == "shift":
+        goes = "is added to all that a softmax compares alike" + f" (in {at})" * bool(finding.names["at"])
     message = (
         f"what {what}{through} {do} changes nothing: it {goes}; the true gradient is 0, and what arrives since step"
         f" {finding.onset} is rounding noise, of which an Adam-like optimizer makes steps of ordinary size"
     )
-    if quotient:
+    if operation == "shift":
+        return Explanation(
+            message,
+            "a softmax takes differences alone, and what is broadcast along the dimension that it compares shifts them"
+            " all by the same: a bias with a number for each query, and none for each pair",
+            "give it a number for each of what is compared (for each pair of query and key), or leave it out",
+        )
+    if operation == "quotient":
         return Explanation(
             message,
             "the sum or norm that values are divided by goes over one entry, as of a single expert to a token, or of"

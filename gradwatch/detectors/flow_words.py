@@ -53,7 +53,10 @@ def _unused(finding: Finding) -> tuple[str, str]:
     at = finding.names["unreached"] or "the model"
     return (
         f"nothing was seen to take what {at} gives",
-        (f"{_leave(finding)} use its output in the loss, and not by way of argmax, .item() or a comparison"),
+        (
+            f"{_leave(finding)} use its output in the loss, and not by way of detach(), argmax, .item(), a comparison,"
+            " or what all_gather() brings from all processes, which has no graph"
+        ),
     )
 
 

@@ -14,6 +14,8 @@ from gradwatch.values.thresholds import (
     CONSTANT_LOSS,
     MISREAD_PROBES,
     MOSTLY_DEAD,
+    ROUNDED,
+    ROUNDING_SENSITIVITY,
 )
 
 
@@ -59,7 +61,7 @@ def moves(history: History) -> bool:
 
 
 def constant_loss(history: History) -> bool:
-    """Tell whether the loss is the same, to rounding, for all batches and weights, though these move.
+    """Tell whether the loss is the same, to rounding, for all batches and weights, though rounding moves these.
 
     Where exactly nothing arrives, or moves, it is another finding.
     """
@@ -67,17 +69,34 @@ def constant_loss(history: History) -> bool:
 
 
 def _is_constant(history: History) -> bool:
+    loss = same_loss(history)
+    if loss is None:
+        return False
+    # Small gradients that are true move weights as slowly as they are small; only where steps have a size of their own
+    # does rounding move them as fast as anything. What is as small as rounding itself is nothing else.
+    share = history.thresholds.flat_sensitivity if history.adaptive else ROUNDED
+    limit = share * abs(loss) if loss else ROUNDING_SENSITIVITY
+    return largest_sensitivity(history) < limit and moves(history)
+
+
+def same_loss(history: History) -> float | None:
+    """Return a loss that has been the same, to rounding, at each batch of the window; None: it has not.
+
+    Nor where it had come down to that, or no gradient arrives.
+    """
+    losses = history.losses(history.thresholds.window)
+    if history.improved is True or len(losses) < history.thresholds.window or not any(history.snapshot.norm):
+        return None
+    low, high = min(losses), max(losses)
+    same = math.isfinite(high - low) and high - low <= CONSTANT_LOSS * abs(low)
+    return low if same and (history.improved is False or low == history.first_loss) else None
+
+
+def largest_sensitivity(history: History) -> float:
+    """Return the largest sensitivity of all parameters in the newest snapshot."""
     import numpy as np
 
-    t = history.thresholds
-    losses = history.losses(t.window)
-    if history.improved is not False or len(losses) < t.window or not any(history.snapshot.norm):
-        return False
-    low, high = min(losses), max(losses)
-    if not low or not math.isfinite(high - low) or high - low > CONSTANT_LOSS * abs(low):
-        return False
-    largest = np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0)
-    return bool(largest < t.flat_sensitivity * abs(low)) and moves(history)
+    return float(np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0))
 
 
 def kinds(history: History) -> dict[str, RecurrenceName | None]:

@@ -11,16 +11,15 @@ from gradwatch.detectors.cause_words import has_both
 from gradwatch.detectors.causes import Cause
 from gradwatch.detectors.time_words import gates_shut, keeps, kind_of
 from gradwatch.values.report import Finding
-from gradwatch.values.thresholds import (
+from gradwatch.values.thresholds import NAMED, SOUND_UPDATE
+from gradwatch.values.trials import (
     CLIPPED_AT,
     EPSILON_SHARE,
     FASTER_RATE,
     LARGER_LOSS,
     LARGEST_LOSS,
-    NAMED,
     REMEMBERED,
     SLOWER_RATE,
-    SOUND_UPDATE,
 )
 
 Action = Literal[
@@ -307,6 +306,7 @@ _BY_CAUSE: Mapping[Cause | str, Callable[[Finding], Iterable[Remedy]]] = {
 }
 _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
     "GW101": _around,
+    "GW106": lambda finding: (Remedy("standardize", _here(finding)),),
     "GW201": _exploding,
     "GW202": _updates,
     "GW203": _exploding,
@@ -314,6 +314,7 @@ _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
     "GW206": _exploding,
     "GW207": _steep,
     "GW208": lambda _: (CLIP,),
+    "GW209": lambda finding: (Remedy("initialize", _here(finding)), SLOWER),
     "GW301": _short,
     "GW302": _growing,
     "GW305": _full,

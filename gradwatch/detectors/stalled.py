@@ -6,18 +6,21 @@ import math
 import statistics
 from collections.abc import Iterator
 
+from gradwatch.detectors.measured import newest_update, same_loss
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
+from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import UNKNOWN, Explanation, Finding, Severity
-from gradwatch.values.thresholds import KEPT, LOOKS_AT_LOSS
+from gradwatch.values.thresholds import CONSTANT_LOSS, KEPT, LOOKS_AT_LOSS, SLOW_STANDING, TOLD
 
 
 def stalled(history: History) -> Iterator[Finding]:
     """GW801: over the last 50 losses nothing has changed, near where the loss began, and no other alert tells why.
 
-    GW802: the loss holds each forecast against each target.
+    GW802: the loss holds each forecast against each target. GW803: it does not change, though its gradient says so.
     """
     yield from _crossed(history)
+    yield from _along(history)
     losses = history.losses(KEPT)
     if (
         history.explained
@@ -32,7 +35,24 @@ def stalled(history: History) -> Iterator[Finding]:
     spread = statistics.median(abs(loss - before) for loss in losses[:half])
     if abs(after - before) <= max(spread, history.thresholds.stalled * abs(before)):
         evidence = {"loss": after, "first": float(history.first_loss or 0.0)}
-        yield Finding("GW801", "stalled", Severity.INFO, "", onset=history.window(KEPT)[0].step, evidence=evidence)
+        speed = _speed(history)
+        slow = speed is not None and history.thresholds.slow_update <= speed < SLOW_STANDING  # below that, GW903 tells
+        if slow:
+            evidence |= {
+                "update": speed or 0.0,
+                "rate": next((s.rate for s in reversed(history.probed) if s.rate), 0.0),
+            }
+        severity = Severity.WARNING if slow else Severity.INFO
+        yield Finding("GW801", "stalled", severity, "", onset=history.window(KEPT)[0].step, evidence=evidence)
+
+
+def _speed(history: History) -> float | None:
+    """Return the largest share of itself by which the last measured step has moved a weight; None: nobody knows."""
+    probe = newest_update(history)
+    if probe is None or probe.update_ratio is None:
+        return None
+    known = zip(probe.model.parameters, probe.update_ratio, strict=True)
+    return max((u for p, u in known if u is not None and counts(p) and math.isfinite(u)), default=None)
 
 
 def _crossed(history: History) -> Iterator[Finding]:
@@ -47,6 +67,37 @@ def _with_all_targets(history: History) -> tuple[Finding, ...]:
     return (Finding("GW802", "stalled", Severity.WARNING, "", onset=found[0].step, evidence=evidence),)
 
 
+def _along(history: History) -> Iterator[Finding]:
+    """Find a loss that is the same at each batch though, by its gradient and the steps, it should come down.
+
+    A whole number is what terms add up to of which each is divided by its own value: their gradients are sound.
+    """
+    loss = same_loss(history)
+    if not loss or abs(loss - round(loss)) <= CONSTANT_LOSS * abs(loss):
+        return
+    probe = newest_update(history)
+    if probe is None or probe.weight_norm is None or probe.update_ratio is None:
+        return
+    known = zip(probe.norm, probe.weight_norm, probe.update_ratio, strict=True)
+    change = max((n * w * r for n, w, r in known if n is not None and w is not None and r is not None), default=0.0)
+    if change >= TOLD * CONSTANT_LOSS * abs(loss):
+        onset = history.window(history.thresholds.window)[0].step
+        yield Finding("GW803", "stalled", Severity.WARNING, "", onset=onset, evidence={"loss": loss, "change": change})
+
+
+def _explain_along(finding: Finding) -> Explanation:
+    loss, change = finding.evidence["loss"], finding.evidence["change"]
+    return Explanation(
+        f"the loss has been {loss:.6g} at every batch since step {finding.onset}, though by its gradient one step of"
+        f" one tensor alone should change it by {change:.1g}",
+        "what the loss compares the model with moves along with it: a reference, a target network or a normalization"
+        " that is the model itself, without a graph, and no copy of it; or what is told is not the loss that is"
+        " differentiated",
+        "keep a frozen copy to compare with (copy.deepcopy(model).requires_grad_(False)), or targets from the data;"
+        " record the loss that backward() is called on",
+    )
+
+
 def _explain_crossed(finding: Finding) -> Explanation:
     rows = f"{finding.evidence['rows']:.0f}"
     return Explanation(
@@ -59,6 +110,14 @@ def _explain_crossed(finding: Finding) -> Explanation:
 
 def _explain(finding: Finding) -> Explanation:
     loss, first = finding.evidence["loss"], finding.evidence["first"]
+    if (update := finding.evidence.get("update")) is not None:
+        rate = f" (the learning rate is {r:.2g})" if (r := finding.evidence["rate"]) else ""
+        return Explanation(
+            f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
+            f"steps are small: the last that was measured moved no weight by more than {update:.1g} of itself{rate}",
+            "raise the learning rate tenfold; look at its schedule: a warm-up that counts epochs for steps, a rate that"
+            " is multiplied by itself",
+        )
     return Explanation(
         f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
         f"{UNKNOWN}: the gradients show none",
@@ -70,4 +129,5 @@ def _explain(finding: Finding) -> Explanation:
 RULES = (
     Rule("GW801", "stalled", _explain, explains_a_stall=False),
     Rule("GW802", "stalled", _explain_crossed),
+    Rule("GW803", "stalled", _explain_along),
 )

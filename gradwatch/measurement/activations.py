@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwatch.measurement.graph import saved_dim
+from gradwatch.measurement.barriers import saved_dim
 from gradwatch.values.snapshot import Function
 from gradwatch.values.thresholds import OUTER_SHARE
 

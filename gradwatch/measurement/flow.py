@@ -14,9 +14,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointFunction
 
 from gradwatch.measurement import norms
+from gradwatch.measurement.barriers import before
 from gradwatch.measurement.cuts import Call, Outputs, Seen, Token, cuts, holds_layers, trainable
-from gradwatch.measurement.graph import Graph, before, near
-from gradwatch.measurement.heads import crossed, squashed
+from gradwatch.measurement.graph import Graph, near
+from gradwatch.measurement.heads import chance, crossed, squashed
 from gradwatch.measurement.output_gradients import Output, OutputGradients
 from gradwatch.model.attempts import Attempts, callers
 from gradwatch.model.forward_hooks import ModelView, Part, ProbeValues, StepView, Transfer
@@ -106,6 +107,7 @@ class FlowProbe:
         """By layer, the gradient at what its output was put side by side with something else in."""
         self._squashed: Squashed | None = None
         self._crossed: int | None = None
+        self._chance: Fact | None = None
         self._behind: dict[str, int] = {}
         """By module, how often its weights were written to since the copy was made that it has used."""
         self._tick = 0
@@ -259,6 +261,8 @@ class FlowProbe:
         if self._names and node is not None:
             self._squashed = self._squashed or squashed(node, lambda scores: self.graph.nearest(scores)[0])
             self._crossed = self._crossed or crossed(node, self.graph.name_of)
+            if (known := chance(node)) is not None:
+                self._chance = Fact(self.graph.nearest(known[0])[0] or "", "chance", known[1])
 
     # --- the step ---
 
@@ -273,14 +277,15 @@ class FlowProbe:
         beside = [Flow(name, fed=False) for name in sorted(uncalled)]
         self.applied = self.graph.applied
         twice, pairs = self._squashed, self._crossed
-        behind = tuple(Fact(name, "steps_behind", float(times)) for name, times in self._behind.items() if times)
+        told = [Fact(name, "steps_behind", float(times)) for name, times in self._behind.items() if times]
+        told += [] if self._chance is None else [self._chance]
         self._begin()
         return lambda: ProbeValues(
             cuts=found,
             flows=(*(f for flow in flows if (f := flow()) is not None), *beside),
             squashed=twice,
             crossed=pairs,
-            facts=behind,
+            facts=tuple(told),
         )
 
     def _flow(

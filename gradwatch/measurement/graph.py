@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,40 +9,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.values.autograd import Barrier, BarrierKind
+from gradwatch.measurement.barriers import (
+    REARRANGED,
+    SOFTMAX,
+    before,
+    blocks,
+    compared_along,
+    saved,
+    saved_dim,
+    shifts,
+)
+from gradwatch.values.autograd import Barrier
 
 _MOST = 30_000
 """Nodes that are looked at in one step."""
 _NEAR = 8
 """Nodes from what a layer takes to the module that gave it."""
-_NARROW = 2
-"""Values up to which a normalization gives the same whatever it takes: of one its shift, of two 1 and -1."""
 
 _WIDE = 8
 """Nodes that are followed at once."""
 _SIDE_BY_SIDE = frozenset({"CatBackward0", "StackBackward0"})
-REARRANGED = frozenset(
-    f"{kind}Backward{number}"
-    for kind in (
-        *("View", "UnsafeView", "ReshapeAlias", "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze"),
-        *("Clone", "Alias", "ToCopy", "Split", "SplitWithSizes", "Slice", "Select", "Unbind"),
-    )
-    for number in (0, 1, 2)
-)
-"""Operations that give what they take, or a part of it, in another shape."""
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
-SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
-_TOTALS = frozenset({"SumBackward1", "LinalgVectorNormBackward0"})
-"""Sums and norms along dimensions."""
-_ALIKE = REARRANGED | {"AddBackward0", "ClampMinBackward0", "ClampBackward1"}
-"""What may come between a sum and the division by it: an epsilon, a smallest value, another shape."""
-_EPSILON = 1e-3
-"""Share of a sum that may have been added to it, to have no effect."""
 _MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
 _PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
-_SCORES = (0, 1)
-"""Where the queries and keys stand among what attention takes."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +71,8 @@ class _Way(NamedTuple):
     """Number of the last softmax on it."""
     meets: tuple[Any, int] | None = None
     """The last node on it, since the last layer, that takes something else too, and where the way enters it."""
+    along: int | None = None
+    """The dimension, from the end, of which all that follows takes differences alone, as a softmax does."""
 
 
 @dataclass
@@ -217,17 +208,18 @@ class Graph:
 
     def _behind(self, way: _Way) -> Iterator[_Way]:
         """Yield the ways from a node to those that it takes from."""
-        node, within, barrier, state, peak, meets = way
+        node, within, barrier, state, peak, meets, along = way
         edges, kind = node.next_functions, node.name()
         several = len(edges) > 1 and (  # elsewhere what has no graph may be a mere number
             sum(n is not None for n, _ in edges) > 1 or kind in _MATRIX_PRODUCTS or kind in _SIDE_BY_SIDE
         )
-        found = _blocks(node, kind) if barrier is None else None
+        along = compared_along(node, kind, along)
+        found = blocks(node, kind) or shifts(node, along) if barrier is None else None
         blocked = barrier if found is None else Barrier(within, found.operation, found.values)
         for place, (n, _) in enumerate(edges):
             if n is not None:
                 its = blocked if found is None or place in found.places else barrier
-                yield _Way(n, within, its, state, peak, (node, place) if several else meets)
+                yield _Way(n, within, its, state, peak, (node, place) if several else meets, along)
 
     def _note_join(self, node: Any, within: str) -> None:  # noqa: ANN401
         """Note where something without a graph comes in beside what has one."""
@@ -316,81 +308,9 @@ def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401
         front = [n for one in front for n in before(one)][:_WIDE]
 
 
-def before(node: Any) -> list[Any]:  # noqa: ANN401
-    """Return the nodes that a node takes from."""
-    return [n for n, _ in node.next_functions if n is not None]
-
-
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401
     """Return the mean of the largest weights of a softmax, from what it has saved; None where that was put away."""
-    result, shape = _saved(node, "result"), tuple(node._input_metadata[0].shape)
+    result, shape = saved(node, "result"), tuple(node._input_metadata[0].shape)
     if result is None or tuple(result.shape) != shape or not shape or not result.numel():
         return None
     return result.amax(saved_dim(node)).mean(dtype=torch.float32)
-
-
-def saved_dim(node: Any) -> int:  # noqa: ANN401
-    """Return the dimension that a node works along, as it was given."""
-    return signed(node._saved_dim)
-
-
-def signed(dim: int) -> int:
-    """Return a dimension as it was given: of the negative ones autograd gives the bits."""
-    return dim - 2**64 if dim >= 2**63 else dim
-
-
-class _Block(NamedTuple):
-    """What lets nothing of the gradient through to some of what a node takes."""
-
-    operation: BarrierKind
-    values: int
-    """Over how many values it works."""
-    places: tuple[int, ...] = (0,)
-    """Which of those that it takes."""
-
-
-def _blocks(node: Any, kind: str) -> _Block | None:  # noqa: ANN401
-    """Return what kind of barrier a node of this kind is; None where it is none."""
-    if kind in SOFTMAX:
-        shape = node._input_metadata[0].shape
-        width = shape[saved_dim(node)] if len(shape) else 1
-        return _Block("softmax", 1) if width == 1 else None
-    if kind.startswith("ScaledDotProduct"):  # attention to a single key is a softmax over one value
-        of_keys = [n._input_metadata[number].shape for n, number in node.next_functions[1:3] if n is not None]
-        single = any(len(shape) > 1 and shape[-2] == 1 for shape in of_keys)
-        return _Block("softmax", 1, _SCORES) if single else None
-    if kind == "NativeLayerNormBackward0":
-        width = math.prod(node._saved_normalized_shape)
-        return _Block("layer_norm", width) if width <= _NARROW else None
-    if kind == "NativeGroupNormBackward0":
-        width = node._saved_C // max(node._saved_group, 1) * node._saved_HxW
-        return _Block("group_norm", width) if width <= _NARROW else None
-    return _Block("quotient", 1, (0, 1)) if kind == "DivBackward0" and _by_itself(node) else None
-
-
-def _by_itself(node: Any) -> bool:  # noqa: ANN401
-    """Tell whether a quotient divides each value by the sum or norm of itself alone, which gives 1 or -1.
-
-    What may have been added to that is in the numbers that it has saved.
-    """
-    (above, number), (below, _) = node.next_functions if len(node.next_functions) == 2 else ((None, 0), (None, 0))
-    while below is not None and below.name() in _ALIKE and len(earlier := before(below)) == 1:
-        below = earlier[0]
-    if above is None or below is None or below.name() not in _TOTALS or below.next_functions[0] != (above, number):
-        return False
-    if math.prod(below._input_metadata[0].shape) != math.prod(above._input_metadata[number].shape):
-        return False
-    top, bottom = (_saved(node, name) for name in ("self", "other"))
-    if top is None or bottom is None:
-        return False
-    return bool(((top.abs() - bottom.abs()).abs() <= _EPSILON * bottom.abs()).all())
-
-
-def _saved(node: Any, name: str) -> Tensor | None:  # noqa: ANN401
-    """Return what a node has saved; None where that was put away.
-
-    What hooks of the user's have packed, as a checkpoint does, is not unpacked; before torch 2.7 nobody can tell
-    whether it is.
-    """
-    found = getattr(getattr(node, f"_raw_saved_{name}"), "data", None)
-    return found.detach() if type(found) is Tensor else None

@@ -1,4 +1,4 @@
-"""How a loss is made of what a model gave: whether the scores are squashed twice, or held against all targets."""
+"""How a loss is made of what a model gave: whether scores are squashed twice, or held against all targets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from gradwatch.measurement.graph import REARRANGED, SOFTMAX, before, signed
+from gradwatch.measurement.barriers import REARRANGED, SOFTMAX, before, signed
 from gradwatch.values.autograd import Squashed
 
 _LOSS = 200
@@ -25,6 +25,10 @@ _TAKES: Mapping[str, Literal["softmax", "sigmoid", "nll"]] = {
     "CtcLossBackward0": "nll",
 }
 """Nodes of loss functions, and what they take their input for."""
+_ENTROPIES = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
+"""Loss functions of which it is known what guessing costs."""
+_MEAN = 1
+"""Torch's number for `reduction="mean"`."""
 _TOTALS = frozenset(
     f"{kind}Backward0"
     for kind in (
@@ -35,6 +39,26 @@ _TOTALS = frozenset(
 """Nodes that make one number of the sizes of errors, entry by entry; a sum along one dimension is no such."""
 _DIFFERENCES = frozenset({"SubBackward0", "ExpandBackward0"})
 """Nodes at which broadcasting shows: a difference, and what the loss functions of torch make of what they take."""
+
+
+def chance(loss: Any) -> tuple[Any, float] | None:  # noqa: ANN401  (nodes have no type)
+    """Return the node of the scores, and the loss that equal scores for all classes would have.
+
+    None where the loss is no mean of cross-entropies alone. Weights of classes change nothing: it is their mean too;
+    nor does a division, as by the number of batches whose gradients are accumulated: what is told is not above that.
+
+    Args:
+        loss: the node of the loss.
+
+    """
+    while loss.name() == "DivBackward0" and len(earlier := before(loss)) == 1:
+        loss = earlier[0]
+    if loss.name() not in _ENTROPIES or loss._saved_reduction != _MEAN:
+        return None
+    scores = _made(loss.next_functions[0][0])
+    if scores.name() != "LogSoftmaxBackward0":
+        return None
+    return scores, math.log(scores._input_metadata[0].shape[signed(scores._saved_dim)])
 
 
 def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None:  # noqa: ANN401  (nodes have no type)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,17 @@ _APART = 5
 """Steps from one probe to the next, at least: what is undone at every few steps stands in between."""
 
 
+class _Step(NamedTuple):
+    """A probed step, and what it did to the entries, all (weights, entries)."""
+
+    number: int
+    before: Tensor
+    moves: Tensor
+    moved: Tensor
+    """1 where it is the gradient that moved it: without one, weight decay alone does, and somebody may put that back,
+    as all rows of an embedding but the one that is to be learned."""
+
+
 class Travel:
     """Follows entries of some weights of one optimizer, from before each probed step to before the next."""
 
@@ -23,8 +36,8 @@ class Travel:
         self._columns: list[int] = []
         self._before: Tensor | None = None
         """The entries before this step, (weights, entries)."""
-        self._earlier: tuple[int, Tensor, Tensor] | None = None
-        """Of the probe before, its step, the entries before that, and how far it moved each weight."""
+        self._earlier: _Step | None = None
+        """That of the probe before."""
 
     def begin(self, columns: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Take the entries before a step."""
@@ -47,24 +60,41 @@ class Travel:
 
         Nor at one that follows another closely.
 
-        The median over the weights; NaN where none moved.
+        The median over the weights, of the entries that had a gradient in both steps; NaN where none moved.
         """
         before, self._before = self._before, None
         by_column = dict(zip(columns, parameters, strict=True))
         if before is None or any(column not in by_column for column in self._columns):
             return None
-        if self._earlier is not None and 0 <= number - self._earlier[0] < _APART:
+        if self._earlier is not None and 0 <= number - self._earlier.number < _APART:
             return None
-        step = (_entries([by_column[column] for column in self._columns]) - before).norm(dim=1)
-        earlier, self._earlier = self._earlier, (number, before, step)
+        weights = [by_column[column] for column in self._columns]
+        earlier, self._earlier = self._earlier, _Step(number, before, _entries(weights) - before, _moved(weights))
         if earlier is None:
             return None
-        _, was, moved = earlier
-        came: Tensor = (before - was).norm(dim=1) / torch.minimum(step, moved)
+        both = earlier.moved * self._earlier.moved
+        step = torch.minimum(*((one.moves * both).norm(dim=1) for one in (earlier, self._earlier)))
+        came: Tensor = ((before - earlier.before) * both).norm(dim=1) / step
         return came.nanmedian()
 
 
 def _entries(weights: Sequence[Tensor]) -> Tensor:
     """Return entries of each weight from all over it, (weights, entries), in float32."""
     flat = [weight.detach().view(-1) for weight in weights]
-    return torch.stack([one[:: len(one) // _ENTRIES][:_ENTRIES].float() for one in flat])
+    return torch.stack([one[_places(len(one), one.device)].float() for one in flat])
+
+
+def _moved(weights: Sequence[Tensor]) -> Tensor:
+    """Return 1 for the same entries where the gradient is not exactly 0, or cannot be read."""
+    rows = [torch.ones(_ENTRIES, dtype=torch.float32, device=weight.device) for weight in weights]
+    for row, weight in zip(rows, weights, strict=True):
+        gradient = weight.grad
+        if gradient is not None and type(gradient) is Tensor and gradient.layout is torch.strided:
+            flat = gradient.detach().reshape(-1)
+            row.copy_(flat[_places(len(flat), flat.device)] != 0)
+    return torch.stack(rows)
+
+
+@functools.lru_cache(maxsize=64)
+def _places(size: int, device: torch.device) -> Tensor:
+    return (torch.arange(_ENTRIES, device="cpu") * size // _ENTRIES).to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
+from gradwatch.measurement.barriers import before, saved
 from gradwatch.measurement.graph import near
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.attempts import Attempts
@@ -28,6 +29,8 @@ _SAMPLE = 512
 """Entries of a weight that are looked at, to see how far apart they are."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
+_WIDE = 8
+"""Nodes that are followed at once."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
 _CONVOLUTIONS = {
@@ -157,9 +160,25 @@ class Units:
         node = tensor.grad_fn
         kind = node.name() if node is not None else ""
         function = function_of(node, kind)
-        if function is not None and not hasattr(tensor, "placements"):
+        if function is None and node is not None:
+            self._look_behind(node)
+        elif function is not None and not hasattr(tensor, "placements"):
             with contextlib.suppress(Exception):  # as above
                 self._count(tensor, node, kind, function)
+
+    def _look_behind(self, node: Any) -> None:  # noqa: ANN401  (as below)
+        """Look at what ReLUs made that are functions, and of which other functions have made what was seen."""
+        notes = _notes(node)
+        if self._mark in notes or self._seen in notes:
+            return
+        notes[self._seen] = True
+        front = [node]
+        for _ in range(_WALK):
+            front = [n for one in front for n in before(one) if self._mark not in _notes(n)][:_WIDE]
+            for one in front:
+                if one.name() == "ReluBackward0" and (made := saved(one, "result")) is not None:
+                    with contextlib.suppress(Exception):  # as above
+                        self._count(made, one, "ReluBackward0", "relu")
 
     def _count(self, tensor: Tensor, node: Any, kind: str, function: Function) -> None:  # noqa: ANN401  (as below)
         notes = _notes(node)

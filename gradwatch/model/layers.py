@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -118,8 +118,9 @@ def describe(
         several = len(set(steps.values())) > 1
         within = layer if several else None
         of = {name: ".".join(filter(None, (layer, step if several else ""))) for name, step in steps.items()}
-        kind, location = type(module).__name__, _location(modules, layer)
-        layers.extend(LayerInfo(name, kind, order.get(name), location, within) for name in dict.fromkeys(of.values()))
+        kind: Any = type(module)
+        location, names = _location(modules, layer), dict.fromkeys(of.values())
+        layers.extend(LayerInfo(name, kind.__name__, order.get(name), location, within) for name in names)
         for name, parameter in own:
             if id(parameter) in columns:
                 continue
@@ -132,7 +133,7 @@ def describe(
                     shape=alike.setdefault(shape, shape),
                     dtype=_format(parameter.dtype),
                     optimizer=stepped.get(id(parameter)),
-                    role=_role(type(module), name, len(shape)),
+                    role=_role(kind, name, len(shape)),
                     trainable=parameter.requires_grad,
                     replaced=id(parameter) in late,
                 )
@@ -172,7 +173,7 @@ def _role(kind: type[Any], name: str, dimensions: int) -> Role:
 
 def _location(modules: Mapping[str, nn.Module], layer: str) -> str | None:
     """Return file and line of the nearest class around a layer that is no library's: of its first method of its own."""
-    kinds = (type(modules[name]) for name in ancestry(layer) if name in modules)
+    kinds: Iterator[Any] = (type(modules[name]) for name in ancestry(layer) if name in modules)
     return next((place for kind in kinds if (place := _written_at(kind)) is not None), None)
 
 

@@ -14,9 +14,9 @@ unused: nothing was seen to take what it gave. outside: what it gave left the mo
 checkpoint: a reentrant checkpoint ran it over inputs that need no gradient.
 """
 
-BarrierKind = Literal["softmax", "layer_norm", "group_norm", "quotient"]
+BarrierKind = Literal["softmax", "layer_norm", "group_norm", "quotient", "shift"]
 """An operation that gives the same whatever it takes: softmax of one value, a normalization of one or two, a quotient
-of values and the sum or norm of each one alone."""
+of values and the sum or norm of each one alone, a sum with what is alike for all that a softmax compares."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ FactName = Literal[
     "skip_connection",
     "far_smaller",
     "steps_behind",
+    "chance",
 ]
 """What a `Fact` tells.
 
@@ -58,6 +59,7 @@ range.
 skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
 far_smaller: share of a module's weights, zeros aside, that are below a two-hundredth of their root mean square.
 steps_behind: how many times weights have been written to since the copy in another format was made that is used.
+chance: the loss that equal scores for all classes would have, at the module that gives the scores.
 """
 
 Column = tuple[float | None, ...]

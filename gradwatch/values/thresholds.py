@@ -56,6 +56,16 @@ MIXED_ROWS = 0.3
 """How much a row's data moves outputs of other rows, beside its own, where rows are mixed up: by view() 0.6 to 1."""
 CONSTANT_LOSS = 1e-6
 """Share of itself by which a loss varies that is the same for all batches: some units in the last place of float32."""
+FAINT_INPUT = 1e-3
+"""Root mean square of an input that is next to nothing: standardized it is 1, of pixels 0.5, of daily returns 0.01."""
+WORSE_THAN_CHANCE = 3.0
+"""Times the loss of equal scores that a model may have, for a while: pretrained ones that are sure and wrong do so."""
+SLOW_STANDING = 2e-4
+"""An update over the weights below which it may be the rate that leaves a loss where it is: a fifth of the usual."""
+ROUNDING_SENSITIVITY = 1e-5
+"""Sensitivity below which a gradient may be rounding where the loss is exactly 0, and tells of no size."""
+TOLD = 10.0
+"""Times `CONSTANT_LOSS` by which each step should change a loss, by its gradient, that does not change at all."""
 RUN_AWAY = 1e4
 """Times its early size that a loss below 0 has gone on, to have no lower end: a log density gets to some hundred."""
 MUCH = 0.25
@@ -86,29 +96,6 @@ GROWTH_LAGS = 10
 """Lags over which a gain must have grown: over fewer it is a step, not a law."""
 GROWTH_TO_INFINITY = 1e3
 """Growth before infinity that makes it an explosion: a derivative that does not exist comes without any."""
-
-# --- what is tried, and what has helped ---
-
-SLOWER_RATE = 0.1
-"""Factor on a learning rate that is too high, where nothing tells by how much: a step of a usual search."""
-FASTER_RATE = 10.0
-"""The same of one that is too low."""
-LARGER_LOSS = 1e3
-"""Factor on a loss whose steps are too small: enough to tell whether its scale is why."""
-LARGEST_LOSS = 1e6
-"""Factor on a loss whose gradients are rounded to 0 in float32: from its smallest normal numbers into sight."""
-EPSILON_SHARE = 1e-3
-"""What an epsilon should be of the gradients' own size to be out of their way: torch's 1e-8 is that of 1e-5."""
-CLIPPED_AT = 1.0
-"""Norm at which gradients are clipped, as most published recipes do."""
-REMEMBERED = 100.0
-"""Timesteps that are taken to matter where neither a need nor the length of the sequences is known."""
-
-CURE_MARGIN = 0.05
-"""Share of all that the loss has fallen by which a treated copy must differ from its untouched twin, on the same
-batches, to be better or worse."""
-HORIZON_LONGER = 2.0
-"""How many times as long a horizon must be to be longer for a remedy: estimates differ by less."""
 
 # --- what accounts for a fault ---
 

@@ -786,3 +786,74 @@ def test_where_the_first_batches_have_one_entry_and_later_ones_more_nothing_is_s
             return super().forward(x)
 
     assert not {key for key in said_of(Pooled(by_sum)) if key[0] == "GW402"}
+
+
+# --- what a softmax compares ---
+
+
+class Biased(nn.Module):
+    """Attends with a learned bias, of a number for each query, or for each pair."""
+
+    def __init__(self, width=1, *, mask=True, spread=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(4, 16), nn.Linear(16, 1)
+        self.places, self.mask, self.spread = nn.Embedding(6, width), mask, spread
+
+    def forward(self, x):
+        h = self.body(x)
+        bias = self.places.weight.expand(6, 6) if self.spread else self.places.weight
+        scores = h @ h.transpose(1, 2) / 4 + bias
+        if self.mask:
+            scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -1e9)
+        return self.head((scores.softmax(-1) @ h)[:, -1])
+
+
+def of_six():
+    return torch.randn(16, 6, 4)
+
+
+def newest(out, x):
+    return (out - x[:, 2:4].sum((1, 2))[:, None]).square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": False}, {"spread": True}])
+def test_what_shifts_all_that_a_softmax_compares_changes_nothing_and_is_told(options):
+    found = said_of(Biased(**options), newest, draw=of_six)
+    twin, x = Biased(**options).double(), of_six().double()
+    gradient = torch.autograd.grad(newest(twin(x), x), (twin.places.weight, twin.body.weight))
+
+    assert gradient[0].norm() < 1e-14 * gradient[1].norm()
+    worst, alert = found["GW402", "places"]
+    assert worst is Severity.ERROR
+    assert "is added to all that a softmax compares alike" in alert.message
+    assert "for each pair of query and key" in alert.remedy
+    assert {key for key, (severity, _) in found.items() if severity > Severity.INFO} == {("GW402", "places")}
+
+
+def test_a_bias_for_each_pair_is_not():
+    seen = []
+    assert not {key for key in said_of(Biased(6), newest, draw=of_six, hear=seen.append) if key[0] == "GW402"}
+    assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
+
+
+def test_what_shifts_the_scores_and_has_another_way_to_the_loss_is_not():
+    class Also(Biased):
+        def forward(self, x):
+            return super().forward(x) + self.places.weight.sum()
+
+    seen = []
+    assert not {key for key in said_of(Also(), newest, draw=of_six, hear=seen.append) if key[0] == "GW402"}
+    assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
+
+
+def test_what_goes_through_a_function_before_it_is_compared_is_no_shift():
+    class Bent(Biased):
+        def forward(self, x):
+            h = self.body(x)
+            scores = functional.leaky_relu(h @ h.transpose(1, 2) / 4 + self.places.weight)
+            return self.head((scores.softmax(-1) @ h)[:, -1])
+
+    seen = []
+    said_of(Bent(), newest, draw=of_six, hear=seen.append)
+    assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []

@@ -585,6 +585,38 @@ def test_how_far_the_weights_came_is_the_median_over_the_matrices():
         assert came == pytest.approx(sorted(shares)[1], rel=1e-4)
 
 
+class OneRow(nn.Module):
+    """A frozen model whose embedding learns a new word, and nothing else of it is to change."""
+
+    def __init__(self, row):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.row = nn.Embedding(17, 12), row
+        self.body = nn.Linear(12, 4).requires_grad_(requires_grad=False)
+
+    def forward(self, x):
+        return self.body(self.words(x))
+
+
+@pytest.mark.parametrize(("row", "undone"), [(16, False), (3, False), (None, True)])
+def test_rows_that_are_put_back_because_they_are_not_to_be_learned_are_none(row, undone):
+    model, known = OneRow(row), {}
+    old = model.words.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.words.parameters(), 1e-2)
+    kept = [k for k in range(17) if k != row]
+    with gradwatch.watch(model, optimizer, on_alert=lambda a: known.setdefault(a.finding.code, a)) as watcher:
+        for _ in range(80):
+            x = torch.randint(17, (64,)) if row is None else torch.full((64,), row)
+            loss = (model(x) - torch.randn(64, 4) - 2).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            watcher.record(loss)
+            optimizer.step()
+            with torch.no_grad():
+                model.words.weight[kept] = old[kept]
+    assert ("GW907" in known) is undone
+
+
 # --- a schedule that leaves next to nothing ---
 
 

@@ -1,10 +1,12 @@
-"""How far apart the weights of a layer are, against all of its entries."""
+"""What units give, and how far apart the weights of a layer are, against all of its entries."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import gradwatch
 from gradwatch.measurement.units import far_smaller
 
 
@@ -39,3 +41,34 @@ def test_weights_of_one_size_are_never_far_smaller_and_those_of_a_module_are_tak
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float16, torch.float8_e4m3fn])
 def test_it_is_known_of_weights_of_any_format(dtype):
     assert far_smaller([torch.ones(8, 8).to(dtype)]).item() == 0.0
+
+
+class Between(nn.Module):
+    """A ReLU that is a function, between functions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 8)
+        with torch.no_grad():
+            self.last.bias.copy_(torch.tensor([-99.0] * 5 + [9.0] * 3))
+
+    def forward(self, x):
+        h = torch.relu(self.last(torch.relu(self.first(x)) * 2))
+        return h @ h.T
+
+
+def test_units_behind_a_function_between_functions_are_counted():
+    model, seen = Between(), []
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    with gradwatch.watch(model, optimizer, sinks=[seen.append], probe_every_n_steps=1, on_alert=lambda _: None):
+        for _ in range(6):
+            x = torch.randn(32, 6)
+            optimizer.zero_grad()
+            model(x).mean().backward()
+            optimizer.step()
+    (last,) = [a for a in seen[-1].snapshot.activations if a.module == "last"]
+    truth = (torch.relu(model.last(torch.relu(model.first(x)) * 2)) == 0).all(0).float().mean().item()
+    assert (last.dead, last.units, last.function) == (truth, 8, "relu") == (5 / 8, 8, "relu")
+    (first,) = [a for a in seen[-1].snapshot.activations if a.module == "first"]
+    assert (first.units, first.function) == (12, "relu")

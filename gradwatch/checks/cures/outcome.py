@@ -14,7 +14,7 @@ from gradwatch.checks.cures.trial import Outcome
 from gradwatch.detectors.remedies import NOT_TRIED, Remedy
 from gradwatch.values.report import Alert
 from gradwatch.values.sequences import Horizon
-from gradwatch.values.thresholds import CURE_MARGIN, HORIZON_LONGER
+from gradwatch.values.trials import CURE_MARGIN, HORIZON_LONGER
 
 _SHOWN = 4
 """Lines of code that are shown of one remedy."""
