@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from gradwatch.detectors.flows import flows_of
 from gradwatch.detectors.measured import facts
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
@@ -21,21 +20,20 @@ def sizes(history: History) -> Iterator[Finding]:
 
 
 def faint_input(history: History) -> tuple[str, float] | None:
-    """Return the first layer of what the model is given that takes next to nothing, and how much; None: there is none.
+    """Return the first layer, if it takes next to nothing, and how much; None where it takes more.
 
-    Exactly nothing is another matter.
+    Exactly nothing is another matter, and so is a normalization, which gives the same whatever the size is.
     """
     return history.lasting(_faint_input)
 
 
 def _faint_input(history: History) -> tuple[str, float] | None:
-    known, flows = facts(history), flows_of(history)
-    for i in history.order:
-        name = history.model.layers[i].module
-        size, flow = known.get((name, "input_size"), 0.0), flows.get(name)
-        if 0 < size <= FAINT_INPUT and (flow is None or flow.source is None):
-            return name, size
-    return None
+    first = history.model.layers[history.order[0]] if history.order else None
+    size = facts(history).get((first.module, "input_size"), 0.0) if first is not None else 0.0
+    if first is None or not 0 < size <= FAINT_INPUT:
+        return None
+    roles = {p.role for p in history.model.parameters if p.layer == first.name}
+    return None if "normalization" in roles else (first.module, size)
 
 
 def _faint(history: History) -> Iterator[Finding]:

@@ -89,6 +89,27 @@ def test_what_is_faint_because_a_layer_before_it_has_made_it_so_is_another_matte
     assert "GW106" not in said_of(model, signals(1.0), functional.cross_entropy)
 
 
+def test_what_a_normalization_takes_may_be_of_any_size():
+    found = said_of(nn.Sequential(nn.LayerNorm(8, eps=1e-30), *network()), signals(1e-6), functional.cross_entropy)
+    assert "GW106" not in found
+
+
+def test_what_is_faint_behind_a_product_is_none_of_what_the_model_is_given():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.gate, self.last = nn.Linear(8, 16), nn.Parameter(torch.full((16,), 1e-4)), nn.Linear(16, 2)
+
+        def forward(self, x):
+            h = self.first(x)
+            for _ in range(9):  # farther away than a layer is looked for
+                h = h * 1.01
+            return self.last(h * self.gate)
+
+    assert "GW106" not in said_of(Gated(), signals(1.0), lambda out, y: functional.cross_entropy(0 * out, y) + 0.0)
+
+
 def test_a_faint_input_of_which_a_model_learns_is_not_told():
     model, sizes = network(), []
     with torch.no_grad():
