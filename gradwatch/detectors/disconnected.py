@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_a_cut
 from gradwatch.detectors.flows import before_one_value, idle, leads_to, of_parts, rounding, without_effect
-from gradwatch.detectors.measured import constant_loss, flat, forward_names, nothing_to_learn, zero_weights
+from gradwatch.detectors.measured import (
+    constant_loss,
+    flat,
+    forward_names,
+    nothing_to_learn,
+    once_sound,
+    zero_weights,
+)
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.autograd import BarrierKind
+from gradwatch.values.column import is_zero
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import inside
 from gradwatch.values.report import Explanation, Finding, Severity
 from gradwatch.values.snapshot import Absent
 from gradwatch.values.thresholds import KEPT, MUCH, ROUNDED, UPDATE_PROBES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _BESIDE: tuple[BarrierKind, ...] = ("quotient", "shift")
 """Barriers that are no normalizations."""
@@ -26,13 +40,14 @@ def disconnected(history: History) -> Iterator[Finding]:
     GW402: it leads to nothing.
     """
     yield from _worthless(history)
-    if all(history.snapshot.norm):  # nearly always: none is missing, none is zero
+    norm = history.snapshot.norm
+    if None not in norm and 0 not in norm:  # nearly always
         return
     if history.snapshot.silence is not None:  # nothing has arrived at any: GW901 says so
         return
-    trained = _trained(history)
-    severity = Severity.ERROR
-    if not any(history.snapshot.norm):  # nothing at all is left: converged to the last bit, or dead from end to end
+    trained, severity = _trained(history), Severity.ERROR
+    columns = trained.columns
+    if is_zero(norm):  # nothing at all is left: converged to the last bit, or dead from end to end
         nothing = nothing_to_learn(history)
         if history.improved and history.first_loss:
             return
@@ -48,23 +63,23 @@ def disconnected(history: History) -> Iterator[Finding]:
     # A part of a tensor that the rest does without, as rows that nobody reads, is no fault but where that is what was
     # made of the batch and the loss stands still.
     unread = history.lasting(of_parts) if history.improved is False else set()
-    for norm, cut, its in (
+    for least, cut, its in (
         ({}, without - spare, severity),
         ({"norm": 0.0}, zero - spare, severity),
-        ({}, without & spare, Severity.WARNING if _needed(history, without & spare, trained) else Severity.INFO),
+        ({}, without & spare, Severity.WARNING if _needed(history, without & spare, columns) else Severity.INFO),
         ({"norm": 0.0}, zero & spare - unread, Severity.INFO),
         ({"norm": 0.0}, zero & spare & unread, Severity.WARNING),
     ):
-        for run in history.runs(cut, trained):
+        for run in history.runs(cut, columns):
             names = [history.model.layers[i].name for i in run]
-            onset = history.since(all(not s.norm[column] for column in trained[run[0]]) for s in history.window())
+            onset = history.since(all(not s.norm[column] for column in columns[run[0]]) for s in history.window())
             yield Finding(
                 "GW401",
                 "disconnected",
                 its,
                 names[0],
                 onset=onset,
-                evidence={"layers": float(len(run)), **norm},
+                evidence={"layers": float(len(run)), **least},
                 names={"last": names[-1]},
             )
 
@@ -78,7 +93,7 @@ def _worthless(history: History) -> Iterator[Finding]:
     flows = without_effect(history)
     if not flows:
         return
-    trained, ratios = _trained(history), history.ratios(1)[-1]
+    trained, ratios = _trained(history).columns, history.ratios(1)[-1]
     divided = _divided(history)
 
     def is_rounding(module: str, ratio: float) -> bool:
@@ -127,26 +142,48 @@ def _constant(history: History) -> Iterator[Finding]:
         yield Finding("GW402", "disconnected", Severity.WARNING, "", onset=window[0].step, evidence=evidence)
 
 
-def _trained(history: History) -> dict[int, list[int]]:
-    """Return the columns that the optimizer of this step is to train, by the number of their layer.
+class _Trained(NamedTuple):
+    """What an optimizer is to train."""
+
+    columns: dict[int, list[int]]
+    """By the number of the layer."""
+    flat: NDArray[np.intp]
+    """All of them, layer after layer."""
+    starts: NDArray[np.intp]
+    """Where those of each layer begin."""
+
+    def all_of(self, mask: NDArray[np.bool_]) -> set[int]:
+        """Return the layers of which the mask is true for all columns."""
+        import numpy as np
+
+        if not len(self.starts):
+            return set()
+        whole = np.logical_and.reduceat(mask[self.flat], self.starts)
+        return set(itertools.compress(self.columns, whole.tolist()))
+
+
+def _trained(history: History) -> _Trained:
+    """Return what the optimizer of this step is to train.
 
     Those whose layer is known to stand aside are left out.
     """
-    absent = history.snapshot.absent
-    return history.lasting(_all_trained) if absent is None else _all_trained(history, absent)
+    return history.lasting(_all_trained, history.snapshot.optimizer, history.snapshot.absent or ())
 
 
-def _all_trained(history: History, absent: Sequence[Absent | None] = ()) -> dict[int, list[int]]:
-    index, snapshot = history.numbers, history.snapshot
-    mine = snapshot.optimizer
+def _all_trained(history: History, mine: int | None, absent: Sequence[Absent | None]) -> _Trained:
+    import numpy as np
+
+    index = history.numbers
     found: dict[int, list[int]] = {}
-    for column, parameter in enumerate(snapshot.model.parameters):
+    for column, parameter in enumerate(history.model.parameters):
         if parameter.optimizer == mine and not (absent and absent[column] in ("frozen", "unused")):
             found.setdefault(index[parameter.layer], []).append(column)
-    return found
+    sizes = np.array([len(its) for its in found.values()], dtype=np.intp)
+    flat = np.array([column for its in found.values() for column in its], dtype=np.intp)
+    return _Trained(found, flat, np.cumsum(sizes) - sizes)
 
 
-def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[int]:
+def _without_gradient(history: History, trained: _Trained) -> set[int]:
     """Return the layers that ran in the last probe and had no gradient at all at the last snapshots."""
     import numpy as np
 
@@ -154,18 +191,16 @@ def _without_gradient(history: History, trained: dict[int, list[int]]) -> set[in
     window = history.window(history.thresholds.disconnected_steps)
     if absent is None or len(window) < history.thresholds.disconnected_steps:
         return set()
-    ended = [reason == "disconnected" for reason in absent]
-    cut = {layer for layer, columns in trained.items() if all(ended[c] for c in columns)}
-    if not cut:
-        return cut
-    missing = np.ones(len(absent), dtype=bool)
+    missing = np.array([reason == "disconnected" for reason in absent])
+    if not missing.any():
+        return set()
     for s in window:
         # Where no count of what is not finite is there, a NaN of the array is what was None.
         missing &= np.isnan(np.asarray(s.norm, dtype=float)) if s.nonfinite is None else [n is None for n in s.norm]
-    return {layer for layer in cut if missing[trained[layer]].all()}
+    return trained.all_of(missing)
 
 
-def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
+def _with_zeros(history: History, trained: _Trained) -> set[int]:
     """Return the layers that ran in the last probe and got exactly zero through the window, that probe included."""
     import numpy as np
 
@@ -177,21 +212,12 @@ def _with_zeros(history: History, trained: dict[int, list[int]]) -> set[int]:
     always = np.asarray(window[-1].norm, dtype=float) == 0  # NaN, where there is none, is not
     for earlier in window[:-1]:
         always &= np.asarray(earlier.norm, dtype=float) == 0
-    zeros = set(np.flatnonzero(always).tolist())
     # Where the gradient fades after a layer, it was not cut off: it has vanished, which is another kind.
-    cut = (
-        {layer for layer, columns in trained.items() if zeros.issuperset(columns)}
-        - _blocked(history)
-        - _faded(history)
-        - flat(history)
-    )
+    cut = trained.all_of(always) - _blocked(history) - _faded(history) - flat(history)
     # One that was sound may stand idle for a while, as an expert does that nothing is routed to.
-    kept = history.window()
-    return {
-        i
-        for i in cut
-        if not history.sound_once(i) or (len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in trained[i]))
-    }
+    kept, columns, sound = history.window(), trained.columns, once_sound(history, cut)
+    idle = {i for i in sound if len(kept) == KEPT and all(s.norm[c] == 0 for s in kept for c in columns[i])}
+    return cut - sound | idle
 
 
 def _blocked(history: History) -> set[int]:

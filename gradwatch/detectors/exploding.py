@@ -14,7 +14,7 @@ from gradwatch.detectors.origins import broken_by, epsilon_lost
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.snapshot import Snapshot
+from gradwatch.values.snapshot import ModelInfo, Snapshot
 from gradwatch.values.thresholds import (
     BEYOND_LOSS,
     EDGE,
@@ -148,7 +148,7 @@ def _runaway(history: History) -> Iterator[Finding]:
         weights = [s.weight_norm for s in history.window() if s.weight_norm is not None]
         ratios = (b / a for a, b in zip(weights[0], weights[-1], strict=True) if a and b) if weights else ()
         what, grown = "norm of a weight", max(ratios, default=0.0)
-        thrown = max((moved for s in history.window(2) for _, moved in _changes(s)), default=0.0)
+        thrown = max((float(_changes(history, s)[1].max(initial=0.0)) for s in history.window(2)), default=0.0)
         if thrown > history.thresholds.explosion_update:  # by the very step before
             grown = max(grown, thrown)
         elif not (grown >= history.thresholds.explosion_update_at_once or math.isinf(grown)):
@@ -166,39 +166,67 @@ def _updates(history: History) -> Iterator[Finding]:
     model, wide = history.model, history.lasting(_wide)
     if not any(s is w for s in probes for w in wide):  # nearly always
         return
-    ratios: dict[int, list[float]] = {}
+    import numpy as np
+
     steps, layers, moved = history.lasting(_by_number)
     recent = steps >= probes[0].step
-    for layer, ratio in zip(layers[recent].tolist(), moved[recent].tolist(), strict=True):
-        ratios.setdefault(layer, []).append(ratio)
-    wild = {
-        i
-        for i, mine in ratios.items()
-        if sum(r > t.explosion_update for r in mine) >= UPDATE_PROBES or max(mine) > t.explosion_update_at_once
-    }
-    for run in history.runs(wild, ratios):
-        worst = max(run, key=lambda i: max(ratios[i]))
+    layers, moved = layers[recent], moved[recent]
+    largest = np.zeros(len(model.layers))
+    np.maximum.at(largest, layers, moved)
+    often = np.bincount(layers[moved > t.explosion_update], minlength=len(largest)) >= UPDATE_PROBES
+    wild = set(np.flatnonzero(often | (largest > t.explosion_update_at_once)).tolist())
+    for run in history.runs(wild, set(layers.tolist())) if wild else ():
+        worst = max(run, key=largest.__getitem__)
         yield Finding(
             "GW202",
             "exploding",
             Severity.WARNING,
             model.layers[run[0]].name,
             onset=probes[0].step,
-            evidence={"update": max(ratios[worst]), "layers": float(len(run)), "limit": t.explosion_update},
+            evidence={"update": float(largest[worst]), "layers": float(len(run)), "limit": t.explosion_update},
             names={"worst": model.layers[worst].name, "last": model.layers[run[-1]].name},
         )
 
 
-def _changes(snapshot: Snapshot) -> Iterator[tuple[str, float]]:
-    """Return by how much of itself a step has changed each weight, with its layer.
+def _changes(history: History, snapshot: Snapshot) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return by how much of itself a step has changed each weight, and the number of its layer.
 
     Weights that are smaller than ordinary ones count as of ordinary size.
     """
-    weights = snapshot.weight_norm or (None,) * len(snapshot.norm)
-    for p, ratio, weight in zip(snapshot.model.parameters, snapshot.update_ratio or (), weights, strict=False):
-        if ratio is not None and p.role == "weight" and math.isfinite(ratio):
-            ordinary = ORDINARY_GAIN * math.sqrt(max((*p.shape, 1)[0], 1))
-            yield p.layer, ratio if weight is None else ratio * min(weight / ordinary, 1.0)
+    import numpy as np
+
+    if snapshot.update_ratio is None:
+        return np.zeros(0, dtype=np.intp), np.zeros(0)
+    columns, layers, ordinary = _weights_of(history, snapshot.model)
+    ratio = np.asarray(snapshot.update_ratio, dtype=float)[columns]
+    moved, there = ratio, np.isfinite(ratio)
+    if snapshot.weight_norm is not None:
+        with np.errstate(invalid="ignore"):
+            moved = ratio * np.fmin(np.asarray(snapshot.weight_norm, dtype=float)[columns] / ordinary, 1.0)
+    return layers[there], moved[there]
+
+
+_Weights = tuple["NDArray[np.intp]", "NDArray[np.intp]", "NDArray[np.float64]"]
+
+
+def _weights_of(history: History, model: ModelInfo) -> _Weights:
+    """Return the columns of a model's weights, the numbers of their layers now, and norms of ordinary size."""
+    known = history.lasting(_no_weights)  # by `id`: snapshots that are remembered hold these models
+    if id(model) not in known:
+        import numpy as np
+
+        numbers = history.numbers
+        weights = [(c, p) for c, p in enumerate(model.parameters) if p.role == "weight" and p.layer in numbers]
+        known[id(model)] = (
+            np.array([column for column, _ in weights], dtype=np.intp),
+            np.array([numbers[p.layer] for _, p in weights], dtype=np.intp),
+            np.array([ORDINARY_GAIN * math.sqrt(max((*p.shape, 1)[0], 1)) for _, p in weights]),
+        )
+    return known[id(model)]
+
+
+def _no_weights(_: History) -> dict[int, _Weights]:
+    return {}
 
 
 def _throws(history: History, snapshot: Snapshot) -> bool:
@@ -208,7 +236,7 @@ def _throws(history: History, snapshot: Snapshot) -> bool:
 
 def _throwing(history: History) -> list[Snapshot]:
     limit = history.thresholds.explosion_update
-    return [s for s in history.lasting(_wide) if any(moved > limit for _, moved in _changes(s))]
+    return [s for s in history.lasting(_wide) if bool((_changes(history, s)[1] > limit).any())]
 
 
 def _wide(history: History) -> list[Snapshot]:
@@ -221,10 +249,11 @@ def _by_number(history: History) -> tuple[NDArray[np.intp], NDArray[np.intp], ND
     """Return what all probes have seen of changes, oldest first: the step, the number of the layer, and the change."""
     import numpy as np
 
-    numbers = history.numbers
-    all_of = [(s.step, numbers[layer], moved) for s in history.probed for layer, moved in _changes(s)]
-    steps, layers = (np.array([one[at] for one in all_of], dtype=np.intp) for at in (0, 1))
-    return steps, layers, np.array([moved for *_, moved in all_of], dtype=np.float64)
+    probes = [s for s in history.probed if s.update_ratio is not None]
+    seen = [_changes(history, s) for s in probes]
+    steps = np.repeat(np.array([s.step for s in probes], dtype=np.intp), [len(moved) for _, moved in seen])
+    layers, moved = (np.concatenate([one[at] for one in seen]) if seen else np.zeros(0) for at in (0, 1))
+    return steps, layers.astype(np.intp), moved
 
 
 def _loss(history: History) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 from gradwatch.values.history import History
@@ -178,6 +179,14 @@ def _zero_weights(history: History) -> list[str]:
         if p.role == "weight" and norm is not None:
             sizes[p.layer] = max(sizes.get(p.layer, 0.0), norm)
     return [name for name in forward_names(history) if sizes.get(name) == 0]
+
+
+def once_sound(history: History, layers: Iterable[int]) -> set[int]:
+    """Return those of these layers that `History.sound_once` says so of."""
+    if history.thresholds.layers:
+        return {i for i in layers if history.sound_once(i)}
+    known, best, limit = history.model.layers, history.best_ratio, history.thresholds.vanishing_sound
+    return {i for i in layers if best.get(known[i].name, 0.0) >= limit}
 
 
 def nothing_to_learn(history: History) -> bool:

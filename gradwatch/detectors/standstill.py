@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.cause_words import said
 from gradwatch.detectors.causes import of_vanishing
-from gradwatch.detectors.measured import saturation
+from gradwatch.detectors.measured import once_sound, saturation
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import around, counts
@@ -87,7 +87,9 @@ def _silent(history: History) -> Iterator[Finding]:
     gone = set(np.flatnonzero(np.isnan(history.sensitivities(KEPT)).all(axis=0)).tolist())
     absent = snapshot.absent or (None,) * len(norms)
     parameters = [model.parameters[c] for c in without if absent[c] != "frozen"]
-    silent = [p for p in parameters if (i := history.numbers[p.layer]) in gone and history.sound_once(i)]
+    numbers = history.numbers
+    gone &= once_sound(history, {numbers[p.layer] for p in parameters} & gone)
+    silent = [p for p in parameters if numbers[p.layer] in gone]
     if len(silent) < least:
         return
     layers = {p.layer for p in silent}

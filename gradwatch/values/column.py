@@ -94,7 +94,7 @@ class CompactColumn(Sequence["float | None"]):
 
     def __contains__(self, entry: object) -> bool:
         """Tell whether an entry is this number, or None."""
-        return entry in self.tolist() if self._gaps else entry in self._values
+        return self._gaps if entry is None else entry in self._values
 
     def __eq__(self, other: object) -> bool:
         """Tell whether the other is a sequence of the same entries."""
@@ -121,6 +121,16 @@ class CompactColumn(Sequence["float | None"]):
         found = np.frombuffer(self._values, np.float64)
         found.flags.writeable = False
         return np.array(found, dtype) if copy or dtype not in (None, np.float64, float) else found  # type: ignore[call-overload]
+
+
+def is_zero(column: Sequence[float | None]) -> bool:
+    """Tell whether no entry is a number other than 0, as of gradients where nothing arrives."""
+    if not isinstance(column, CompactColumn) or not column._gaps:
+        return not any(column)
+    import numpy as np
+
+    bits = np.frombuffer(column._values, np.int64)
+    return bool(((bits << 1 == 0) | (bits == _NONE_BITS)).all())
 
 
 def encode(column: Sequence[float | None]) -> str:
