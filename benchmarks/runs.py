@@ -162,7 +162,9 @@ def train(
             optimizer.zero_grad()
         total = torch.zeros(())
         for part in range(parts):
-            loss = loss_of(model, i * parts + part) / parts
+            loss = loss_of(model, i * parts + part)
+            if parts > 1:
+                loss = loss / parts
             (scaler.scale(loss) if scaler else loss).backward()
             total = total + loss.detach()
         if scaler:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from gradwatch.detectors.cause_words import said
@@ -94,15 +94,17 @@ def _worthless(history: History) -> Iterator[Finding]:
     if not flows:
         return
     trained, ratios = _trained(history).columns, history.ratios(1)[-1]
-    divided = _divided(history)
+    looked = _at_each_look(history)
 
-    def is_rounding(module: str, ratio: float) -> bool:
+    def is_rounding(layer: int, module: str) -> bool:
         if leads_to(flows[module], "quotient"):
-            return module in divided and not ratio > ROUNDED
-        return not ratio >= history.thresholds.vanishing_ratio
+            return module in looked and not ratios[layer] > ROUNDED
+        if leads_to(flows[module], "shift"):
+            return module in looked and _is_rounding(history, trained[layer])
+        return not ratios[layer] >= history.thresholds.vanishing_ratio
 
     modules = {i: history.model.layers[i].module for i in trained}
-    worthless = {i for i, module in modules.items() if module in flows and is_rounding(module, ratios[i])}
+    worthless = {i for i, module in modules.items() if module in flows and is_rounding(i, module)}
     for run in history.runs(worthless, trained):
         names = [history.model.layers[i].name for i in run]
         last = history.columns.module_of(names[-1])
@@ -117,17 +119,28 @@ def _worthless(history: History) -> Iterator[Finding]:
             evidence={"layers": float(len(run))},
             names={
                 "last": names[-1],
-                "at": barrier.at if barrier is not None else "",
+                "at": barrier.at if barrier is not None and not leads_to(flows[last], "shift") else "",
                 "operation": next((kind for kind in _BESIDE if leads_to(flows[last], kind)), "normalization"),
             },
         )
 
 
-def _divided(history: History) -> set[str]:
-    """Return the modules that are divided by themselves at each look of several: once, it may be the batch's shape."""
+def _at_each_look(history: History) -> set[str]:
+    """Return the modules of which that holds at each look of several: once, it may be the batch's shape."""
     several = min(UPDATE_PROBES, history.thresholds.window)
-    looks = [{f.layer for f in s.flows or () if leads_to(f, "quotient")} for s in history.looks(several)]
+    looks = [
+        {f.layer for f in s.flows or () if any(leads_to(f, kind) for kind in _BESIDE)} for s in history.looks(several)
+    ]
     return set.intersection(*looks) if len(looks) == several else set()
+
+
+def _is_rounding(history: History, columns: Iterable[int]) -> bool:
+    """Tell whether what arrives at parameters may be rounding alone, beside all that arrives.
+
+    What the model keeps aside for the loss is no way that is seen, and what a mask puts in may be of any size.
+    """
+    total, norm = history.totals[-1], history.snapshot.norm
+    return total is not None and all((norm[c] or 0.0) <= ROUNDED * total for c in columns)
 
 
 def _needed(history: History, layers: Collection[int], trained: Collection[int]) -> bool:
@@ -288,7 +301,7 @@ def _explain_worthless(finding: Finding) -> Explanation:
     if operation == "quotient":
         goes = "is divided by itself" + f" (before {at})" * bool(finding.names["at"])
     elif operation == "shift":
-        goes = "is added to all that a softmax compares alike" + f" (in {at})" * bool(finding.names["at"])
+        goes = "is added to all that a softmax compares alike"
     message = (
         f"what {what}{through} {do} changes nothing: it {goes}; the true gradient is 0, and what arrives since step"
         f" {finding.onset} is rounding noise, of which an Adam-like optimizer makes steps of ordinary size"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Literal
@@ -13,6 +14,7 @@ from gradwatch.values.sequences import RecurrenceName, SequenceStats
 from gradwatch.values.snapshot import ActivationStats, FactName, Function, Snapshot
 from gradwatch.values.thresholds import (
     CONSTANT_LOSS,
+    HALF_DIGITS,
     MISREAD_PROBES,
     MOSTLY_DEAD,
     ROUNDED,
@@ -83,14 +85,23 @@ def _is_constant(history: History) -> bool:
 def same_loss(history: History) -> float | None:
     """Return a loss that has been the same, to rounding, at each batch of the window; None: it has not.
 
-    Nor where it had come down to that, or no gradient arrives.
+    Nor where it had come down to that, goes on coming down by less, or no gradient arrives; nor where it is told in so
+    few digits that nobody knows.
     """
     losses = history.losses(history.thresholds.window)
     if history.improved is True or len(losses) < history.thresholds.window or not any(history.snapshot.norm):
         return None
     low, high = min(losses), max(losses)
-    same = math.isfinite(high - low) and high - low <= CONSTANT_LOSS * abs(low)
+    same = math.isfinite(high - low) and high - low <= CONSTANT_LOSS * abs(low) and not _of_few_digits(low)
+    if same and low < high and all(b <= a for a, b in itertools.pairwise(losses)):
+        return None
     return low if same and (history.improved is False or low == history.first_loss) else None
+
+
+def _of_few_digits(number: float) -> bool:
+    """Tell whether a number, other than a whole one, has no more digits than float16 and bfloat16 have."""
+    scaled = math.frexp(number)[0] * 2**HALF_DIGITS
+    return scaled == round(scaled) and number != round(number)
 
 
 def largest_sensitivity(history: History) -> float:

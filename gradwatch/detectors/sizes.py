@@ -5,35 +5,41 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from gradwatch.detectors.flows import flows_of
 from gradwatch.detectors.measured import facts
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.report import Explanation, Finding, Severity
-from gradwatch.values.thresholds import FAINT_INPUT, WORSE_THAN_CHANCE
+from gradwatch.values.thresholds import FAINT_INPUT, SAME_NORM, WORSE_THAN_CHANCE
 
 
 def sizes(history: History) -> Iterator[Finding]:
     """GW106: so little comes in that only biases speak. GW209: the model is far worse than one that guesses."""
     if history.improved is not True and history.count >= history.thresholds.window:
         yield from _faint(history)
-    yield from _worse(history)
+        yield from _worse(history)
 
 
 def faint_input(history: History) -> tuple[str, float] | None:
     """Return the first layer, if it takes next to nothing, and how much; None where it takes more.
 
-    Exactly nothing is another matter, and so is a normalization, which gives the same whatever the size is.
+    Exactly nothing is another matter, and so is what a normalization takes, or a layer without a bias, which may give
+    the same whatever the size is. Nor is it told where another layer may take what the model is given.
     """
     return history.lasting(_faint_input)
 
 
 def _faint_input(history: History) -> tuple[str, float] | None:
-    first = history.model.layers[history.order[0]] if history.order else None
-    size = facts(history).get((first.module, "input_size"), 0.0) if first is not None else 0.0
-    if first is None or not 0 < size <= FAINT_INPUT:
+    known, flows, layers = facts(history), flows_of(history), history.model.layers
+    names = [layers[i].module for i in history.order]
+    taken = {name: size for name in names if (size := known.get((name, "input_size"), 0.0)) > 0}
+    if not names or not 0 < taken.get(names[0], 0.0) <= FAINT_INPUT:
         return None
-    roles = {p.role for p in history.model.parameters if p.layer == first.name}
-    return None if "normalization" in roles else (first.module, size)
+    others = [size for name, size in taken.items() if name not in flows or flows[name].source is None]
+    roles = [{p.role for p in history.model.parameters if p.layer == layers[i].name} for i in history.order[:2]]
+    if max(others) > FAINT_INPUT or "bias" not in roles[0] or any("normalization" in its for its in roles):
+        return None
+    return names[0], taken[names[0]]
 
 
 def _faint(history: History) -> Iterator[Finding]:
@@ -57,8 +63,13 @@ def _worse(history: History) -> Iterator[Finding]:
 
 
 def _chances(history: History) -> tuple[str, float] | None:
-    """Return what gives the scores, and the loss of a guess; None where the loss is no cross-entropy alone."""
-    return next(((place, value) for (place, name), value in facts(history).items() if name == "chance"), None)
+    """Return what gives the scores, and the loss of a guess; None where what was told is no cross-entropy alone."""
+    for snapshot in reversed(history.probed):
+        told = {f.name: (f.place, f.value) for f in snapshot.facts or () if f.name in ("chance", "cross_entropy")}
+        if len(told) == 2 and snapshot.loss is not None:  # of sums and averages with other losses it is another number
+            same = math.isclose(told["cross_entropy"][1], snapshot.loss, rel_tol=SAME_NORM)
+            return told["chance"] if same else None
+    return None
 
 
 # --- in words ---
@@ -68,7 +79,7 @@ def _explain_faint(finding: Finding) -> Explanation:
     place = finding.place or "the model"
     return Explanation(
         f"next to nothing comes in: what {place} takes has a root mean square of {finding.evidence['size']:.1g}, and"
-        " the loss does not come down",
+        " the loss has hardly come down",
         f"what the weights of {place} make of so small an input is nothing beside its bias, so that all samples are"
         " alike; and their gradient is as small as the input is",
         f"standardize the input of {place}, feature by feature; look for a division that was made twice",

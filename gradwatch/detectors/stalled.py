@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.detectors.measured import newest_update, same_loss
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts
 from gradwatch.values.report import UNKNOWN, Explanation, Finding, Severity
-from gradwatch.values.thresholds import CONSTANT_LOSS, KEPT, LOOKS_AT_LOSS, SLOW_STANDING, TOLD
+from gradwatch.values.thresholds import CONSTANT_LOSS, FALLING, KEPT, LOOKS_AT_LOSS, SLOW_STANDING, TOLD
 
 
 def stalled(history: History) -> Iterator[Finding]:
@@ -33,7 +33,7 @@ def stalled(history: History) -> Iterator[Finding]:
     half = KEPT // 2
     before, after = statistics.median(losses[:half]), statistics.median(losses[half:])
     spread = statistics.median(abs(loss - before) for loss in losses[:half])
-    if abs(after - before) <= max(spread, history.thresholds.stalled * abs(before)):
+    if abs(after - before) <= max(spread, history.thresholds.stalled * abs(before)) and not _falls(losses):
         evidence = {"loss": after, "first": float(history.first_loss or 0.0)}
         speed = _speed(history)
         slow = speed is not None and history.thresholds.slow_update <= speed < SLOW_STANDING  # below that, GW903 tells
@@ -42,14 +42,22 @@ def stalled(history: History) -> Iterator[Finding]:
                 "update": speed or 0.0,
                 "rate": next((s.rate for s in reversed(history.probed) if s.rate), 0.0),
             }
-        severity = Severity.WARNING if slow else Severity.INFO
-        yield Finding("GW801", "stalled", severity, "", onset=history.window(KEPT)[0].step, evidence=evidence)
+        yield Finding("GW801", "stalled", Severity.INFO, "", onset=history.window(KEPT)[0].step, evidence=evidence)
+
+
+def _falls(losses: Sequence[float]) -> bool:
+    """Tell whether losses follow a line downwards, by more than their scatter around it explains."""
+    middle, mean = (len(losses) - 1) / 2, statistics.fmean(losses)
+    wide = sum((k - middle) ** 2 for k in range(len(losses)))
+    slope = sum((k - middle) * loss for k, loss in enumerate(losses)) / wide
+    rest = sum((loss - mean - slope * (k - middle)) ** 2 for k, loss in enumerate(losses))
+    return slope < -FALLING * math.sqrt(rest / (len(losses) - 2) / wide)
 
 
 def _speed(history: History) -> float | None:
     """Return the largest share of itself by which the last measured step has moved a weight; None: nobody knows."""
     probe = newest_update(history)
-    if probe is None or probe.update_ratio is None:
+    if probe is None or probe.update_ratio is None or len(probe.model.optimizers) > 1:
         return None
     known = zip(probe.model.parameters, probe.update_ratio, strict=True)
     return max((u for p, u in known if u is not None and counts(p) and math.isfinite(u)), default=None)
@@ -70,11 +78,13 @@ def _with_all_targets(history: History) -> tuple[Finding, ...]:
 def _along(history: History) -> Iterator[Finding]:
     """Find a loss that is the same at each batch though, by its gradient and the steps, it should come down.
 
-    A whole number is what terms add up to of which each is divided by its own value: their gradients are sound.
+    Terms that are divided by their own value, or whose logarithm has its own value taken off, do so by design, and
+    their gradients are sound: whole numbers are left out, and others but the logarithm of 2 are information.
     """
     loss = same_loss(history)
     if not loss or abs(loss - round(loss)) <= CONSTANT_LOSS * abs(loss):
         return
+    alike = abs(loss - math.log(2)) <= CONSTANT_LOSS  # what a logistic loss gives where both sides are the same
     probe = newest_update(history)
     if probe is None or probe.weight_norm is None or probe.update_ratio is None:
         return
@@ -82,7 +92,8 @@ def _along(history: History) -> Iterator[Finding]:
     change = max((n * w * r for n, w, r in known if n is not None and w is not None and r is not None), default=0.0)
     if change >= TOLD * CONSTANT_LOSS * abs(loss):
         onset = history.window(history.thresholds.window)[0].step
-        yield Finding("GW803", "stalled", Severity.WARNING, "", onset=onset, evidence={"loss": loss, "change": change})
+        severity = Severity.WARNING if alike else Severity.INFO
+        yield Finding("GW803", "stalled", severity, "", onset=onset, evidence={"loss": loss, "change": change})
 
 
 def _explain_along(finding: Finding) -> Explanation:
@@ -91,8 +102,8 @@ def _explain_along(finding: Finding) -> Explanation:
         f"the loss has been {loss:.6g} at every batch since step {finding.onset}, though by its gradient one step of"
         f" one tensor alone should change it by {change:.1g}",
         "what the loss compares the model with moves along with it: a reference, a target network or a normalization"
-        " that is the model itself, without a graph, and no copy of it; or what is told is not the loss that is"
-        " differentiated",
+        " that is the model itself, without a graph, and no copy of it; or the loss is made so that its value tells"
+        " nothing (loss / loss.detach()), or is not the one that is differentiated",
         "keep a frozen copy to compare with (copy.deepcopy(model).requires_grad_(False)), or targets from the data;"
         " record the loss that backward() is called on",
     )

@@ -21,8 +21,8 @@ REARRANGED = frozenset(
 )
 """Operations that give what they take, or a part of it, in another shape."""
 SOFTMAX = frozenset({"SoftmaxBackward0", "SafeSoftmaxBackward0"})
-_KEEP_DIFFERENCES = frozenset({"AddBackward0", "SubBackward0", "MaskedFillBackward0", "ExpandBackward0"})
-"""Operations through which what is alike for all that a softmax compares stays so; a mask takes some of them out."""
+_KEEP_DIFFERENCES = frozenset(f"{kind}Backward0" for kind in ("Add", "Sub", "MaskedFill", "Where", "Expand", "ToCopy"))
+"""Operations through which what is alike for all that a softmax compares stays so, but for what a mask takes out."""
 _TOTALS = frozenset({"SumBackward1", "LinalgVectorNormBackward0"})
 """Sums and norms along dimensions."""
 _ALIKE = REARRANGED | {"AddBackward0", "ClampMinBackward0", "ClampBackward1"}
@@ -77,8 +77,8 @@ def compared_along(node: Any, kind: str, along: int | None) -> int | None:  # no
 
     """
     if kind in SOFTMAX or kind == "LogSoftmaxBackward0":
-        dim = saved_dim(node)
-        return dim if dim < 0 else dim - len(node._input_metadata[0].shape)
+        dim, many = saved_dim(node), len(node._input_metadata[0].shape)
+        return None if not many else dim if dim < 0 else dim - many
     return along if kind in _KEEP_DIFFERENCES else None
 
 

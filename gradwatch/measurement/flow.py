@@ -107,7 +107,8 @@ class FlowProbe:
         """By layer, the gradient at what its output was put side by side with something else in."""
         self._squashed: Squashed | None = None
         self._crossed: int | None = None
-        self._chance: Fact | None = None
+        self._entropies: list[tuple[Tensor, Fact | None]] = []
+        """What was told of the losses of this step, and what guessing would cost."""
         self._behind: dict[str, int] = {}
         """By module, how often its weights were written to since the copy was made that it has used."""
         self._tick = 0
@@ -261,8 +262,9 @@ class FlowProbe:
         if self._names and node is not None:
             self._squashed = self._squashed or squashed(node, lambda scores: self.graph.nearest(scores)[0])
             self._crossed = self._crossed or crossed(node, self.graph.name_of)
-            if (known := chance(node)) is not None:
-                self._chance = Fact(self.graph.nearest(known[0])[0] or "", "chance", known[1])
+            known = chance(node)
+            fact = Fact(self.graph.nearest(known[0])[0] or "", "chance", known[1]) if known is not None else None
+            self._entropies.append((loss.detach(), fact))
 
     # --- the step ---
 
@@ -278,15 +280,23 @@ class FlowProbe:
         self.applied = self.graph.applied
         twice, pairs = self._squashed, self._crossed
         told = [Fact(name, "steps_behind", float(times)) for name, times in self._behind.items() if times]
-        told += [] if self._chance is None else [self._chance]
+        guess = next((fact for _, fact in self._entropies), None)
+        alike = guess is not None and all(fact == guess for _, fact in self._entropies)
+        mean = transfer.add(torch.stack([loss for loss, _ in self._entropies]).mean()) if alike else None
         self._begin()
-        return lambda: ProbeValues(
-            cuts=found,
-            flows=(*(f for flow in flows if (f := flow()) is not None), *beside),
-            squashed=twice,
-            crossed=pairs,
-            facts=tuple(told),
-        )
+
+        def part() -> ProbeValues:
+            if mean is not None and guess is not None:
+                told.extend((guess, Fact(guess.place, "cross_entropy", mean.value)))
+            return ProbeValues(
+                cuts=found,
+                flows=(*(f for flow in flows if (f := flow()) is not None), *beside),
+                squashed=twice,
+                crossed=pairs,
+                facts=tuple(told),
+            )
+
+        return part
 
     def _flow(
         self, name: str, module: nn.Module | None, broken: Collection[int], transfer: Transfer

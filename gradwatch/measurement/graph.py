@@ -31,8 +31,9 @@ _WIDE = 8
 _SIDE_BY_SIDE = frozenset({"CatBackward0", "StackBackward0"})
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
 """Operations on several tensors; a product has a number, a mask or a mask of dropout beside what has a graph."""
-_MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
-_PRODUCTS = _MATRIX_PRODUCTS | {"MulBackward0"}
+MATRIX_PRODUCTS = frozenset({"MmBackward0", "BmmBackward0", "AddmmBackward0"})
+"""Sums of products."""
+_PRODUCTS = MATRIX_PRODUCTS | {"MulBackward0"}
 
 
 @dataclass(frozen=True)
@@ -167,19 +168,20 @@ class Graph:
     def walk(self, roots: Iterable[Any]) -> None:
         """Go through the graph of what an outermost call gave.
 
-        Each node is seen with the best way to it: whether no barrier, and no initial state, is on it.
+        Each node is seen with the best ways to it: whether no barrier, and no initial state, is on them.
         """
-        best: dict[Any, tuple[bool, bool]] = {}
+        best: dict[Any, tuple[bool, bool, bool]] = {}
         stack = [_Way(node) for node in roots]
         while stack and len(best) < _MOST:
             way = stack.pop()
             node = way.node
-            known = best.get(node, (False, False))
-            now = (known[0] or way.barrier is None, known[1] or way.state is None)
+            known, free = best.get(node, (False, False, False)), way.barrier is None
+            # A way on which differences alone count is no better than one with a barrier, for what shifts them all.
+            now = (known[0] or free, known[1] or way.state is None, known[2] or (free and way.along is None))
             if node in best and now == known:
                 continue
+            stack += self._behind(self._seen(way, first=node not in best))
             best[node] = now
-            stack += self._behind(self._seen(way, first=known == (False, False)))
 
     def _seen(self, way: _Way, *, first: bool) -> _Way:
         """Take note of a node, and return the way as it goes on from it."""
@@ -211,7 +213,7 @@ class Graph:
         node, within, barrier, state, peak, meets, along = way
         edges, kind = node.next_functions, node.name()
         several = len(edges) > 1 and (  # elsewhere what has no graph may be a mere number
-            sum(n is not None for n, _ in edges) > 1 or kind in _MATRIX_PRODUCTS or kind in _SIDE_BY_SIDE
+            sum(n is not None for n, _ in edges) > 1 or kind in MATRIX_PRODUCTS or kind in _SIDE_BY_SIDE
         )
         along = compared_along(node, kind, along)
         found = blocks(node, kind) or shifts(node, along) if barrier is None else None

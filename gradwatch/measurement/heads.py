@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from torch import Tensor
+
 from gradwatch.measurement.barriers import REARRANGED, SOFTMAX, before, signed
 from gradwatch.values.autograd import Squashed
 
@@ -45,13 +47,14 @@ def chance(loss: Any) -> tuple[Any, float] | None:  # noqa: ANN401  (nodes have 
     """Return the node of the scores, and the loss that equal scores for all classes would have.
 
     None where the loss is no mean of cross-entropies alone. Weights of classes change nothing: it is their mean too;
-    nor does a division, as by the number of batches whose gradients are accumulated: what is told is not above that.
+    nor does a division by 1 or more, as by the number of batches whose gradients are accumulated: what is told is not
+    above that.
 
     Args:
         loss: the node of the loss.
 
     """
-    while loss.name() == "DivBackward0" and len(earlier := before(loss)) == 1:
+    while loss.name() == "DivBackward0" and len(earlier := before(loss)) == 1 and _lessens(loss):
         loss = earlier[0]
     if loss.name() not in _ENTROPIES or loss._saved_reduction != _MEAN:
         return None
@@ -59,6 +62,15 @@ def chance(loss: Any) -> tuple[Any, float] | None:  # noqa: ANN401  (nodes have 
     if scores.name() != "LogSoftmaxBackward0":
         return None
     return scores, math.log(scores._input_metadata[0].shape[signed(scores._saved_dim)])
+
+
+def _lessens(node: Any) -> bool:  # noqa: ANN401  (as above)
+    """Tell whether a division is by 1 or more; after the backward pass nobody knows."""
+    try:
+        divisor = node._saved_other
+    except RuntimeError:
+        return False
+    return isinstance(divisor, Tensor) and bool((divisor.abs() >= 1).all())
 
 
 def squashed(loss: Any, name_of: Callable[[Any], str | None]) -> Squashed | None:  # noqa: ANN401  (nodes have no type)

@@ -34,8 +34,9 @@ class Travel:
     def __init__(self) -> None:
         """Begin without entries."""
         self._columns: list[int] = []
-        self._before: Tensor | None = None
-        """The entries before this step, (weights, entries)."""
+        self._before: tuple[Tensor, Tensor] | None = None
+        """The entries before this step, (weights, entries), and 1 where they had a gradient: by its end it may be
+        zeroed."""
         self._earlier: _Step | None = None
         """That of the probe before."""
 
@@ -53,7 +54,8 @@ class Travel:
             return
         if self._columns != (mine := [column for column, _ in chosen]):
             self._columns, self._earlier = mine, None
-        self._before = _entries([p for _, p in chosen])
+        weights = [p for _, p in chosen]
+        self._before = _entries(weights), _moved(weights, unknown=0.0)
 
     def end(self, number: int, columns: Sequence[int], parameters: Sequence[Tensor]) -> Tensor | None:
         """Return how far the weights had come before this step, over what a step moves them; None at the first probe.
@@ -62,14 +64,15 @@ class Travel:
 
         The median over the weights, of the entries that had a gradient in both steps; NaN where none moved.
         """
-        before, self._before = self._before, None
+        begun, self._before = self._before, None
         by_column = dict(zip(columns, parameters, strict=True))
-        if before is None or any(column not in by_column for column in self._columns):
+        if begun is None or any(column not in by_column for column in self._columns):
             return None
         if self._earlier is not None and 0 <= number - self._earlier.number < _APART:
             return None
-        weights = [by_column[column] for column in self._columns]
-        earlier, self._earlier = self._earlier, _Step(number, before, _entries(weights) - before, _moved(weights))
+        weights, before = [by_column[column] for column in self._columns], begun[0]
+        moved = torch.maximum(begun[1], _moved(weights, unknown=1.0))
+        earlier, self._earlier = self._earlier, _Step(number, before, _entries(weights) - before, moved)
         if earlier is None:
             return None
         both = earlier.moved * self._earlier.moved
@@ -84,9 +87,9 @@ def _entries(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([one[_places(len(one), one.device)].float() for one in flat])
 
 
-def _moved(weights: Sequence[Tensor]) -> Tensor:
-    """Return 1 for the same entries where the gradient is not exactly 0, or cannot be read."""
-    rows = [torch.ones(_ENTRIES, dtype=torch.float32, device=weight.device) for weight in weights]
+def _moved(weights: Sequence[Tensor], *, unknown: float) -> Tensor:
+    """Return 1 for the same entries where the gradient is not exactly 0, 0 where it is, and else what is `unknown`."""
+    rows = [torch.full((_ENTRIES,), unknown, dtype=torch.float32, device=weight.device) for weight in weights]
     for row, weight in zip(rows, weights, strict=True):
         gradient = weight.grad
         if gradient is not None and type(gradient) is Tensor and gradient.layout is torch.strided:

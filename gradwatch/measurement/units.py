@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.barriers import before, saved
-from gradwatch.measurement.graph import near
+from gradwatch.measurement.graph import MATRIX_PRODUCTS, near
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
@@ -123,11 +123,11 @@ class Units:
         """Look at what a function made on the way from one module to the next."""
         if torch.is_grad_enabled() and not transformed():
             for tensor in floats(inputs):
-                self._look(tensor)
+                self._look(tensor, multiplied=bool(module._parameters))
                 if self.suspects and self._skip is None and is_skip(tensor.grad_fn):
                     self._skip = self._names.get(id(module))
 
-    def left(self, module: nn.Module, inputs: object, _kwargs: object, output: Any) -> None:  # noqa: ANN401
+    def left(self, module: nn.Module, inputs: object, kwargs: object, output: Any) -> None:  # noqa: ANN401
         """Mark what a layer gives, and look at what an activation does."""
         name = self._names.get(id(module))
         if name is None or transformed() or not torch.is_grad_enabled():
@@ -143,7 +143,7 @@ class Units:
                 self._skip = name
         if owner and name in self.suspects and given:
             with contextlib.suppress(Exception):  # and what has no arithmetic
-                taken = floats(inputs)
+                taken = floats(inputs) or floats(kwargs)
                 # Each operation on them would be a collective.
                 spread = any(hasattr(t, "placements") for t in (*given, *taken, *module._parameters.values()))
                 if given[0].dim() > 1 and not spread:
@@ -155,30 +155,42 @@ class Units:
         if node is not None and tensor.dim() > 1 and not hasattr(tensor, "placements"):
             _notes(node).setdefault(self._mark, UnitSource(name, _dim(module, tensor), tensor.shape))
 
-    def _look(self, tensor: Tensor) -> None:
-        """Look at what an activation made, if this is that."""
+    def _look(self, tensor: Tensor, *, multiplied: bool = False) -> None:
+        """Look at what an activation made, if this is that; `multiplied`: weights are applied to it."""
         node = tensor.grad_fn
         kind = node.name() if node is not None else ""
         function = function_of(node, kind)
         if function is None and node is not None:
-            self._look_behind(node)
+            self._look_behind(node, multiplied=multiplied)
         elif function is not None and not hasattr(tensor, "placements"):
             with contextlib.suppress(Exception):  # as above
                 self._count(tensor, node, kind, function)
 
-    def _look_behind(self, node: Any) -> None:  # noqa: ANN401  (as below)
-        """Look at what ReLUs made that are functions, and of which other functions have made what was seen."""
+    def _look_behind(self, node: Any, *, multiplied: bool) -> None:  # noqa: ANN401  (as below)
+        """Look at what ReLUs made that are functions, and of which products have made what was seen."""
         notes = _notes(node)
         if self._mark in notes or self._seen in notes:
             return
         notes[self._seen] = True
-        front = [node]
+        front, found, around = [(node, multiplied)], list[Any](), set[str]()
         for _ in range(_WALK):
-            front = [n for one in front for n in before(one) if self._mark not in _notes(n)][:_WIDE]
-            for one in front:
-                if one.name() == "ReluBackward0" and (made := saved(one, "result")) is not None:
-                    with contextlib.suppress(Exception):  # as above
-                        self._count(made, one, "ReluBackward0", "relu")
+            nearer: list[tuple[Any, bool]] = []
+            for one, known in front:
+                multiplied = known or one.name() in MATRIX_PRODUCTS
+                for n in before(one):
+                    if self._mark in _notes(n):
+                        around.add(_notes(n)[self._mark].layer)
+                    elif n.name() != "ReluBackward0":
+                        nearer.append((n, multiplied))
+                    elif multiplied:
+                        found.append(n)
+            front = nearer[:_WIDE]
+        for one in found:
+            source, made = _source(one, self._mark), saved(one, "result")
+            # Where what a layer gives goes past it too, it is a part of another function, or of a penalty.
+            if source is not None and source.layer not in around and made is not None:
+                with contextlib.suppress(Exception):  # as above
+                    self._count(made, one, "ReluBackward0", "relu")
 
     def _count(self, tensor: Tensor, node: Any, kind: str, function: Function) -> None:  # noqa: ANN401  (as below)
         notes = _notes(node)
@@ -223,7 +235,8 @@ class Units:
             self._facts[name, "silent_by_bias"] = by_bias
         if not inputs:
             return
-        x = inputs[0].detach().float()
+        x = torch.view_as_real(inputs[0].detach().resolve_conj()) if inputs[0].is_complex() else inputs[0].detach()
+        x = x.float()
         if x.numel():
             self._facts[name, "input_size"] = x.square().mean().sqrt()
         if x.dim() > 1 and x.shape[0] > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,13 +36,26 @@ def labelled(
 
 def positional_names(module: nn.Module, count: int) -> list[str]:
     """Return how the `forward` of a module calls its positional arguments: all it declares, and at least `count`."""
+    own = getattr(module.forward, "__func__", None)
+    # What an instance has in its place may hold the model, which nobody keeps.
+    names, rest = _of_class(own) if own is not None and own is type(module).forward else _positional(module.forward)
+    return [*names, *(f"{rest}[{i}]" for i in range(count - len(names)))]
+
+
+@functools.lru_cache(maxsize=256)
+def _of_class(method: Callable[..., Any]) -> tuple[Sequence[str], str]:
+    """Return the same as `_positional` does of what a method is on an instance of its class."""
+    return _positional(types.MethodType(method, object()))
+
+
+def _positional(function: Callable[..., Any]) -> tuple[Sequence[str], str]:
+    """Return how a function calls its positional arguments, and the rest of them."""
     try:
-        parameters = [*inspect.signature(module.forward).parameters.values()]
+        parameters = [*inspect.signature(function).parameters.values()]
     except (TypeError, ValueError):  # it is not written in Python
         parameters = []
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
-    return [*names, *(f"{rest}[{i}]" for i in range(count - len(names)))]
+    return names, next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
 
 
 def _labelled(name: str, value: object) -> Iterator[tuple[str, Tensor | PackedSequence]]:

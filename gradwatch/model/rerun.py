@@ -137,7 +137,7 @@ class _ModelBackup:
                 continue
             seen.add(id(value))
             if isinstance(value, _CONTAINERS):
-                self._containers.append((value, _content(value)))
+                self._containers.append((value, _content(value) if value else []))
                 waiting += value.values() if isinstance(value, dict) else value
             else:
                 self._remember(value)
@@ -182,7 +182,7 @@ class _ModelBackup:
     def restore(self) -> None:
         """Put it back."""
         for container, content in self._containers:
-            if not _same(_content(container), content):
+            if (container or content) and not _same(_content(container), content):
                 _refill(container, content)
         for module, kept in self._scripted:
             for name, value in kept.items():

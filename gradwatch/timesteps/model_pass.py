@@ -169,14 +169,14 @@ def _waits(module: nn.Module) -> str | None:
         return "its parameters are spread over several (FSDP)"
     if isinstance(module, nn.parallel.DistributedDataParallel):
         return "a part of it is wrapped in DistributedDataParallel"
-    several = (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
-    if several and isinstance(module, nn.SyncBatchNorm) and module.training:
+    if isinstance(module, nn.SyncBatchNorm) and module.training and _several():
         return "SyncBatchNorm in training mode averages over several"
     return None
+
+
+def _several() -> bool:
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return known and torch.distributed.get_world_size() > 1
 
 
 @contextlib.contextmanager

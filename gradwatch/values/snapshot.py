@@ -43,6 +43,7 @@ FactName = Literal[
     "far_smaller",
     "steps_behind",
     "chance",
+    "cross_entropy",
 ]
 """What a `Fact` tells.
 
@@ -59,7 +60,8 @@ range.
 skip_connection: 1 where what a module takes or gives is a sum of something and of what was made from it.
 far_smaller: share of a module's weights, zeros aside, that are below a two-hundredth of their root mean square.
 steps_behind: how many times weights have been written to since the copy in another format was made that is used.
-chance: the loss that equal scores for all classes would have, at the module that gives the scores.
+chance: the loss that equal scores for all classes would have, at the module that gives the scores; cross_entropy: what
+it was, where all losses of the step are of that kind, their mean.
 """
 
 Column = tuple[float | None, ...]

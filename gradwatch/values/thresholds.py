@@ -60,8 +60,12 @@ FAINT_INPUT = 1e-3
 """Root mean square of an input that is next to nothing: standardized it is 1, of pixels 0.5, of daily returns 0.01."""
 WORSE_THAN_CHANCE = 3.0
 """Times the loss of equal scores that a model may have, for a while: pretrained ones that are sure and wrong do so."""
+FALLING = 2.0
+"""Standard errors by which the slope of the last 50 losses must be below 0 to be a fall: by chance once in 40."""
 SLOW_STANDING = 2e-4
 """An update over the weights below which it may be the rate that leaves a loss where it is: a fifth of the usual."""
+HALF_DIGITS = 11
+"""Binary digits of a float16; a bfloat16 has 8."""
 ROUNDING_SENSITIVITY = 1e-5
 """Sensitivity below which a gradient may be rounding where the loss is exactly 0, and tells of no size."""
 TOLD = 10.0

@@ -515,9 +515,13 @@ def _of_parts():
     yield (two, spiky(8, 400.0)), {"losses": STILL}
     behind = (Fact("l0", "steps_behind", 30.0),)
     yield (two, [(1.0, 1.0)] * 3), {"activations": seen, "facts": [behind] * 3}
-    faint, guess = Fact("l0", "input_size", 1e-6), Fact("l1", "chance", 0.1)
-    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "activations": [seen[0]] * 25, "facts": [(faint,)] * 25}
-    yield (two, [(1.0, 1.0)] * 25), {"losses": STILL, "activations": [seen[0]] * 25, "facts": [(guess,)] * 25}
+    faint = (Fact("l0", "input_size", 1e-6),)
+    guess = (Fact("l1", "chance", 0.1), Fact("l1", "cross_entropy", 1.0))
+    bias = ParameterInfo("l0.bias", "l0", (4,), "float32", 0, "bias")
+    biased = dataclasses.replace(two, parameters=(*two.parameters, bias))
+    looks = {"losses": [1.0] * 25, "activations": [seen[0]] * 25}
+    yield (biased, [(1.0, 1.0, 1.0)] * 25), {**looks, "facts": [faint] * 25}
+    yield (two, [(1.0, 1.0)] * 25), {**looks, "facts": [guess] * 25}
     moved = {"update_ratio": [(1e-2, 1e-2)] * 25, "weight_norm": [(1.0, 1.0)] * 25}
     yield (two, [(1.0, 1.0)] * 25), {"losses": [0.7] * 25, **moved}
     rnn = dataclasses.replace(

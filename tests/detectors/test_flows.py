@@ -857,3 +857,53 @@ def test_what_goes_through_a_function_before_it_is_compared_is_no_shift():
     seen = []
     said_of(Bent(), newest, draw=of_six, hear=seen.append)
     assert [f for r in seen for f in r.snapshot.flows or () if f.barrier is not None] == []
+
+
+class Valued(nn.Module):
+    """A value and advantages, whose sum a softmax compares, and which is used as it is besides."""
+
+    def __init__(self, *, aside=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.advantage, self.value = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 1)
+        self.aside, self.raw = aside, None
+
+    def forward(self, x):
+        h = self.body(x).tanh()
+        self.raw = self.advantage(h) + self.value(h)
+        return self.raw.softmax(-1) if self.aside else (self.raw, self.raw.softmax(-1))
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_what_shifts_the_scores_and_is_used_as_it_is_beside_the_softmax_is_not_without_effect(aside):
+    model = Valued(aside=aside)
+
+    def loss(_, x):
+        return (model.raw - x[:, :4].sum(1, keepdim=True)).square().mean() + model.raw.softmax(-1)[:, 0].mean()
+
+    assert not {key for key in said_of(model, loss) if key[0] == "GW402"}
+    assert model.value.weight.grad.norm() > 1e-3 * model.body.weight.grad.norm()
+
+
+def test_a_mask_that_puts_ordinary_numbers_among_the_scores_makes_a_shift_count():
+    class Filled(Biased):
+        def forward(self, x):
+            h = self.body(x)
+            scores = h @ h.transpose(1, 2) / 4 + self.places.weight
+            scores = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), 0.0)
+            return self.head((scores.softmax(-1) @ h)[:, -1] + scores.softmax(-1)[:, 0, :1])
+
+    assert not {key for key in said_of(Filled(), newest, draw=of_six) if key[0] == "GW402"}
+
+
+def test_scores_without_a_dimension_stop_no_probe(caplog):
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.score = nn.Linear(8, 1)
+
+        def forward(self, x):
+            return (self.score(x).sum() + 1).log_softmax(0)
+
+    said_of(Single(), lambda out, x: out + 0 * x.sum(), steps=4)
+    assert "a probe failed" not in caplog.text

@@ -557,6 +557,28 @@ def test_steps_that_are_undone_between_them_are_found(does):
     assert after_each_step(does, told=False)[0]["GW907"].severity == Severity.INFO
 
 
+def test_they_are_found_where_the_step_itself_zeroes_the_gradients():
+    class Zeroing(torch.optim.Adam):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad.zero_()
+
+    model, known = net(), {}
+    optimizer, do = Zeroing(model.parameters(), 1e-3), Averaged(model)
+    with gradwatch.watch(model, optimizer, on_alert=lambda a: known.setdefault(a.finding.code, a)) as watcher:
+        for step in range(80):
+            x, y = batch(step)
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            watcher.record(loss)
+            optimizer.step()
+            do()
+    assert "GW907" in known
+
+
 @pytest.mark.parametrize("rate", [1e-5, 1e-3, 0.03])
 def test_steps_that_stay_are_not(rate):
     known, came = after_each_step(lambda model: Averaged(model, restores=True), rate=rate)

@@ -110,6 +110,40 @@ def test_what_is_faint_behind_a_product_is_none_of_what_the_model_is_given():
     assert "GW106" not in said_of(Gated(), signals(1.0), lambda out, y: functional.cross_entropy(0 * out, y) + 0.0)
 
 
+def test_a_first_layer_without_a_bias_or_before_a_normalization_may_give_the_same_whatever_the_size_is():
+    for model in (network(bias=False), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8, eps=1e-30), *network())):
+        assert "GW106" not in said_of(model, signals(1e-6), functional.cross_entropy)
+
+
+def test_a_small_input_beside_the_data_is_not_told():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.small, self.body = nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.small(1e-6 * x) + self.body(x)
+
+    def noise():  # so that the loss does not come down
+        return torch.randn(64, 8), torch.randint(2, (64,))
+
+    assert "GW106" not in said_of(Beside(), noise, functional.cross_entropy)
+
+
+def test_an_input_that_is_given_by_its_name_is_told_too():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, *self.rest = network()
+            self.rest = nn.Sequential(*self.rest)
+
+        def forward(self, x):
+            return self.rest(self.first(input=x))
+
+    assert "GW106" in said_of(Named(), signals(1e-6), functional.cross_entropy)
+
+
 def test_a_faint_input_of_which_a_model_learns_is_not_told():
     model, sizes = network(), []
     with torch.no_grad():
@@ -175,6 +209,25 @@ def test_scores_that_are_worse_than_a_guess_are_told(loss_of):
 )
 def test_what_is_no_worse_or_not_known_is_not(std, loss_of):
     assert "GW209" not in said_of(Tied(std), words, loss_of)
+
+
+@pytest.mark.parametrize("case", ["with another", "less than one", "added up"])
+def test_a_loss_that_is_another_number_than_the_cross_entropy_is_not(case):
+    torch.manual_seed(3)
+    model, said = nn.Linear(CLASSES, CLASSES), set()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with gradwatch.watch(model, optimizer, on_alert=lambda a: said.add(a.finding.code)) as watcher:
+        watcher._losses.raw = case == "added up"
+        for _ in range(30):
+            x, y = words()
+            loss = functional.cross_entropy(model(functional.one_hot(x, CLASSES).float()), y)
+            optimizer.zero_grad()
+            parts = {"with another": [loss, loss * 9], "less than one": [loss / 0.1], "added up": [loss] * 8}[case]
+            for part in parts:
+                watcher.record(part)
+            sum(parts).backward()
+            optimizer.step()
+    assert "GW209" not in said
 
 
 def test_a_model_that_is_sure_and_wrong_for_a_few_steps_is_left_to_learn():

@@ -72,3 +72,29 @@ def test_units_behind_a_function_between_functions_are_counted():
     assert (last.dead, last.units, last.function) == (truth, 8, "relu") == (5 / 8, 8, "relu")
     (first,) = [a for a in seen[-1].snapshot.activations if a.module == "first"]
     assert (first.units, first.function) == (12, "relu")
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        lambda h, w: (0.9 * torch.relu(h) + 0.1 * h) @ w,  # a leaky ReLU by hand
+        lambda h, w: h @ w + torch.relu(h.abs() - 99).mean(),  # a penalty
+        lambda h, w: torch.relu(h - 99).mean() + h @ w,
+    ],
+)
+def test_a_relu_past_which_the_units_go_too_makes_none_dead(does):
+    class Around(Between):
+        def forward(self, x):
+            return does(self.last(torch.relu(self.first(x))), self.first.weight)
+
+    model, seen = Around(), []
+    model.first, model.last = nn.Linear(6, 8), nn.Linear(8, 8)
+    with torch.no_grad():
+        model.last.bias.fill_(-50.0)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-5)
+    with gradwatch.watch(model, optimizer, sinks=[seen.append], probe_every_n_steps=1, on_alert=lambda _: None):
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(32, 6)).mean().backward()
+            optimizer.step()
+    assert not [a for r in seen for a in r.snapshot.activations or () if a.module == "last" and a.dead]
