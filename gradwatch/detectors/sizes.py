@@ -37,7 +37,12 @@ def _faint_input(history: History) -> tuple[str, float] | None:
         return None
     others = [size for name, size in taken.items() if name not in flows or flows[name].source is None]
     roles = [{p.role for p in history.model.parameters if p.layer == layers[i].name} for i in history.order[:2]]
-    if max(others) > FAINT_INPUT or "bias" not in roles[0] or any("normalization" in its for its in roles):
+    if (
+        not others
+        or max(others) > FAINT_INPUT
+        or "bias" not in roles[0]
+        or any("normalization" in its for its in roles)
+    ):
         return None
     return names[0], taken[names[0]]
 
