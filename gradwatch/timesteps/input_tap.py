@@ -222,7 +222,8 @@ class InputTap:
         steps = entered[-1].steps if entered and entered[-1].calls[0].layout.single else None
         chosen = chosen_of(returned, output, steps, self.inputs.storages)
         self.axes.note_output(data_of(chosen))
-        series = self.inputs.series(_packed(entered), max((s.steps for s in entered), default=0))
+        calls = {(call.root, call.view): call for s in entered for call in s.calls}
+        series = self.inputs.series(_packed(entered), max((s.steps for s in entered), default=0), calls)
         if not series and not entered:
             raise ValueError(
                 "no sequence was found: no recurrent module ran, and the model was given no floating-point input with"

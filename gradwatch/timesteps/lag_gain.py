@@ -102,11 +102,10 @@ def _without_groups(squares: Tensor, there: Tensor) -> Tensor:
     groups = min(_GROUPS, count)
     if groups < 2:
         return torch.full_like(squares[:, 0], torch.inf)
-    of = torch.arange(count, device=squares.device) % groups
-    parts, rows = (
-        torch.zeros((len(squares), groups), dtype=squares.dtype, device=squares.device).index_add_(1, of, every)
-        for every in (squares, there)
-    )
+    parts, rows = squares, there
+    if groups < count:
+        of = torch.arange(count, device=squares.device) % groups
+        parts, rows = (every.new_zeros((len(every), groups)).index_add_(1, of, every) for every in (squares, there))
     without = (parts.sum(1, keepdim=True) - parts).clamp(min=0) / (rows.sum(1, keepdim=True) - rows)
     share = without / without.nan_to_num(nan=0.0, posinf=0.0).amax(0)
     logs = 0.5 * share.clamp(min=torch.finfo(squares.dtype).tiny).log()

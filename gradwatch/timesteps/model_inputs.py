@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -164,7 +165,7 @@ class ModelInputs:
 
     # --- what has timesteps ---
 
-    def series(self, packed: torch.Tensor | None, least: int) -> list[InputSeries]:
+    def series(self, packed: torch.Tensor | None, least: int, calls: Mapping[Place, InputCall]) -> list[InputSeries]:
         """Return what has timesteps, each with its own.
 
         Two dimensions may be rows and timesteps, or rows and features: they count where something was done along the
@@ -173,6 +174,7 @@ class ModelInputs:
         Args:
             packed: lengths of the rows that the first sequence module took packed, in their order.
             least: timesteps that it took; 0 where there was none.
+            calls: of that module, by what it took.
 
         Raises:
             Contradiction: of none it can be told which dimension is time: what is done with it does not go together.
@@ -187,7 +189,7 @@ class ModelInputs:
             if in_list is not None and isinstance(one.value, Tensor) and in_list[1] in listed:
                 continue
             try:
-                if (series := self._series_of(one, packed)) is not None:
+                if (series := self._series_of(one, packed, calls)) is not None:
                     sure = series.axis is None or bool(series.axis.why) or data_of(one.value).dim() > 2
                     found.append((series, sure or bool(one.embedded)))
             except Contradiction as error:
@@ -215,7 +217,9 @@ class ModelInputs:
         calls = [InputCall.of(one.value, None, one.place) for one in those if one.place is not None]
         return InputSeries(label, None, [InputSequence(calls)], those[0].number, None, spread_of(those[0].value))
 
-    def _series_of(self, one: ModelInput, packed: Tensor | None) -> InputSeries | None:
+    def _series_of(
+        self, one: ModelInput, packed: Tensor | None, calls: Mapping[Place, InputCall]
+    ) -> InputSeries | None:
         if isinstance(one.value, PackedSequence):
             if one.place is None:
                 return None
@@ -226,22 +230,28 @@ class ModelInputs:
         time = self._axes.time_of(one.number)
         sequences = [s for e in one.embedded if (s := self._embedded(one, e, time)) is not None]
         if one.place is not None:
-            sequences.append(self._own(one.value, time, one.place, packed))
+            sequences.append(self._own(one.value, time, one.place, packed, calls))
         if not sequences:
             return None
         spread = spread_of(one.value if one.place is not None else one.embedded[0].output)
         return InputSeries(one.label, time.dim, sequences, one.number, time, spread)
 
     @staticmethod
-    def _own(value: Tensor, time: TimeAxis, place: Place, packed: Tensor | None) -> InputSequence:
+    def _own(
+        value: Tensor, time: TimeAxis, place: Place, packed: Tensor | None, calls: Mapping[Place, InputCall]
+    ) -> InputSequence:
         dim = time.dim
         if time.period is not None:  # a flat window
             inner = (-1, time.period // time.step, time.step)
             value, dim = value.reshape(*value.shape[:dim], *inner, *value.shape[dim + 1 :]), dim + 1
-        call = InputCall.of(value, dim, place)
-        call.given = value
-        known = packed is not None and len(packed) == call.layout.count and int(packed.max()) <= call.layout.steps
-        return InputSequence([call], packed if known else None)
+        known = calls.get(place)
+        if known is not None and known.packed is None and (known.time, known.shape) == (dim % value.dim(), value.shape):
+            call = dataclasses.replace(known, given=value, begins=False)
+        else:
+            call = InputCall.of(value, dim, place)
+            call.given = value
+        fits = packed is not None and len(packed) == call.layout.count and int(packed.max()) <= call.layout.steps
+        return InputSequence([call], packed if fits else None)
 
     def _embedded(self, one: ModelInput, embedded: Embedded, time: TimeAxis) -> InputSequence | None:
         dim = self._axes.time_in(embedded.output, one.number, time)

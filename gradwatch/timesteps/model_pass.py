@@ -74,7 +74,7 @@ def model_gain(
                     raise RuntimeError(_WRITES_TO_A_PIECE) from error
                 raise
             gain = tap.gain(returned, output)
-    return dataclasses.replace(gain, note="; ".join([*filter(None, [gain.note]), *notes]) or None)
+    return dataclasses.replace(gain, note="; ".join([*filter(None, [gain.note]), *notes])) if notes else gain
 
 
 def recurrence_facts(
