@@ -242,3 +242,24 @@ def test_a_model_that_is_sure_and_wrong_for_a_few_steps_is_left_to_learn():
         return functional.one_hot(x, CLASSES).float(), y
 
     assert "GW209" not in said_of(model, draw, functional.cross_entropy, rate=1.0)
+
+
+# --- what is said to help ---
+
+
+def of_batch(model, batch):
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "draw", "code", "action"),
+    [
+        (network, signals(1e-6), "GW106", "standardize"),
+        (lambda: Tied(1.0), words, "GW209", "initialize"),
+    ],
+)
+def test_what_the_alert_says_to_do_is_tried_and_helps(model, draw, code, action):
+    torch.manual_seed(4)
+    cures = gradwatch.cure(model(), draw(), loss=of_batch, data=[draw() for _ in range(8)])
+    tried = {c.remedy.action: c for c in cures.cures if c.alert.finding.code == code}
+    assert tried[action].helped, str(cures)
