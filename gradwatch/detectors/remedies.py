@@ -314,7 +314,7 @@ _BY_CODE: Mapping[str, Callable[[Finding], Iterable[Remedy]]] = {
     "GW206": _exploding,
     "GW207": _steep,
     "GW208": lambda _: (CLIP,),
-    "GW209": lambda finding: (Remedy("initialize", _here(finding)), SLOWER),
+    "GW209": lambda finding: (Remedy("initialize", _here(finding)),),
     "GW301": _short,
     "GW302": _growing,
     "GW305": _full,
