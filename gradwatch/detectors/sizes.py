@@ -99,8 +99,8 @@ def _explain_worse(finding: Finding) -> Explanation:
         f" {chance:.3g}; so it has been since step {finding.onset}",
         f"the scores that {head} gives are far too large, and mostly wrong: it begins with too large weights (an"
         " embedding whose weights it shares is drawn from N(0, 1)), or takes too large an input",
-        f"begin with smaller weights in {head} (a standard deviation of 0.02, or 1 / sqrt(inputs)), or normalize what it"
-        " takes",
+        f"begin with smaller weights in {head} (a standard deviation of 0.02, or 1 / sqrt(inputs)), or normalize what"
+        " it takes",
     )
 
 
