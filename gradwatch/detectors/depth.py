@@ -9,7 +9,15 @@ from gradwatch.detectors.cause_words import around, said
 from gradwatch.detectors.causes import of_vanishing
 from gradwatch.detectors.flows import added, aside, before_one_value, fading, rounding
 from gradwatch.detectors.idle import share_left
-from gradwatch.detectors.measured import before_misread, constant_loss, flat, moves, newest_update, same_loss
+from gradwatch.detectors.measured import (
+    before_misread,
+    constant_loss,
+    flat,
+    largest_sensitivity,
+    moves,
+    newest_update,
+    same_loss,
+)
 from gradwatch.detectors.rule import Rule
 from gradwatch.values.history import History
 from gradwatch.values.layer_columns import counts
@@ -241,7 +249,7 @@ def _everywhere(history: History) -> Iterator[Finding]:
     limit = t.flat_sensitivity * (t.clear_factor if history.is_open("GW102", "") else 1.0)
     if (
         len(losses) < t.window
-        or np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0) >= limit * abs(losses[-1])
+        or largest_sensitivity(history) >= limit * abs(losses[-1])
         or history.improved is not False
     ):
         return

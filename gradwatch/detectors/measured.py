@@ -88,6 +88,10 @@ def same_loss(history: History) -> float | None:
     Nor where it had come down to that, goes on coming down by less, or no gradient arrives; nor where it is told in so
     few digits that nobody knows.
     """
+    return history.once(_same_loss)
+
+
+def _same_loss(history: History) -> float | None:
     losses = history.losses(history.thresholds.window)
     if history.improved is True or len(losses) < history.thresholds.window or not any(history.snapshot.norm):
         return None
@@ -105,7 +109,7 @@ def _of_few_digits(number: float) -> bool:
 
 
 def largest_sensitivity(history: History) -> float:
-    """Return the largest sensitivity of all parameters in the newest snapshot."""
+    """Return the largest sensitivity of all layers in the newest snapshot."""
     import numpy as np
 
     return float(np.fmax.reduce(history.sensitivities(1), axis=None, initial=0.0))

@@ -34,14 +34,7 @@ def stalled(history: History) -> Iterator[Finding]:
     before, after = statistics.median(losses[:half]), statistics.median(losses[half:])
     spread = statistics.median(abs(loss - before) for loss in losses[:half])
     if abs(after - before) <= max(spread, history.thresholds.stalled * abs(before)) and not _falls(losses):
-        evidence = {"loss": after, "first": float(history.first_loss or 0.0)}
-        speed = _speed(history)
-        slow = speed is not None and history.thresholds.slow_update <= speed < SLOW_STANDING  # below that, GW903 tells
-        if slow:
-            evidence |= {
-                "update": speed or 0.0,
-                "rate": next((s.rate for s in reversed(history.probed) if s.rate), 0.0),
-            }
+        evidence = {"loss": after, "first": float(history.first_loss or 0.0), **_slow_steps(history)}
         yield Finding("GW801", "stalled", Severity.INFO, "", onset=history.window(KEPT)[0].step, evidence=evidence)
 
 
@@ -54,13 +47,19 @@ def _falls(losses: Sequence[float]) -> bool:
     return slope < -FALLING * math.sqrt(rest / (len(losses) - 2) / wide)
 
 
-def _speed(history: History) -> float | None:
-    """Return the largest share of itself by which the last measured step has moved a weight; None: nobody knows."""
+def _slow_steps(history: History) -> dict[str, float]:
+    """Return how far the last measured step has moved weights, at most, and the rate; nothing where steps are ordinary.
+
+    Nor where they are so small that GW903 tells of them, or where another optimizer may move the rest.
+    """
     probe = newest_update(history)
     if probe is None or probe.update_ratio is None or len(probe.model.optimizers) > 1:
-        return None
+        return {}
     known = zip(probe.model.parameters, probe.update_ratio, strict=True)
-    return max((u for p, u in known if u is not None and counts(p) and math.isfinite(u)), default=None)
+    speed = max((u for p, u in known if u is not None and counts(p) and math.isfinite(u)), default=0.0)
+    if not history.thresholds.slow_update <= speed < SLOW_STANDING:
+        return {}
+    return {"update": speed, "rate": next((s.rate for s in reversed(history.probed) if s.rate), 0.0)}
 
 
 def _crossed(history: History) -> Iterator[Finding]:
@@ -121,16 +120,17 @@ def _explain_crossed(finding: Finding) -> Explanation:
 
 def _explain(finding: Finding) -> Explanation:
     loss, first = finding.evidence["loss"], finding.evidence["first"]
+    message = f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}"
     if (update := finding.evidence.get("update")) is not None:
         rate = f" (the learning rate is {r:.2g})" if (r := finding.evidence["rate"]) else ""
         return Explanation(
-            f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
+            message,
             f"steps are small: the last that was measured moved no weight by more than {update:.1g} of itself{rate}",
             "raise the learning rate tenfold; look at its schedule: a warm-up that counts epochs for steps, a rate that"
             " is multiplied by itself",
         )
     return Explanation(
-        f"the loss has stood still at {loss:.3g} since step {finding.onset}; it began at {first:.3g}",
+        message,
         f"{UNKNOWN}: the gradients show none",
         "overfit a single batch first: if that works, the gradients are sound, and the data or the learning rate"
         " is to blame",

@@ -26,7 +26,7 @@ _MOST = 30_000
 _NEAR = 8
 """Nodes from what a layer takes to the module that gave it."""
 
-_WIDE = 8
+WIDE = 8
 """Nodes that are followed at once."""
 _SIDE_BY_SIDE = frozenset({"CatBackward0", "StackBackward0"})
 _JOINS = _SIDE_BY_SIDE | {"AddBackward0", "SubBackward0", "WhereBackward0"}
@@ -156,7 +156,7 @@ class Graph:
                 for one, joined in front
                 for edges in (before(one),)
                 for n in edges
-            ][:_WIDE]
+            ][:WIDE]
         return None, None, False
 
     def owner(self, node: Any, but: Collection[str] = ()) -> str | None:  # noqa: ANN401
@@ -307,7 +307,7 @@ def near(node: Any, steps: int) -> Iterator[Any]:  # noqa: ANN401
     front = [node]
     for _ in range(steps):
         yield from front
-        front = [n for one in front for n in before(one)][:_WIDE]
+        front = [n for one in front for n in before(one)][:WIDE]
 
 
 def _top(node: Any) -> Tensor | None:  # noqa: ANN401

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradwatch.measurement.activations import SILENT, function_of, is_skip, saturated_share
 from gradwatch.measurement.barriers import before, saved
-from gradwatch.measurement.graph import MATRIX_PRODUCTS, near
+from gradwatch.measurement.graph import MATRIX_PRODUCTS, WIDE, near
 from gradwatch.measurement.norms import spectral_norm
 from gradwatch.model.attempts import Attempts
 from gradwatch.model.forward_hooks import ModelView, Part, Pending, ProbeValues, StepView, Transfer
@@ -29,8 +29,6 @@ _SAMPLE = 512
 """Entries of a weight that are looked at, to see how far apart they are."""
 _WALK = 6
 """Nodes from what a layer gives to what an activation makes of it."""
-_WIDE = 8
-"""Nodes that are followed at once."""
 _CALLS = 8
 """Calls of a layer in one step that are looked at."""
 _CONVOLUTIONS = {
@@ -184,7 +182,7 @@ class Units:
                         nearer.append((n, multiplied))
                     elif multiplied:
                         found.append(n)
-            front = nearer[:_WIDE]
+            front = nearer[:WIDE]
         for one in found:
             source, made = _source(one, self._mark), saved(one, "result")
             # Where what a layer gives goes past it too, it is a part of another function, or of a penalty.

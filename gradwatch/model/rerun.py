@@ -55,15 +55,16 @@ def as_it_was(model: nn.Module, generators: Sequence[torch.Generator] | None = N
     backup = _ModelBackup(model)
     generators = torch_generators() if generators is None else generators
     before = [g.get_state() for g in generators]
-    numpy = sys.modules.get("numpy.random")  # which newer ones import only when somebody draws
-    python_state, numpy_state = random.getstate(), numpy.get_state() if numpy else None
+    # Newer ones import it when somebody first draws, which may be the model: each pass is to draw the same.
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         backup.remove_gradients()
         yield
     finally:
         random.setstate(python_state)
         if numpy is not None:
-            numpy.set_state(numpy_state)
+            numpy.random.set_state(numpy_state)
         for generator, drawn in zip(generators, before, strict=True):
             if not torch.equal(generator.get_state(), drawn):
                 generator.set_state(drawn)
@@ -158,7 +159,7 @@ class _ModelBackup:
             self._generators.append((value.set_state, value.get_state()))
         elif isinstance(value, random.Random):
             self._generators.append((value.setstate, value.getstate()))
-        elif (numpy := sys.modules.get("numpy.random")) is not None and isinstance(value, numpy.Generator):
+        elif (numpy := sys.modules.get("numpy")) is not None and isinstance(value, numpy.random.Generator):
             bits = value.bit_generator
             self._generators.append((functools.partial(setattr, bits, "state"), bits.state))
 

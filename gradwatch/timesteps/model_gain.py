@@ -53,14 +53,9 @@ class InputGain:
         values: list[float] = self.numbers.tolist()
         return values
 
-    @functools.cached_property
-    def usual(self) -> SequenceStats:
-        """What `stats` makes of the numbers; this waits for them."""
-        return self.stats(self.copied, HORIZON_GAIN)
-
     def is_sure(self) -> bool:
         """Tell whether one more direction would tell nothing new of the horizon; this waits for the numbers."""
-        found = reach_of(self.usual)
+        found = reach_of(self.stats(self.copied, HORIZON_GAIN))
         return found is None or found.high - found.low <= max(2, _WIDE * found.timesteps)
 
     def stats(self, numbers: Sequence[float], share: float) -> SequenceStats:
@@ -113,14 +108,7 @@ class ModelGain:
 
     def _stats(self, numbers: Sequence[Sequence[float]], share: float) -> SequenceStats:
         pairs = list(zip(self.gains, numbers, strict=True))
-        asked = [
-            (
-                gain.usual if its is gain.__dict__.get("copied") and share == HORIZON_GAIN else gain.stats(its, share),
-                its[0],
-            )
-            for gain, its in pairs
-            if not gain.on_the_way
-        ]
+        asked = [(gain.stats(its, share), its[0]) for gain, its in pairs if not gain.on_the_way]
         every = [s for s, _ in asked]
         into = [gain.into for gain in self.gains if not gain.on_the_way]
         effects = [spread * max(s.lag_gain or (0.0,)) for s, spread in asked]

@@ -9,6 +9,8 @@ import dataclasses
 import gc
 import io
 import random
+import subprocess
+import sys
 import types
 import weakref
 from collections import deque
@@ -627,3 +629,25 @@ def test_no_graph_is_kept():
         assert [ref() for ref in seen] == [None]
     finally:
         gc.enable()
+
+
+def test_passes_draw_the_same_where_the_model_is_the_first_to_draw_from_numpy():
+    """Newer ones of numpy import what draws when somebody first does."""
+    program = """
+import numpy as np
+import torch
+from gradwatch.model.rerun import as_it_was
+
+
+class Drawing(torch.nn.Module):
+    def forward(self, x):
+        return x * np.random.rand()
+
+
+model, drawn = Drawing(), []
+for _ in range(2):
+    with as_it_was(model):
+        drawn.append(float(model(torch.ones(()))))
+assert drawn[0] == drawn[1], drawn
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
