@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from gradwatch.measurement.barriers import REARRANGED, SOFTMAX, before, signed
+from gradwatch.measurement.barriers import REARRANGED, SOFTMAX, before, saved_dim, signed
 from gradwatch.values.autograd import Squashed
 
 _LOSS = 200
@@ -61,7 +61,7 @@ def chance(loss: Any) -> tuple[Any, float] | None:  # noqa: ANN401  (nodes have 
     scores = _made(loss.next_functions[0][0])
     if scores.name() != "LogSoftmaxBackward0":
         return None
-    return scores, math.log(scores._input_metadata[0].shape[signed(scores._saved_dim)])
+    return scores, math.log(scores._input_metadata[0].shape[saved_dim(scores)])
 
 
 def _lessens(node: Any) -> bool:  # noqa: ANN401  (as above)
